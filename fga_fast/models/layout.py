@@ -118,12 +118,12 @@ def _drops(module: nn.Module) -> bool:
     return any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)
 
 
-def _outermost(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+def _outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Submodules in forward-registration order, once each, without looking inside a tower that was recognised."""
     from fga_fast.models import timm
 
     seen: set[nn.Module] = set()
-    stack = [(name, model)]
+    stack = [("", model)]
     while stack:
         name, module = stack.pop()
         if module in seen:

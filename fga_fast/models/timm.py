@@ -6,6 +6,8 @@ are recognised by name and defining module, so that the package works (and refus
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from fga_fast.models.layout import ModelLayout, Pooling
@@ -71,7 +73,8 @@ def is_tower(module: nn.Module) -> bool:
 def refusal(module: nn.Module) -> str | None:
     """Reason why `module` is a vision transformer that the method does not apply to, or None."""
     for cls in type(module).__mro__:
-        if cls.__name__ in _REFUSED and cls.__module__ != "builtins":
+        # Only these libraries' classes: a user's own wrapper may well be called Nest or Twins.
+        if cls.__name__ in _REFUSED and cls.__module__.startswith(("timm.", "torchvision.")):
             return _REFUSED[cls.__name__]
         if cls.__name__ == "VisionTransformer" and cls.__module__.startswith(("torchvision.", "open_clip.")):
             return (
@@ -98,23 +101,28 @@ def read_layout(tower: nn.Module) -> ModelLayout:
     """
     _check_forward(tower)
     _check_blocks(tower)
-    patch_embed = getattr(tower, "patch_embed")  # noqa: B009 - nn.Module attributes are typed Tensor | Module
+    patch_embed = _attribute(tower, "patch_embed")
     grid = _pair(getattr(patch_embed, "grid_size", None), tower, "grid_size")
     image_size = _pair(getattr(patch_embed, "img_size", None), tower, "img_size")
-    prefix = int(getattr(tower, "num_prefix_tokens"))  # noqa: B009
+    prefix = int(_attribute(tower, "num_prefix_tokens"))
     tokens = prefix + grid[0] * grid[1]
     pooling, pooled = _read_pooling(tower, prefix, tokens)
     return ModelLayout(
         tower=tower,
-        blocks=tuple(getattr(tower, "blocks")),  # noqa: B009
+        blocks=tuple(_attribute(tower, "blocks")),
         prefix_tokens=prefix,
         grid=grid,
         pooling=pooling,
         pooled=pooled,
         image_size=image_size,
-        in_chans=int(getattr(tower, "in_chans")),  # noqa: B009
-        d_model=int(getattr(tower, "embed_dim")),  # noqa: B009
+        in_chans=int(_attribute(tower, "in_chans")),
+        d_model=int(_attribute(tower, "embed_dim")),
     )
+
+
+def _attribute(tower: nn.Module, name: str) -> Any:
+    # nn.Module types every attribute as Tensor | Module; timm's towers also hold numbers and strings.
+    return getattr(tower, name)
 
 
 def _refuse(tower: nn.Module, reason: str) -> ValueError:

@@ -1,0 +1,29 @@
+"""The method in its textbook form: full attention maps, the rollout as a matrix, dense codes and gradients.
+
+Nothing here is fast. Every fast path in the library is tested against these functions, and each of them quotes the
+equation that it computes, so that they can be checked by reading.
+"""
+
+from __future__ import annotations
+
+from fga_fast.reference.attention import attention, attention_backward, attention_relevance, relevance_dtype
+from fga_fast.reference.explain import ReferenceResult, explain
+from fga_fast.reference.gate import gate
+from fga_fast.reference.rollout import gate_columns, pooled_row, rollout
+from fga_fast.reference.score import contributions, score, top_features
+
+__all__ = [
+    "ReferenceResult",
+    "attention",
+    "attention_backward",
+    "attention_relevance",
+    "contributions",
+    "explain",
+    "gate",
+    "gate_columns",
+    "pooled_row",
+    "relevance_dtype",
+    "rollout",
+    "score",
+    "top_features",
+]

@@ -1,0 +1,257 @@
+"""Every run of every conformance file, on every backend: the numbers of an independent implementation."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import conformance
+import pytest
+import torch
+from torch import Tensor
+
+from fga_fast.models import find_layout
+
+FOUND = conformance.folder().is_dir()
+BACKENDS = ("reference", "native")
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+# (file, run, block) whose score is the rounding of a sum that cancels: before the last block, patches are read only
+# through a LayerNorm, which ignores the length of x, so g . x is about eps / var(x) of its summands (1e-8 here). Such a
+# score is compared on the scale of its summands, and what follows from it given the implementation's own score.
+CANCELLING = {("vit_cls_relu.safetensors", 4, 2)}
+CANCELLING_BELOW = 1e-5
+HEATMAP_STORED = 1e-6  # expected heatmaps, and those of Explanation, are float32 whatever the model is
+
+pytestmark = pytest.mark.skipif(
+    not FOUND, reason=f"no conformance numbers at {conformance.folder()}; set {conformance.VARIABLE} to their folder"
+)
+RUNS = conformance.runs() if FOUND else [("none", 0)]
+FILES = [path.name for path in conformance.covered_files()] if FOUND else ["none"]
+
+
+def explain_reference(case: conformance.Case, run: int) -> Any:
+    from fga_fast.explanation import Explanation
+    from fga_fast.reference import explain
+
+    result = explain(case.model, case.images, None, case.saes(run), case.gate(run))
+    layout = find_layout(case.model)
+    return Explanation(
+        relevance=result.relevance,
+        logits=result.logits,
+        targets=result.targets,
+        grid=layout.grid,
+        image_size=layout.image_size,
+        scores=result.scores,
+        gates=result.gates,
+        backend="reference",
+    )
+
+
+def explain_native(case: conformance.Case, run: int) -> Any:
+    from fga_fast import Explainer
+
+    explainer = Explainer(case.model, saes=case.saes(run), gate=case.gate(run), backend="native")
+    explanation = explainer(case.images)
+    assert explanation.backend == "native"
+    return explanation
+
+
+EXPLAIN: dict[str, Callable[[conformance.Case, int], Any]] = {
+    "reference": explain_reference,
+    "native": explain_native,
+}
+
+
+def errors(got: Tensor, want: Tensor) -> tuple[float, float]:
+    """Largest error over the images: of the norm, relative to the norm; of an element, relative to the largest one."""
+    assert got.shape == want.shape, f"shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+    assert torch.isfinite(got).all()
+    got, want = got.detach().cpu().double().flatten(1), want.double().flatten(1)
+    difference = got - want
+    return relative(difference.norm(dim=1), want.norm(dim=1)), relative(
+        difference.abs().amax(dim=1), want.abs().amax(dim=1)
+    )
+
+
+def relative(error: Tensor, size: Tensor) -> float:
+    """Largest ratio; numbers that are all zero (scores after the last block, whose patches no one reads) must be met
+    exactly."""
+    ratio = torch.where(size > 0, error / size.clamp(min=torch.finfo(size.dtype).tiny), error * float("inf"))
+    return float(ratio.nan_to_num(nan=0.0, posinf=float("inf")).max())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("name", "run"), RUNS, ids=[f"{name.removesuffix('.safetensors')}-{run}" for name, run in RUNS]
+)
+def test_run(name: str, run: int, backend: str, dtype: str) -> None:
+    case = conformance.load(name, DTYPES[dtype])
+    explanation = EXPLAIN[backend](case, run)
+    layers = case.header["runs"][run]["layers"]
+    assert sorted(explanation.scores) == sorted(layers)
+    assert sorted(explanation.gates) == sorted(layers)
+    assert explanation.relevance.dtype == DTYPES[dtype]
+    assert torch.equal(explanation.targets.cpu(), case.tensors["target"])
+
+    got = {"logits": explanation.logits, "attribution": explanation.relevance, "heatmap": explanation.heatmap()}
+    got |= {f"score.{block}": explanation.scores[block] for block in layers}
+    got |= {f"gate.{block}": explanation.gates[block] for block in layers}
+    want = {"logits": case.tensors["logits"], **case.expected(run)}
+    assert got.keys() == want.keys()
+
+    for block in layers:
+        if (name, run, block) in CANCELLING:
+            check_cancelling(case, run, block, got, want)
+    wrong = []
+    for quantity in want:
+        tolerance = TOLERANCE[DTYPES[dtype]]
+        if quantity == "heatmap":
+            tolerance = max(tolerance, HEATMAP_STORED)
+        of_norm, of_element = errors(got[quantity], want[quantity])
+        conformance.report(f"{backend} {dtype} {quantity.split('.')[0]}", of_norm, of_element)
+        if not (of_norm <= tolerance and of_element <= tolerance):
+            wrong.append(f"{quantity}: {of_norm:.2e} norm-wise, {of_element:.2e} at most, allowed {tolerance:.0e}")
+    assert not wrong, "; ".join(wrong)
+
+
+def summands(name: str, run: int) -> dict[int, Tensor]:
+    """Per block sum_c |g_c x_c| [n, P] of a no_sae run, in float64: the sums that its scores are the remainders of."""
+    case = conformance.load(name, torch.float64)
+    layout = find_layout(case.model)
+    streams: dict[int, Tensor] = {}
+    images = case.images.clone().requires_grad_()
+    handles = [
+        layout.blocks[block].register_forward_hook(lambda _module, _in, out, block=block: streams.update({block: out}))
+        for block in case.header["runs"][run]["layers"]
+    ]
+    logits = case.model(images)
+    for handle in handles:
+        handle.remove()
+    gradients = torch.autograd.grad(logits.gather(1, case.tensors["target"][:, None]).sum(), list(streams.values()))
+    return {
+        block: (x * g)[:, layout.prefix_tokens :].abs().sum(dim=-1).detach()
+        for (block, x), g in zip(streams.items(), gradients, strict=True)
+    }
+
+
+def check_cancelling(
+    case: conformance.Case, run: int, block: int, got: dict[str, Tensor], want: dict[str, Tensor]
+) -> None:
+    """Checks of a run with a cancelling score; takes the quantities that it checked out of `got` and `want`."""
+    from fga_fast.reference import explain, gate
+
+    dtype = case.images.dtype
+    size = summands(case.name, run)[block]
+    score, gates = got.pop(f"score.{block}"), got.pop(f"gate.{block}")
+    error = (score.double() - want.pop(f"score.{block}")).abs().amax(dim=1) / size.amax(dim=1)
+    assert error.max() <= TOLERANCE[dtype], f"score.{block}: {error.max():.2e} of its summands"
+    settings = case.header["runs"][run]
+    of_own_score = gate(score.double(), settings["clamp_max"], settings["alpha"])
+    assert max(errors(gates, of_own_score)) <= TOLERANCE[dtype]
+    exact = conformance.load(case.name, torch.float64)
+    given = {block: gates.double()}
+    relevance = explain(exact.model, exact.images, None, exact.saes(run), exact.gate(run), given).relevance
+    stored = {f"gate.{block}": (gates, want.pop(f"gate.{block}")), "attribution": (relevance, want["attribution"])}
+    if dtype == torch.float64:
+        for quantity, pair in stored.items():
+            assert max(errors(*pair)) <= 1e-6, quantity
+        want["attribution"] = relevance
+        return
+    # In float32 the score is noise, and so are its gates; the rollout with these very gates is not.
+    want["attribution"], want["heatmap"] = relevance, conformance.heatmap(relevance, case.images.shape[-2:])
+
+
+def test_cancelling_scores_are_named_and_no_others() -> None:
+    found = set()
+    for name, run in RUNS:
+        case = conformance.load(name, torch.float64)
+        if case.header["runs"][run]["gate"] == "no_SAE":
+            for block, size in summands(name, run).items():
+                remainder = case.tensors[f"run.{run}.score.{block}"]
+                if (remainder.norm(dim=1) < CANCELLING_BELOW * size.norm(dim=1)).any():
+                    found.add((name, run, block))
+    assert found == CANCELLING
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", FILES, ids=[name.removesuffix(".safetensors") for name in FILES])
+def test_targets_given_equal_targets_predicted(name: str, backend: str) -> None:
+    """The stored targets are the predicted classes; naming them must not change the explanation."""
+    case = conformance.load(name, torch.float64)
+    run = len(case.header["runs"]) - 1
+    expected = EXPLAIN[backend](case, run).relevance
+    if backend == "native":
+        from fga_fast import Explainer
+
+        explainer = Explainer(case.model, saes=case.saes(run), gate=case.gate(run), backend="native")
+        got = explainer(case.images, case.tensors["target"]).relevance
+    else:
+        from fga_fast.reference import explain
+
+        got = explain(case.model, case.images, case.tensors["target"], case.saes(run), case.gate(run)).relevance
+    assert torch.equal(got, expected)
+
+
+def test_every_file_is_run_or_named_as_not_covered() -> None:
+    there = {path.name for path in conformance.files()}
+    assert there == {name for name, _ in RUNS} | conformance.NOT_COVERED
+    assert {"conservative_vit_cls_relu.safetensors"} == conformance.NOT_COVERED
+
+
+def test_the_file_that_is_not_covered_belongs_to_a_method_that_is_refused() -> None:
+    from fga_fast import Explainer
+
+    case = conformance.load("vit_cls_relu.safetensors", torch.float32)
+    for name in conformance.NOT_COVERED:
+        method = conformance.header(conformance.folder() / name)["backward"]
+        with pytest.raises(ValueError, match=method):
+            Explainer(case.model, backward=method)
+
+
+def test_every_stored_number_belongs_to_a_run_or_a_later_metric() -> None:
+    whole_file = {"images", "logits", "target", "text_embeddings"}
+    for path in conformance.covered_files():
+        count = len(conformance.header(path)["runs"])
+        for key in conformance.keys(path):
+            run = conformance.run_of_key(key)
+            assert (
+                (run is not None and run < count) or key in whole_file or key.startswith(("model.", "sae.", "metric."))
+            ), f"{path.name}: {key} is compared by no test"
+
+
+def test_every_run_is_collected() -> None:
+    """A run of pytest collects each stored run once per backend and dtype."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", __file__]
+    here = Path(__file__).resolve().parents[1]
+    listed = subprocess.run(command, capture_output=True, text=True, cwd=here, check=True, env=dict(os.environ)).stdout
+    collected = re.findall(r"::test_run\[(.+)\]", listed)
+    expected = [
+        f"{path.name.removesuffix('.safetensors')}-{run}-{backend}-{dtype}"
+        for path in conformance.files()
+        if path.name != "conservative_vit_cls_relu.safetensors"
+        for run in range(len(conformance.header(path)["runs"]))
+        for backend in ("reference", "native")
+        for dtype in ("float64", "float32")
+    ]
+    assert expected
+    assert sorted(collected) == sorted(expected)
+
+
+@pytest.mark.parametrize(("ci", "exit_code"), [("1", 1), ("", 0)])
+def test_a_skip_fails_in_ci(tmp_path: Path, ci: str, exit_code: int) -> None:
+    here = Path(__file__).parent
+    for name in ("conftest.py", "conformance.py"):
+        (tmp_path / name).write_text((here / name).read_text())
+    (tmp_path / "test_conformance.py").write_text("import pytest\n\ndef test_run():\n    pytest.skip('no numbers')\n")
+    environment = dict(os.environ, CI=ci)
+    environment |= {conformance.REQUIRE: "", conformance.VARIABLE: str(conformance.folder())}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False, env=environment)
+    assert done.returncode == exit_code, done.stdout

@@ -1,0 +1,109 @@
+"""Checks of what a user hands over: each error names the argument, what was expected, what came and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fga_fast.models.layout import ModelLayout, active_randomness
+from fga_fast.sae import SparseAutoencoder
+
+
+def check_eval(model: nn.Module) -> None:
+    """Refuses a model whose forward pass draws random numbers."""
+    names = active_randomness(model)
+    if names:
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        raise ValueError(
+            f"model: dropout is active in train mode ({shown}), so an explanation would be of a random prediction; "
+            "call model.eval() first"
+        )
+
+
+def check_saes(saes: Mapping[int, SparseAutoencoder], layout: ModelLayout, like: Tensor) -> None:
+    """Refuses an SAE that does not fit the block it is meant for; `like` is any parameter of the model."""
+    for layer, sae in saes.items():
+        if not isinstance(sae, SparseAutoencoder):
+            raise TypeError(f"saes[{layer}]: expected a SparseAutoencoder, got {type(sae).__name__}")
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < len(layout.blocks):
+            raise ValueError(f"saes: layer {layer!r} is out of range, expected 0 to {len(layout.blocks) - 1} (blocks)")
+        if sae.d_model != layout.d_model:
+            raise ValueError(
+                f"saes[{layer}]: the SAE reads a residual stream of width {sae.d_model}, the model's has width "
+                f"{layout.d_model}; use an SAE trained on this model"
+            )
+        if sae.device != like.device:
+            raise ValueError(f"saes[{layer}]: is on {sae.device}, the model on {like.device}; move one with .to()")
+        wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+        if sae.dtype not in (like.dtype, wide):
+            raise ValueError(
+                f"saes[{layer}]: is {sae.dtype} for a model of {like.dtype}; convert it with sae.to({like.dtype})"
+            )
+
+
+def check_images(images: Tensor, layout: ModelLayout, like: Tensor) -> None:
+    """Refuses images that the model does not take; `like` is any parameter of the model."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images: expected a tensor [B, {layout.in_chans}, H, W], got {type(images).__name__}")
+    height, width = layout.image_size
+    if images.dim() != 4 or tuple(images.shape[1:]) != (layout.in_chans, height, width):
+        hint = "; add a batch dimension with images[None]" if images.dim() == 3 else ""
+        raise ValueError(
+            f"images: expected shape [B, {layout.in_chans}, {height}, {width}], got {list(images.shape)}{hint}"
+        )
+    if images.dtype != like.dtype:
+        raise ValueError(f"images: expected dtype {like.dtype} like the model, got {images.dtype}; convert with .to()")
+    if images.device != like.device:
+        raise ValueError(f"images: expected device {like.device} like the model, got {images.device}; move with .to()")
+
+
+def resolve_targets(
+    targets: int | Sequence[int] | Tensor | None,  # [B]
+    logits: Tensor,  # [B, classes]
+) -> Tensor:
+    """The explained class of each image, int64 [B]; None is the predicted class, an int the same class for all."""
+    batch, classes = logits.shape
+    if targets is None:
+        return logits.detach().argmax(-1)
+    if isinstance(targets, (int, Sequence)):
+        targets = torch.as_tensor(targets)
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"targets: expected None, an int or integers [B], got {type(targets).__name__}")
+    if targets.dtype == torch.bool or targets.is_floating_point() or targets.is_complex():
+        raise TypeError(f"targets: expected integer class indices, got dtype {targets.dtype}")
+    targets = targets.to(device=logits.device, dtype=torch.int64)
+    if targets.dim() == 0:
+        targets = targets.expand(batch)
+    if targets.shape != (batch,):
+        raise ValueError(
+            f"targets: expected one class an image, shape [{batch}], got {list(targets.shape)}; for several targets of "
+            "an image repeat the image"
+        )
+    if batch and not 0 <= int(targets.min()) <= int(targets.max()) < classes:
+        raise ValueError(f"targets: expected classes 0 to {classes - 1}, got {targets.tolist()}")
+    return targets.contiguous()
+
+
+def check_logits(logits: object) -> Tensor:
+    """The model's output, if it is logits [B, classes]."""
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"model: expected logits [B, classes] from images, got {found}; wrap it in a module that does")
+    return logits
+
+
+def check_finite(values: Tensor, what: str, model: nn.Module, images: Tensor) -> None:
+    """Passes finite values; else looks for the culprit and names it. The costly search runs only then."""
+    if bool(torch.isfinite(values).all()):
+        return
+    if not bool(torch.isfinite(images).all()):
+        raise ValueError("images: contain NaN or Inf; check the preprocessing")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"model: weight '{name}' contains NaN or Inf; reload the checkpoint")
+    raise ValueError(
+        f"{what} came out NaN or Inf although images and weights are finite: an overflow in {values.dtype}; "
+        "run the model in a wider dtype"
+    )

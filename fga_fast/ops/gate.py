@@ -1,0 +1,38 @@
+"""Gate: scores of an image's patches to factors on the relevance that flows into each.
+
+    z = (s - med) / (1.4826 (MAD + 1e-8)),   w = base ** tanh(slope z)
+
+`med` and MAD are lower medians (as torch.median has them) over the patches of one image.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fga_fast.ops import _library
+
+
+def gate(
+    scores: Tensor,  # [M, P]
+    base: float = 10.0,
+    slope: float = 1.0,
+) -> Tensor:
+    """Gates [M, P] in [1/base, base], dtype of `scores` (float32 or float64). A row with a NaN gives a row of NaN.
+
+    Raises:
+        RuntimeError: rank, dtype or base (must be positive) do not fit; the message names the argument.
+    """
+    _library.load()
+    gates: Tensor = torch.ops.fga_fast.gate(scores, base, slope)
+    return gates
+
+
+def _fake(scores: Tensor, base: float, slope: float) -> Tensor:
+    return scores.new_empty(scores.shape)
+
+
+def register() -> None:
+    """Called once by the library's loader."""
+    torch.library.register_fake("fga_fast::gate", _fake)
+    _library.refuse_gradient("gate")

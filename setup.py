@@ -44,7 +44,11 @@ def find_toolkit() -> Path | None:
     """
     guesses = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     for guess in guesses:
-        if guess and (Path(guess) / "include" / "cuda_runtime.h").is_file() and (Path(guess) / "bin" / "nvcc").is_file():
+        if (
+            guess
+            and (Path(guess) / "include" / "cuda_runtime.h").is_file()
+            and (Path(guess) / "bin" / "nvcc").is_file()
+        ):
             return Path(guess)
     return None
 
@@ -52,7 +56,9 @@ def find_toolkit() -> Path | None:
 def toolkit_version(toolkit: Path) -> tuple[int, int]:
     """Major and minor version of the toolkit's nvcc, (0, 0) if it cannot be run."""
     try:
-        text = subprocess.run([toolkit / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [toolkit / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return (0, 0)
     match = re.search(r"release (\d+)\.(\d+)", text)
@@ -89,7 +95,9 @@ def wanted_toolkit(toolkit: Path | None) -> Path | None:
         print(f"fga_fast: building with CUDA from {toolkit}")
         return toolkit
     if mode == "1":
-        raise SystemExit(f"FGA_FAST_CUDA=1 asks for CUDA kernels, but {obstacle}. Set FGA_FAST_CUDA=0 to build without.")
+        raise SystemExit(
+            f"FGA_FAST_CUDA=1 asks for CUDA kernels, but {obstacle}. Set FGA_FAST_CUDA=0 to build without."
+        )
     print(f"fga_fast: building without CUDA: {obstacle}")
     return None
 
@@ -146,12 +154,14 @@ def packages() -> tuple[list[str], dict[str, str]]:
     return names, folders
 
 
-ext_modules, commands = extensions()
-package_names, package_folders = packages()
-setup(
-    packages=package_names,
-    package_dir=package_folders,
-    ext_modules=ext_modules,
-    cmdclass=commands,
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
-)
+if __name__ == "__main__":
+    ext_modules, commands = extensions()
+    package_names, package_folders = packages()
+    setup(
+        license="Apache-2.0",
+        packages=package_names,
+        package_dir=package_folders,
+        ext_modules=ext_modules,
+        cmdclass=commands,
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )

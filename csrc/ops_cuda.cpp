@@ -41,11 +41,11 @@ Tensor gate(const Tensor& scores /* [M, P] */, double base, double slope) {
   if (m == 0 || p == 0) return gates;
   const cudaStream_t stream = current_stream(scores.get_device_index());
   if (dtype == ScalarType::Float) {
-    fga_fast::cuda::gate(static_cast<const float*>(rows.const_data_ptr()),
-                         static_cast<float*>(gates.mutable_data_ptr()), m, p, base, slope, stream);
+    fga::cuda::gate(static_cast<const float*>(rows.const_data_ptr()), static_cast<float*>(gates.mutable_data_ptr()), m,
+                    p, base, slope, stream);
   } else {
-    fga_fast::cuda::gate(static_cast<const double*>(rows.const_data_ptr()),
-                         static_cast<double*>(gates.mutable_data_ptr()), m, p, base, slope, stream);
+    fga::cuda::gate(static_cast<const double*>(rows.const_data_ptr()), static_cast<double*>(gates.mutable_data_ptr()),
+                    m, p, base, slope, stream);
   }
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return gates;
@@ -53,4 +53,6 @@ Tensor gate(const Tensor& scores /* [M, P] */, double base, double slope) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fga_fast, CUDA, m) { m.impl("gate", TORCH_BOX(&gate)); }
+STABLE_TORCH_LIBRARY_IMPL(fga_fast, CUDA, m) {
+  m.impl("gate", TORCH_BOX(&gate));
+}

@@ -12,7 +12,7 @@
 #include <algorithm>
 #include <cmath>
 
-namespace fga_fast::cuda {
+namespace fga::cuda {
 namespace {
 
 constexpr int kThreads = 256;  // one thread for each value of a key byte
@@ -147,4 +147,4 @@ void gate(const double* scores, double* gates, int64_t rows, int64_t patches, do
   launch<DoubleKey>(scores, gates, rows, patches, base, slope, stream);
 }
 
-}  // namespace fga_fast::cuda
+}  // namespace fga::cuda

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-namespace fga_fast::cuda {
+namespace fga::cuda {
 
 // gates = base ** tanh(slope * z), z = (s - med) / (1.4826 (MAD + 1e-8)) per row, med and MAD the lower medians.
 // scores and gates are dense device arrays [rows, patches], rows and patches at least 1; they may be the same array.
@@ -15,4 +15,4 @@ void gate(const float* scores, float* gates, int64_t rows, int64_t patches, doub
 void gate(const double* scores, double* gates, int64_t rows, int64_t patches, double base, double slope,
           cudaStream_t stream);
 
-}  // namespace fga_fast::cuda
+}  // namespace fga::cuda

@@ -1,0 +1,57 @@
+"""Whole files or none: what a reader finds under a name was written completely."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from pathlib import Path
+
+
+def atomic_write(path: str | os.PathLike[str], data: bytes) -> Path:
+    """Writes `data` to `path`; an error or a crash leaves whatever was there before, and no half-written file.
+
+    Args:
+        path: the file to write. Its folder must exist.
+        data: the whole content.
+
+    Returns:
+        `path` as a Path.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: the folder does not exist, or its name is a file's.
+        PermissionError, OSError: the folder or the disk does not take the file.
+    """
+    path = Path(path)
+    # In the same folder, because os.replace is atomic only within one file system. Opened by us rather than by
+    # tempfile, whose files are readable by their owner alone whatever the umask says.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    return path
+
+
+def check_writable_folder(folder: str | os.PathLike[str]) -> Path:
+    """Creates `folder` if need be and proves, by writing and removing a file, that results will go into it.
+
+    Raises:
+        OSError: of the kind the system gave (PermissionError, NotADirectoryError, ...), its message naming the folder.
+    """
+    folder = Path(folder)
+    probe = folder / f".fga_fast.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(probe, b"")
+        probe.unlink()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise type(error)(f"cannot write into the folder {folder}: {reason}; choose another folder") from error
+    return folder

@@ -1,0 +1,58 @@
+"""Entry point of `fga-fast`: finds the command, runs it, and turns user errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+
+from fga_fast.cli import explain
+
+OK, SOME_FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every command; each sets `run`, a function from parsed arguments to an exit code."""
+    parser = argparse.ArgumentParser(
+        prog="fga-fast", description="Explain Vision Transformers by feature-gradient attribution."
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    explain.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: arguments without the program's name; None takes those of the process.
+
+    Returns:
+        0 done; 1 done, but some images failed; 2 wrong arguments or input, said on stderr; 130 interrupted.
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+    except KeyboardInterrupt:
+        print("fga-fast: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, TypeError, RuntimeError, OSError, ImportError, MemoryError) as error:
+        if args.traceback:
+            raise
+        print(f"fga-fast: error: {error or type(error).__name__}", file=sys.stderr)
+        return USER_ERROR
+    return code
+
+
+def _version() -> str:
+    try:
+        return metadata.version("fga_fast")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""What a command works on: a model with its preprocessing, autoencoders and class names."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fga_fast.cli.checkpoint import Checkpoint
+from fga_fast.images import Preprocess
+from fga_fast.models import find_layout
+from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model ready to be explained.
+
+    Attributes:
+        name: for the reader.
+        model: in eval mode, on its device.
+        preprocess: from pictures to its input.
+        saes: per layer, on the same device.
+        class_names: one for each logit, if known.
+        multi_label: whether probabilities are sigmoids of single logits rather than a softmax.
+    """
+
+    name: str
+    model: nn.Module
+    preprocess: Preprocess
+    saes: dict[int, SparseAutoencoder]
+    class_names: Sequence[str] | None
+    multi_label: bool
+
+    def probabilities(self, logits: Tensor) -> Tensor:  # [B, classes] -> [B, classes]
+        """Sigmoid or softmax of the logits, in float32 or wider."""
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return logits.sigmoid() if self.multi_label else logits.softmax(-1)
+
+    def label(self, target: int) -> str:
+        """A class's name, or its number where names are not known."""
+        return f"class {target}" if self.class_names is None else self.class_names[target]
+
+    def resolve_target(self, given: str, classes: int) -> int:
+        """Class number of `--target`'s value, a number or a name (any of its comma-separated synonyms).
+
+        Raises:
+            ValueError: out of range, no such name, or a name of several classes.
+        """
+        try:
+            number = int(given)
+        except ValueError:
+            return self._named(given)
+        if not 0 <= number < classes:
+            raise ValueError(f"--target: expected a class from 0 to {classes - 1}, got {number}")
+        return number
+
+    def _named(self, given: str) -> int:
+        if self.class_names is None:
+            raise ValueError(f"--target: the class names of {self.name} are not known, so give a number, not {given!r}")
+        wanted = given.strip().casefold()
+        names = [name.casefold() for name in self.class_names]
+        exact = [number for number, name in enumerate(names) if wanted in (name, *map(str.strip, name.split(",")))]
+        found = exact or [number for number, name in enumerate(names) if wanted in name]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            listed = ", ".join(f"{number} ({self.class_names[number]})" for number in found[:8])
+            raise ValueError(f"--target: {given!r} fits several classes: {listed}; give the number")
+        listed = f"; there are {', '.join(self.class_names)}" if len(names) <= 20 else ""
+        raise ValueError(f"--target: no class of {self.name} is called {given!r}{listed}")
+
+
+def load_subject(args: argparse.Namespace) -> Subject:
+    """The subject that the arguments name: a timm model, or without --model the shipped fashion demo.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError: as the message says.
+    """
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"--device: expected a device that is there, got {args.device!r}, but torch sees no CUDA device"
+        )
+    saes = _load_saes(args.sae, args.allow_pickled_config)
+    subject = _fashion_subject() if args.model is None else _timm_subject(args)
+    saes = saes or subject.saes
+    model = subject.model.to(device).eval().requires_grad_(False)
+    return replace(subject, model=model, saes={layer: sae.to(device) for layer, sae in saes.items()})
+
+
+def _load_saes(specs: Sequence[str], allow_pickled_config: bool) -> dict[int, SparseAutoencoder]:
+    saes: dict[int, SparseAutoencoder] = {}
+    for spec in specs:
+        number, equals, path = spec.partition("=")
+        if not equals or not number.strip().isdecimal() or not path:
+            raise ValueError(f"--sae: expected LAYER=PATH, e.g. 9=sae_block_9, got {spec!r}")
+        if int(number) in saes:
+            raise ValueError(f"--sae: expected one autoencoder a layer, got a second one for layer {int(number)}")
+        if not Path(path).exists():
+            raise FileNotFoundError(f"--sae: no file or folder {path}")
+        saes[int(number)] = SparseAutoencoder.from_pretrained(path, allow_pickled_config=allow_pickled_config)
+    return saes
+
+
+def _fashion_subject() -> Subject:
+    from fga_fast.assets import fashion_config, fashion_model, fashion_saes
+
+    config, model = fashion_config(), fashion_model()
+    preprocess = Preprocess(find_layout(model).image_size, tuple(config.mean), tuple(config.std))
+    return Subject("the fashion demo model", model, preprocess, fashion_saes(), config.class_names, True)
+
+
+def _timm_subject(args: argparse.Namespace) -> Subject:
+    try:
+        # By name, because timm's own type annotations differ between its versions.
+        timm: Any = importlib.import_module("timm")
+    except ImportError as error:
+        raise ImportError("--model needs timm: pip install 'fga_fast[models]'") from error
+    model = _timm_model(args, timm)
+    data = timm.data.resolve_model_data_config(model)
+    preprocess = Preprocess(
+        image_size=tuple(data["input_size"][-2:]),
+        mean=tuple(data["mean"]),
+        std=tuple(data["std"]),
+        crop_pct=min(float(data["crop_pct"]), 1.0),
+        interpolation=data["interpolation"] if data["interpolation"] in ("bilinear", "nearest") else "bicubic",
+        squash=data.get("crop_mode") == "squash",
+    )
+    subset = timm.data.infer_imagenet_subset(model)
+    names = None if subset is None else timm.data.ImageNetInfo(subset).label_descriptions()
+    return Subject(args.model, model, preprocess, {}, names, False)
+
+
+def _timm_model(args: argparse.Namespace, timm: Any) -> nn.Module:
+    name = args.model
+    if not timm.is_model(name.split(".")[0]):
+        raise ValueError(f"--model: timm has no model {name!r}; timm.list_models('vit*') lists them")
+    given = [args.checkpoint is not None, args.pretrained, args.random_weights]
+    if sum(given) > 1:
+        raise ValueError("--checkpoint, --pretrained, --random-weights: expected one of them, got several")
+    if not any(given):
+        raise ValueError(_no_weights(name))
+    if args.pretrained:
+        try:
+            return _module(timm.create_model(name, pretrained=True))
+        except Exception as error:  # hub clients raise many kinds for a missing network
+            raise ValueError(f"--pretrained: timm could not get the weights ({error}).\n{_no_weights(name)}") from error
+    if args.random_weights:
+        torch.manual_seed(0)
+        return _module(timm.create_model(name, pretrained=False))
+    checkpoint = Checkpoint(args.checkpoint)
+    # A fine-tuned model's own number of classes; a mismatch anywhere else is reported by load_into.
+    head = checkpoint.shapes.get("head.weight")
+    model = _module(timm.create_model(name, pretrained=False, **({"num_classes": head[0]} if head else {})))
+    checkpoint.load_into(model)
+    return model
+
+
+def _module(model: Any) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"--model: expected timm to make a torch module, got {type(model).__name__}")
+    return model
+
+
+def _no_weights(name: str) -> str:
+    return (
+        f"no weights for {name}: nothing is downloaded unless you ask for it. Give one of\n"
+        "  --checkpoint FILE   a state dict (safetensors or .pt); where there is a network, write one with\n"
+        '      python -c "import timm, safetensors.torch as s; '
+        f"s.save_file(timm.create_model('{name}', pretrained=True).state_dict(), '{name}.safetensors')\"\n"
+        "  --pretrained        let timm use its cache or download them now\n"
+        "  --random-weights    for timing only: the explanation means nothing"
+    )

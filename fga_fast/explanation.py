@@ -1,0 +1,368 @@
+"""What an explanation is, and how to look at it, keep it and read it back."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fga_fast.atomic import atomic_write
+from fga_fast.colormaps import apply_colormap
+from fga_fast.images import as_rgb
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from fga_fast.images import ImageInput
+
+_FORMAT = "fga_fast.explanation.1"
+_MAX_HEADER = 16 * 2**20  # bytes of JSON; ours has a few hundred per tensor
+
+
+class TopFeatures(NamedTuple):
+    """The k strongest SAE features of one layer; with K targets an image, [B,P,k] is [B,K,P,k] and so on."""
+
+    patch_index: Tensor  # [B, P, k] int64, feature numbers
+    patch_contribution: Tensor  # [B, P, k] code times feature gradient
+    image_index: Tensor  # [B, k] int64
+    image_contribution: Tensor  # [B, k] summed over the image's patches
+
+
+class FeatureContribution(NamedTuple):
+    """One SAE feature and what it contributes to the score."""
+
+    feature: int
+    contribution: float
+
+
+@dataclass(eq=False, repr=False)
+class Explanation:
+    """Relevance of every patch for one or K targets of each image, with all that led to it.
+
+    `len(e)` is B; `e[i]`, `e[i:j]` and iteration give explanations of a batch of one or more images.
+
+    Attributes:
+        relevance: [B,P] or [B,K,P] float32 (float64 for float64 models), the pooled token's row of R at the patches.
+        logits: [B,classes].
+        targets: [B] or [B,K] int64, the explained classes.
+        grid: patches (rows, columns); P = rows * columns, row by row.
+        image_size: (height, width) of the model's input in pixels.
+        scores, gates: per gated layer, like `relevance`; gates lie in [1/base, base].
+        backend: what computed it: "native", "triton" or "reference".
+        ungated: like `relevance` but without gates (TransMM), if it was computed.
+        features: per gated layer the strongest SAE features, if they were asked for.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+
+    relevance: Tensor  # [B, P] or [B, K, P]
+    logits: Tensor  # [B, classes]
+    targets: Tensor  # [B] or [B, K]
+    grid: tuple[int, int]
+    image_size: tuple[int, int]
+    scores: dict[int, Tensor] = field(default_factory=dict)  # [B, P] or [B, K, P]
+    gates: dict[int, Tensor] = field(default_factory=dict)  # [B, P] or [B, K, P]
+    backend: str = "reference"
+    ungated: Tensor | None = None  # [B, P] or [B, K, P]
+    features: dict[int, TopFeatures] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.grid = (int(self.grid[0]), int(self.grid[1]))
+        self.image_size = (int(self.image_size[0]), int(self.image_size[1]))
+        shape = tuple(self.relevance.shape)
+        if len(shape) not in (2, 3) or shape[-1] != self.grid[0] * self.grid[1]:
+            raise ValueError(
+                f"relevance: expected [B,P] or [B,K,P] with P = {self.grid[0]} * {self.grid[1]}, got {shape}"
+            )
+        if tuple(self.targets.shape) != shape[:-1]:
+            raise ValueError(f"targets: expected shape {shape[:-1]} beside {shape}, got {tuple(self.targets.shape)}")
+        if self.logits.dim() != 2 or self.logits.shape[0] != shape[0]:
+            raise ValueError(f"logits: expected [{shape[0]}, classes], got {tuple(self.logits.shape)}")
+        alike = {f"scores[{layer}]": value for layer, value in self.scores.items()}
+        alike |= {f"gates[{layer}]": value for layer, value in self.gates.items()}
+        alike |= {} if self.ungated is None else {"ungated": self.ungated}
+        for name, value in alike.items():
+            if tuple(value.shape) != shape:
+                raise ValueError(f"{name}: expected shape {shape} like relevance, got {tuple(value.shape)}")
+        for layer, top in self.features.items():
+            k = top.image_index.shape[-1]
+            for name, value in top._asdict().items():
+                expected = (*(shape if name.startswith("patch") else shape[:-1]), k)
+                if tuple(value.shape) != expected:
+                    raise ValueError(f"features[{layer}].{name}: expected {expected}, got {tuple(value.shape)}")
+
+    def __repr__(self) -> str:
+        batch, patches = self.relevance.shape[0], f"{self.grid[0]}x{self.grid[1]} patches"
+        targets = self.targets.reshape(-1)[:8].tolist()
+        more = ", ..." if self.targets.numel() > 8 else ""
+        gated = f"gated layers {sorted(self.gates)}" if self.gates else "ungated"
+        features = f", top features of layers {sorted(self.features)}" if self.features else ""
+        return (
+            f"Explanation({batch} image{'' if batch == 1 else 's'} of {self.image_size[0]}x{self.image_size[1]} px, "
+            f"{patches}, targets [{', '.join(map(str, targets))}{more}], {gated}{features}, "
+            f"backend {self.backend!r}, {str(self.relevance.dtype).removeprefix('torch.')} on {self.relevance.device})"
+        )
+
+    def __len__(self) -> int:
+        return self.relevance.shape[0]
+
+    def __getitem__(self, index: int | slice) -> Explanation:
+        """The explanation of image `index`, still with a batch dimension, or of a slice of the images.
+
+        Raises:
+            IndexError: there is no such image.
+        """
+        if not isinstance(index, slice):
+            if not -len(self) <= index < len(self):
+                raise IndexError(f"image {index} of an explanation of {len(self)} image(s)")
+            index = slice(index % len(self), index % len(self) + 1)
+        return self._map(lambda tensor: tensor[index])
+
+    def __iter__(self) -> Iterator[Explanation]:
+        return (self[index] for index in range(len(self)))
+
+    def to(self, device: torch.device | str) -> Explanation:
+        """A copy with every tensor on `device`."""
+        return self._map(lambda tensor: tensor.to(device))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Explanation:
+        return replace(
+            self,
+            relevance=change(self.relevance),
+            logits=change(self.logits),
+            targets=change(self.targets),
+            scores={layer: change(value) for layer, value in self.scores.items()},
+            gates={layer: change(value) for layer, value in self.gates.items()},
+            ungated=None if self.ungated is None else change(self.ungated),
+            features={layer: TopFeatures(*map(change, top)) for layer, top in self.features.items()},
+        )
+
+    def heatmap(self, size: int | tuple[int, int] | None = None) -> Tensor:  # -> [B, H, W] or [B, K, H, W]
+        """Relevance as a picture: bilinear (`align_corners=False`), then per map `(h - min) / (max - min + 1e-8)`.
+
+        Args:
+            size: side or (height, width) in pixels; None is the model's input size.
+
+        Returns:
+            [B,H,W], or [B,K,H,W] with K targets an image: float32 in [0,1]; float64 if the relevance is float64.
+
+        Raises:
+            ValueError: a size below 1 pixel.
+        """
+        return _to_picture(self.relevance, self.grid, self._size(size))
+
+    def _size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
+        if size is None:
+            return self.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        if min(height, width) < 1:
+            raise ValueError(f"size: expected at least 1 pixel a side, got {size}")
+        return height, width
+
+    def overlay(self, image: ImageInput, colormap: str = "turbo", alpha: float = 0.5) -> Tensor:  # -> [B, (K,) H, W, 3]
+        """The heat map painted over the picture, at the picture's own resolution.
+
+        Args:
+            image: what the model saw (its resized and cropped view, at any resolution), one for each image: PIL
+                image(s), [B,3,H,W] or [3,H,W] floats in [0,1], or uint8 arrays with channels first or last.
+            colormap: turbo, viridis, magma or gray.
+            alpha: weight of the colours in [0,1].
+
+        Returns:
+            [B,H,W,3] uint8, or [B,K,H,W,3]; `PIL.Image.fromarray(overlay[0].cpu().numpy())` is a picture.
+
+        Raises:
+            TypeError, ValueError: not such an image, another number of them, values outside [0,1], relevance that is
+                not finite, no such colour map.
+        """
+        return paint(self.relevance, self.grid, as_rgb(image, len(self)), colormap, alpha)
+
+    def plot(
+        self,
+        image: ImageInput,
+        *,
+        class_names: Sequence[str] | Mapping[int, str] | None = None,
+        colormap: str = "turbo",
+    ) -> Figure:
+        """A matplotlib figure, one row per image and target: image, TransMM (if `ungated` is there), gates, result.
+
+        Args:
+            image: as for `overlay`.
+            class_names: names for the row labels, by class number.
+            colormap: as for `overlay`; gates are always blue (below 1: damped) to red (above 1: amplified).
+
+        Returns:
+            matplotlib.figure.Figure, not registered with pyplot: `figure.savefig("figure.png")`.
+
+        Raises:
+            ImportError: matplotlib is missing.
+            TypeError, ValueError: as for `overlay`; or no image, or more than 64 rows.
+        """
+        from fga_fast.figure import draw
+
+        return draw(self, as_rgb(image, len(self)), class_names, colormap)
+
+    def top_features(self, layer: int, k: int | None = None, patch: tuple[int, int] | None = None) -> list[Any]:
+        """The strongest features of a layer, largest contribution in magnitude first.
+
+        Args:
+            layer: a gated layer.
+            k: how many at most; None is all that were recorded.
+            patch: (row, column) in the grid for one patch's features; None is those of the whole image.
+
+        Returns:
+            A list over images (with K targets: of lists over targets) of lists of (feature, contribution).
+
+        Raises:
+            ValueError: no features recorded for this layer, fewer than k recorded, or a patch outside the grid.
+        """
+        if layer not in self.features:
+            recorded = f"only for layers {sorted(self.features)}" if self.features else "for no layer"
+            raise ValueError(
+                f"layer: features were recorded {recorded}, got {layer}; "
+                f"construct Explainer(..., saes={{{layer}: sae}}, top_features=k)"
+            )
+        top = self.features[layer]
+        recorded_k = top.image_index.shape[-1]
+        if k is not None and not 0 < k <= recorded_k:
+            raise ValueError(
+                f"k: expected 1 to {recorded_k}, got {k}; construct Explainer(..., top_features=k) for more"
+            )
+        index, contribution = top.image_index, top.image_contribution  # [B, (K,) k]
+        if patch is not None:
+            (row, column), (rows, columns) = patch, self.grid
+            if not (0 <= row < rows and 0 <= column < columns):
+                raise ValueError(f"patch: expected a (row, column) inside the {rows}x{columns} grid, got {patch}")
+            index = top.patch_index[..., row * columns + column, :]
+            contribution = top.patch_contribution[..., row * columns + column, :]
+        return _ranked(index.tolist(), contribution.tolist(), k)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes one safetensors file, whole or not at all; `load` reads it back.
+
+        Raises:
+            OSError: the folder does not exist or cannot be written.
+        """
+        from safetensors.torch import save
+
+        tensors = {"relevance": self.relevance, "logits": self.logits, "targets": self.targets}
+        tensors |= {} if self.ungated is None else {"ungated": self.ungated}
+        tensors |= {f"scores.{layer}": value for layer, value in self.scores.items()}
+        tensors |= {f"gates.{layer}": value for layer, value in self.gates.items()}
+        for layer, top in self.features.items():
+            tensors |= {f"features.{layer}.{name}": value for name, value in top._asdict().items()}
+        about = {"grid": self.grid, "image_size": self.image_size, "backend": self.backend}
+        # Cloned, since the format refuses tensors that share memory, as a batch of one and its batch do.
+        whole = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+        return atomic_write(path, save(whole, {"format": _FORMAT, "explanation": json.dumps(about)}))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Explanation:
+        """Reads what `save` wrote, onto the CPU; nothing is unpickled.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: not an explanation, truncated, an oversized header, missing or unknown or misshapen entries.
+        """
+        tensors, about = _read(Path(path))
+        try:
+            return _assemble(cls, tensors, about)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise ValueError(f"path: {path} is not a valid explanation: {error}") from error
+
+
+def paint(relevance: Tensor, grid: tuple[int, int], pictures: Tensor, colormap: str, alpha: float) -> Tensor:
+    """Heat maps over pictures: [B,(K,)P] over [B,H,W,3] in [0,1] -> [B,(K,)H,W,3] uint8."""
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha: expected a number in [0,1], got {alpha}")
+    if not bool(torch.isfinite(relevance).all()):
+        raise ValueError("relevance: contains NaN or Inf, which no colour stands for")
+    heat = _to_picture(relevance, grid, (pictures.shape[1], pictures.shape[2])).float()
+    colours = apply_colormap(heat, colormap)  # [B, (K,) H, W, 3]
+    pictures = pictures.to(heat.device)
+    if heat.dim() == 4:
+        pictures = pictures.unsqueeze(1)
+    blend = (1 - alpha) * pictures + alpha * colours
+    return (blend * 255).round().to(torch.uint8)
+
+
+def _to_picture(relevance: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:  # [B, (K,) P]
+    leading = relevance.shape[:-1]
+    dtype = torch.float64 if relevance.dtype == torch.float64 else torch.float32
+    maps = relevance.detach().to(dtype).reshape(-1, 1, *grid)
+    if maps.shape[0] == 0:  # interpolate's empty-batch behaviour differs between devices and versions
+        return maps.new_zeros(*leading, *size)
+    large = functional.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+    # Interpolation stays between its inputs but for rounding, which on a constant map would be all there is to see.
+    large = large.clamp(maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True))
+    low, high = large.amin((-2, -1), keepdim=True), large.amax((-2, -1), keepdim=True)
+    return ((large - low) / (high - low + 1e-8)).reshape(*leading, *size)
+
+
+def _ranked(index: list[Any], contribution: list[Any], k: int | None) -> list[Any]:
+    if index and isinstance(index[0], list):
+        return [_ranked(i, c, k) for i, c in zip(index, contribution, strict=True)]
+    pairs = [FeatureContribution(i, c) for i, c in zip(index, contribution, strict=True)]
+    return sorted(pairs, key=lambda pair: -abs(pair.contribution))[:k]
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"path: no file {path}")
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if header > min(_MAX_HEADER, path.stat().st_size - 8):
+        raise ValueError(f"path: {path} is truncated or no explanation: it announces a header of {header} bytes")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as stored:
+            metadata = stored.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(f"path: {path} is no explanation: format {metadata.get('format')!r}, not {_FORMAT!r}")
+            about = json.loads(metadata.get("explanation", "null"))
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"path: {path} is truncated or damaged: {error}") from error
+    if not isinstance(about, dict):
+        raise ValueError(f"path: {path} has no 'explanation' entry in its metadata")
+    return tensors, about
+
+
+def _assemble(cls: type[Explanation], tensors: dict[str, Tensor], about: dict[str, Any]) -> Explanation:
+    missing = [name for name in ("relevance", "logits", "targets") if name not in tensors]
+    missing += [name for name in ("grid", "image_size", "backend") if name not in about]
+    if missing:
+        raise ValueError(f"missing {', '.join(missing)}")
+    plain: dict[str, Any] = {}
+    layered: dict[str, dict[int, Tensor]] = {"scores": {}, "gates": {}}
+    features: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition(".")
+        if name in ("relevance", "logits", "targets", "ungated"):
+            plain[name] = tensor
+        elif kind in layered:
+            layered[kind][int(rest)] = tensor
+        elif kind == "features":
+            layer, _, entry = rest.partition(".")
+            features.setdefault(int(layer), {})[entry] = tensor
+        else:
+            raise ValueError(f"unknown entry {name!r}")
+    top = {layer: TopFeatures(**entries) for layer, entries in features.items()}
+    return cls(
+        **plain,
+        scores=layered["scores"],
+        gates=layered["gates"],
+        features=top,
+        grid=tuple(about["grid"]),
+        image_size=tuple(about["image_size"]),
+        backend=str(about["backend"]),
+    )

@@ -1,0 +1,214 @@
+"""Image files to what a model sees, and pictures to what an overlay is painted on; PIL and torch alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import floor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    ImageInput: TypeAlias = (
+        Image.Image | Sequence[Image.Image] | Tensor | npt.NDArray[np.floating[Any]] | npt.NDArray[np.uint8]
+    )
+
+EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+class ImageFileError(ValueError):
+    """A file that is no picture, is broken, or is larger than PIL's decompression-bomb guard allows."""
+
+
+def load_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Reads any image file as upright RGB, 8 bits a channel.
+
+    EXIF rotation is applied, transparency is composited on white, 16-bit grey is scaled to 8 bits, grey, palette and
+    CMYK files become RGB; of an animation the first frame is read.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ImageFileError: not an image, truncated or damaged, or too large for PIL's `Image.MAX_IMAGE_PIXELS` guard.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"image: no file {path}")
+    if path.is_dir():
+        raise ImageFileError(f"image: {path} is a folder, expected a file; list_images() lists a folder's images")
+    try:
+        with Image.open(path) as file:
+            file.load()
+            return _to_rgb(ImageOps.exif_transpose(file))
+    except Image.DecompressionBombError as error:
+        raise ImageFileError(f"image: {path} is too large: {error}. Scale it down first.") from error
+    except UnidentifiedImageError as error:
+        raise ImageFileError(f"image: {path} is not an image that PIL can read") from error
+    except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, ... on damaged files
+        raise ImageFileError(f"image: {path} is truncated or damaged ({type(error).__name__}: {error})") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey; PIL's own conversion would clip at 255 instead of scaling
+        values = image if image.mode == "I" else image.convert("I")
+        image = values.point(lambda value: value * (255 / 65535) + 0.5).convert("L")
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no agreed range; save the picture with 8 or 16 bits a channel")
+    if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
+        coloured = image.convert("RGBA")
+        white = Image.new("RGBA", coloured.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, coloured)
+    return image.convert("RGB")
+
+
+def list_images(folder: str | os.PathLike[str]) -> list[Path]:
+    """Image files directly inside `folder`, by file extension, sorted by name; hidden files are left out.
+
+    Raises:
+        NotADirectoryError: `folder` is no folder.
+        ValueError: there is no image in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise NotADirectoryError(f"folder: expected a folder of images, got {folder}")
+    found = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
+    )
+    if not found:
+        raise ValueError(f"folder: no image in {folder}; looked for files ending in {', '.join(EXTENSIONS)}")
+    return found
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """From a picture of any size to a model's input: resize to cover, centre crop, normalise.
+
+    Attributes:
+        image_size: (height, width) of the model's input in pixels.
+        mean, std: per channel, of values in [0,1]; three numbers for a colour model, one for a grey model.
+        crop_pct: the crop's share of the resized picture, in (0,1]; 0.9 resizes the shorter side to 224/0.9 = 248.
+        interpolation: "bicubic", "bilinear" or "nearest".
+        squash: resize both sides to `image_size`, changing the aspect ratio, and crop nothing.
+
+    Raises:
+        ValueError: a field out of its range.
+    """
+
+    image_size: tuple[int, int]
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    crop_pct: float = 1.0
+    interpolation: str = "bicubic"
+    squash: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.image_size) != 2 or min(self.image_size) < 1:
+            raise ValueError(f"image_size: expected (height, width) of at least 1 pixel, got {self.image_size}")
+        if len(self.mean) not in (1, 3) or len(self.mean) != len(self.std) or min(self.std) <= 0:
+            raise ValueError(
+                f"mean, std: expected 1 or 3 numbers each, std above 0, got mean={self.mean}, std={self.std}"
+            )
+        if not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop_pct: expected a number in (0,1], got {self.crop_pct}")
+        if self.interpolation not in ("bicubic", "bilinear", "nearest"):
+            raise ValueError(f"interpolation: expected bicubic, bilinear or nearest, got {self.interpolation!r}")
+
+    def view(self, image: Image.Image) -> Image.Image:
+        """The part of the picture that the model sees: RGB, or grey for a one-channel model, of size `image_size`."""
+        height, width = self.image_size
+        image = image.convert("RGB" if len(self.mean) == 3 else "L")
+        method = Image.Resampling[self.interpolation.upper()]
+        if self.squash:
+            return image.resize((width, height), method)
+        cover_height, cover_width = floor(height / self.crop_pct), floor(width / self.crop_pct)
+        if cover_height * image.width >= cover_width * image.height:
+            new_height, new_width = cover_height, cover_height * image.width // image.height
+        else:
+            new_height, new_width = cover_width * image.height // image.width, cover_width
+        # Resize and crop in one step: only the crop's pixels are ever made, so a panorama costs no more than a square.
+        top, left = round((new_height - height) / 2), round((new_width - width) / 2)
+        step_x, step_y = image.width / new_width, image.height / new_height
+        box = (
+            left * step_x,
+            top * step_y,
+            min((left + width) * step_x, image.width),
+            min((top + height) * step_y, image.height),
+        )
+        return image.resize((width, height), method, box=box)
+
+    def normalise(self, view: Image.Image) -> Tensor:  # -> [channels, H, W]
+        """`(value / 255 - mean) / std` of a view's pixels: [channels, H, W] float32."""
+        pixels = _pixels(view).permute(2, 0, 1).float() / 255
+        shape = (len(self.mean), 1, 1)
+        return (pixels - torch.tensor(self.mean).view(shape)) / torch.tensor(self.std).view(shape)
+
+    def __call__(self, image: Image.Image) -> Tensor:  # -> [channels, H, W]
+        """The model's input for one picture: [channels, H, W] float32."""
+        return self.normalise(self.view(image))
+
+
+def as_rgb(image: ImageInput, count: int) -> Tensor:  # -> [count, H, W, 3]
+    """`count` pictures in any usual form as [count, H, W, 3] float32 in [0,1].
+
+    Args:
+        image: a PIL image or a sequence of them (one size); a tensor or array of floats in [0,1], [count, 3 or 1, H, W]
+            or [3 or 1, H, W]; or of uint8 in the same layout, for arrays also with the channels last.
+        count: how many pictures are expected.
+
+    Raises:
+        TypeError: none of these forms.
+        ValueError: another count, pictures of several sizes, wrong shape, values outside [0,1] or not finite.
+    """
+    if isinstance(image, Image.Image):
+        pictures = _pixels(image.convert("RGB")).unsqueeze(0)
+    elif isinstance(image, Sequence) and all(isinstance(one, Image.Image) for one in image):
+        sizes = sorted({one.size for one in image})
+        if len(sizes) > 1:
+            raise ValueError(f"image: expected pictures of one size, got (width, height) {sizes}; pass their views")
+        pixels = [_pixels(one.convert("RGB")) for one in image]
+        pictures = torch.stack(pixels) if pixels else torch.zeros(0, 1, 1, 3, dtype=torch.uint8)
+    elif isinstance(image, Tensor):
+        pictures = _channels_last(image.detach(), allow_last=False)
+    elif hasattr(image, "__array__"):
+        pictures = _channels_last(torch.as_tensor(image), allow_last=True)
+    else:
+        raise TypeError(
+            f"image: expected PIL image(s), a [B,3,H,W] tensor or an [H,W,3] array, got {type(image).__name__}"
+        )
+    if pictures.shape[0] != count:
+        raise ValueError(f"image: expected {count} picture(s), one for each explained image, got {pictures.shape[0]}")
+    return pictures.float() / 255 if pictures.dtype == torch.uint8 else pictures.float()
+
+
+def _pixels(image: Image.Image) -> Tensor:  # -> [H, W, channels]
+    data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return data.view(image.height, image.width, -1)
+
+
+def _channels_last(values: Tensor, allow_last: bool) -> Tensor:  # [(B,) C, H, W] or [(B,) H, W, C] -> [B, H, W, 3]
+    if values.dtype != torch.uint8 and not values.is_floating_point():
+        raise ValueError(f"image: expected floats in [0,1] or uint8, got {values.dtype}")
+    shape = tuple(values.shape)
+    if values.dim() == 3:
+        values = values.unsqueeze(0)
+    if values.dim() == 4 and values.shape[1] in (1, 3):
+        values = values.permute(0, 2, 3, 1)
+    elif not (values.dim() == 4 and allow_last and values.shape[3] in (1, 3)):
+        layouts = "[B,3,H,W] or [3,H,W]" + (", or channels last" if allow_last else "")
+        raise ValueError(f"image: expected {layouts}, got shape {shape}")
+    # Written so that NaN fails as well.
+    if values.is_floating_point() and values.numel() and not bool(((values >= 0) & (values <= 1)).all()):
+        raise ValueError(
+            f"image: expected values in [0,1], got [{float(values.min()):.3g}, {float(values.max()):.3g}]; "
+            "for a normalised input pass image * std + mean"
+        )
+    return values.expand(*values.shape[:3], 3)

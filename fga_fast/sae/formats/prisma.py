@@ -1,0 +1,226 @@
+"""ViT-Prisma SAE checkpoints (Joseph et al.), both layouts.
+
+(i)  ``n_images_<N>.pt`` of its trainer: {"cfg": a pickled VisionModelSAERunnerConfig, "state_dict": ...}. Refused
+     unless the caller allows it; the one class then becomes a plain record and no code of the file runs.
+(ii) the public repositories: a bare state dict ``.pt`` and ``config.json`` beside it.
+
+Tensors: W_enc [C, F], W_dec [F, C], b_enc [F], b_dec [C]; gated adds b_gate, r_mag, b_mag [F]. Only the settings below
+are read; file names in the configuration (dataset, cached activations, checkpoint) are never followed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fga_fast.sae.checks import DTYPES, GATED_NAMES
+from fga_fast.sae.formats.json_config import read_json
+from fga_fast.sae.formats.torch_archive import CONFIG_CLASS, ConfigRecord, config_classes, read_archive
+from fga_fast.sae.normalise import check_normalisation
+from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
+
+_log = logging.getLogger(__name__)
+
+AS_STORED = "as stored"
+HOOK = "hook_resid_post"
+
+_STANDARD = ("W_enc", "W_dec", "b_enc", "b_dec")
+_SPARSITY_SUFFIX = "_log_feature_sparsity.pt"  # written beside the weights; not an SAE
+_NORMALISATIONS = {None: None, "none": None, "layer_norm": "layer_norm", "constant_norm_rescale": "constant_norm"}
+
+
+def matches(path: Path) -> bool:
+    """Whether ``path`` is a ``.pt`` file or a folder that holds one."""
+    if path.is_file():
+        return path.suffix in (".pt", ".pth")
+    return any(path.glob("*.pt"))
+
+
+def load(path: Path, *, allow_pickled_config: bool = False, normalize: str | None = AS_STORED) -> SparseAutoencoder:
+    """Read a ViT-Prisma SAE; see `SparseAutoencoder.from_pretrained`.
+
+    Raises:
+        FileNotFoundError: no weights or no settings.
+        ValueError: damaged, oversized or refused file, or an SAE that cannot gate patches of the residual stream.
+    """
+    weights = _weights_file(path)
+    classes = config_classes(weights)
+    if classes and not allow_pickled_config:
+        raise ValueError(
+            f"{weights}: holds its configuration as a pickled object ({classes[0]}), which is refused by default; pass "
+            "allow_pickled_config=True to read that object as plain settings (no code of the file is run)"
+        )
+    content = read_archive(weights, classes)
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{weights}: expected a dict of tensors, got {type(content).__name__}")
+    state = content.get("state_dict", content)
+    if "cfg" in content:
+        where, config = f"{weights}: cfg", _fields(content["cfg"], weights)
+    else:
+        where, config = str(weights.parent / "config.json"), read_json(weights.parent / "config.json")
+    config = {name: _plain(value) for name, value in config.items()}
+    gated = _check_state(state, weights)
+    _check_scope(config, where)
+    _check_sizes(config, state, where)
+    activation, k = _activation(config, gated, where)
+    normalize = _normalisation(config, normalize, where)
+    metadata = _metadata(config, weights)
+    try:
+        return SparseAutoencoder(**state, activation=activation, k=k, normalize=normalize, metadata=metadata)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{weights}: {error}") from error
+
+
+def _weights_file(path: Path) -> Path:
+    if path.is_file():
+        if path.name.endswith(_SPARSITY_SUFFIX):
+            raise ValueError(f"{path}: holds the features' sparsity, not an SAE; pass the .pt file beside it")
+        return path
+    found = sorted(file for file in path.glob("*.pt") if not file.name.endswith(_SPARSITY_SUFFIX))
+    if not found:
+        raise FileNotFoundError(f"{path}: no SAE weights (.pt, other than *{_SPARSITY_SUFFIX}) in this folder")
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found[:8])
+        raise ValueError(f"{path}: expected one .pt file, got {len(found)} ({names}); pass the path of one of them")
+    return found[0]
+
+
+def _fields(cfg: object, weights: Path) -> dict[str, Any]:
+    if isinstance(cfg, ConfigRecord):
+        return cfg.fields
+    if isinstance(cfg, dict):
+        return cfg
+    raise ValueError(f"{weights}: cfg: expected a {CONFIG_CLASS} or a dict, got {type(cfg).__name__}")
+
+
+def _plain(value: Any) -> Any:
+    """Undo the ``{"__type__": ..., "value": ...}`` wrapping of older config.json files."""
+    if isinstance(value, dict) and set(value) == {"__type__", "value"}:
+        return value["value"]
+    return value
+
+
+def _check_state(state: object, weights: Path) -> bool:
+    """Check names, types and sizes of the state dict; return whether it is a gated SAE."""
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{weights}: state_dict: expected a dict of tensors, got {type(state).__name__}")
+    gated = any(name in state for name in GATED_NAMES)
+    expected = (*_STANDARD, *GATED_NAMES) if gated else _STANDARD
+    missing = [name for name in expected if name not in state and not (gated and name == "b_enc")]
+    unknown = sorted(str(name) for name in state if name not in expected)
+    if missing or unknown:
+        raise ValueError(
+            f"{weights}: tensors missing: {', '.join(missing) or 'none'}; not known: "
+            f"{', '.join(unknown[:8]) or 'none'}; a {'gated' if gated else 'standard'} ViT-Prisma SAE holds "
+            f"{', '.join(expected)}"
+        )
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.dtype not in DTYPES:
+            got = f"{value.dtype}, {value.layout}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{weights}: {name}: expected a dense floating-point tensor, got {got}")
+        # Zero strides let a few stored bytes stand for a tensor of any size; copying it would allocate that size.
+        claimed, stored = value.numel() * value.element_size(), value.untyped_storage().nbytes()
+        if claimed > stored:
+            raise ValueError(f"{weights}: {name}: claims {claimed} bytes, the file stores {stored}")
+    if "b_enc" not in state and isinstance(state, dict):
+        state["b_enc"] = None
+    d_model, n_features = state["b_dec"].numel(), state["b_gate" if gated else "b_enc"].numel()
+    for name, shape in (("W_enc", (d_model, n_features)), ("W_dec", (n_features, d_model))):
+        if tuple(state[name].shape) != shape:
+            hint = "; it is transposed" if tuple(state[name].shape) == shape[::-1] else ""
+            raise ValueError(
+                f"{weights}: {name}: expected shape {list(shape)} (from the lengths of the biases), got "
+                f"{list(state[name].shape)}{hint}"
+            )
+    return gated
+
+
+def _check_scope(config: dict[str, Any], where: str) -> None:
+    """Refuse SAEs that were trained on something other than the residual stream of patches after a block."""
+    if config.get("cls_token_only"):
+        raise ValueError(
+            f"{where}: cls_token_only: this SAE was trained on the class token only and cannot gate patches"
+        )
+    if config.get("is_transcoder"):
+        raise ValueError(
+            f"{where}: is_transcoder: a transcoder's decoder writes to another space and cannot gate patches"
+        )
+    if config.get("hook_point_head_index") is not None:
+        raise ValueError(f"{where}: hook_point_head_index: expected null, got an SAE of one attention head's output")
+    if "layer_subtype" not in config and "hook_point" not in config:
+        _log.warning("%s: does not say which activations the SAE was trained on; taken as %s", where, HOOK)
+    subtype = config.get("layer_subtype", str(config.get("hook_point", HOOK)).rpartition(".")[2])
+    if subtype != HOOK:
+        raise ValueError(
+            f"{where}: layer_subtype: expected {HOOK!r} (the residual stream after a block), got {subtype!r}"
+        )
+
+
+def _check_sizes(config: dict[str, Any], state: Mapping[str, Tensor], where: str) -> None:
+    d_model, d_sae = state["W_enc"].shape
+    for name, size in (("d_in", d_model), ("d_sae", d_sae)):
+        if config.get(name) not in (None, size):
+            raise ValueError(
+                f"{where}: {name}: the weights have {size}, got {config[name]!r}; files of different SAEs?"
+            )
+
+
+def _activation(config: dict[str, Any], gated: bool, where: str) -> tuple[str, int | None]:
+    architecture = config.get("architecture", "gated" if gated else "standard")
+    if architecture != ("gated" if gated else "standard"):
+        raise ValueError(
+            f"{where}: architecture: the weights are those of a {'gated' if gated else 'standard'} SAE, got "
+            f"{architecture!r}"
+        )
+    name = config.get("activation_fn_str")
+    if name == "tanh-relu":
+        raise ValueError(f"{where}: activation_fn_str: 'tanh-relu' is not supported; its codes saturate at 1")
+    if name == "relu":
+        return ("gated" if gated else "relu"), None
+    if name != "topk" or gated:
+        raise ValueError(
+            f"{where}: activation_fn_str: expected 'relu'{'' if gated else ' or topk'} for this SAE, got {name!r}"
+        )
+    kwargs = config.get("activation_fn_kwargs")
+    k = kwargs.get("k") if isinstance(kwargs, dict) else None
+    if type(k) is not int:
+        raise ValueError(f"{where}: activation_fn_kwargs.k: activation 'topk' needs an integer, got {k!r}")
+    return "topk", k
+
+
+def _normalisation(config: dict[str, Any], given: str | None, where: str) -> str | None:
+    """The SAE's normalisation; a file that does not name one is refused unless the caller does.
+
+    The trainer's default changed from none to layer_norm over time, so a missing entry has no safe reading.
+    """
+    if given != AS_STORED:
+        check_normalisation(given)
+    if "normalize_activations" not in config:
+        if given == AS_STORED:
+            raise ValueError(
+                f"{where}: normalize_activations is missing, and ViT-Prisma's default changed over time; pass "
+                "normalize=None, 'layer_norm' or 'constant_norm', and compare explained_variance() with the SAE's card"
+            )
+        return given
+    value = config["normalize_activations"]
+    if not (value is None or isinstance(value, str)) or value not in _NORMALISATIONS:
+        names = ", ".join(repr(name) for name in _NORMALISATIONS)
+        raise ValueError(f"{where}: normalize_activations: expected one of {names}, got {value!r}")
+    stored = _NORMALISATIONS[value]
+    if given not in (AS_STORED, stored):
+        raise ValueError(f"normalize: {where} says {value!r}, got {given!r}; leave normalize out")
+    return stored
+
+
+def _metadata(config: dict[str, Any], weights: Path) -> dict[str, str]:
+    metadata = {"source_format": "vit-prisma", "source_file": weights.name}
+    if type(config.get("hook_point_layer")) is int:
+        metadata["layer"] = str(config["hook_point_layer"])
+    if isinstance(config.get("model_name"), str):
+        metadata["model_name"] = config["model_name"]
+    return metadata

@@ -1,0 +1,387 @@
+"""SparseAutoencoder: a frozen SAE of the residual stream, readable encode/decode, and the tensors the kernels read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fga_fast.sae.checks import (
+    DTYPES,
+    GATED_NAMES,
+    check_activations,
+    check_finite,
+    check_metadata,
+    check_settings,
+    check_tensor,
+    check_weights,
+)
+from fga_fast.sae.folding import decoder_sum, folded_centring
+from fga_fast.sae.normalise import denormalise, normalise
+
+_RAW = ("_W_enc_t", "W_dec", "b_enc", "b_dec", "threshold", *GATED_NAMES)
+_DERIVED = ("bias", "gate_scale", "mag_bias", "theta", "dec_sum")
+# Tokens encoded at a time by the self-check: codes of 49,152 float32 features take 50 MB.
+_SELF_CHECK_ROWS = 256
+
+
+class SparseAutoencoder(nn.Module):
+    """A trained sparse autoencoder, frozen: it holds buffers only and never requires a gradient.
+
+    With ``u = normalise(x)``, ``pre = u W_enc`` and ``z = pre + bias`` (b_dec is folded into bias) the codes are
+      relu                 max(z, 0)
+      topk                 the k largest z of the token (ties: the lowest feature index), then relu
+      jumprelu, batch_topk z where z > theta, else 0; then relu
+      gated                1[z > 0] * relu(pre * gate_scale + mag_bias)
+
+    Args:
+        W_enc: [C, F] encoder, float16, bfloat16, float32 or float64.
+        b_enc: [F] or None (zero). Kept but not used by "gated".
+        W_dec: [F, C] decoder, one row a feature.
+        b_dec: [C], subtracted before encoding and added after decoding.
+        activation: "relu", "topk", "batch_topk", "jumprelu" or "gated".
+        k: features kept a token, 1 <= k <= F; "topk" needs it, "batch_topk" keeps it for the record.
+        threshold: a number or a tensor [] or [F]; "jumprelu" and "batch_topk" need it.
+        normalize: None, "layer_norm" or "constant_norm", see `fga_fast.sae.normalise`.
+        b_gate, r_mag, b_mag: [F] each, "gated" only.
+        metadata: strings kept with the SAE and its file, such as {"layer": "9"}.
+
+    Attributes:
+        W_enc: [C, F], a view; its memory is feature-major (``W_enc.t()`` is contiguous), which the kernels rely on.
+        W_dec: [F, C] contiguous. b_enc, b_dec, threshold, b_gate, r_mag, b_mag: as given.
+        bias: [F] = b_enc - b_dec W_enc (gated: b_gate - b_dec W_enc).
+        gate_scale, mag_bias: [F] = exp(r_mag), b_mag - exp(r_mag) * (b_dec W_enc); None unless gated.
+        theta: [F], the threshold of each feature; None unless jumprelu or batch_topk.
+        dec_sum: [C], the sum of the decoder rows.
+        activation, k, normalize, d_model (C), d_sae (F), metadata, dtype, device.
+
+    The derived tensors are computed in float64 and rounded once, and are computed anew from the parameters when the
+    dtype changes, so ``SparseAutoencoder(float32 weights).double()`` is exact. The tensors given are copied.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype, mixed dtypes.
+        ValueError: wrong shapes, mixed devices, NaN or Inf, settings that do not fit the activation.
+
+    Source: the conventions are those of ViT-Prisma and SAELens.
+    """
+
+    _W_enc_t: Tensor  # [F, C]
+    W_dec: Tensor  # [F, C]
+    b_enc: Tensor | None  # [F]
+    b_dec: Tensor  # [C]
+    threshold: Tensor | None  # [] or [F]
+    b_gate: Tensor | None  # [F]
+    r_mag: Tensor | None  # [F]
+    b_mag: Tensor | None  # [F]
+    bias: Tensor  # [F]
+    gate_scale: Tensor | None  # [F]
+    mag_bias: Tensor | None  # [F]
+    theta: Tensor | None  # [F]
+    dec_sum: Tensor  # [C]
+
+    def __init__(
+        self,
+        W_enc: Tensor,  # [C, F]
+        b_enc: Tensor | None,  # [F]
+        W_dec: Tensor,  # [F, C]
+        b_dec: Tensor,  # [C]
+        activation: str = "relu",
+        k: int | None = None,
+        threshold: float | Tensor | None = None,  # [] or [F]
+        normalize: str | None = None,
+        *,
+        b_gate: Tensor | None = None,  # [F]
+        r_mag: Tensor | None = None,  # [F]
+        b_mag: Tensor | None = None,  # [F]
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__()
+        check_settings(activation, k, threshold, normalize)
+        self.d_model, self.d_sae = check_weights(W_enc, W_dec)
+        self.activation, self.k, self.normalize = activation, k, normalize
+        self.metadata = check_metadata(metadata)
+        if k is not None and not 1 <= k <= self.d_sae:
+            raise ValueError(f"k: expected 1 <= k <= {self.d_sae} (the SAE's features), got {k}")
+        if normalize == "layer_norm" and self.d_model < 2:
+            raise ValueError("normalize: 'layer_norm' needs a width of at least 2, got d_model=1")
+        # A tensor made in inference mode cannot take part in autograd later, and the explanation needs autograd.
+        with torch.inference_mode(False), torch.no_grad():
+            raw = {"b_enc": b_enc, "b_gate": b_gate, "r_mag": r_mag, "b_mag": b_mag}
+            self._register_raw(W_enc, W_dec, b_dec, raw, threshold)
+            self._derive()
+        self.register_load_state_dict_post_hook(_after_load_state_dict)  # type: ignore[no-untyped-call]
+        self.eval()
+
+    def _register_raw(
+        self,
+        W_enc: Tensor,  # [C, F]
+        W_dec: Tensor,  # [F, C]
+        b_dec: Tensor,  # [C]
+        per_feature: Mapping[str, Tensor | None],  # each [F]
+        threshold: float | Tensor | None,  # [] or [F]
+    ) -> None:
+        check_tensor("W_dec", W_dec, like=W_enc)
+        check_tensor("b_dec", b_dec, (self.d_model,), like=W_enc)
+        for name, value in per_feature.items():
+            if name in GATED_NAMES and (value is None) == (self.activation == "gated"):
+                need = "is needed by" if value is None else "belongs to"
+                raise ValueError(f"{name}: {need} activation 'gated', got activation {self.activation!r}")
+            if value is not None:
+                check_tensor(name, value, (self.d_sae,), like=W_enc)
+        tensors = {
+            "_W_enc_t": W_enc.t(),
+            "W_dec": W_dec,
+            "b_dec": b_dec,
+            "threshold": self._checked_threshold(threshold, W_enc),
+            **per_feature,
+        }
+        for name in _RAW:
+            value = tensors[name]
+            copy = None if value is None else value.detach().clone(memory_format=torch.contiguous_format)
+            self.register_buffer(name, copy)
+        for name in _DERIVED:
+            self.register_buffer(name, None, persistent=False)
+
+    def _checked_threshold(
+        self,
+        threshold: float | Tensor | None,  # [] or [F]
+        like: Tensor,
+    ) -> Tensor | None:
+        if threshold is None:
+            return None
+        if isinstance(threshold, Tensor):
+            shape = () if threshold.ndim == 0 else (self.d_sae,)
+            return check_tensor("threshold", threshold, shape, like=like)
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+            raise TypeError(f"threshold: expected a number or a tensor [] or [F], got {type(threshold).__name__}")
+        return torch.tensor(float(threshold), dtype=like.dtype, device=like.device)
+
+    @torch.no_grad()
+    def _derive(self) -> None:
+        """Check the parameters for NaN and Inf and compute the derived tensors from them."""
+        if self.dtype not in DTYPES:
+            raise TypeError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, got {self.dtype}")
+        for name in _RAW:
+            value = self._buffers[name]
+            if value is not None:
+                check_finite(name.removeprefix("_").removesuffix("_t"), value)
+        centring = folded_centring(self._W_enc_t, self.b_dec)  # [F]
+        derived: dict[str, Tensor | None] = dict.fromkeys(_DERIVED)
+        derived["dec_sum"] = decoder_sum(self.W_dec)
+        if self.b_gate is not None and self.r_mag is not None and self.b_mag is not None:
+            scale = self.r_mag.double().exp()
+            derived["bias"] = self.b_gate.double() - centring
+            derived["gate_scale"] = scale
+            derived["mag_bias"] = self.b_mag.double() - scale * centring
+        else:
+            derived["bias"] = -centring if self.b_enc is None else self.b_enc.double() - centring
+        if self.threshold is not None:
+            derived["theta"] = self.threshold.expand(self.d_sae)
+        for name, value in derived.items():
+            if value is not None:
+                rounded = value.to(self.dtype, copy=True).contiguous()
+                check_finite(f"{name} (derived from the parameters)", rounded)
+                self._buffers[name] = rounded
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseAutoencoder:
+        # Module.to(), .double(), .cuda() ... all end here. Casting up the rounded derived tensors would keep their
+        # rounding, so they are derived anew; a cast that overflows leaves the SAE as it was.
+        before, dtype = dict(self._buffers), self.dtype
+        with torch.inference_mode(False):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            if self.dtype != dtype:
+                try:
+                    self._derive()
+                except (TypeError, ValueError):
+                    self._buffers.update(before)
+                    raise
+        return self
+
+    @property
+    def W_enc(self) -> Tensor:
+        """Encoder [C, F], a view of feature-major memory."""
+        return self._W_enc_t.t()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of every tensor of the SAE."""
+        return self._W_enc_t.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of every tensor of the SAE."""
+        return self._W_enc_t.device
+
+    def encode(
+        self,
+        x: Tensor,  # [..., C]
+    ) -> Tensor:
+        """Codes of residual-stream tokens: the readable, dense definition that fast kernels are checked against.
+
+        Args:
+            x: [..., C], the SAE's dtype and device.
+
+        Returns:
+            [..., F], values >= 0; NaN in ``x`` gives NaN, never a silent zero.
+
+        Raises:
+            TypeError, ValueError: wrong type, dtype, width or device of ``x``.
+        """
+        x = check_activations("x", x, self.d_model, self._W_enc_t)
+        pre = normalise(x, self.normalize) @ self.W_enc  # [..., F]
+        z = pre + self.bias
+        if self.gate_scale is not None and self.mag_bias is not None:
+            magnitude = torch.relu(pre * self.gate_scale + self.mag_bias)
+            return torch.where(z <= 0, torch.zeros_like(magnitude), magnitude)
+        if self.activation == "topk":
+            # A stable descending sort keeps equal values in index order; torch.topk leaves ties open.
+            kept = z.sort(dim=-1, descending=True, stable=True).indices[..., : self.k]
+            z = torch.zeros_like(z).scatter(-1, kept, z.gather(-1, kept))
+        elif self.theta is not None:
+            z = torch.where(z <= self.theta, torch.zeros_like(z), z)
+        return torch.relu(z)
+
+    def decode(
+        self,
+        f: Tensor,  # [..., F]
+        x: Tensor | None = None,  # [..., C]
+    ) -> Tensor:
+        """Reconstruction of residual-stream tokens from their codes.
+
+        Args:
+            f: [..., F] codes.
+            x: [..., C], the tokens that were encoded; needed with ``normalize``, whose statistics are put back.
+
+        Returns:
+            [..., C], the scale of ``x``.
+
+        Raises:
+            TypeError, ValueError: wrong type, dtype, width or device; ``x`` missing with ``normalize``.
+        """
+        f = check_activations("f", f, self.d_sae, self._W_enc_t)
+        y = f @ self.W_dec + self.b_dec
+        if self.normalize is None:
+            return y
+        if x is None:
+            raise ValueError(
+                f"x: an SAE with normalize={self.normalize!r} needs the encoded tokens [..., {self.d_model}] to undo "
+                "the normalisation: decode(f, x); got None"
+            )
+        return denormalise(y, check_activations("x", x, self.d_model, self._W_enc_t), self.normalize)
+
+    def forward(
+        self,
+        x: Tensor,  # [..., C]
+    ) -> Tensor:
+        """Reconstruction [..., C] of ``x``: ``decode(encode(x), x)``."""
+        return self.decode(self.encode(x), x)
+
+    @torch.no_grad()
+    def explained_variance(
+        self,
+        x: Tensor,  # [..., C]
+    ) -> float:
+        """Share of the tokens' variance the SAE reconstructs: ``1 - sum (x - x^)^2 / sum (x - mean)^2``, in float64.
+
+        A self-check after loading: near the published value if file, layer and normalisation fit the model, and near
+        or below 0 if they do not.
+
+        Args:
+            x: [..., C], at least two tokens that differ.
+
+        Returns:
+            At most 1; negative if the reconstruction is worse than the mean token.
+
+        Raises:
+            TypeError, ValueError: as `encode`; fewer than two tokens or no variance.
+        """
+        rows = check_activations("x", x, self.d_model, self._W_enc_t).reshape(-1, self.d_model)
+        total = ((rows.double() - rows.double().mean(dim=0)) ** 2).sum() if len(rows) > 1 else torch.zeros(())
+        if float(total) == 0.0:
+            raise ValueError(f"x: expected at least two tokens that differ, got shape {list(x.shape)} without variance")
+        chunks = torch.split(rows, _SELF_CHECK_ROWS)
+        residual = sum(float(((part.double() - self(part).double()) ** 2).sum()) for part in chunks)
+        return 1.0 - residual / float(total)
+
+    @torch.no_grad()
+    def l0(
+        self,
+        x: Tensor,  # [..., C]
+    ) -> float:
+        """Mean number of active features a token, for tokens ``x`` [..., C] (at least one); between 0 and F.
+
+        Raises:
+            TypeError, ValueError: as `encode`; no token.
+        """
+        rows = check_activations("x", x, self.d_model, self._W_enc_t).reshape(-1, self.d_model)
+        if len(rows) == 0:
+            raise ValueError(f"x: expected at least one token, got shape {list(x.shape)}")
+        active = [int((self.encode(part) > 0).sum()) for part in torch.split(rows, _SELF_CHECK_ROWS)]
+        return sum(active) / len(rows)
+
+    def check_width(self, d_model: int, layer: int) -> None:
+        """Raise ValueError if the SAE does not fit block ``layer`` of a model whose residual stream has this width."""
+        if d_model != self.d_model:
+            raise ValueError(
+                f"saes[{layer}]: the SAE's width does not fit the model: expected d_model={d_model} (the width of the "
+                f"residual stream after block {layer}), got an SAE with d_model={self.d_model}; use an SAE trained on "
+                "this model"
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the folder ``path`` with ``sae.safetensors`` and ``config.json``; nothing half-written is left behind.
+
+        Args:
+            path: folder; its parent must exist. Files of an earlier save are replaced.
+
+        Returns:
+            The folder.
+
+        Raises:
+            OSError: the folder cannot be written (FileNotFoundError: its parent is missing).
+        """
+        from fga_fast.sae.formats import native
+
+        return native.save(self, path)
+
+    @staticmethod
+    def from_pretrained(
+        path: str | os.PathLike[str], *, allow_pickled_config: bool = False, normalize: str | None = "as stored"
+    ) -> SparseAutoencoder:
+        """Read an SAE from disk; the format is recognised, see `fga_fast.sae.formats`. No code in a file is ever run.
+
+        Args:
+            path: the folder `save` wrote, or a ViT-Prisma ``.pt`` file or folder (``config.json`` beside the weights,
+                or the configuration pickled in the file).
+            allow_pickled_config: read ViT-Prisma files that hold their configuration as a pickled object; the one
+                configuration class becomes a plain record and every other object is refused.
+            normalize: "as stored", or the normalisation of a ViT-Prisma file that does not say which one it needs.
+
+        Raises:
+            FileNotFoundError: the path, its weights or its configuration is missing.
+            ValueError: unknown, damaged, oversized or refused file, or settings that cannot be used.
+        """
+        from fga_fast.sae import formats
+
+        return formats.load(path, allow_pickled_config=allow_pickled_config, normalize=normalize)
+
+    def extra_repr(self) -> str:
+        """Sizes and settings, for repr()."""
+        parts = [f"d_model={self.d_model}", f"d_sae={self.d_sae}", f"activation={self.activation!r}"]
+        if self.k is not None:
+            parts.append(f"k={self.k}")
+        parts += [f"normalize={self.normalize!r}", f"dtype={self.dtype}", f"device='{self.device}'"]
+        if self.metadata:
+            parts.append(f"metadata={self.metadata!r}")
+        return ", ".join(parts)
+
+
+def _after_load_state_dict(module: nn.Module, _incompatible: Any) -> None:
+    if isinstance(module, SparseAutoencoder):
+        module._W_enc_t = module._W_enc_t.contiguous()
+        module.W_dec = module.W_dec.contiguous()
+        module._derive()

@@ -1,0 +1,94 @@
+"""SAE files for the tests: weights, settings and both ViT-Prisma layouts, and objects that run code when unpickled."""
+
+from __future__ import annotations
+
+import collections
+import json
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+C, F = 6, 10
+MODULE = "fake_prisma.sae.config"
+
+
+def state_dict(gated: bool = False, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    shapes = {"W_enc": (C, F), "W_dec": (F, C), "b_enc": (F,), "b_dec": (C,)}
+    if gated:
+        shapes |= {"b_gate": (F,), "r_mag": (F,), "b_mag": (F,)}
+    return {name: torch.randn(*shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+
+def tokens(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(3, C, generator=torch.Generator().manual_seed(5)).to(dtype)
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    """Settings as ViT-Prisma writes them; a change to `...` leaves the entry out."""
+    entries = {
+        "hook_point_layer": 9,
+        "layer_subtype": "hook_resid_post",
+        "hook_point_head_index": None,
+        "cached_activations_path": "activations/data/model/blocks.6.hook_mlp_out",
+        "d_in": C,
+        "d_sae": F,
+        "activation_fn_str": "relu",
+        "activation_fn_kwargs": {},
+        "cls_token_only": False,
+        "normalize_activations": "layer_norm",
+        "dtype": {"__type__": "torch.dtype", "value": "torch.float32"},
+        "device": {"__type__": "torch.device", "value": "cuda"},
+        "architecture": "standard",
+        "model_name": "open-clip:laion/some-model",
+        "total_training_tokens": 10**10,
+        "lr": 1e-3,
+    } | changes
+    return {name: value for name, value in entries.items() if value is not ...}
+
+
+def public_folder(folder: Path, state: Any = None, **changes: Any) -> Path:
+    """Layout (ii): a bare state dict and config.json."""
+    folder.mkdir(exist_ok=True)
+    torch.save(collections.OrderedDict(state_dict() if state is None else state), folder / "n_images_2600058.pt")
+    (folder / "config.json").write_text(json.dumps(config(**changes)))
+    return folder
+
+
+def trainer_file(path: Path, state: Any = None, **changes: Any) -> Path:
+    """Layout (i): the configuration pickled as an object of ViT-Prisma's class name beside the state dict.
+
+    The class's module exists only while the file is written, so a reader that imports it fails.
+    """
+    made = type("VisionModelSAERunnerConfig", (), {"__module__": MODULE})
+    cfg = made()
+    cfg.__dict__.update(config(**({"device": torch.device("cpu"), "dtype": torch.float32} | changes)))
+    content = {"cfg": cfg, "state_dict": collections.OrderedDict(state_dict() if state is None else state)}
+    modules = {name: types.ModuleType(name) for name in (MODULE, "fake_prisma", "fake_prisma.sae")}
+    modules[MODULE].VisionModelSAERunnerConfig = made  # type: ignore[attr-defined]
+    sys.modules.update(modules)
+    try:
+        torch.save(content, path)
+    finally:
+        for name in modules:
+            del sys.modules[name]
+    return path
+
+
+def touch(path: str) -> None:
+    Path(path).touch()
+
+
+class RunsOnLoad:
+    """Unpickling an instance calls ``function(argument)``."""
+
+    def __init__(self, function: Callable[..., Any], argument: str) -> None:
+        self.call = (function, (argument,))
+
+    def __reduce__(self) -> Any:
+        return self.call

@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from typing import Any
 
 import conformance
 import pytest
 import torch
+from torch import nn
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_vit() -> Callable[..., nn.Module]:
+    """Builds a random timm VisionTransformer of 32 x 48 px images: grid (2, 3), 3 blocks, width 16, 5 classes."""
+    models = pytest.importorskip("timm.models.vision_transformer")
+
+    def build(model_class: type[nn.Module] = models.VisionTransformer, **settings: Any) -> nn.Module:
+        sizes = {"img_size": (32, 48), "patch_size": 16, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 5}
+        model = model_class(**{**sizes, **settings}).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                # timm's initial weights are so small that attention is nearly uniform, which hides mistakes.
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        return model
+
+    return build
 
 
 @pytest.hookimpl(wrapper=True)

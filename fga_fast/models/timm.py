@@ -15,8 +15,8 @@ from fga_fast.models.layout import ModelLayout, Pooling
 _TOWER_MODULES = ("timm.models.vision_transformer", "timm.models.deit")
 
 _WINDOWED = (
-    "windowed attention: a token sees only its own window and windows are merged between stages, so the maps of "
-    "successive blocks cannot be multiplied into one rollout over the patches"
+    "windowed attention: a token attends only inside its own window, so a block has no attention map over all tokens "
+    "and the blocks' maps cannot be multiplied into one rollout over the patches"
 )
 _HIERARCHICAL = (
     "hierarchical: tokens are merged or pooled between stages, so successive attention maps have different sizes and "
@@ -27,7 +27,7 @@ _NOT_SDPA = "its attention is no plain softmax attention over tokens: "
 # Class name -> why the method does not apply. Looked up over a module's whole MRO, so subclasses are covered.
 _REFUSED: dict[str, str] = {
     **dict.fromkeys(
-        ("SwinTransformer", "SwinTransformerV2", "SwinTransformerV2Cr", "MaxxVit", "DaVit", "Twins", "Nest"),
+        ("SwinTransformer", "SwinTransformerV2", "SwinTransformerV2Cr", "DaVit", "Twins", "Nest"),
         _WINDOWED,
     ),
     "GlobalContextVit": _WINDOWED,
@@ -37,7 +37,8 @@ _REFUSED: dict[str, str] = {
         _HIERARCHICAL,
     ),
     **dict.fromkeys(
-        ("Levit", "LevitDistilled", "EfficientVit", "EfficientVitMsra", "EfficientFormer", "TinyVit"), _HIERARCHICAL
+        ("MaxxVit", "Levit", "LevitDistilled", "EfficientVit", "EfficientVitMsra", "EfficientFormer", "TinyVit"),
+        _HIERARCHICAL,
     ),
     "Xcit": _NOT_SDPA + "cross-covariance attention mixes channels instead of tokens",
     "Cait": _NOT_SDPA + "talking-heads projections mix the attention maps of different heads before and after softmax",

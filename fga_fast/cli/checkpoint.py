@@ -49,6 +49,14 @@ class Checkpoint:
                 f"{self.path.stat().st_size} bytes"
             )
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights by name, on the CPU."""
+        if self._state is None:
+            from safetensors.torch import load_file
+
+            return load_file(self.path)
+        return dict(self._state)
+
     def load_into(self, model: nn.Module) -> None:
         """Copies the weights into a model of exactly these names and shapes, which is left alone on an error.
 
@@ -56,11 +64,7 @@ class Checkpoint:
             CheckpointError: names or shapes differ from the model's, or a tensor holds NaN or Inf.
         """
         self._compare({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
-        state = self._state
-        if state is None:
-            from safetensors.torch import load_file
-
-            state = load_file(self.path)
+        state = self.tensors()
         for name, tensor in state.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise CheckpointError(f"checkpoint: {name} in {self.path} contains NaN or Inf")

@@ -65,6 +65,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         action="store_true",
         help="read old SAE files with a pickled configuration, restricted",
     )
+    parser.add_argument(
+        "--sae-normalize", choices=("none", "layer_norm", "constant_norm"), help="for SAE files that do not say it"
+    )
     parser.set_defaults(run=run)
 
 

@@ -146,7 +146,8 @@ class Writer:
         """One row of tiles: the picture, then one overlay for each target, with captions below."""
         tile = (_TILE, _TILE * view.height // view.width)
         large = view.convert("RGB").resize(tile, Image.Resampling.BICUBIC)
-        overlays = explanation.overlay([large] * len(explanation), alpha=0.55)
+        grey = large.convert("L").convert("RGB")  # so that all colour in an overlay is the heat map's
+        overlays = explanation.overlay([grey] * len(explanation), alpha=0.55)
         tiles = [large, *(Image.fromarray(one.numpy()) for one in overlays)]
         probabilities = self.subject.probabilities(explanation.logits)
         names = self._labels(explanation)

@@ -88,16 +88,17 @@ def load_subject(args: argparse.Namespace) -> Subject:
         raise ValueError(
             f"--device: expected a device that is there, got {args.device!r}, but torch sees no CUDA device"
         )
-    saes = _load_saes(args.sae, args.allow_pickled_config)
+    saes = _load_saes(args)
     subject = _fashion_subject() if args.model is None else _timm_subject(args)
     saes = saes or subject.saes
     model = subject.model.to(device).eval().requires_grad_(False)
     return replace(subject, model=model, saes={layer: sae.to(device) for layer, sae in saes.items()})
 
 
-def _load_saes(specs: Sequence[str], allow_pickled_config: bool) -> dict[int, SparseAutoencoder]:
+def _load_saes(args: argparse.Namespace) -> dict[int, SparseAutoencoder]:
     saes: dict[int, SparseAutoencoder] = {}
-    for spec in specs:
+    normalize = {None: "as stored", "none": None}.get(args.sae_normalize, args.sae_normalize)
+    for spec in args.sae:
         number, equals, path = spec.partition("=")
         if not equals or not number.strip().isdecimal() or not path:
             raise ValueError(f"--sae: expected LAYER=PATH, e.g. 9=sae_block_9, got {spec!r}")
@@ -105,7 +106,9 @@ def _load_saes(specs: Sequence[str], allow_pickled_config: bool) -> dict[int, Sp
             raise ValueError(f"--sae: expected one autoencoder a layer, got a second one for layer {int(number)}")
         if not Path(path).exists():
             raise FileNotFoundError(f"--sae: no file or folder {path}")
-        saes[int(number)] = SparseAutoencoder.from_pretrained(path, allow_pickled_config=allow_pickled_config)
+        saes[int(number)] = SparseAutoencoder.from_pretrained(
+            path, allow_pickled_config=args.allow_pickled_config, normalize=normalize
+        )
     return saes
 
 
@@ -121,8 +124,8 @@ def _timm_subject(args: argparse.Namespace) -> Subject:
     try:
         # By name, because timm's own type annotations differ between its versions.
         timm: Any = importlib.import_module("timm")
-    except ImportError as error:
-        raise ImportError("--model needs timm: pip install 'fga_fast[models]'") from error
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision, which timm imports, of another torch
+        raise ImportError(f"--model needs timm ({error}): pip install 'fga_fast[models]'") from error
     model = _timm_model(args, timm)
     data = timm.data.resolve_model_data_config(model)
     preprocess = Preprocess(
@@ -149,21 +152,25 @@ def _timm_model(args: argparse.Namespace, timm: Any) -> nn.Module:
         raise ValueError(_no_weights(name))
     if args.pretrained:
         try:
-            return _module(timm.create_model(name, pretrained=True))
+            return _create(timm, name, pretrained=True)
         except Exception as error:  # hub clients raise many kinds for a missing network
             raise ValueError(f"--pretrained: timm could not get the weights ({error}).\n{_no_weights(name)}") from error
     if args.random_weights:
         torch.manual_seed(0)
-        return _module(timm.create_model(name, pretrained=False))
+        return _create(timm, name, pretrained=False)
     checkpoint = Checkpoint(args.checkpoint)
     # A fine-tuned model's own number of classes; a mismatch anywhere else is reported by load_into.
     head = checkpoint.shapes.get("head.weight")
-    model = _module(timm.create_model(name, pretrained=False, **({"num_classes": head[0]} if head else {})))
+    model = _create(timm, name, pretrained=False, **({"num_classes": head[0]} if head else {}))
     checkpoint.load_into(model)
     return model
 
 
-def _module(model: Any) -> nn.Module:
+def _create(timm: Any, name: str, **settings: Any) -> nn.Module:
+    model = timm.create_model(name, **settings)
+    if getattr(model, "dynamic_img_size", False):
+        # The same weights with a fixed patch grid; pictures are brought to one size anyway.
+        model = timm.create_model(name, dynamic_img_size=False, **settings)
     if not isinstance(model, nn.Module):
         raise TypeError(f"--model: expected timm to make a torch module, got {type(model).__name__}")
     return model

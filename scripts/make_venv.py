@@ -19,6 +19,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+# What timm needs besides torch and torchvision. A torchvision must fit its torch to the build, and pip cannot tell which
+# one does; where the system's torch has none, timm is installed alone and fga_fast/timm_import.py copes.
+TIMM_NEEDS = ["pyyaml", "huggingface_hub", "safetensors"]
 
 
 def check_machine() -> None:
@@ -87,14 +90,17 @@ def main() -> None:
     if options.torch == "system":
         constraints = folder / "constraints.txt"
         constraints.write_text("\n".join([*share_torch(python), "setuptools<82", ""]), encoding="utf-8")
-        # timm needs a torchvision that fits this very torch: it is used if there is one, never installed beside it.
-        extras = "models,plot" if answer(python, "import torchvision; print('there')") else "plot"
+        alone = not answer(python, "import torchvision; print('there')")
+        extras = "plot" if alone else "models,plot"
     else:
-        constraints, extras = ROOT / "constraints.txt", "models,plot,test,dev"
+        constraints, extras, alone = ROOT / "constraints.txt", "models,plot,test,dev", False
     print("installing torch and the building tools (the first time this is a large download)", flush=True)
     run(*pip, "-c", constraints, "torch", "numpy", "setuptools", "wheel", "ninja")
     print(f"building and installing fga_fast[{extras}]", flush=True)
     run(*pip, "-c", constraints, "--no-build-isolation", "-e", f".[{extras}]")
+    if alone:
+        run(*pip, "-c", constraints, *TIMM_NEEDS)
+        run(*pip, "-c", ROOT / "constraints.txt", "--no-deps", "timm")
     if not answer(python, "import torch, fga_fast._C; print('loaded')"):
         raise SystemExit(
             f"fga_fast was installed but its native library does not load; run: {python} -c 'import torch, fga_fast._C'"

@@ -1,0 +1,103 @@
+"""Imports timm, also beside a torch for which there is no torchvision.
+
+timm imports torchvision at the top of its layers and data modules, for FrozenBatchNorm2d and image transforms that no
+vision transformer uses. torchvision must fit the installed torch to the build: beside a CPU or nightly build of torch
+it may be missing, or fail with "operator torchvision::nms does not exist". timm is then imported with stand-ins for
+torchvision's names. They are taken out of sys.modules right after, and refuse to be called.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+import threading
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+
+logger = logging.getLogger(__name__)
+
+_lock = threading.Lock()
+
+
+class _StandInType(type):
+    """Type of the classes that stand in for torchvision's: may be inherited from and searched, not called."""
+
+    def __getattr__(cls, name: str) -> _StandInType:
+        if name.startswith("__"):
+            raise AttributeError(name)  # introspection must not find protocols that are not there
+        return _StandInType(f"{cls.__name__}.{name}", (), {})
+
+    def __call__(cls, *args: object, **kwargs: object) -> object:
+        raise ImportError(f"{cls.__name__} needs torchvision, which is missing or does not fit the installed torch")
+
+
+class _StandInModule(ModuleType):
+    def __getattr__(self, name: str) -> _StandInType:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _StandInType(f"{self.__name__}.{name}", (), {})
+
+
+class _StandIns(MetaPathFinder, Loader):
+    """Finds every module of the name torchvision, and makes an empty one that has whatever is asked for."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self, is_package=True) if _is_torchvision(fullname) else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _StandInModule(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Nothing to run: names are made when asked for."""
+
+
+def _is_torchvision(name: str) -> bool:
+    return name.partition(".")[0] == "torchvision"
+
+
+def _forget(package: str) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        del sys.modules[name]
+
+
+def _torchvision_fault() -> str:
+    """Why torchvision cannot be imported; "" if it can."""
+    try:
+        importlib.import_module("torchvision")
+    except (ImportError, RuntimeError, OSError) as error:  # a build for another torch fails with any of these
+        _forget("torchvision")
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def import_timm() -> ModuleType:
+    """timm as a module, imported on the first call.
+
+    Raises:
+        ImportError: timm is not installed, or does not import for a reason other than torchvision.
+    """
+    with _lock:
+        if "timm" in sys.modules:
+            return sys.modules["timm"]
+        if find_spec("timm") is None:
+            raise ImportError("timm is not installed; install it with: pip install 'fga_fast[models]'")
+        fault = _torchvision_fault()
+        if not fault:
+            return importlib.import_module("timm")
+        logger.info("importing timm without torchvision (%s)", fault)
+        stand_ins = _StandIns()
+        sys.meta_path.insert(0, stand_ins)
+        try:
+            return importlib.import_module("timm")
+        except ImportError:
+            _forget("timm")  # half of it would look importable the next time
+            raise
+        finally:
+            sys.meta_path.remove(stand_ins)
+            _forget("torchvision")

@@ -144,7 +144,7 @@ def test_folder_goes_on_after_a_broken_image(
         "--out",
         str(out),
     ]
-    assert main(["explain", str(folder), *given, "--target", "1"]) == 1
+    assert main(["explain", str(folder), *given, "--target", "1", "4"]) == 1
     assert {path.name for path in out.iterdir()} == {"a.png", "c.png", "d.png", "contact_sheet.png"}
     for name in ("a.png", "c.png", "d.png"):
         assert json.loads((out / name / "explanation.json").read_text())["image"].endswith(name)
@@ -154,7 +154,7 @@ def test_folder_goes_on_after_a_broken_image(
     assert "explaining" in captured.err  # the progress bar
     assert "explained 3 image(s), left out 1" in captured.out
     alone = tmp_path / "alone"
-    assert main(["explain", str(folder / "c.png"), *given[:-1], str(alone), "--target", "1"]) == 0
+    assert main(["explain", str(folder / "c.png"), *given[:-1], str(alone), "--target", "1", "4"]) == 0
     batched = Explanation.load(out / "c.png" / "relevance.safetensors")
     torch.testing.assert_close(
         Explanation.load(alone / "relevance.safetensors").relevance, batched.relevance, rtol=1e-4, atol=1e-7

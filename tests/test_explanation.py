@@ -96,7 +96,7 @@ def bilinear_by_hand(values: list[list[float]], height: int, width: int) -> list
     return picture
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**16))
 def test_heatmap_is_bilinear_then_min_max(rows: int, columns: int, height: int, width: int, seed: int) -> None:
     relevance = torch.randn(1, rows * columns, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
@@ -104,9 +104,11 @@ def test_heatmap_is_bilinear_then_min_max(rows: int, columns: int, height: int, 
     expected = torch.tensor(
         bilinear_by_hand(relevance.view(rows, columns).tolist(), height, width), dtype=torch.float64
     )
-    expected = expected.clamp(relevance.min(), relevance.max())
-    expected = (expected - expected.min()) / (expected.max() - expected.min() + 1e-8)
-    torch.testing.assert_close(found[0], expected, rtol=1e-9, atol=1e-9)
+    span = float(expected.max() - expected.min()) + 1e-8
+    expected = (expected - expected.min()) / span
+    # Rounding of the interpolated values, enlarged as the division enlarges it: all there is where a map is constant.
+    rounding = 8 * torch.finfo(torch.float64).eps * float(relevance.abs().max()) / span
+    torch.testing.assert_close(found[0], expected, rtol=1e-12, atol=1e-12 + rounding)
 
 
 def test_heatmap_is_scaled_per_image_and_target() -> None:

@@ -33,6 +33,29 @@ def tiny_vit() -> Callable[..., nn.Module]:
     return build
 
 
+@pytest.fixture
+def random_sae() -> Callable[..., Any]:
+    """Builds a random float64 autoencoder with 40 features."""
+    from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
+
+    def build(activation: str, normalize: str | None = None, width: int = 16) -> SparseAutoencoder:
+        features = 40
+        gated = {name: 0.3 * torch.randn(features).double() for name in ("b_gate", "r_mag", "b_mag")}
+        return SparseAutoencoder(
+            torch.randn(width, features).double(),
+            0.1 * torch.randn(features).double(),
+            torch.randn(features, width).double(),
+            torch.randn(width).double(),
+            activation=activation,
+            k=5 if activation == "topk" else None,
+            threshold=0.5 if activation in ("jumprelu", "batch_topk") else None,
+            normalize=normalize,
+            **(gated if activation == "gated" else {}),
+        )
+
+    return build
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]

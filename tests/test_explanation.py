@@ -1,76 +1,21 @@
-"""Explanation: its numbers by their definition, its pictures, its files, and what it refuses."""
+"""Explanation: its numbers by their definition, its pictures, and what it refuses."""
 
 from __future__ import annotations
 
-import json
 import math
-import pickle
-import struct
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from explanations import assert_same, example, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from torch import Tensor
 
-from fga_fast.atomic import atomic_write
 from fga_fast.colormaps import NAMES, apply_colormap
 from fga_fast.explanation import Explanation, TopFeatures
-
-
-def example(
-    batch: int = 2, targets: int | None = None, layers: tuple[int, ...] = (2, 5), dtype: torch.dtype = torch.float32
-) -> Explanation:
-    generator = torch.Generator().manual_seed(3)
-    leading = (batch,) if targets is None else (batch, targets)
-    shape = (*leading, 12)
-
-    def draw(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, dtype=dtype)
-
-    def features() -> TopFeatures:
-        def index(*size: int) -> Tensor:
-            return torch.randint(0, 99, size, generator=generator)
-
-        return TopFeatures(index(*shape, 4), draw(*shape, 4), index(*leading, 4), draw(*leading, 4))
-
-    return Explanation(
-        relevance=draw(*shape).abs(),
-        logits=draw(batch, 7),
-        targets=torch.randint(0, 7, leading, generator=generator),
-        grid=(3, 4),
-        image_size=(24, 32),
-        scores={layer: draw(*shape) for layer in layers},
-        gates={layer: 10 ** draw(*shape).tanh() for layer in layers},
-        backend="native",
-        ungated=draw(*shape).abs() if layers else None,
-        features={layer: features() for layer in layers},
-    )
-
-
-def tensors(explanation: Explanation) -> dict[str, Tensor]:
-    found = {"relevance": explanation.relevance, "logits": explanation.logits, "targets": explanation.targets}
-    if explanation.ungated is not None:
-        found["ungated"] = explanation.ungated
-    for name in ("scores", "gates"):
-        found |= {f"{name}.{layer}": value for layer, value in getattr(explanation, name).items()}
-    for layer, top in explanation.features.items():
-        found |= {f"features.{layer}.{name}": value for name, value in top._asdict().items()}
-    return found
-
-
-def assert_same(one: Explanation, other: Explanation) -> None:
-    assert (one.grid, one.image_size, one.backend) == (other.grid, other.image_size, other.backend)
-    left, right = tensors(one), tensors(other)
-    assert left.keys() == right.keys()
-    for name, value in left.items():
-        assert value.dtype == right[name].dtype
-        assert torch.equal(value, right[name]), name
-
 
 # heat maps
 
@@ -333,109 +278,3 @@ def test_shapes_must_fit(change: dict[str, object], message: str) -> None:
     fields = {name: getattr(example(), name) for name in Explanation.__dataclass_fields__}
     with pytest.raises(ValueError, match=message):
         Explanation(**(fields | change))
-
-
-# files
-
-
-@pytest.mark.parametrize("targets", [None, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_save_and_load(tmp_path: Path, targets: int | None, dtype: torch.dtype) -> None:
-    explanation = example(2, targets, dtype=dtype)
-    path = explanation.save(tmp_path / "kept.safetensors")
-    assert_same(Explanation.load(path), explanation)
-    assert [file.name for file in tmp_path.iterdir()] == ["kept.safetensors"]
-
-
-def test_save_parts_that_share_memory(tmp_path: Path) -> None:
-    explanation = example(2)
-    explanation.ungated = explanation.relevance
-    assert_same(Explanation.load(explanation.save(tmp_path / "shared")), explanation)
-    assert_same(Explanation.load(explanation[1].save(tmp_path / "slice")), explanation[1])
-
-
-def test_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = example(1).save(tmp_path / "kept.safetensors")
-    before = path.read_bytes()
-
-    def refuse(self: Path, target: Path) -> Path:
-        raise PermissionError(13, "read-only", str(target))
-
-    monkeypatch.setattr(Path, "replace", refuse)
-    with pytest.raises(PermissionError):
-        example(2).save(path)
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_atomic_write_keeps_the_umask(tmp_path: Path) -> None:
-    plain, atomic = tmp_path / "plain", tmp_path / "atomic"
-    plain.write_bytes(b"x")
-    atomic_write(atomic, b"x")
-    assert atomic.stat().st_mode == plain.stat().st_mode
-    with pytest.raises(FileNotFoundError):
-        atomic_write(tmp_path / "no folder" / "file", b"x")
-
-
-def rewrite(path: Path, change: object) -> None:
-    """Applies `change` to the header of a safetensors file."""
-    data = path.read_bytes()
-    (size,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + size])
-    change(header)  # type: ignore[operator]
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
-
-
-def rename(old: str, new: str) -> object:
-    return lambda header: header.__setitem__(new, header.pop(old))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda header: header.pop("__metadata__"), "format None"),
-        (lambda header: header["__metadata__"].update(format="other"), "format 'other'"),
-        (lambda header: header["__metadata__"].pop("explanation"), "no 'explanation' entry"),
-        (lambda header: header["__metadata__"].update(explanation="{"), "truncated or damaged"),
-        (lambda header: header["__metadata__"].update(explanation='{"grid": [3, 4]}'), "missing image_size, backend"),
-        (
-            lambda header: header["__metadata__"].update(
-                explanation='{"grid": [3], "image_size": [24, 32], "backend": "native"}'
-            ),
-            "not a valid explanation",
-        ),
-        (
-            lambda header: header["__metadata__"].update(
-                explanation='{"grid": [3, 5], "image_size": [24, 32], "backend": "native"}'
-            ),
-            r"relevance: expected",
-        ),
-        (rename("targets", "aims"), "missing targets"),
-        (rename("ungated", "extra"), "unknown entry 'extra'"),
-        (rename("gates.2", "gates.two"), "not a valid explanation"),
-        (rename("features.2.patch_index", "features.2.other"), "not a valid explanation"),
-    ],
-)
-def test_load_checks_what_it_reads(tmp_path: Path, change: object, message: str) -> None:
-    path = example().save(tmp_path / "changed.safetensors")
-    rewrite(path, change)
-    with pytest.raises(ValueError, match=message):
-        Explanation.load(path)
-
-
-def test_load_refuses_damaged_files(tmp_path: Path) -> None:
-    path = example().save(tmp_path / "file.safetensors")
-    data = path.read_bytes()
-    for cut in (0, 5, 100, len(data) - 1):
-        path.write_bytes(data[:cut])
-        with pytest.raises(ValueError, match="truncated"):
-            Explanation.load(path)
-    path.write_bytes(struct.pack("<Q", 2**60) + data[8:])
-    with pytest.raises(ValueError, match="header of 1152921504606846976 bytes"):
-        Explanation.load(path)
-    path.write_bytes(pickle.dumps({"relevance": [1.0]}))
-    with pytest.raises(ValueError, match="no explanation"):
-        Explanation.load(path)
-    with pytest.raises(FileNotFoundError, match="no file"):
-        Explanation.load(tmp_path / "none")

@@ -157,7 +157,7 @@ def check_cancelling(
     assert max(errors(gates, of_own_score)) <= TOLERANCE[dtype]
     exact = conformance.load(case.name, torch.float64)
     given = {block: gates.double()}
-    relevance = explain(exact.model, exact.images, None, exact.saes(run), exact.gate(run), given).relevance
+    relevance = explain(exact.model, exact.images, None, exact.saes(run), exact.gate(run), given_gates=given).relevance
     stored = {f"gate.{block}": (gates, want.pop(f"gate.{block}")), "attribution": (relevance, want["attribution"])}
     if dtype == torch.float64:
         for quantity, pair in stored.items():

@@ -205,6 +205,20 @@ def test_given_gates_take_the_place_of_the_scores(tiny_vit: Build, random_sae: B
     assert torch.equal(again.relevance, own.relevance)
 
 
+def test_strongest_features_belong_to_the_scores(tiny_vit: Build, two_saes: Saes) -> None:
+    model, images = tiny_vit(reg_tokens=1).double(), torch.randn(IMAGES).double()
+    result = explain(model, images, None, two_saes, Gate(), top_features=40)
+    for block, top in result.features.items():
+        assert top.patch_index.shape == (3, 6, 40)
+        torch.testing.assert_close(top.patch_contribution.sum(dim=-1), result.scores[block])
+        torch.testing.assert_close(top.image_contribution.sum(dim=-1), result.scores[block].sum(dim=1))
+    few = explain(model, images, None, two_saes, Gate(), top_features=3).features[1]
+    assert torch.equal(few.patch_index, result.features[1].patch_index[..., :3])
+    assert explain(model, images, None, two_saes, Gate()).features == {}
+    with pytest.raises(ValueError, match="'no_sae'"):
+        explain(model, images, None, two_saes, Gate(mode="no_sae"), top_features=3)
+
+
 class TextBeside(nn.Module):
     """A tower, and attention of the wrapper's own that is no part of it."""
 

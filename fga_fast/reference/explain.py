@@ -15,12 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fga_fast.explanation import TopFeatures
 from fga_fast.gate import Gate
 from fga_fast.models.layout import ModelLayout, active_randomness, find_layout
 from fga_fast.reference.attention import attention, attention_relevance
 from fga_fast.reference.gate import gate as gate_of
 from fga_fast.reference.rollout import gate_columns, pooled_row, rollout
-from fga_fast.reference.score import score
+from fga_fast.reference.score import contributions, score
+from fga_fast.reference.score import top_features as strongest
 from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
 
 
@@ -32,6 +34,7 @@ class ReferenceResult(NamedTuple):
     relevance: Tensor  # [B, P]
     scores: dict[int, Tensor]  # block -> [B, P]
     gates: dict[int, Tensor]  # block -> [B, P], in [1 / base, base]
+    features: dict[int, TopFeatures]  # block -> its strongest features, if they were asked for
 
 
 @dataclass
@@ -139,6 +142,8 @@ def explain(
     targets: int | Tensor | None,  # [B]
     saes: Mapping[int, SparseAutoencoder],
     gate: Gate,
+    *,
+    top_features: int = 0,
     given_gates: Mapping[int, Tensor] | None = None,  # block -> [B, P]
 ) -> ReferenceResult:
     """Explain one target an image with full attention maps.
@@ -156,6 +161,7 @@ def explain(
         targets: class explained for each image; None: the predicted class; an int: the same class for all.
         saes: block -> autoencoder of the residual stream after that block; empty: the ungated method (TransMM).
         gate: score mode, base and slope.
+        top_features: k > 0 reports the k strongest features a patch and an image at every block with an autoencoder.
         given_gates: gates that take the place of those computed from the scores, at blocks that have an autoencoder;
             for checking another implementation's rollout apart from its scores.
 
@@ -164,7 +170,7 @@ def explain(
 
     Raises:
         ValueError: an unsupported model, logits that are not [B, classes], a block that does not exist, an autoencoder
-            of another width, targets of the wrong shape or out of range.
+            of another width, targets of the wrong shape or out of range, `top_features` for mode "no_sae".
         TypeError: targets that are no integers.
     """
     layout = find_layout(model)
@@ -176,12 +182,12 @@ def explain(
         chosen = _resolve_targets(targets, logits)
         explained = logits.gather(1, chosen.unsqueeze(1)).sum()
         gradients = _differentiate(explained, record, saes)
-    scores = _scores(layout, record, gradients, saes, gate)
+    scores, features = _scores(layout, record, gradients, saes, gate, top_features)
     with torch.no_grad():
         gates = {block: gate_of(scores[block], gate.base, gate.slope) for block in scores}
         gates |= {block: given.to(scores[block]) for block, given in (given_gates or {}).items()}
         relevance = _relevance(layout, record, gradients, gates)
-    return ReferenceResult(logits.detach(), chosen, relevance, scores, gates)
+    return ReferenceResult(logits.detach(), chosen, relevance, scores, gates, features)
 
 
 class _Gradients(NamedTuple):
@@ -210,15 +216,19 @@ def _scores(
     gradients: _Gradients,
     saes: Mapping[int, SparseAutoencoder],
     gate: Gate,
-) -> dict[int, Tensor]:
-    """Scores [B, P] of the patches after every block that has an autoencoder."""
-    scores = {}
+    k: int,
+) -> tuple[dict[int, Tensor], dict[int, TopFeatures]]:
+    """Scores [B, P] and, for k > 0, the k strongest features of the patches after every block with an autoencoder."""
+    scores: dict[int, Tensor] = {}
+    features: dict[int, TopFeatures] = {}
     for block, sae in sorted(saes.items()):
         x = record.streams[block][:, layout.prefix_tokens :]  # [B, P, C]
         g = gradients.streams[block][:, layout.prefix_tokens :]  # [B, P, C]
         permutation = gate.decoder_permutation(sae.d_sae, x.device)
         scores[block] = score(x, g, sae, gate.mode, permutation=permutation)
-    return scores
+        if k > 0:
+            features[block] = strongest(contributions(x, g, sae, gate.mode, permutation=permutation), k)
+    return scores, features
 
 
 @torch.no_grad()

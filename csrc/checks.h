@@ -33,8 +33,16 @@ inline std::string shape_of(std::initializer_list<int64_t> sizes) {
   return s + "]";
 }
 
+// Names as Python has them.
 inline const char* name_of(ScalarType t) {
-  return torch::headeronly::toString(t);
+  switch (t) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Long: return "int64";
+    default: return torch::headeronly::toString(t);
+  }
 }
 
 inline void check_rank(const char* op, const char* name, const Tensor& t, int64_t rank, const char* meaning) {

@@ -4,8 +4,8 @@ what an op computes is written in the file of the same name under `fga_fast/refe
 from fga_fast.ops._library import NativeLibraryError, cuda_error, load
 from fga_fast.ops.attention import attention, attention_backward
 from fga_fast.ops.gate import gate
-from fga_fast.ops.score import Score, score
+from fga_fast.ops.score import MODES, Score, score
 
 __all__ = [
-    "NativeLibraryError", "Score", "attention", "attention_backward", "cuda_error", "gate", "load", "score"
+    "MODES", "NativeLibraryError", "Score", "attention", "attention_backward", "cuda_error", "gate", "load", "score"
 ]  # fmt: skip

@@ -40,7 +40,7 @@ def attention(
             a pooling head, whose own row starts the rollout.
 
     Returns:
-        out [B, H, Nq, D] in q's dtype over token-major memory; lse [B, H, Nq], the softmax statistics; carrier
+        out [B, H, Nq, D] in q's dtype over token-major memory; lse [B, H, Nq], the softmax statistics, without gradient; carrier
         [B, Nq]; port [B, N]. The last two are zeros, see above.
 
     Raises:
@@ -118,16 +118,15 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     q, k, v, carrier, ctx.scale, ctx.gated, ctx.residual = inputs
     ctx.save_for_backward(q, k, v, output[0], output[1])
     ctx.carrier_dtype = carrier.dtype
+    ctx.mark_non_differentiable(output[1])
     # Zeros in place of what does not arrive would be read as a gate of zero.
     ctx.set_materialize_grads(False)
 
 
 def _attention_grad(
-    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, row: Tensor | None, gate: Tensor | None
+    ctx: Any, grad_out: Tensor | None, _grad_lse: Tensor | None, row: Tensor | None, gate: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse = ctx.saved_tensors
-    if grad_lse is not None:
-        raise RuntimeError("attention: a gradient arrived at lse, which is an output for inspection only")
     if ctx.gated and gate is None:
         raise RuntimeError("attention: no gate arrived at the port of an attention called with gated=True")
     if grad_out is None:

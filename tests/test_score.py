@@ -1,0 +1,281 @@
+"""Feature score against the reference: activations, modes, both routes of the kernel, top features, sharing of images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fga_fast import ops, reference
+from fga_fast.sae import SparseAutoencoder
+
+ACTIVATIONS = ("relu", "topk", "batch_topk", "jumprelu", "gated")
+PATCHES = (1, 2, 17, 50, 197, 201, 257)
+EXACT = {torch.float64: 1e-11, torch.float32: 1e-4}
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    assert torch.isfinite(got).all(), "NaN or Inf"
+    return float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-6))
+
+
+def make_sae(
+    activation: str, width: int = 24, features: int = 70, dtype: torch.dtype = torch.float64, k: int = 5,
+    normalize: str | None = None, shift: float = 0.0,
+) -> SparseAutoencoder:  # fmt: skip
+    """`shift` moves the encoder bias, so that many (positive) or few (negative) features fire."""
+    more: dict[str, Any] = {}
+    if activation == "topk":
+        more["k"] = k
+    if activation in ("jumprelu", "batch_topk"):
+        more["threshold"] = torch.rand(features, dtype=dtype) if activation == "jumprelu" else 0.7
+    if activation == "gated":
+        more |= {name: torch.randn(features, dtype=dtype) for name in ("b_gate", "r_mag", "b_mag")}
+    return SparseAutoencoder(
+        torch.randn(width, features, dtype=dtype) / width**0.5, torch.randn(features, dtype=dtype) + shift,
+        torch.randn(features, width, dtype=dtype), torch.randn(width, dtype=dtype), activation=activation,
+        normalize=normalize, **more,
+    )  # fmt: skip
+
+
+def sample(
+    images: int, patches: int, width: int = 24, dtype: torch.dtype = torch.float64, rows: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Residual stream and gradient with a prefix token cut off, so that neither is contiguous."""
+    x = torch.randn(images, patches + 1, width, dtype=dtype)[:, 1:]
+    g = torch.randn(images if rows is None else rows, patches + 1, width, dtype=dtype)[:, 1:]
+    return x, g
+
+
+def truth(x: Tensor, g: Tensor, sae: SparseAutoencoder, mode: str = "combined", **more: Any) -> Tensor:
+    wide = sae if sae.dtype == torch.float64 else SparseAutoencoder.double(copy_of(sae))
+    return reference.score(x.double(), g.double(), wide, mode, **more)
+
+
+def copy_of(sae: SparseAutoencoder) -> SparseAutoencoder:
+    return SparseAutoencoder(
+        sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.activation, sae.k, sae.threshold, sae.normalize,
+        b_gate=sae.b_gate, r_mag=sae.r_mag, b_mag=sae.b_mag,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", EXACT)
+@pytest.mark.parametrize("patches", PATCHES)
+def test_patch_counts(patches: int, dtype: torch.dtype) -> None:
+    x, g = sample(2, patches, dtype=dtype)
+    sae = make_sae("relu", dtype=dtype)
+    assert relative(ops.score(x, g, sae).scores, truth(x, g, sae)) < EXACT[dtype]
+
+
+@pytest.mark.parametrize("dtype", EXACT)
+@pytest.mark.parametrize("normalize", (None, "layer_norm", "constant_norm"))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(activation: str, normalize: str | None, dtype: torch.dtype) -> None:
+    x, g = sample(3, 31, dtype=dtype)
+    sae = make_sae(activation, normalize=normalize, dtype=dtype)
+    assert relative(ops.score(x, g, sae).scores, truth(x, g, sae)) < EXACT[dtype]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("mode", ops.MODES)
+def test_modes(mode: str, activation: str) -> None:
+    x, g = sample(2, 20)
+    sae = make_sae(activation)
+    permutation = torch.randperm(70) if mode == "shuffled" else None
+    got = ops.score(x, g, sae, mode, permutation=permutation).scores
+    assert relative(got, truth(x, g, sae, mode, permutation=permutation)) < 1e-11
+
+
+@pytest.mark.parametrize("shift", (-4.0, -1.0, 0.0, 1.0, 6.0))
+@pytest.mark.parametrize("mode", ("combined", "shuffled", "activation_only"))
+def test_dense_and_gathered_routes_agree_with_the_reference(shift: float, mode: str) -> None:
+    """From hardly any feature active, where decoder rows are gathered, to nearly all, where a second product runs."""
+    x, g = sample(2, 150, width=40)
+    sae = make_sae("relu", width=40, features=300, shift=shift)
+    permutation = torch.randperm(300) if mode == "shuffled" else None
+    got = ops.score(x, g, sae, mode, permutation=permutation, top_features=4)
+    assert relative(got.scores, truth(x, g, sae, mode, permutation=permutation)) < 1e-10
+    check_top(got, x, g, sae, mode, permutation=permutation)
+
+
+def test_dictionary_of_several_tiles() -> None:
+    x, g = sample(1, 9, width=8, dtype=torch.float32)
+    for activation in ("relu", "topk"):
+        sae = make_sae(activation, width=8, features=5000, dtype=torch.float32, k=64)
+        assert relative(ops.score(x, g, sae).scores, truth(x, g, sae)) < 1e-4
+
+
+@pytest.mark.parametrize("k", (1, 2, 69, 70))
+def test_topk_from_one_to_all(k: int) -> None:
+    x, g = sample(2, 13)
+    sae = make_sae("topk", k=k)
+    assert relative(ops.score(x, g, sae).scores, truth(x, g, sae)) < 1e-11
+
+
+def test_topk_ties_go_to_the_lowest_feature() -> None:
+    """Every feature has the same pre-activation; decoder rows tell which were kept."""
+    features, width = 40, 4
+    sae = SparseAutoencoder(
+        torch.ones(width, features), None, torch.eye(features)[:, :width].contiguous(), torch.zeros(width), "topk", k=3
+    )
+    x, g = torch.ones(1, 2, width), torch.tensor([1.0, 10.0, 100.0, 1000.0]).expand(1, 2, width)
+    assert ops.score(x, g, sae).scores.tolist() == [[4 * 111.0, 4 * 111.0]]
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("wide_sae", (False, True))
+@pytest.mark.parametrize("activation", ("relu", "topk", "gated"))
+def test_sixteen_bits_err_at_most_twice_what_plain_torch_does(
+    activation: str, wide_sae: bool, dtype: torch.dtype
+) -> None:
+    x, g = sample(2, 60, width=64, dtype=dtype)
+    sae = make_sae(activation, width=64, features=256, dtype=torch.float32, k=16)
+    low = copy_of(sae).to(dtype)
+    got = ops.score(x, g, sae if wide_sae else low).scores
+    want = truth(x, g, sae if wide_sae else low)
+    assert got.dtype == torch.float32
+    assert relative(got, want) <= 2 * relative(reference.score(x, g, low, "combined"), want)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    images=st.integers(1, 3), patches=st.integers(1, 140), width=st.integers(2, 70), features=st.integers(1, 90),
+    targets=st.integers(0, 4), activation=st.sampled_from(ACTIVATIONS), shift=st.sampled_from((-3.0, 0.0, 5.0)),
+)  # fmt: skip
+def test_any_shape(
+    images: int, patches: int, width: int, features: int, targets: int, activation: str, shift: float
+) -> None:
+    sae = make_sae(activation, width, features, k=min(7, features), shift=shift)
+    x, g = sample(images, patches, width, rows=targets)
+    image, top = torch.randint(images, (targets,)), min(3, features)
+    got = ops.score(x, g, sae, image=image, top_features=top)
+    want = truth(x, g, sae, image=image)
+    assert relative(got.scores, want) < 1e-9 or (got.scores - want).abs().max() < 1e-9
+    if targets:
+        check_top(got, x, g, sae, image=image)
+
+
+def check_top(
+    got: ops.Score, x: Tensor, g: Tensor, sae: SparseAutoencoder, mode: str = "combined", **more: Any
+) -> None:
+    """Compares strengths, and that each named feature has the contribution it is listed with."""
+    contributions = reference.contributions(x, g, sae, mode, **more)
+    k = got.image_index.shape[-1]
+    for index, value, dense in (
+        (got.patch_index, got.patch_contribution, contributions),
+        (got.image_index, got.image_contribution, contributions.sum(1)),
+    ):
+        strongest = dense.abs().sort(-1, descending=True).values[..., :k]
+        torch.testing.assert_close(value.abs(), strongest, rtol=1e-8, atol=1e-9)
+        listed = dense.gather(-1, index.clamp(min=0))
+        torch.testing.assert_close(value, torch.where(index >= 0, listed, 0.0), rtol=1e-8, atol=1e-9)
+        assert bool(((index >= 0) | (value == 0)).all())
+        named = [row[row >= 0].tolist() for row in index.reshape(-1, k)]
+        assert all(len(set(row)) == len(row) for row in named), "a feature is listed twice"
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_top_features(activation: str) -> None:
+    x, g = sample(2, 30)
+    sae = make_sae(activation, shift=-1.0)
+    plain = ops.score(x, g, sae)
+    got = ops.score(x, g, sae, top_features=9)
+    assert torch.equal(got.scores, plain.scores)
+    assert plain.patch_index.shape == (2, 30, 0)
+    check_top(got, x, g, sae)
+
+
+def test_top_features_of_equal_strength_come_in_order() -> None:
+    sae = SparseAutoencoder(torch.ones(2, 6), None, torch.ones(6, 2), torch.zeros(2))
+    got = ops.score(torch.ones(1, 3, 2), torch.ones(1, 3, 2), sae, top_features=4)
+    assert got.patch_index.tolist() == [[[0, 1, 2, 3]] * 3]
+    assert got.image_index.tolist() == [[0, 1, 2, 3]]
+    assert got.image_contribution.tolist() == [[12.0] * 4]
+
+
+@pytest.mark.parametrize("activation", ("relu", "topk"))
+def test_several_targets_share_an_image(activation: str) -> None:
+    image = torch.tensor([1, 0, 1, 1])
+    sae = make_sae(activation, shift=-1.0)
+    x, g = sample(2, 33, rows=4)
+    shared = ops.score(x, g, sae, image=image, top_features=3)
+    for m in range(4):
+        alone = ops.score(x[image[m]][None], g[m][None], sae, top_features=3)
+        for got, want in zip(shared, alone, strict=True):
+            torch.testing.assert_close(got[m], want[0], rtol=1e-12, atol=1e-12)
+
+
+def test_dead_dictionary_and_zero_gradient_score_zero() -> None:
+    x, g = sample(1, 5)
+    assert torch.equal(ops.score(x, g, make_sae("relu", shift=-1e6)).scores, torch.zeros(1, 5, dtype=torch.float64))
+    got = ops.score(x, torch.zeros_like(g), make_sae("relu"), top_features=2)
+    assert torch.equal(got.scores, torch.zeros(1, 5, dtype=torch.float64))
+    assert bool((got.patch_index == -1).all())
+
+
+def test_no_images_and_no_patches() -> None:
+    sae = make_sae("relu")
+    assert ops.score(*sample(0, 5), sae).scores.shape == (0, 5)
+    assert ops.score(*sample(2, 0), sae, top_features=3).patch_index.shape == (2, 0, 3)
+
+
+@pytest.mark.parametrize("activation", ("relu", "topk"))
+def test_result_does_not_depend_on_threads(activation: str) -> None:
+    x, g = sample(1, 300, dtype=torch.float32)
+    sae = make_sae(activation, dtype=torch.float32)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(ops.score(x, g, sae, top_features=4))
+    finally:
+        torch.set_num_threads(before)
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_opcheck(activation: str) -> None:
+    x, g = sample(2, 4, dtype=torch.float32)
+    sae = make_sae(activation, dtype=torch.float32)
+    arguments = (
+        x, g, torch.tensor([0, 1]), sae.W_enc.t(), sae.bias, sae.W_dec, sae.theta, sae.gate_scale, sae.mag_bias, None,
+        activation, "", "combined", sae.k or 0, 2,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.fga_fast.score, arguments)
+
+
+def test_score_refuses_to_be_differentiated() -> None:
+    x, g = sample(1, 3)
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        ops.score(x.requires_grad_(), g, make_sae("relu")).scores.sum().backward()
+
+
+def test_bad_arguments_are_named() -> None:
+    x, g = sample(2, 6)
+    sae = make_sae("relu")
+    for arguments, message in (
+        ((x[..., :5], g, sae), r"W_enc_t must have shape \[70, 5\], got \[70, 24\]"),
+        ((x, g[:, :3], sae), r"g must have shape \[2, 6, 24\], got \[2, 3, 24\]"),
+        ((x, g.float(), sae), "g must be float64, got float32"),
+        ((x[0], g, sae), r"x must be \[B, P, C\]"),
+        ((x.float(), g.float(), sae), "W_enc_t must be float32"),
+        ((x, g[:1], sae), "give image"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.score(*arguments)
+    with pytest.raises(ValueError, match="mode: expected one of"):
+        ops.score(x, g, sae, "both")
+    with pytest.raises(ValueError, match="permutation: expected for mode"):
+        ops.score(x, g, sae, "shuffled")
+    with pytest.raises(ValueError, match="top_features"):
+        ops.score(x, g, sae, "no_sae", top_features=2)
+    with pytest.raises(RuntimeError, match=r"image\[0\] is -1"):
+        ops.score(x, g, sae, image=torch.tensor([-1, 0]))
+    with pytest.raises(RuntimeError, match="top_features must lie in 0 to 70, got 71"):
+        ops.score(x, g, sae, top_features=71)

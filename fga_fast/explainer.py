@@ -10,8 +10,8 @@ The stages, in the order in which they happen in `Explainer.__call__`:
      rollout  relevance takes one step:  v <- v + w * (v Cbar)                               (ops/attention.py)
 4. result     relevance of the patches, with logits, scores and gates                        (explanation.py)
 
-What each stage computes is written in plain PyTorch in the file of the same name under `reference/`; `backend="reference"`
-runs that instead, slowly.
+What each stage computes is written in plain PyTorch in the file of the same name under `reference/`;
+`backend="reference"` runs that instead, slowly.
 
 Sources: Chefer, Gur and Wolf, "Transformer Interpretability Beyond Attention Visualization" and "Generic
 Attention-model Explainability" (2021) for TransMM; Šula, TU Wien 2026, doi 10.34726/hss.2026.132361 for the gate.
@@ -79,7 +79,9 @@ class Explainer:
         checks.check_saes(self.saes, self.layout, like)
         self._check_top_features()
         self.backend, self._backend_reason = choose_backend(backend, like.device)
-        self._permutations = {l: self.gate.decoder_permutation(s.d_sae, s.device) for l, s in self.saes.items()}
+        self._permutations = {
+            layer: self.gate.decoder_permutation(sae.d_sae, sae.device) for layer, sae in self.saes.items()
+        }
 
     def __call__(self, images: Tensor, targets: Targets = None) -> Explanation:
         """Explains one class for each image.
@@ -159,7 +161,7 @@ class Explainer:
             logits = checks.check_logits(self.model(images.new_zeros(1, *images.shape[1:])))[:0]
         dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
         none = images.new_zeros(0, self.layout.patches, dtype=dtype)
-        maps = {layer: none for layer in self.saes}
+        maps = dict.fromkeys(self.saes, none)
         return self._result(none, logits, checks.resolve_targets(targets, logits), maps, dict(maps), {})
 
     def _result(
@@ -188,7 +190,9 @@ class Explainer:
             raise ValueError(f"top_features: gate mode {self.gate.mode!r} has no feature contributions to rank")
         fewest = min((sae.d_sae for sae in self.saes.values()), default=0)
         if not 0 < self.top_features <= fewest:
-            raise ValueError(f"top_features: expected 0 to {fewest} (features of the smallest SAE), got {self.top_features}")
+            raise ValueError(
+                f"top_features: expected 0 to {fewest} (features of the smallest SAE), got {self.top_features}"
+            )
 
     def __repr__(self) -> str:
         layers = ", ".join(f"{layer}: {sae.d_sae} features" for layer, sae in self.saes.items())

@@ -1,8 +1,8 @@
 """Taps a model's attention and residual streams for one call, and leaves the model as it came.
 
 While a `Tape` is attached, every `scaled_dot_product_attention` inside a block is answered by the tapped op of
-`ops/attention.py`, which also passes the relevance carrier on, and the output of each block with an SAE goes through a tap
-that in the backward pass turns the residual stream x_l and its gradient g_l into the gate of that block's attention.
+`ops/attention.py`, which also passes the relevance carrier on, and the output of each block with an SAE goes through a
+tap that in the backward pass turns the residual stream x_l and its gradient g_l into that block's gate.
 One `torch.autograd.grad` from (logit, carrier) to the first carrier is then the whole explanation.
 
 Nothing is written to the model but forward hooks on its blocks, which are removed at the end and do nothing in other
@@ -191,7 +191,9 @@ class Tape(TorchFunctionMode):
             if getattr(_thread, "tape", None) is not self:
                 return
             if index != self._finished:
-                raise TapeError(f"model: block {index} runs where block {self._finished} was expected; each must run once")
+                raise TapeError(
+                    f"model: block {index} runs where block {self._finished} was expected; each must run once, in order"
+                )
             self._block = index
 
         return hook
@@ -218,6 +220,6 @@ class Tape(TorchFunctionMode):
 
     def _check_complete(self) -> None:
         if self._finished != len(self._layout.blocks):
-            raise TapeError(f"model: {self._finished} of {len(self._layout.blocks)} blocks ran; the tower was not called once")
+            raise TapeError(f"model: {self._finished} of {len(self._layout.blocks)} blocks ran; call the tower once")
         if self._layout.pooling == "attention" and self._pool is None:
             raise TapeError("model: the pooling head ran without calling scaled_dot_product_attention")

@@ -18,9 +18,7 @@ def test_patch_counts(patches: int, dtype: torch.dtype) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    values=st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=50), base=st.floats(0.1, 20), slope=st.floats(-3, 3)
-)
+@given(values=st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=50), base=st.floats(0.1, 20), slope=st.floats(-3, 3))
 def test_any_scores(values: list[float], base: float, slope: float) -> None:
     scores = torch.tensor([values], dtype=torch.float64)
     got = ops.gate(scores, base, slope)

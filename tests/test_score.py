@@ -1,4 +1,4 @@
-"""Feature score against the reference: activations, modes, both routes of the kernel, top features, sharing of images."""
+"""Feature score against the reference: activations, modes, both routes of the kernel, top features, shared images."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def load() -> None:
     override = os.environ.get("FGA_FAST_LIBRARY")
     try:
         if override:
-            torch.ops.load_library(override)
+            torch.ops.load_library(override)  # type: ignore[no-untyped-call]
         else:
             importlib.import_module("fga_fast._C")
     except (ImportError, OSError) as error:
@@ -50,7 +50,7 @@ def load() -> None:
 
 
 def cuda_error() -> str:
-    """Why the CUDA object did not load, said as soon as a CUDA tensor arrives; "" if it did or there is none to load."""
+    """Why the CUDA object did not load, to be said as soon as a CUDA tensor arrives; "" if there is nothing to say."""
     try:
         load()
     except NativeLibraryError as error:

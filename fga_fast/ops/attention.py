@@ -40,8 +40,8 @@ def attention(
             a pooling head, whose own row starts the rollout.
 
     Returns:
-        out [B, H, Nq, D] in q's dtype over token-major memory; lse [B, H, Nq], the softmax statistics, without gradient; carrier
-        [B, Nq]; port [B, N]. The last two are zeros, see above.
+        out [B, H, Nq, D] in q's dtype over token-major memory; lse [B, H, Nq], the softmax statistics, without
+        gradient; carrier [B, Nq]; port [B, N]. The last two are zeros, see above.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit; the message names the argument.

@@ -2,8 +2,9 @@
 
     f = act(normalise(x) E + b),   h = g D^T,   s_t = sum_k f_tk h_tk        (design of FGA, mode "combined")
 
-The native kernel walks the dictionary in tiles and uses s_t = g_t . (f_t D): per tile one encoder product, then either a
-gather of the decoder rows of active features or, where many are active, a second product. Nothing of size P x F is kept.
+The native kernel walks the dictionary in tiles and uses s_t = g_t . (f_t D): per tile one encoder product, then either
+a gather of the decoder rows of active features or, where many are active, a second product. Nothing of size P x F is
+kept.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ MODES = ("combined", "activation_only", "gradient_only", "no_sae", "shuffled")
 class Score(NamedTuple):
     """Scores and, where asked for, the strongest features behind them.
 
-    Indices are int64, -1 where fewer than k features contribute; contributions are signed, in falling order of magnitude,
-    ties to the lowest feature. Everything else is float64 for float64 x, else float32.
+    Indices are int64, -1 where fewer than k features contribute; contributions are signed, in falling order of
+    magnitude, ties to the lowest feature. Everything else is float64 for float64 x, else float32.
     """
 
     scores: Tensor  # [M, P]

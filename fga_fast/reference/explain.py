@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fga_fast import checks
 from fga_fast.explanation import TopFeatures
 from fga_fast.gate import Gate
-from fga_fast.models.layout import ModelLayout, active_randomness, find_layout
+from fga_fast.models.layout import ModelLayout, find_layout
 from fga_fast.reference.attention import attention, attention_relevance
 from fga_fast.reference.gate import gate as gate_of
 from fga_fast.reference.rollout import gate_columns, pooled_row, rollout
@@ -174,12 +175,13 @@ def explain(
         TypeError: targets that are no integers.
     """
     layout = find_layout(model)
-    _check(model, layout, saes)
+    checks.check_eval(model)
+    checks.check_saes(saes, layout, next(layout.tower.parameters()))
     with torch.inference_mode(False), torch.enable_grad(), _recording(layout) as record:
         # The graph hangs on the images, so that frozen models work and parameters stay out of it.
         logits = model(images.detach().clone().requires_grad_())
         _check_recording(record, layout, logits)
-        chosen = _resolve_targets(targets, logits)
+        chosen = checks.resolve_targets(targets, logits)
         explained = logits.gather(1, chosen.unsqueeze(1)).sum()
         gradients = _differentiate(explained, record, saes)
     scores, features = _scores(layout, record, gradients, saes, gate, top_features)
@@ -250,37 +252,6 @@ def _relevance(
         pool = attention_relevance(record.pool, gradients.pool)  # [B, 1, tokens]
     row = pooled_row(rollout(maps), layout, pool)
     return row[:, layout.prefix_tokens :].contiguous()
-
-
-def _resolve_targets(
-    targets: int | Tensor | None,  # [B]
-    logits: Tensor,  # [B, classes]
-) -> Tensor:
-    """Target class of every image, [B] int64 on the logits' device."""
-    if targets is None:
-        return logits.argmax(dim=1)
-    if isinstance(targets, Tensor):
-        if targets.dtype == torch.bool or targets.is_floating_point() or targets.is_complex():
-            raise TypeError(f"targets: expected integer class indices, got dtype {targets.dtype}")
-        chosen = targets.to(device=logits.device, dtype=torch.int64)
-    else:
-        chosen = torch.full((logits.shape[0],), targets, dtype=torch.int64, device=logits.device)
-    if chosen.shape != logits.shape[:1]:
-        raise ValueError(f"targets: expected shape [{logits.shape[0]}], got {list(chosen.shape)}")
-    if bool(((chosen < 0) | (chosen >= logits.shape[1])).any()):
-        raise ValueError(f"targets: expected classes in [0, {logits.shape[1] - 1}], got {chosen.tolist()}")
-    return chosen
-
-
-def _check(model: nn.Module, layout: ModelLayout, saes: Mapping[int, SparseAutoencoder]) -> None:
-    random = active_randomness(model)
-    if random:
-        raise ValueError(f"model: dropout is active in {', '.join(random[:4])}; call model.eval() first")
-    for block, sae in saes.items():
-        if not 0 <= block < len(layout.blocks):
-            raise ValueError(f"saes: expected blocks in [0, {len(layout.blocks) - 1}], got {block}")
-        if sae.d_model != layout.d_model:
-            raise ValueError(f"saes[{block}]: expected width {layout.d_model} (the model's), got {sae.d_model}")
 
 
 def _check_recording(record: _Recording, layout: ModelLayout, logits: Tensor) -> None:

@@ -1,0 +1,317 @@
+"""Explainer against the reference for every pooling, and every kind of bad input with its message."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fga_fast import Explainer, Explanation, Gate, SparseAutoencoder, explain
+
+Build = Callable[..., nn.Module]
+PIXELS = (3, 32, 48)
+
+
+def sae_for(model: nn.Module, features: int = 40, **settings: Any) -> SparseAutoencoder:
+    width = int(model.embed_dim)  # type: ignore[arg-type]
+    parameter = next(model.parameters())
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64).to(parameter.dtype)
+
+    return SparseAutoencoder(
+        random(width, features), random(features), random(features, width), random(width), **settings
+    )
+
+
+def agree(got: Explanation, want: Explanation, tolerance: float) -> None:
+    def close(a: Tensor, b: Tensor) -> None:
+        assert torch.isfinite(a).all()
+        assert float((a - b).norm()) <= tolerance * float(b.norm())
+
+    close(got.logits, want.logits)
+    close(got.relevance, want.relevance)
+    assert torch.equal(got.targets, want.targets)
+    assert got.scores.keys() == want.scores.keys() == got.gates.keys()
+    for layer in want.scores:
+        close(got.scores[layer], want.scores[layer])
+        close(got.gates[layer], want.gates[layer])
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "class token": {},
+    "average pooling": {"global_pool": "avg", "fc_norm": True},
+    "average pooling without class token": {"global_pool": "avg", "class_token": False},
+    "attention pooling": {"global_pool": "map", "class_token": False},
+    "attention pooling with class token": {"global_pool": "map"},
+    "registers": {"reg_tokens": 4, "init_values": 0.5},
+    "pre-norm": {"pre_norm": True, "qk_norm": True},
+}
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family: str, dtype: torch.dtype, tiny_vit: Build) -> None:
+    model = tiny_vit(**FAMILIES[family]).to(dtype)
+    saes = {0: sae_for(model), 2: sae_for(model, activation="topk", k=4, normalize="layer_norm")}
+    images = torch.randn(3, *PIXELS, dtype=dtype)
+    for targets in (None, 2, torch.tensor([4, 0, 1])):
+        got = Explainer(model, saes, backend="native")(images, targets)
+        want = Explainer(model, saes, backend="reference")(images, targets)
+        agree(got, want, 1e-9 if dtype == torch.float64 else 1e-4)
+        assert got.backend == "native" and got.relevance.dtype == dtype
+        assert got.relevance.shape == (3, 6) and got.grid == (2, 3)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_sixteen_bits(dtype: torch.dtype, tiny_vit: Build) -> None:
+    """The 16-bit rule: against float32, at most twice the error of the reference run in the same dtype."""
+    model = tiny_vit()
+    saes, images = {1: sae_for(model)}, torch.randn(4, *PIXELS)
+    want = Explainer(model, saes, backend="reference")(images, 1).relevance
+    low = tiny_vit()
+    low.load_state_dict(model.state_dict())
+    low, low_saes, low_images = low.to(dtype), {1: saes[1].to(dtype)}, images.to(dtype)
+    plain = Explainer(low, low_saes, backend="reference")(low_images, 1)
+    fast = Explainer(low, low_saes, backend="native")(low_images, 1)
+    assert fast.relevance.dtype == fast.scores[1].dtype == torch.float32
+    assert float((fast.relevance - want).norm()) <= 2 * float((plain.relevance - want).norm())
+
+
+def test_gate_settings(tiny_vit: Build) -> None:
+    model = tiny_vit().double()
+    saes, images = {1: sae_for(model)}, torch.randn(2, *PIXELS, dtype=torch.float64)
+    seen = []
+    for gate in (Gate(), Gate(base=3.0, slope=0.5), Gate("activation_only"), Gate("gradient_only"), Gate("shuffled"),
+                 Gate("shuffled", seed=1)):  # fmt: skip
+        got = Explainer(model, saes, gate, backend="native")(images)
+        agree(got, Explainer(model, saes, gate, backend="reference")(images), 1e-9)
+        assert bool((got.gates[1] <= gate.base).all()) and bool((got.gates[1] >= 1 / gate.base).all())
+        seen.append(got.relevance)
+    for i, one in enumerate(seen):
+        assert not any(torch.allclose(one, other) for other in seen[i + 1 :])
+    ungated = Explainer(model, saes, Gate(base=1.0), backend="native")(images).relevance
+    torch.testing.assert_close(ungated, Explainer(model, backend="native")(images).relevance)
+
+
+def test_top_features_agree_with_the_reference(tiny_vit: Build) -> None:
+    model = tiny_vit().double()
+    saes, images = {1: sae_for(model), 2: sae_for(model)}, torch.randn(2, *PIXELS, dtype=torch.float64)
+    got = Explainer(model, saes, backend="native", top_features=5)(images)
+    want = Explainer(model, saes, backend="reference", top_features=5)(images)
+    assert set(got.features) == {1, 2}
+    for layer in got.features:
+        for name in ("patch_contribution", "image_contribution"):
+            torch.testing.assert_close(getattr(got.features[layer], name), getattr(want.features[layer], name))
+
+
+def test_a_wrapped_tower_is_found(tiny_vit: Build) -> None:
+    class Zoom(nn.Module):
+        def __init__(self, tower: nn.Module) -> None:
+            super().__init__()
+            self.inner = nn.ModuleDict({"vision": tower})
+            self.text = nn.Parameter(torch.randn(7, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.normalize(self.inner["vision"](x), dim=-1) @ self.text.t() * 10
+
+    model, images = Zoom(tiny_vit()), torch.randn(2, *PIXELS)
+    got = Explainer(model, backend="native")(images)
+    assert got.logits.shape == (2, 7)
+    agree(got, Explainer(model, backend="reference")(images), 1e-4)
+
+
+def test_images_in_a_batch_do_not_see_each_other(tiny_vit: Build) -> None:
+    model = tiny_vit()
+    explainer, images = Explainer(model, {1: sae_for(model)}, backend="native"), torch.randn(3, *PIXELS)
+    together = explainer(images, 1).relevance
+    for i in range(3):
+        torch.testing.assert_close(explainer(images[i : i + 1], 1).relevance[0], together[i], rtol=1e-4, atol=1e-6)
+
+
+def test_explain_is_the_same_in_one_call(tiny_vit: Build) -> None:
+    model, images = tiny_vit(), torch.randn(1, *PIXELS)
+    saes = {1: sae_for(model)}
+    one = explain(model, images, 3, saes=saes, gate=Gate(base=2.0))
+    assert torch.equal(one.relevance, Explainer(model, saes, Gate(base=2.0))(images, 3).relevance)
+
+
+@pytest.mark.parametrize("context", (torch.no_grad, torch.inference_mode))
+def test_works_where_gradients_are_off(context: Callable[[], Any], tiny_vit: Build) -> None:
+    model = tiny_vit()
+    explainer = Explainer(model, {1: sae_for(model)}, backend="native")
+    images = torch.randn(2, *PIXELS)
+    want = explainer(images).relevance
+    with context():
+        assert torch.equal(explainer(images * 1.0).relevance, want)
+
+
+@pytest.mark.parametrize("backend", ("native", "reference"))
+def test_no_images_no_explanations(backend: Any, tiny_vit: Build) -> None:
+    model = tiny_vit()
+    e = Explainer(model, {1: sae_for(model)}, backend=backend)(torch.zeros(0, *PIXELS))
+    assert e.relevance.shape == (0, 6) and e.logits.shape == (0, 5) and e.scores[1].shape == (0, 6)
+    assert e.heatmap().shape == (0, 32, 48)
+
+
+def test_auto_takes_the_native_backend_here(tiny_vit: Build) -> None:
+    assert Explainer(tiny_vit())(torch.randn(1, *PIXELS)).backend == "native"
+
+
+def test_auto_falls_back_and_says_why(tiny_vit: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fga_fast import ops
+
+    def missing() -> None:
+        raise ops.NativeLibraryError("no compiled library")
+
+    monkeypatch.setattr(ops, "load", missing)
+    e = Explainer(tiny_vit())(torch.randn(1, *PIXELS))
+    assert e.backend == "reference (no compiled library)"
+    with pytest.raises(RuntimeError, match="native cannot run: no compiled library"):
+        Explainer(tiny_vit(), backend="native")
+
+
+def test_a_missing_library_is_said_with_the_way_to_build_it(tmp_path: Any) -> None:
+    code = "import fga_fast, torch; from fga_fast import ops; ops.gate(torch.zeros(1, 2))"
+    environment = {"FGA_FAST_LIBRARY": str(tmp_path / "none.so"), "PATH": ""}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert ran.returncode == 1 and "pip install ." in ran.stderr and "does not load" in ran.stderr
+
+
+def test_importing_loads_neither_the_native_library_nor_triton() -> None:
+    code = "import sys, fga_fast; print(set(sys.modules) & {'fga_fast._C', 'triton', 'timm', 'matplotlib'} or 'none')"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "none\n"
+
+
+def bad_images() -> list[tuple[Any, str]]:
+    return [
+        (torch.zeros(3, 32, 48), r"images: expected shape \[B, 3, 32, 48\], got \[3, 32, 48\]; add a batch dimension"),
+        (torch.zeros(1, 1, 32, 48), r"images: expected shape .* got \[1, 1, 32, 48\]"),
+        (torch.zeros(1, 3, 32, 32), r"images: expected shape .* got \[1, 3, 32, 32\]"),
+        (torch.zeros(1, 3, 32, 48).double(), "images: expected dtype torch.float32 like the model, got torch.float64"),
+        (torch.zeros(1, 3, 32, 48, dtype=torch.uint8), "images: expected dtype torch.float32"),
+        (torch.zeros(1, 3, 32, 48, device="meta"), "images: expected device cpu like the model, got meta"),
+        (torch.full((1, 3, 32, 48), float("nan")), "images: contain NaN or Inf"),
+        (torch.full((1, 3, 32, 48), float("inf")), "images: contain NaN or Inf"),
+        ([[1.0]], "images: expected a tensor"),
+    ]
+
+
+@pytest.mark.parametrize("backend", ("native", "reference"))
+@pytest.mark.parametrize("case", range(9))
+def test_bad_images(case: int, backend: Any, tiny_vit: Build) -> None:
+    images, message = bad_images()[case]
+    with pytest.raises((ValueError, TypeError), match=message):
+        Explainer(tiny_vit(), backend=backend)(images)
+
+
+@pytest.mark.parametrize("backend", ("native", "reference"))
+@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+def test_bad_weights_are_named(value: float, backend: Any, tiny_vit: Build) -> None:
+    model = tiny_vit()
+    with torch.no_grad():
+        model.blocks[1].mlp.fc1.weight[3, 2] = value  # type: ignore[index,union-attr]
+    with pytest.raises(ValueError, match=r"model: weight 'blocks.1.mlp.fc1.weight' contains NaN or Inf"):
+        Explainer(model, backend=backend)(torch.randn(1, *PIXELS))
+
+
+def test_overflow_is_said(tiny_vit: Build) -> None:
+    with pytest.raises(ValueError, match=r"although images and weights are finite: an overflow in torch.float16"):
+        model = tiny_vit().half()
+        Explainer(model, backend="native")(torch.full((1, *PIXELS), 6e4, dtype=torch.float16))
+
+
+def test_bad_saes(tiny_vit: Build) -> None:
+    model = tiny_vit()
+    width = int(model.embed_dim)  # type: ignore[arg-type]
+    narrow = SparseAutoencoder(torch.ones(width - 1, 9), None, torch.ones(9, width - 1), torch.zeros(width - 1))
+    for saes, message in (
+        ({1: narrow}, f"width {width - 1}, the model's has width {width}"),
+        ({3: sae_for(model)}, "layer 3 is out of range, expected 0 to 2"),
+        ({-1: sae_for(model)}, "layer -1 is out of range"),
+        ({"1": sae_for(model)}, "layer '1' is out of range"),
+        ({1: sae_for(model).double()}, r"saes\[1\]: is torch.float64 for a model of torch.float32"),
+        ({1: sae_for(model).to("meta")}, r"saes\[1\]: is on meta, the model on cpu"),
+        ({1: nn.Linear(2, 2)}, "expected a SparseAutoencoder, got Linear"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            Explainer(model, saes)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"W_dec.*NaN"):
+        SparseAutoencoder(torch.ones(2, 3), None, torch.full((3, 2), float("nan")), torch.zeros(2))
+
+
+@pytest.mark.parametrize("backend", ("native", "reference"))
+def test_bad_targets(backend: Any, tiny_vit: Build) -> None:
+    explainer, images = Explainer(tiny_vit(), backend=backend), torch.randn(2, *PIXELS)
+    for targets, message in (
+        (5, "targets: expected classes 0 to 4, got"),
+        (-1, "targets: expected classes 0 to 4, got"),
+        (torch.tensor([0, 7]), "targets: expected classes 0 to 4"),
+        (torch.tensor([0, 1, 2]), r"targets: expected one class an image, shape \[2\], got \[3\]"),
+        (torch.zeros(2, 3, dtype=torch.int64), r"got \[2, 3\]"),
+        (torch.tensor([0.0, 1.0]), "targets: expected integer class indices, got dtype torch.float32"),
+        (torch.tensor([True, False]), "got dtype torch.bool"),
+        ({"cat": 1}, "targets: expected None, an int or integers"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            explainer(images, targets)  # type: ignore[arg-type]
+
+
+def test_bad_settings(tiny_vit: Build) -> None:
+    model = tiny_vit()
+    for settings, message in (
+        ({"method": "input_x_gradient"}, "method: this version knows 'rollout' only"),
+        ({"backward": "conservative"}, "backward: this version knows 'exact' only"),
+        ({"backend": "fast"}, "backend: expected auto, native, triton or reference, got 'fast'"),
+        ({"top_features": 41, "saes": {1: sae_for(model)}}, "top_features: expected 0 to 40"),
+        ({"top_features": 2}, "top_features: expected 0 to 0"),
+        ({"top_features": 2, "saes": {1: sae_for(model)}, "gate": Gate("no_sae")}, "no feature contributions"),
+        (
+            {"saes": {1: sae_for(model)}, "gate": Gate("shuffled", permutation=torch.zeros(40))},
+            "expected a permutation",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Explainer(model, **settings)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="no Triton kernels in this version"):
+        Explainer(model, backend="triton")
+    for settings, message in (
+        ({"base": 0.0}, "base"), ({"base": float("inf")}, "base"), ({"slope": float("nan")}, "slope"),
+        ({"mode": "all"}, "mode"), ({"permutation": torch.arange(3)}, "permutation"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            Gate(**settings)  # type: ignore[arg-type]
+
+
+def test_a_model_in_train_mode_with_dropout_is_refused(tiny_vit: Build) -> None:
+    images = torch.randn(1, *PIXELS)
+    model = tiny_vit(proj_drop_rate=0.1).train()
+    with pytest.raises(ValueError, match=r"dropout is active in train mode .*call model.eval\(\) first"):
+        Explainer(model)(images)
+    assert model.training
+    without = tiny_vit().train()
+    torch.testing.assert_close(Explainer(without)(images).relevance, Explainer(without.eval())(images).relevance)
+
+
+def test_a_model_without_attention_is_refused(tiny_vit: Build) -> None:
+    with pytest.raises(ValueError, match="no supported vision transformer found in Sequential"):
+        Explainer(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)))
+    with pytest.raises(TypeError, match=r"expected a torch.nn.Module"):
+        Explainer(lambda x: x)  # type: ignore[arg-type]
+
+
+def test_output_that_is_no_logits_is_refused(tiny_vit: Build) -> None:
+    model = tiny_vit(num_classes=0, global_pool="")
+    with pytest.raises(ValueError, match=r"model: "):
+        Explainer(model)(torch.randn(1, *PIXELS))
+
+
+def test_repr_helps(tiny_vit: Build) -> None:
+    model = tiny_vit()
+    text = repr(Explainer(model, {1: sae_for(model)}))
+    assert "VisionTransformer" in text and "1: 40 features" in text and "native" in text

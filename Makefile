@@ -56,12 +56,13 @@ format: $(INSTALLED)
 bench: $(INSTALLED)
 	$(PY) -m pytest benchmarks
 
-# The operators' tests against a build with AddressSanitizer and UBSan. Python itself leaks at exit, so leaks are off.
+# The operators' tests against a build with AddressSanitizer and UBSan. Python itself leaks at exit, so leaks are off;
+# pytest must not capture the file descriptor that the sanitizers write their report to.
 sanitize: $(INSTALLED)
 	CXX=g++ $(PY) scripts/build_library.py --sanitize $(SANITIZED)
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	FGA_FAST_LIBRARY=$(abspath $(SANITIZED)) $(PY) -m pytest -p no:cacheprovider $(OP_TESTS)
+	FGA_FAST_LIBRARY=$(abspath $(SANITIZED)) $(PY) -m pytest -p no:cacheprovider --capture=sys $(OP_TESTS)
 
 wheel: $(INSTALLED)
 	$(PY) -m pip --disable-pip-version-check wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

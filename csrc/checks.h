@@ -61,7 +61,8 @@ inline void check_cpu(const char* op, const char* name, const Tensor& t) {
 }
 
 inline void check_type(const char* op, const char* name, const Tensor& t, ScalarType want) {
-  STD_TORCH_CHECK(t.scalar_type() == want, op, ": ", name, " must be ", name_of(want), ", got ", name_of(t.scalar_type()));
+  STD_TORCH_CHECK(t.scalar_type() == want, op, ": ", name, " must be ", name_of(want), ", got ",
+                  name_of(t.scalar_type()));
 }
 
 // Relevance, scores, gates and softmax statistics: float64 for float64 models, float32 for all others.

@@ -8,18 +8,22 @@
 
 namespace fga {
 std::tuple<Tensor, Tensor> attention_forward_cpu(const Tensor&, const Tensor&, const Tensor&, double);
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
-    const Tensor&, const Tensor&, const std::optional<Tensor>&, const Tensor&, const Tensor&, const Tensor&,
-    const Tensor&, const Tensor&, const std::optional<Tensor>&, double, bool, bool);
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> score_cpu(
-    const Tensor&, const Tensor&, const std::optional<Tensor>&, const Tensor&, const Tensor&, const Tensor&,
-    const std::optional<Tensor>&, const std::optional<Tensor>&, const std::optional<Tensor>&,
-    const std::optional<Tensor>&, std::string, std::string, std::string, int64_t, int64_t);
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(const Tensor&, const Tensor&,
+                                                                  const std::optional<Tensor>&, const Tensor&,
+                                                                  const Tensor&, const Tensor&, const Tensor&,
+                                                                  const Tensor&, const std::optional<Tensor>&, double,
+                                                                  bool, bool);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> score_cpu(const Tensor&, const Tensor&, const std::optional<Tensor>&,
+                                                             const Tensor&, const Tensor&, const Tensor&,
+                                                             const std::optional<Tensor>&, const std::optional<Tensor>&,
+                                                             const std::optional<Tensor>&, const std::optional<Tensor>&,
+                                                             std::string, std::string, std::string, int64_t, int64_t);
 Tensor gate_cpu(const Tensor&, double, double);
 
 // Carrier and gate port hold zeros in the forward pass: they exist for what travels along them in the backward pass.
 std::tuple<Tensor, Tensor, Tensor, Tensor> tapped_attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
-                                                                const Tensor& carrier, double scale, bool, bool residual) {
+                                                                const Tensor& carrier, double scale, bool,
+                                                                bool residual) {
   auto [out, lse] = attention_forward_cpu(q, k, v, scale);
   check_shape("attention", "carrier", carrier, {k.size(0), k.size(2)});
   check_type("attention", "carrier", carrier, statistic_type(q.scalar_type()));
@@ -37,14 +41,16 @@ STABLE_TORCH_LIBRARY(fga_fast, m) {
       "attention(Tensor q, Tensor k, Tensor v, Tensor carrier, float scale, bool gated, bool residual)"
       " -> (Tensor out, Tensor lse, Tensor carrier_out, Tensor port)");
   m.def(
-      "attention_backward(Tensor grad_out, Tensor row, Tensor? gate, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+      "attention_backward(Tensor grad_out, Tensor row, Tensor? gate, Tensor q, Tensor k, Tensor v, Tensor out, Tensor "
+      "lse,"
       " Tensor? image, float scale, bool residual, bool need_qkv)"
       " -> (Tensor dq, Tensor dk, Tensor dv, Tensor row_out)");
   m.def(
       "score(Tensor x, Tensor g, Tensor? image, Tensor W_enc_t, Tensor bias, Tensor W_dec, Tensor? theta,"
       " Tensor? gate_scale, Tensor? mag_bias, Tensor? permutation, str activation, str normalize, str mode, int k,"
       " int top_features)"
-      " -> (Tensor scores, Tensor patch_index, Tensor patch_contribution, Tensor image_index, Tensor image_contribution)");
+      " -> (Tensor scores, Tensor patch_index, Tensor patch_contribution, Tensor image_index, Tensor "
+      "image_contribution)");
   m.def("gate(Tensor scores, float base, float slope) -> Tensor");
 }
 

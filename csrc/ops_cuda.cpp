@@ -27,11 +27,9 @@ cudaStream_t current_stream(int32_t device) {
 }
 
 Tensor gate(const Tensor& scores /* [M, P] */, double base, double slope) {
-  STD_TORCH_CHECK(scores.dim() == 2, "gate: scores must be [rows, patches], got ", scores.dim(),
-                  " dimensions");
+  STD_TORCH_CHECK(scores.dim() == 2, "gate: scores must be [rows, patches], got ", scores.dim(), " dimensions");
   const ScalarType dtype = scores.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
-                  "gate: scores must be float32 or float64");
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "gate: scores must be float32 or float64");
   STD_TORCH_CHECK(base > 0.0, "gate: base must be positive, got ", base);
   const torch::stable::accelerator::DeviceGuard guard(scores.get_device_index());
   const Tensor rows = torch::stable::contiguous(scores);

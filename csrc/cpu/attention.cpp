@@ -12,7 +12,8 @@ namespace {
 
 template <class S>
 Matrix<const S> head_of(const Tensor& t, int64_t image, int64_t head) {
-  return {static_cast<const S*>(t.const_data_ptr()) + image * t.stride(0) + head * t.stride(1), t.stride(2), t.stride(3)};
+  return {static_cast<const S*>(t.const_data_ptr()) + image * t.stride(0) + head * t.stride(1), t.stride(2),
+          t.stride(3)};
 }
 
 template <class S>
@@ -124,10 +125,11 @@ std::tuple<Tensor, Tensor> attention_forward_cpu(const Tensor& q, const Tensor& 
 
 // grad_out [M, H, Nq, D], row [M, Nq], gate [M, N] or none (1), image [M] or none (row m is image m)
 // -> dq [M, H, Nq, D], dk, dv [M, H, N, D] (empty unless need_qkv), row_out [M, N]
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
-    const Tensor& grad_out, const Tensor& row, const std::optional<Tensor>& gate, const Tensor& q, const Tensor& k,
-    const Tensor& v, const Tensor& out, const Tensor& lse, const std::optional<Tensor>& image, double scale,
-    bool residual, bool need_qkv) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(const Tensor& grad_out, const Tensor& row,
+                                                                  const std::optional<Tensor>& gate, const Tensor& q,
+                                                                  const Tensor& k, const Tensor& v, const Tensor& out,
+                                                                  const Tensor& lse, const std::optional<Tensor>& image,
+                                                                  double scale, bool residual, bool need_qkv) {
   const char* op = "attention_backward";
   check_qkv(op, q, k, v);
   check_rank(op, "grad_out", grad_out, 4, "[M, H, Nq, D]");
@@ -138,7 +140,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
   check_shape(op, "lse", lse, {q.size(0), heads, queries});
   check_shape(op, "row", row, {rows, queries});
   if (gate) check_shape(op, "gate", *gate, {rows, keys});
-  STD_TORCH_CHECK(!residual || queries == keys, op, ": residual needs as many queries as keys, got ", queries, " and ", keys);
+  STD_TORCH_CHECK(!residual || queries == keys, op, ": residual needs as many queries as keys, got ", queries, " and ",
+                  keys);
   for (auto [name, t] : {std::pair{"grad_out", &grad_out}, {"out", &out}}) {
     check_cpu(op, name, *t);
     check_type(op, name, *t, type);
@@ -168,13 +171,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
     for (int64_t m = 0; m < rows; ++m) {
       const int64_t b = image_of_row(dense_image, m, q.size(0), op);
       for (int64_t h = 0; h < heads; ++h) {
-        AttentionBackward<S, A> item{head_of<S>(q, b, h), head_of<S>(k, b, h), head_of<S>(v, b, h), head_of<S>(out, b, h),
+        AttentionBackward<S, A> item{head_of<S>(q, b, h),
+                                     head_of<S>(k, b, h),
+                                     head_of<S>(v, b, h),
+                                     head_of<S>(out, b, h),
                                      head_of<S>(grad_out, m, h),
                                      static_cast<const A*>(dense_lse.const_data_ptr()) + (b * heads + h) * queries,
                                      static_cast<const A*>(dense_row.const_data_ptr()) + m * queries,
-                                     {}, {}, {},
+                                     {},
+                                     {},
+                                     {},
                                      static_cast<A*>(messages.mutable_data_ptr()) + (m * heads + h) * keys,
-                                     queries, keys, width, static_cast<A>(scale), need_qkv};
+                                     queries,
+                                     keys,
+                                     width,
+                                     static_cast<A>(scale),
+                                     need_qkv};
         if (need_qkv) {
           item.dq = head_of_output<S>(dq, m, h);
           item.dk = head_of_output<S>(dk, m, h);

@@ -35,12 +35,12 @@ struct AttentionBackward {
   bool need_qkv;
 };
 
-#define FGA_DECLARE_ATTENTION(isa)                                                                      \
-  namespace isa {                                                                                       \
-  template <class S, class A>                                                                           \
-  void attention_forward(const AttentionForward<S, A>*, int64_t count);                                 \
-  template <class S, class A>                                                                           \
-  void attention_backward(const AttentionBackward<S, A>*, int64_t count);                               \
+#define FGA_DECLARE_ATTENTION(isa)                                        \
+  namespace isa {                                                         \
+  template <class S, class A>                                             \
+  void attention_forward(const AttentionForward<S, A>*, int64_t count);   \
+  template <class S, class A>                                             \
+  void attention_backward(const AttentionBackward<S, A>*, int64_t count); \
   }
 FGA_DECLARE_ATTENTION(baseline)
 FGA_DECLARE_ATTENTION(avx2)

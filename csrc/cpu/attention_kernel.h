@@ -1,6 +1,6 @@
-// Flash-style attention tiles on the CPU, compiled once per instruction set. A block of query rows against all keys fits the
-// second-level cache, so probabilities are rebuilt block by block from the log-sum-exp and nothing of size N x N is
-// kept; scratch is linear in N. No guard: each inclusion makes its own copy (see vector.h).
+// Flash-style attention tiles on the CPU, compiled once per instruction set. A block of query rows against all keys
+// fits the second-level cache, so probabilities are rebuilt block by block from the log-sum-exp and nothing of size N x
+// N is kept; scratch is linear in N. No guard: each inclusion makes its own copy (see vector.h).
 
 inline int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
@@ -15,10 +15,11 @@ inline int64_t block_rows(int64_t padded_keys) {
   return std::max<int64_t>(kRows, std::min(kMaxRows, fit));
 }
 
-// Rows [first, first + count) of a matrix as dense rows of `ld` elements; columns past `width` and `padded - count` more
-// rows are zero.
+// Rows [first, first + count) of a matrix as dense rows of `ld` elements; columns past `width` and `padded - count`
+// more rows are zero.
 template <class S, class A>
-inline void pack_rows(Matrix<const S> m, int64_t first, int64_t count, int64_t padded, int64_t width, int64_t ld, A* to) {
+inline void pack_rows(Matrix<const S> m, int64_t first, int64_t count, int64_t padded, int64_t width, int64_t ld,
+                      A* to) {
   for (int64_t i = 0; i < padded; ++i, to += ld) {
     int64_t d = 0;
     if (i < count) {
@@ -145,9 +146,9 @@ void attention_forward(const AttentionForward<S, A>* items, int64_t count) {
 
 template <class A>
 struct BackwardScratch {
-  A *kt, *vt, *k, *dk, *dv;       // [D, N] [D, N] [N, D] [N, D] [N, D]
-  A *q, *out, *grad_out, *dq;     // [rows, D]
-  A *p, *dp;                      // [rows, N]
+  A *kt, *vt, *k, *dk, *dv;    // [D, N] [D, N] [N, D] [N, D] [N, D]
+  A *q, *out, *grad_out, *dq;  // [rows, D]
+  A *p, *dp;                   // [rows, N]
 };
 
 // message += row_i * relu(P_ij dP_ij): relevance that query i sends to key j through this head.
@@ -171,12 +172,13 @@ void backward_block(const AttentionBackward<S, A>& item, const Sizes<A>& size, c
     if (item.need_qkv) unpack_rows(b.dq, size.width, i0, rows, item.width, item.dq);
     return;
   }
+  // Scaling the queries scales the logits and dk = scale dS^T q with no work of size N x N; dq is scaled at the end.
   pack_rows(item.q, i0, rows, padded, item.width, size.width, b.q);
+  scale_rows(b.q, padded * size.width, item.scale);
   multiply(b.q, size.width, int64_t{1}, b.kt, size.keys, b.p, size.keys, padded, size.keys, item.width, false);
   multiply(b.grad_out, size.width, int64_t{1}, b.vt, size.keys, b.dp, size.keys, padded, size.keys, item.width, false);
   for (int64_t i = 0; i < rows; ++i) {
     A* p = b.p + i * size.keys;
-    scale_rows(p, size.keys, item.scale);
     exponentiate(p, item.keys, size.keys, item.lse[i0 + i]);
     send_relevance(item.row[i0 + i], p, b.dp + i * size.keys, size.keys, message);
   }
@@ -184,15 +186,15 @@ void backward_block(const AttentionBackward<S, A>& item, const Sizes<A>& size, c
   std::fill(b.p + rows * size.keys, b.p + padded * size.keys, A(0));
   multiply(b.p, int64_t{1}, size.keys, b.grad_out, size.width, b.dv, size.width, size.keys, size.width, rows, true);
   pack_rows(item.out, i0, rows, rows, item.width, size.width, b.out);
-  for (int64_t i = 0; i < padded; ++i) {  // dP becomes dS = P (dP - delta) scale, delta = sum_d dO O
+  for (int64_t i = 0; i < padded; ++i) {  // dP becomes dS = P (dP - delta), delta = sum_d dO O
     A delta = 0;
     if (i < rows)
       for (int64_t d = 0; d < item.width; ++d) delta += b.grad_out[i * size.width + d] * b.out[i * size.width + d];
     A *p = b.p + i * size.keys, *dp = b.dp + i * size.keys;
-    for (int64_t j = 0; j < size.keys; j += kLanes<A>)
-      store(dp + j, load(p + j) * (load(dp + j) - delta) * item.scale);
+    for (int64_t j = 0; j < size.keys; j += kLanes<A>) store(dp + j, load(p + j) * (load(dp + j) - delta));
   }
   multiply(b.dp, size.keys, int64_t{1}, b.k, size.width, b.dq, size.width, padded, size.width, item.keys, false);
+  scale_rows(b.dq, rows * size.width, item.scale);
   unpack_rows(b.dq, size.width, i0, rows, item.width, item.dq);
   multiply(b.dp, int64_t{1}, size.keys, b.q, size.width, b.dk, size.width, size.keys, size.width, rows, true);
 }

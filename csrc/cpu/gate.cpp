@@ -27,8 +27,7 @@ void gate_row(const A* scores, int64_t patches, A base, A slope, A* out) {
   const A median = lower_median(values);
   for (int64_t p = 0; p < patches; ++p) values[p] = std::abs(scores[p] - median);
   const A spread = A(1.4826) * (lower_median(values) + A(1e-8));
-  for (int64_t p = 0; p < patches; ++p)
-    out[p] = std::pow(base, std::tanh(slope * ((scores[p] - median) / spread)));
+  for (int64_t p = 0; p < patches; ++p) out[p] = std::pow(base, std::tanh(slope * ((scores[p] - median) / spread)));
 }
 
 }  // namespace

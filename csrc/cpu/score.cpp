@@ -17,11 +17,11 @@
 #else
 #define FGA_IF_ISA(set, ...)
 #endif
-#define FGA_ON_ISA(...)              \
-  [&] {                              \
-    FGA_IF_ISA(avx512, __VA_ARGS__)  \
-    FGA_IF_ISA(avx2, __VA_ARGS__)    \
-    return baseline::__VA_ARGS__;    \
+#define FGA_ON_ISA(...)             \
+  [&] {                             \
+    FGA_IF_ISA(avx512, __VA_ARGS__) \
+    FGA_IF_ISA(avx2, __VA_ARGS__)   \
+    return baseline::__VA_ARGS__;   \
   }()
 
 namespace fga {
@@ -31,7 +31,7 @@ int64_t image_of_row(const std::optional<Tensor>& contiguous_image, int64_t row,
 namespace {
 
 constexpr const char* kOp = "score";
-constexpr int64_t kRangePatches = 128;           // patches of one work item; accumulate() has room for 256
+constexpr int64_t kRangePatches = 128;            // patches of one work item; accumulate() has room for 256
 constexpr int64_t kTileBytes = int64_t{4} << 20;  // pre-activations of one tile, so that they stay in the caches
 // Share of active features above which a second dense product beats gathering decoder rows. Crossover measured on a
 // 2-core AVX-512 server by benchmarks/bench_score.py.
@@ -106,14 +106,16 @@ void check(const Arguments& a) {
   check_type(kOp, "bias", a.bias, weights);
   STD_TORCH_CHECK(weights == type || weights == statistic_type(type), kOp, ": W_enc_t must be ", name_of(type), " or ",
                   name_of(statistic_type(type)), " for x of ", name_of(type), ", got ", name_of(weights));
-  for (auto [name, t] : {std::pair{"x", &a.x}, {"g", &a.g}, {"W_enc_t", &a.w_enc_t}, {"bias", &a.bias}, {"W_dec", &a.w_dec}})
+  for (auto [name, t] :
+       {std::pair{"x", &a.x}, {"g", &a.g}, {"W_enc_t", &a.w_enc_t}, {"bias", &a.bias}, {"W_dec", &a.w_dec}})
     check_cpu(kOp, name, *t);
   check_vector("theta", a.theta, a.activation == Activation::threshold, a.features, weights);
   check_vector("gate_scale", a.gate_scale, a.activation == Activation::gated, a.features, weights);
   check_vector("mag_bias", a.mag_bias, a.activation == Activation::gated, a.features, weights);
   if (a.permutation) check_vector("permutation", a.permutation, true, a.features, ScalarType::Long);
   STD_TORCH_CHECK(a.activation != Activation::topk || a.k >= 1, kOp, ": k must be at least 1 for topk, got ", a.k);
-  STD_TORCH_CHECK(a.top >= 0 && a.top <= a.features, kOp, ": top_features must lie in 0 to ", a.features, ", got ", a.top);
+  STD_TORCH_CHECK(a.top >= 0 && a.top <= a.features, kOp, ": top_features must lie in 0 to ", a.features, ", got ",
+                  a.top);
   STD_TORCH_CHECK(a.image || a.rows == a.images, kOp, ": g has ", a.rows, " rows for ", a.images,
                   " images; give image [M] to say which row belongs to which");
   if (!a.image) return;
@@ -137,7 +139,8 @@ struct TargetsOfImages {
   int64_t most = 0;
   explicit TargetsOfImages(const Arguments& a) : start(a.images + 1, 0) {
     std::vector<std::vector<int64_t>> of(a.images);
-    const std::optional<Tensor> image = a.image ? std::optional<Tensor>(torch::stable::contiguous(*a.image)) : std::nullopt;
+    const std::optional<Tensor> image =
+        a.image ? std::optional<Tensor>(torch::stable::contiguous(*a.image)) : std::nullopt;
     for (int64_t m = 0; m < a.rows; ++m) of[image_of_row(image, m, a.images, kOp)].push_back(m);
     for (int64_t b = 0; b < a.images; ++b) {
       targets.insert(targets.end(), of[b].begin(), of[b].end());
@@ -152,15 +155,27 @@ template <class S, class W, class A>
 class Scorer {
  public:
   Scorer(const Arguments& a, Outputs& o)
-      : a_(a), o_(o), type_(o.scores.scalar_type()), of_(a), ranges_(patch_ranges(a.images, a.patches)),
-        tokens_(a.images * a.patches), ld_(a.width) {
-    tile_ = std::clamp<int64_t>(kTileBytes / static_cast<int64_t>(sizeof(A)) / std::max<int64_t>(1, tokens_) / 64 * 64, 64, 2048);
+      : a_(a),
+        o_(o),
+        type_(o.scores.scalar_type()),
+        of_(a),
+        ranges_(patch_ranges(a.images, a.patches)),
+        tokens_(a.images * a.patches),
+        ld_(a.width) {
+    tile_ = std::clamp<int64_t>(kTileBytes / static_cast<int64_t>(sizeof(A)) / std::max<int64_t>(1, tokens_) / 64 * 64,
+                                64, 2048);
     tile_ = std::min(tile_, a.features);
     x_ = dense(a.x, a.images, a.normalize);
     g_ = dense(a.g, a.rows, 0);
     gt_ = torch::stable::transpose(g_, 0, 1);
-    problem_ = {a.rows * a.patches, a.patches, a.width, ld_, a.weigh ? data(g_) : nullptr, of_.targets.data(),
-                of_.start.data(), data(o.scores),
+    problem_ = {a.rows * a.patches,
+                a.patches,
+                a.width,
+                ld_,
+                a.weigh ? data(g_) : nullptr,
+                of_.targets.data(),
+                of_.start.data(),
+                data(o.scores),
                 {a.top, static_cast<int64_t*>(o.patch_index.mutable_data_ptr()), data(o.patch_contribution)}};
     bias_ = cast(a.bias, type_);
     if (a.theta) theta_ = cast(*a.theta, type_);
@@ -177,8 +192,9 @@ class Scorer {
       const int64_t count = std::min(tile_, a_.features - first);
       const Tensor tile = narrow_rows(codes, 0, count);
       multiply_into(cast(narrow_rows(a_.w_enc_t, first, count), type_), xt, tile);
-      FeatureTile<W, A> t{first, count, data(tile), tokens_, data(bias_) + first, at(theta_, first), at(scale_, first),
-                          at(mag_, first), nullptr, nullptr};
+      FeatureTile<W, A> t{
+          first,           count,   data(tile), tokens_, data(bias_) + first, at(theta_, first), at(scale_, first),
+          at(mag_, first), nullptr, nullptr};
       if (a_.activation == Activation::topk)
         each_range([&](PatchRange r, int64_t) { FGA_ON_ISA(select<W, A>(t, a_.patches, r, selection_)); });
       else
@@ -205,8 +221,8 @@ class Scorer {
     A* to = data(out);
     torch::stable::parallel_for(0, images, 1, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b)
-        FGA_ON_ISA(normalise_rows<S, A>(from + b * t.stride(0), t.stride(1), t.stride(2), a_.patches, a_.width, ld_, kind,
-                                         to + b * a_.patches * ld_));
+        FGA_ON_ISA(normalise_rows<S, A>(from + b * t.stride(0), t.stride(1), t.stride(2), a_.patches, a_.width, ld_,
+                                        kind, to + b * a_.patches * ld_));
     });
     return out;
   }
@@ -214,7 +230,8 @@ class Scorer {
   // Codes of a tile to scores, by gathering decoder rows or, where many features fire, by a second product.
   void consume(FeatureTile<W, A>& t) {
     std::vector<int64_t> active(ranges_.size());
-    each_range([&](PatchRange r, int64_t i) { active[i] = FGA_ON_ISA(activate<W, A>(t, a_.activation, a_.patches, r)); });
+    each_range(
+        [&](PatchRange r, int64_t i) { active[i] = FGA_ON_ISA(activate<W, A>(t, a_.activation, a_.patches, r)); });
     int64_t total = 0;
     for (int64_t n : active) total += n;
     if (total == 0) return;
@@ -238,7 +255,8 @@ class Scorer {
   Tensor decoder_rows(int64_t first, int64_t count) {
     if (!a_.permutation) return narrow_rows(a_.w_dec, first, count);
     using torch::stable::detail::from;
-    return call("aten::index_select", "", {from(a_.w_dec), from(int64_t{0}), from(narrow_rows(*a_.permutation, first, count))});
+    return call("aten::index_select", "",
+                {from(a_.w_dec), from(int64_t{0}), from(narrow_rows(*a_.permutation, first, count))});
   }
 
   // Per image: what a feature gave over all patches, in fixed order of the ranges.
@@ -281,11 +299,12 @@ class Scorer {
   void consume_selection() {
     const int64_t k = selection_.k;
     std::vector<A> contributions(a_.top ? problem_.rows * k : 0);
-    const int64_t* permutation = a_.permutation ? static_cast<const int64_t*>(a_.permutation->const_data_ptr()) : nullptr;
+    const int64_t* permutation =
+        a_.permutation ? static_cast<const int64_t*>(a_.permutation->const_data_ptr()) : nullptr;
     const W* decoder = static_cast<const W*>(a_.w_dec.const_data_ptr());
     each_range([&](PatchRange r, int64_t) {
       FGA_ON_ISA(accumulate_selected<W, A>(decoder, permutation, problem_, r, selection_,
-                                            a_.top ? contributions.data() : nullptr));
+                                           a_.top ? contributions.data() : nullptr));
     });
     if (!a_.top) return;
     for (int64_t b = 0; b < a_.images; ++b)
@@ -297,7 +316,8 @@ class Scorer {
     for (int64_t p = 0; p < a_.patches; ++p) {
       const int64_t token = image * a_.patches + p;
       for (int64_t i = 0; i < sizes_[token]; ++i)
-        pairs.emplace_back(indices_[token * selection_.k + i], contributions[(row * a_.patches + p) * selection_.k + i]);
+        pairs.emplace_back(indices_[token * selection_.k + i],
+                           contributions[(row * a_.patches + p) * selection_.k + i]);
     }
     std::stable_sort(pairs.begin(), pairs.end(), [](const auto& l, const auto& r) { return l.first < r.first; });
     for (size_t i = 0; i < pairs.size();) {
@@ -342,21 +362,39 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> score_cpu(
   check_rank(kOp, "x", x, 3, "[B, P, C]");
   check_rank(kOp, "g", g, 3, "[M, P, C]");
   check_rank(kOp, "W_enc_t", w_enc_t, 2, "[F, C]");
-  STD_TORCH_CHECK(mode == "combined" || mode == "activation_only", kOp, ": mode must be combined or activation_only, got ", mode);
+  STD_TORCH_CHECK(mode == "combined" || mode == "activation_only", kOp,
+                  ": mode must be combined or activation_only, got ", mode);
   const auto dense = [](const Tensor& t) { return torch::stable::contiguous(t); };
-  const auto dense_optional = [&](const std::optional<Tensor>& t) { return t ? std::optional<Tensor>(dense(*t)) : std::nullopt; };
-  const Arguments a{x, g, dense(w_enc_t), dense(bias), dense(w_dec), image, dense_optional(theta),
-                    dense_optional(gate_scale), dense_optional(mag_bias), dense_optional(permutation),
-                    activation_named(activation), normalisation_named(normalize), mode == "combined", k, top_features,
-                    x.size(0), g.size(0), x.size(1), x.size(2), w_enc_t.size(0)};
+  const auto dense_optional = [&](const std::optional<Tensor>& t) {
+    return t ? std::optional<Tensor>(dense(*t)) : std::nullopt;
+  };
+  const Arguments a{x,
+                    g,
+                    dense(w_enc_t),
+                    dense(bias),
+                    dense(w_dec),
+                    image,
+                    dense_optional(theta),
+                    dense_optional(gate_scale),
+                    dense_optional(mag_bias),
+                    dense_optional(permutation),
+                    activation_named(activation),
+                    normalisation_named(normalize),
+                    mode == "combined",
+                    k,
+                    top_features,
+                    x.size(0),
+                    g.size(0),
+                    x.size(1),
+                    x.size(2),
+                    w_enc_t.size(0)};
   check(a);
   const ScalarType statistics = statistic_type(x.scalar_type());
   using torch::stable::new_empty;
   Outputs o{torch::stable::new_zeros(x, {a.rows, a.patches}, statistics),
             new_empty(x, {a.rows, a.patches, a.top}, ScalarType::Long),
             torch::stable::new_zeros(x, {a.rows, a.patches, a.top}, statistics),
-            new_empty(x, {a.rows, a.top}, ScalarType::Long),
-            torch::stable::new_zeros(x, {a.rows, a.top}, statistics)};
+            new_empty(x, {a.rows, a.top}, ScalarType::Long), torch::stable::new_zeros(x, {a.rows, a.top}, statistics)};
   torch::stable::fill_(o.patch_index, -1);
   torch::stable::fill_(o.image_index, -1);
   if (a.images * a.patches > 0 && a.rows > 0)

@@ -1,5 +1,6 @@
 // Feature score on raw pointers. score.cpp walks the dictionary tile by tile (the encoder product of a tile is one call
-// of torch's own matrix product); score_kernel.h turns a tile's pre-activations into codes and adds their contributions.
+// of torch's own matrix product); score_kernel.h turns a tile's pre-activations into codes and adds their
+// contributions.
 #pragma once
 
 #include <cstdint>
@@ -13,11 +14,11 @@ enum class Activation { relu, topk, threshold, gated };
 template <class W, class A>
 struct FeatureTile {
   int64_t first, count;
-  A* codes;                                     // [count, ld_codes] pre-activations without bias, then codes
-  int64_t ld_codes;                             // tokens of all images, B * P
-  const A *bias, *theta, *scale, *mag_bias;     // [count] each; null where the activation has none
-  const W* decoder;                             // [count, C]
-  const A* feature_gradients;                   // [count, M * P] dense h = g D^T, or null: gather
+  A* codes;                                  // [count, ld_codes] pre-activations without bias, then codes
+  int64_t ld_codes;                          // tokens of all images, B * P
+  const A *bias, *theta, *scale, *mag_bias;  // [count] each; null where the activation has none
+  const W* decoder;                          // [count, C]
+  const A* feature_gradients;                // [count, M * P] dense h = g D^T, or null: gather
 };
 
 // The strongest contributions seen so far, in falling order of magnitude, one list of k a patch or an image.
@@ -31,10 +32,10 @@ struct TopList {
 template <class A>
 struct ScoreProblem {
   int64_t rows, patches, width, ld_gradient;  // M * P, P, C, padded C
-  const A* gradient;                    // [M, P, ld_gradient]; null: each code counts as it is
-  const int64_t *targets, *target_start;  // rows m of image b: targets[target_start[b] .. target_start[b + 1])
-  A* scores;                            // [M, P]
-  TopList<A> patch_top;                 // [M, P, k]; k = 0: not wanted
+  const A* gradient;                          // [M, P, ld_gradient]; null: each code counts as it is
+  const int64_t *targets, *target_start;      // rows m of image b: targets[target_start[b] .. target_start[b + 1])
+  A* scores;                                  // [M, P]
+  TopList<A> patch_top;                       // [M, P, k]; k = 0: not wanted
 };
 
 // The patches [begin, end) of one image: one thread's work, so that no sum is shared.
@@ -51,20 +52,20 @@ struct Selection {
   int64_t* size;   // [B * P]
 };
 
-#define FGA_DECLARE_SCORE(isa)                                                                                    \
-  namespace isa {                                                                                                 \
-  template <class S, class A>                                                                                     \
-  void normalise_rows(const S* x, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t width,         \
-                      int64_t ld, int kind, A* to);                                                               \
-  template <class W, class A>                                                                                     \
-  int64_t activate(const FeatureTile<W, A>&, Activation, int64_t patches, PatchRange);                            \
-  template <class W, class A>                                                                                     \
-  void accumulate(const FeatureTile<W, A>&, const ScoreProblem<A>&, PatchRange, A* feature_sums);                 \
-  template <class W, class A>                                                                                     \
-  void select(const FeatureTile<W, A>&, int64_t patches, PatchRange, const Selection<A>&);                        \
-  template <class W, class A>                                                                                     \
-  void accumulate_selected(const W* decoder, const int64_t* permutation, const ScoreProblem<A>&, PatchRange,      \
-                           const Selection<A>&, A* contributions);                                                \
+#define FGA_DECLARE_SCORE(isa)                                                                                        \
+  namespace isa {                                                                                                     \
+  template <class S, class A>                                                                                         \
+  void normalise_rows(const S* x, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t width, int64_t ld, \
+                      int kind, A* to);                                                                               \
+  template <class W, class A>                                                                                         \
+  int64_t activate(const FeatureTile<W, A>&, Activation, int64_t patches, PatchRange);                                \
+  template <class W, class A>                                                                                         \
+  void accumulate(const FeatureTile<W, A>&, const ScoreProblem<A>&, PatchRange, A* feature_sums);                     \
+  template <class W, class A>                                                                                         \
+  void select(const FeatureTile<W, A>&, int64_t patches, PatchRange, const Selection<A>&);                            \
+  template <class W, class A>                                                                                         \
+  void accumulate_selected(const W* decoder, const int64_t* permutation, const ScoreProblem<A>&, PatchRange,          \
+                           const Selection<A>&, A* contributions);                                                    \
   }
 FGA_DECLARE_SCORE(baseline)
 FGA_DECLARE_SCORE(avx2)

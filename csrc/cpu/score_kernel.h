@@ -224,12 +224,12 @@ void accumulate_selected(const W* decoder, const int64_t* permutation, const Sco
   }
 }
 
-#define FGA_INSTANTIATE_SCORE(W, A)                                                                              \
-  template int64_t activate<W, A>(const FeatureTile<W, A>&, Activation, int64_t, PatchRange);                    \
-  template void accumulate<W, A>(const FeatureTile<W, A>&, const ScoreProblem<A>&, PatchRange, A*);              \
-  template void select<W, A>(const FeatureTile<W, A>&, int64_t, PatchRange, const Selection<A>&);                \
-  template void accumulate_selected<W, A>(const W*, const int64_t*, const ScoreProblem<A>&, PatchRange,          \
-                                          const Selection<A>&, A*);                                              \
+#define FGA_INSTANTIATE_SCORE(W, A)                                                                     \
+  template int64_t activate<W, A>(const FeatureTile<W, A>&, Activation, int64_t, PatchRange);           \
+  template void accumulate<W, A>(const FeatureTile<W, A>&, const ScoreProblem<A>&, PatchRange, A*);     \
+  template void select<W, A>(const FeatureTile<W, A>&, int64_t, PatchRange, const Selection<A>&);       \
+  template void accumulate_selected<W, A>(const W*, const int64_t*, const ScoreProblem<A>&, PatchRange, \
+                                          const Selection<A>&, A*);                                     \
   template void normalise_rows<W, A>(const W*, int64_t, int64_t, int64_t, int64_t, int64_t, int, A*);
 FGA_INSTANTIATE_SCORE(float, float)
 FGA_INSTANTIATE_SCORE(double, double)

@@ -19,7 +19,7 @@ template <class T>
 constexpr int64_t kLanes = FGA_VECTOR_BYTES / sizeof(T);
 template <class T>
 constexpr int64_t kPanel = (FGA_VECTOR_BYTES == 64 ? 4 : 2) * kLanes<T>;  // columns of one register tile
-constexpr int64_t kRows = 4;                                               // rows of one register tile
+constexpr int64_t kRows = 4;                                              // rows of one register tile
 
 template <class T>
 inline Vector<T> load(const T* p) {
@@ -35,7 +35,7 @@ inline void store(T* p, Vector<T> v) {
 
 template <class T>
 inline Vector<T> broadcast(T x) {
-  return Vector<T>{} + x;
+  return x - Vector<T>{};  // not 0 + x, which turns -0 into 0 and so costs an addition
 }
 
 template <class T>
@@ -80,21 +80,29 @@ inline Vector<double> exponential(Vector<double> x) {
 }
 
 // C [4, W] (+)= A B for one register tile: element (i, k) of A lies at a[i * a_row + k * a_col], B and C are row-major.
+// Unrolled in full, else the compiler keeps the accumulators in memory around the loop.
 template <class T, int kVectors>
 inline void multiply_tile(const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t ldb, T* c, int64_t ldc,
                           int64_t depth, bool accumulate) {
   Vector<T> acc[kRows][kVectors];
+#pragma GCC unroll 8
   for (int64_t i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) acc[i][v] = accumulate ? load(c + i * ldc + v * kLanes<T>) : Vector<T>{};
   for (int64_t k = 0; k < depth; ++k, b += ldb) {
     Vector<T> row[kVectors];
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) row[v] = load(b + v * kLanes<T>);
+#pragma GCC unroll 8
     for (int64_t i = 0; i < kRows; ++i) {
       const Vector<T> x = broadcast(a[i * a_row + k * a_col]);
+#pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) acc[i][v] += x * row[v];
     }
   }
+#pragma GCC unroll 8
   for (int64_t i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) store(c + i * ldc + v * kLanes<T>, acc[i][v]);
 }
 

@@ -53,8 +53,9 @@ format: $(INSTALLED)
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CPP_FILES)
 
+# Writes benchmarks/results/cpu-<model>.csv unless BENCH says otherwise, such as BENCH=--quick or BENCH=bench_gate.py
 bench: $(INSTALLED)
-	$(PY) -m pytest benchmarks
+	$(PY) benchmarks/run.py $(BENCH)
 
 # The operators' tests against a build with AddressSanitizer and UBSan. Python itself leaks at exit, so leaks are off;
 # pytest must not capture the file descriptor that the sanitizers write their report to.

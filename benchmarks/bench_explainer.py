@@ -1,0 +1,102 @@
+"""Whole explanations as multiples of the model's plain forward pass: ViT-B/16, two SAEs of 49,152 features."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import pytest
+import subjects
+import torch
+from conftest import Scale
+from peak import peak_bytes
+from rows import Row
+from timing import Race, Timing, Work
+from torch import Tensor, nn
+
+from fga_fast import Explainer, SparseAutoencoder
+
+LEVELS = (64, 500, 1700)  # wanted active features a token
+TOPK = 64
+
+
+class Subject(NamedTuple):
+    """Model and SAEs; name -> (block -> SAE, active features a token)."""
+
+    model: nn.Module
+    saes: dict[str, tuple[dict[int, SparseAutoencoder], float]]
+
+
+@pytest.fixture(scope="module")
+def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
+    scale = Scale(request.config.getoption("--quick"))
+    features, blocks = scale.features, (scale.depth - 3, scale.depth - 2)
+    model = subjects.vit(depth=scale.depth)
+    found: dict[str, tuple[dict[int, SparseAutoencoder], float]] = {}
+    for block, x in subjects.streams(model, blocks, subjects.images(2)).items():
+        dictionary = subjects.Dictionary(x, features, seed=block)
+        for level in LEVELS:
+            sae, active = dictionary.relu(level * features / 49_152)
+            others, before = found.get(f"relu {level}", ({}, 0.0))
+            found[f"relu {level}"] = ({**others, block: sae}, before + active / len(blocks))
+        others, _ = found.get(f"topk {TOPK}", ({}, 0.0))
+        found[f"topk {TOPK}"] = ({**others, block: dictionary.topk(TOPK)}, float(TOPK))
+        del dictionary
+        gc.collect()
+    yield Subject(model, found)
+
+
+def explain(explainer: Explainer, images: Tensor) -> None:
+    explanation = explainer(images)
+    if not all(bool(scores.any()) for scores in explanation.scores.values()):
+        raise RuntimeError("all scores are zero: nothing was measured")
+
+
+@torch.no_grad()
+def forward(model: nn.Module, images: Tensor) -> Tensor:
+    logits: Tensor = model(images)
+    return logits
+
+
+@pytest.mark.parametrize("batch", (0, 1), ids=("batch-small", "batch-large"))
+def test_explanation(
+    batch: int, subject: Subject, scale: Scale, race: Callable[..., Race], record: Callable[[Row], None]
+) -> None:
+    images = subjects.images(scale.batches[batch])
+    plain = partial(forward, subject.model, images)
+    native: dict[str, Work] = {"TransMM": partial(explain, Explainer(subject.model, backend="native"), images)}
+    levels: dict[str, float] = {}
+    for name, (saes, active) in subject.saes.items():
+        native[f"FGA {name}"] = partial(explain, Explainer(subject.model, saes, backend="native"), images)
+        levels[f"FGA {name}"] = active
+    dense, _ = subject.saes[f"relu {LEVELS[-1]}"]
+    sparse, _ = subject.saes[f"topk {TOPK}"]
+    reference: dict[str, Work] = {
+        "TransMM": partial(explain, Explainer(subject.model, backend="reference"), images),
+        f"FGA relu {LEVELS[-1]}": partial(explain, Explainer(subject.model, dense, backend="reference"), images),
+        f"FGA topk {TOPK}": partial(explain, Explainer(subject.model, sparse, backend="reference"), images),
+    }
+    fast = race(plain, native, seconds=60.0 if batch == 0 else 75.0)
+    slow = race(plain, reference, seconds=6.0, least=1)
+
+    blank = Row("explainer", "", len(images), 197, threads=torch.get_num_threads())
+    record(replace(timed(blank, "forward", fast.baseline()), peak_bytes=peak_bytes(plain)))
+    for name, work in native.items():
+        row = timed(blank, name, fast.result(name), levels.get(name))
+        # The reference's codes are dense: it takes the same time at any L0.
+        beside = name if name in reference else f"FGA relu {LEVELS[-1]}"
+        ratio = fast.result(name).ratio / slow.result(beside).ratio
+        record(replace(row, ratio_to_reference=ratio, peak_bytes=peak_bytes(work)))
+    for name, work in reference.items():
+        row = timed(blank, f"reference {name}", slow.result(name), levels.get(name))
+        record(replace(row, ratio_to_reference=1.0, peak_bytes=peak_bytes(work)))
+
+
+def timed(blank: Row, name: str, timing: Timing, L0: float | None = None) -> Row:
+    return replace(
+        blank, name=name, L0=L0, rounds=timing.rounds, median_s=timing.median, min_s=timing.minimum,
+        ratio_to_forward=timing.ratio, min_ratio_to_forward=timing.best_ratio,
+    )  # fmt: skip

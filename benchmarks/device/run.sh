@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Proves and measures this project on a machine with an NVIDIA GPU and no network, in under 10 minutes.
+#
+# STATUS: this script has never run on a device; only its syntax has been checked.
+#
+# Needs: nvcc, and a Python with torch (CUDA), timm (with safetensors), numpy, pytest, ninja; setuptools. Nothing else.
+# Optional: hypothesis (without it the op tests that use it are left out), compute-sanitizer, conformance numbers in
+# $FGA_FAST_CONFORMANCE.
+# Use: benchmarks/device/run.sh [OUT]    logs and rows go to OUT, by default benchmarks/results
+set -uo pipefail
+cd "$(dirname "$0")/../.." || exit 1
+
+python=${PYTHON:-python3}
+out=${1:-benchmarks/results}
+mkdir -p "$out" || exit 1
+logs=$(mktemp -d "${TMPDIR:-/tmp}/fga_fast_device.XXXXXX")
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 MAX_JOBS=${MAX_JOBS:-$(nproc)}
+summary=()
+failed=0
+
+# step NAME SECONDS COMMAND...: runs it under a time limit, keeps its log, notes how it ended
+step() {
+  local name=$1 limit=$2 log="$logs/$1.log" status
+  shift 2
+  printf '\n=== %4d s  %s\n' "$SECONDS" "$name"
+  timeout "$limit" "$@" >"$log" 2>&1
+  status=$?
+  tail -n 15 "$log"
+  if [[ $status -eq 0 ]]; then
+    summary+=("$(printf '%-12s passed   %s' "$name" "$(tail -n 1 "$log" | cut -c1-90)")")
+  else
+    summary+=("$(printf '%-12s FAILED with status %d, log %s' "$name" "$status" "$log")")
+    failed=1
+  fi
+  return "$status"
+}
+
+skip() { summary+=("$(printf '%-12s skipped  %s' "$1" "$2")"); }
+
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || true
+
+if ! FGA_FAST_CUDA=1 step build 240 "$python" setup.py build_ext --inplace; then
+  printf '\n%s\n' "${summary[@]}"
+  exit 1
+fi
+
+step cuda-gate 60 env FGA_FAST_REQUIRE_CUDA=1 "$python" -m pytest -q -p no:cacheprovider tests/test_gate_cuda.py
+
+if "$python" -c 'import hypothesis' 2>/dev/null; then
+  step op-tests 120 "$python" -m pytest -q -p no:cacheprovider tests/test_gate.py tests/test_attention.py tests/test_score.py
+else
+  step op-tests 120 "$python" -m pytest -q -p no:cacheprovider tests/test_attention.py
+  skip op-tests "test_gate.py, test_score.py: no hypothesis here"
+fi
+
+if [[ -n ${FGA_FAST_CONFORMANCE:-} ]]; then
+  step conformance 120 "$python" -m pytest -q -p no:cacheprovider tests/test_conformance.py
+else
+  skip conformance "FGA_FAST_CONFORMANCE is not set"
+fi
+
+if command -v compute-sanitizer >/dev/null; then
+  for tool in memcheck racecheck; do
+    step "$tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      "$python" -m pytest -q -p no:cacheprovider tests/test_gate_cuda.py -k small
+  done
+else
+  skip sanitizer "compute-sanitizer is not on PATH"
+fi
+
+step rows 150 "$python" benchmarks/device/rows_cuda.py "$out"
+cat "$logs/rows.log"
+
+printf '\n%s\n' "${summary[@]}"
+exit "$failed"

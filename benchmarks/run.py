@@ -1,0 +1,26 @@
+"""Runs the benchmarks: `make bench`, or `python benchmarks/run.py [--quick] [bench_score.py ...] [pytest options]`.
+
+A full run writes benchmarks/results/cpu-<model>.csv; --quick and a choice of files only print. The table comes last.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+def main() -> int:
+    """Run pytest on the benchmarks; its exit status."""
+    chosen = [argument for argument in sys.argv[1:] if argument.endswith(".py") or ".py::" in argument]
+    options = [argument for argument in sys.argv[1:] if argument not in chosen]
+    keep = [] if chosen or "--quick" in options or "--rows" in options else ["--keep-rows"]
+    files = [str(HERE / name) for name in chosen] or [str(HERE)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-columns=median,rounds"]
+    return subprocess.run([*command, *keep, *options, *files], cwd=HERE.parent, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

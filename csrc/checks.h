@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <string>
 
 namespace fga {
@@ -69,6 +70,9 @@ inline void check_type(const char* op, const char* name, const Tensor& t, Scalar
 inline ScalarType statistic_type(ScalarType t) {
   return t == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
+
+// The image that row m of a batch of (image, target) pairs belongs to; without an index, image m. Bounds are checked.
+int64_t image_of_row(const std::optional<Tensor>& contiguous_image, int64_t row, int64_t images, const char* op);
 
 // Calls f with a value of the C++ type that stands for the tensor's dtype.
 template <class F>

@@ -13,6 +13,12 @@ from fga_fast.sae import SparseAutoencoder
 
 def check_eval(model: nn.Module) -> None:
     """Refuses a model whose forward pass draws random numbers."""
+    for name, module in model.named_modules():
+        if module.training and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ValueError(
+                f"model: '{name}' ({type(module).__name__}) is in train mode, so images would change each other's "
+                "logits and the module's statistics; call model.eval() first"
+            )
     names = active_randomness(model)
     if names:
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -24,6 +30,8 @@ def check_eval(model: nn.Module) -> None:
 
 def check_saes(saes: Mapping[int, SparseAutoencoder], layout: ModelLayout, like: Tensor) -> None:
     """Refuses an SAE that does not fit the block it is meant for; `like` is any parameter of the model."""
+    if not isinstance(saes, Mapping):
+        raise TypeError(f"saes: expected a mapping from block to SparseAutoencoder, got {type(saes).__name__}")
     for layer, sae in saes.items():
         if not isinstance(sae, SparseAutoencoder):
             raise TypeError(f"saes[{layer}]: expected a SparseAutoencoder, got {type(sae).__name__}")
@@ -41,6 +49,15 @@ def check_saes(saes: Mapping[int, SparseAutoencoder], layout: ModelLayout, like:
             raise ValueError(
                 f"saes[{layer}]: is {sae.dtype} for a model of {like.dtype}; convert it with sae.to({like.dtype})"
             )
+
+
+def check_weights(parameter: Tensor) -> None:
+    """Refuses a model whose weights autograd cannot work with; `parameter` is any of them."""
+    if parameter.is_inference():
+        raise ValueError(
+            "model: its weights were made under torch.inference_mode(), where autograd does not work; build or load "
+            "the model outside of it"
+        )
 
 
 def check_images(images: Tensor, layout: ModelLayout, like: Tensor) -> None:
@@ -68,7 +85,11 @@ def resolve_targets(
     if targets is None:
         return logits.detach().argmax(-1)
     if isinstance(targets, (int, Sequence)):
-        targets = torch.as_tensor(targets)
+        none = not isinstance(targets, int) and len(targets) == 0
+        try:
+            targets = torch.tensor(targets, dtype=torch.int64 if none else None)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"targets: expected an int or a flat list of ints, one an image: {error}") from error
     if not isinstance(targets, Tensor):
         raise TypeError(f"targets: expected None, an int or integers [B], got {type(targets).__name__}")
     if targets.dtype == torch.bool or targets.is_floating_point() or targets.is_complex():
@@ -83,7 +104,7 @@ def resolve_targets(
         )
     if batch and not 0 <= int(targets.min()) <= int(targets.max()) < classes:
         raise ValueError(f"targets: expected classes 0 to {classes - 1}, got {targets.tolist()}")
-    return targets.contiguous()
+    return targets.clone(memory_format=torch.contiguous_format)  # the caller may change theirs, or be in inference mode
 
 
 def check_logits(logits: object) -> Tensor:

@@ -72,11 +72,14 @@ class Explainer:
                 raise ValueError(f"{name}: this version knows {known!r} only, got {value!r}")
         self.model = model
         self.layout = find_layout(model)
-        self.saes = dict(sorted((saes or {}).items()))
-        self.gate = gate or Gate()
+        self.gate = Gate() if gate is None else gate
+        if not isinstance(self.gate, Gate):
+            raise TypeError(f"gate: expected a Gate such as Gate(base=10.0), got {type(gate).__name__}")
         self.top_features = top_features
         like = self._parameter()
-        checks.check_saes(self.saes, self.layout, like)
+        checks.check_weights(like)
+        checks.check_saes({} if saes is None else saes, self.layout, like)
+        self.saes = dict(sorted((saes or {}).items()))
         self._check_top_features()
         self.backend, self._backend_reason = choose_backend(backend, like.device)
         self._permutations = {
@@ -147,13 +150,9 @@ class Explainer:
     def _reference(self, images: Tensor, targets: Targets) -> Explanation:
         from fga_fast import reference
 
-        with torch.no_grad():
-            logits = checks.check_logits(self.model(images))
-        checks.check_finite(logits, "the logits", self.model, images)
-        chosen = checks.resolve_targets(targets, logits)
-        found = reference.explain(self.model, images, chosen, self.saes, self.gate, top_features=self.top_features)
-        features = {layer: TopFeatures(*top) for layer, top in found.features.items()}
-        return self._result(found.relevance, found.logits, chosen, found.scores, found.gates, features)
+        found = reference.explain(self.model, images, targets, self.saes, self.gate, top_features=self.top_features)
+        checks.check_finite(found.relevance, "the relevance", self.model, images)
+        return self._result(found.relevance, found.logits, found.targets, found.scores, found.gates, found.features)
 
     def _empty(self, images: Tensor, targets: Targets) -> Explanation:
         """No images, no explanations; one blank image tells how many classes there are."""
@@ -161,8 +160,11 @@ class Explainer:
             logits = checks.check_logits(self.model(images.new_zeros(1, *images.shape[1:])))[:0]
         dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
         none = images.new_zeros(0, self.layout.patches, dtype=dtype)
-        maps = dict.fromkeys(self.saes, none)
-        return self._result(none, logits, checks.resolve_targets(targets, logits), maps, dict(maps), {})
+        maps, k = dict.fromkeys(self.saes, none), self.top_features
+        index = none.new_zeros(0, self.layout.patches, k, dtype=torch.int64)
+        top = TopFeatures(index, index.to(dtype), index[:, 0], index[:, 0].to(dtype))
+        features = dict.fromkeys(self.saes, top) if k else {}
+        return self._result(none, logits, checks.resolve_targets(targets, logits), maps, dict(maps), features)
 
     def _result(
         self,
@@ -184,6 +186,8 @@ class Explainer:
         return next(self.layout.tower.parameters())
 
     def _check_top_features(self) -> None:
+        if isinstance(self.top_features, bool) or not isinstance(self.top_features, int):
+            raise TypeError(f"top_features: expected an int, got {type(self.top_features).__name__}")
         if not self.top_features:
             return
         if self.gate.mode in ("gradient_only", "no_sae"):

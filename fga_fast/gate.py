@@ -27,6 +27,7 @@ class Gate:
 
     Raises:
         ValueError: a value outside these ranges.
+        TypeError: a permutation that is no tensor.
     """
 
     mode: Mode = "combined"
@@ -42,6 +43,8 @@ class Gate:
             raise ValueError(f"base: expected a finite number above 0, got {self.base}")
         if not math.isfinite(self.slope):
             raise ValueError(f"slope: expected a finite number, got {self.slope}")
+        if self.permutation is not None and not isinstance(self.permutation, Tensor):
+            raise TypeError(f"permutation: expected an int64 tensor [F], got {type(self.permutation).__name__}")
         if self.permutation is not None and self.mode != "shuffled":
             raise ValueError(f'permutation: belongs to mode "shuffled" only, got mode {self.mode!r}')
 

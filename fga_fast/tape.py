@@ -74,6 +74,8 @@ class _LinearOfFewRows(torch.autograd.Function):
 
 
 def _linear_of_few_rows(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if weight.requires_grad or (bias is not None and bias.requires_grad):  # computed from the input: they have a say
+        return F.linear(input, weight, bias)
     # Flat rows, so that the function's output is no view and the model may change it in place.
     out: Tensor = _LinearOfFewRows.apply(input.reshape(-1, input.shape[-1]), weight, bias)  # type: ignore[no-untyped-call]
     return out.view(*input.shape[:-1], out.shape[-1])
@@ -99,7 +101,8 @@ class Tape(TorchFunctionMode):
         self._block: int | None = None  # block that is running; None between and after blocks
         self._ports: dict[int, Tensor] = {}  # block -> [B, N], one for every attention seen
         self._finished = 0  # blocks that have run
-        self._detached: dict[int, Tensor] = {}  # id of a parameter -> its values without a gradient
+        # id of a parameter -> the parameter, which keeps the id taken, and its values without a gradient
+        self._detached: dict[int, tuple[nn.Parameter, Tensor]] = {}
         self._start: Tensor | None = None  # [B, N] first carrier
         self._carrier: Tensor | None = None  # [B, N] carrier after the last attention seen
         self._pool: Tensor | None = None  # [B, 1] carrier after an attention pool
@@ -131,7 +134,7 @@ class Tape(TorchFunctionMode):
         Args:
             y: scalar, the sum of the explained logits.
         """
-        self._check_complete()
+        self._check_complete(y)
         assert self._carrier is not None and self._start is not None  # attached() has set them
         if self._pool is not None:
             end, seed = self._pool, torch.ones_like(self._pool)
@@ -161,10 +164,9 @@ class Tape(TorchFunctionMode):
 
     def _detach(self, parameter: nn.Parameter) -> Tensor:
         """The parameter's values without its gradient; one tensor a parameter, so the cost is paid once a call."""
-        found = self._detached.get(id(parameter))
-        if found is None:
-            found = self._detached[id(parameter)] = parameter.detach()
-        return found
+        if id(parameter) not in self._detached:
+            self._detached[id(parameter)] = parameter, parameter.detach()
+        return self._detached[id(parameter)][1]
 
     def _at_pool(self) -> bool:
         return self._layout.pooling == "attention" and self._finished == len(self._layout.blocks) and self._pool is None
@@ -209,6 +211,12 @@ class Tape(TorchFunctionMode):
                 f"model: attention in {where} must have queries and keys [B, H, N, D] with as many heads, got "
                 f"{tuple(query.shape)} and {tuple(key.shape)}"
             )
+        assert self._start is not None
+        if len(query) != len(self._start):
+            raise TapeError(
+                f"model: attention in {where} sees a batch of {len(query)} for {len(self._start)} images; a model that "
+                "makes several views of an image cannot be explained as a whole, explain the views one by one"
+            )
         if query.shape[2] != queries or key.shape[2] != tokens:
             raise TapeError(
                 f"model: attention in {where} has {query.shape[2]} queries and {key.shape[2]} keys, expected {queries} "
@@ -250,8 +258,14 @@ class Tape(TorchFunctionMode):
 
         return hook
 
-    def _check_complete(self) -> None:
+    def _check_complete(self, y: Tensor) -> None:
         if self._finished != len(self._layout.blocks):
             raise TapeError(f"model: {self._finished} of {len(self._layout.blocks)} blocks ran; call the tower once")
         if self._layout.pooling == "attention" and self._pool is None:
             raise TapeError("model: the pooling head ran without calling scaled_dot_product_attention")
+        assert self._carrier is not None
+        if not (y.requires_grad and self._carrier.requires_grad):
+            raise TapeError(
+                "model: its logits carry no gradient to the tower; its forward must not run under torch.no_grad(), "
+                "torch.inference_mode() or detach the tower's output"
+            )

@@ -161,6 +161,16 @@ def test_extreme_logits_stay_finite() -> None:
         assert relative(got, want) < 1e-4
 
 
+def test_nan_is_not_taken_for_no_relevance() -> None:
+    s = sample(1, 2, 9, 8, torch.float32)
+    s["grad_out"] = s["grad_out"].clone()
+    s["grad_out"][0, 1, 4, 3] = float("nan")
+    scale = 8**-0.5
+    out, lse, _, _ = ops.attention(s["q"], s["k"], s["v"], torch.zeros(1, 9), scale=scale)
+    row = ops.attention_backward(s["grad_out"], s["row"], None, s["q"], s["k"], s["v"], out, lse, scale=scale)[3]
+    assert bool(row.isnan().all())
+
+
 def test_no_images() -> None:
     s = sample(0, 2, 5, 4, torch.float32)
     assert [tuple(t.shape) for t in fast(s)] == [(0, 2, 5, 4)] * 4 + [(0, 5)]

@@ -101,13 +101,18 @@ def test_gate_settings(tiny_vit: Build) -> None:
 
 def test_top_features_agree_with_the_reference(tiny_vit: Build) -> None:
     model = tiny_vit().double()
-    saes, images = {1: sae_for(model), 2: sae_for(model)}, torch.randn(2, *PIXELS, dtype=torch.float64)
+    saes, images = {0: sae_for(model), 1: sae_for(model)}, torch.randn(2, *PIXELS, dtype=torch.float64)
     got = Explainer(model, saes, backend="native", top_features=5)(images)
     want = Explainer(model, saes, backend="reference", top_features=5)(images)
-    assert set(got.features) == {1, 2}
+    assert set(got.features) == {0, 1}
     for layer in got.features:
-        for name in ("patch_contribution", "image_contribution"):
-            torch.testing.assert_close(getattr(got.features[layer], name), getattr(want.features[layer], name))
+        for which in ("patch", "image"):
+            value = getattr(got.features[layer], f"{which}_contribution")
+            torch.testing.assert_close(value, getattr(want.features[layer], f"{which}_contribution"))
+            # Where nothing contributes, the native list is empty (-1) and the reference names any feature.
+            index, expected = (getattr(e.features[layer], f"{which}_index") for e in (got, want))
+            assert torch.equal(index[value != 0], expected[value != 0]) and bool((index[value == 0] == -1).all())
+            assert bool((value != 0).any())
 
 
 def test_a_wrapped_tower_is_found(tiny_vit: Build) -> None:
@@ -149,12 +154,19 @@ def test_works_where_gradients_are_off(context: Callable[[], Any], tiny_vit: Bui
     want = explainer(images).relevance
     with context():
         assert torch.equal(explainer(images * 1.0).relevance, want)
+        targets = torch.tensor([1, 2])
+        e = explainer(images, targets)
+        targets += 1
+        assert e.targets.tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("backend", ("native", "reference"))
 def test_no_images_no_explanations(backend: Any, tiny_vit: Build) -> None:
     model = tiny_vit()
-    e = Explainer(model, {1: sae_for(model)}, backend=backend)(torch.zeros(0, *PIXELS))
+    explainer = Explainer(model, {1: sae_for(model)}, backend=backend, top_features=3)
+    e = explainer(torch.zeros(0, *PIXELS))
+    assert e.features[1].patch_index.shape == (0, 6, 3) and e.features[1].image_contribution.shape == (0, 3)
+    assert explainer(torch.zeros(0, *PIXELS), targets=[]).targets.shape == (0,)
     assert e.relevance.shape == (0, 6) and e.logits.shape == (0, 5) and e.scores[1].shape == (0, 6)
     assert e.heatmap().shape == (0, 32, 48)
 
@@ -238,6 +250,8 @@ def test_bad_saes(tiny_vit: Build) -> None:
         ({1: sae_for(model).double()}, r"saes\[1\]: is torch.float64 for a model of torch.float32"),
         ({1: sae_for(model).to("meta")}, r"saes\[1\]: is on meta, the model on cpu"),
         ({1: nn.Linear(2, 2)}, "expected a SparseAutoencoder, got Linear"),
+        ([sae_for(model)], "saes: expected a mapping from block to SparseAutoencoder, got list"),
+        ({1: sae_for(model), "2": sae_for(model)}, "layer '2' is out of range"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             Explainer(model, saes)  # type: ignore[arg-type]
@@ -257,6 +271,8 @@ def test_bad_targets(backend: Any, tiny_vit: Build) -> None:
         (torch.tensor([0.0, 1.0]), "targets: expected integer class indices, got dtype torch.float32"),
         (torch.tensor([True, False]), "got dtype torch.bool"),
         ({"cat": 1}, "targets: expected None, an int or integers"),
+        ("3", "targets: expected an int or a flat list of ints"),
+        ([[0], [1, 2]], "targets: expected an int or a flat list of ints"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             explainer(images, targets)  # type: ignore[arg-type]
@@ -270,13 +286,15 @@ def test_bad_settings(tiny_vit: Build) -> None:
         ({"backend": "fast"}, "backend: expected auto, native, triton or reference, got 'fast'"),
         ({"top_features": 41, "saes": {1: sae_for(model)}}, "top_features: expected 0 to 40"),
         ({"top_features": 2}, "top_features: expected 0 to 0"),
+        ({"top_features": 2.5}, "top_features: expected an int, got float"),
+        ({"gate": "combined"}, "gate: expected a Gate such as"),
         ({"top_features": 2, "saes": {1: sae_for(model)}, "gate": Gate("no_sae")}, "no feature contributions"),
         (
             {"saes": {1: sae_for(model)}, "gate": Gate("shuffled", permutation=torch.zeros(40))},
             "expected a permutation",
         ),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, TypeError), match=message):
             Explainer(model, **settings)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="no Triton kernels in this version"):
         Explainer(model, backend="triton")
@@ -286,6 +304,8 @@ def test_bad_settings(tiny_vit: Build) -> None:
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             Gate(**settings)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="permutation: expected an int64 tensor"):
+        Gate("shuffled", permutation=[0, 1])  # type: ignore[arg-type]
 
 
 def test_a_model_in_train_mode_with_dropout_is_refused(tiny_vit: Build) -> None:
@@ -296,6 +316,34 @@ def test_a_model_in_train_mode_with_dropout_is_refused(tiny_vit: Build) -> None:
     assert model.training
     without = tiny_vit().train()
     torch.testing.assert_close(Explainer(without)(images).relevance, Explainer(without.eval())(images).relevance)
+
+
+def test_batch_norm_in_train_mode_is_refused_and_not_updated(tiny_vit: Build) -> None:
+    model = nn.Sequential(tiny_vit(), nn.BatchNorm1d(5)).train()
+    with pytest.raises(ValueError, match=r"'1' \(BatchNorm1d\) is in train mode.*call model.eval\(\)"):
+        Explainer(model)(torch.randn(2, *PIXELS))
+    assert int(model[1].num_batches_tracked) == 0  # type: ignore[arg-type]
+
+
+def test_a_model_made_in_inference_mode_is_refused(tiny_vit: Build) -> None:
+    with torch.inference_mode():
+        model = tiny_vit()
+    with pytest.raises(ValueError, match=r"made under torch\.inference_mode"):
+        Explainer(model)
+
+
+@pytest.mark.parametrize("backend", ("native", "reference"))
+def test_gradients_that_are_not_finite_are_said(backend: Any, tiny_vit: Build) -> None:
+    class Steep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tower = tiny_vit()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.tower(x) * 0).abs().sqrt()  # type: ignore[no-any-return]
+
+    with pytest.raises(ValueError, match="the relevance came out NaN or Inf"):
+        Explainer(Steep(), backend=backend)(torch.randn(1, *PIXELS))
 
 
 def test_a_model_without_attention_is_refused(tiny_vit: Build) -> None:

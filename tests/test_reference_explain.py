@@ -262,7 +262,7 @@ def test_refusals(tiny_vit: Build, random_sae: Build) -> None:
     with pytest.raises(ValueError, match=r"dropout is active .*blocks.0.attn.attn_drop.*model.eval\(\)"):
         explain(tiny_vit(attn_drop_rate=0.1).double().train(), images, None, {}, Gate())
     model.head = nn.Unflatten(1, (4, 4))
-    with pytest.raises(ValueError, match=r"expected logits \[B, classes\], got shape \[3, 4, 4\]"):
+    with pytest.raises(ValueError, match=r"expected logits \[B, classes\] from images, got \[3, 4, 4\]"):
         explain(model, images, None, {}, Gate())
 
 

@@ -128,9 +128,9 @@ def test_second_guard_holds_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_allowed_class_does_not_stay_allowed(tmp_path: Path) -> None:
     file = trainer_file(tmp_path / "sae.pt")
-    before = torch.serialization.get_safe_globals()
+    before = set(torch.serialization.get_safe_globals())
     SparseAutoencoder.from_pretrained(file, allow_pickled_config=True)
-    assert torch.serialization.get_safe_globals() == before
+    assert set(torch.serialization.get_safe_globals()) == before
     with pytest.raises(pickle.UnpicklingError):
         torch.load(file, weights_only=True)
 

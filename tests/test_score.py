@@ -116,6 +116,44 @@ def test_topk_from_one_to_all(k: int) -> None:
     assert relative(ops.score(x, g, sae).scores, truth(x, g, sae)) < 1e-11
 
 
+@pytest.mark.parametrize("features", (2048, 2148, 5000))
+def test_strongest_of_an_image_with_several_targets_and_tiles(features: int) -> None:
+    """The last tile is shorter than the others; its features must not be mistaken for those of the tile before."""
+    x, g = sample(1, 9, width=8, rows=3)
+    sae = make_sae("relu", width=8, features=features)
+    sae.W_dec[-3:] *= 20
+    image = torch.zeros(3, dtype=torch.int64)
+    check_top(ops.score(x, g, sae, image=image, top_features=5), x, g, sae, image=image)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_what_is_not_finite_is_not_taken_for_inactive(activation: str) -> None:
+    x, g = sample(2, 5)
+    x = x.clone()
+    x[1, 3, 2] = float("nan")
+    scores = ops.score(x, g, make_sae(activation)).scores
+    assert scores.isnan().nonzero().tolist() == [[1, 3]]
+
+
+@pytest.mark.parametrize("normalize", ("layer_norm", "constant_norm"))
+def test_a_token_of_zeros(normalize: str) -> None:
+    x, g = sample(1, 4)
+    x = x.clone()
+    x[0, 2] = 0
+    sae = make_sae("relu", normalize=normalize)
+    assert relative(ops.score(x, g, sae).scores, truth(x, g, sae)) < 1e-11
+
+
+@pytest.mark.parametrize("activation", ("relu", "topk"))
+@pytest.mark.parametrize("row", (-1, 70, 10**12))
+def test_a_permutation_that_points_outside_is_refused(row: int, activation: str) -> None:
+    x, g = sample(1, 4)
+    permutation = torch.arange(70)
+    permutation[6] = row
+    with pytest.raises(RuntimeError, match=rf"permutation\[6\] is {row}, expected 0 to 69"):
+        ops.score(x, g, make_sae(activation), "shuffled", permutation=permutation)
+
+
 def test_topk_ties_go_to_the_lowest_feature() -> None:
     """Every feature has the same pre-activation; decoder rows tell which were kept."""
     features, width = 40, 4

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fga_fast import Explainer
+from fga_fast.models.layout import find_layout
 from fga_fast.sae import SparseAutoencoder
+from fga_fast.tape import Tape
 
 Build = Callable[..., nn.Module]
 
@@ -103,12 +105,24 @@ def test_the_model_is_left_as_it_came_after_a_bad_target(model: nn.Module, targe
 
 
 def test_no_gradient_of_any_weight_is_computed(tiny_vit: Build) -> None:
+    """No node of the graph leads to a parameter, so autograd neither computes nor keeps anything for one."""
     model = tiny_vit()
-    seen: list[str] = []
-    for name, parameter in model.named_parameters():
-        parameter.register_hook(lambda _g, name=name: seen.append(name))
-    Explainer(model, {1: sae_for(model)}, backend="native")(images())
-    assert seen == []
+    tape = Tape(find_layout(model), {})
+    batch = images()
+    with tape.attached(batch):
+        logits = model(batch)
+    parameters = {id(p) for p in model.parameters()}
+    leaves, seen, stack = set(), set(), [logits.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaves |= {id(node.variable)} if hasattr(node, "variable") else set()
+        stack += [following for following, _ in node.next_functions]
+    assert len(leaves) == 1 and not leaves & parameters
+    tape.backward(logits[:, 0].sum())
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_existing_hooks_of_the_user_still_run(tiny_vit: Build) -> None:
@@ -118,10 +132,11 @@ def test_existing_hooks_of_the_user_still_run(tiny_vit: Build) -> None:
     assert calls == ["block"]
 
 
-def test_two_threads_explain_with_the_same_model(tiny_vit: Build) -> None:
+@pytest.mark.parametrize("backend", ("native", "reference"))
+def test_two_threads_explain_with_the_same_model(tiny_vit: Build, backend: Any) -> None:
     model = tiny_vit()
     batches = [images() for _ in range(8)]
-    explainers = [Explainer(model, {1: sae_for(model)}, backend="native"), Explainer(model, backend="native")]
+    explainers = [Explainer(model, {1: sae_for(model)}, backend=backend), Explainer(model, backend=backend)]
     want = [explainers[i % 2](batch).relevance for i, batch in enumerate(batches)]
     got: list[list[Tensor]] = [[] for _ in batches]
     plain: list[Tensor] = []
@@ -230,22 +245,74 @@ def test_a_model_that_does_not_run_its_tower_is_refused(tiny_vit: Build) -> None
 
 
 def test_a_residual_stream_changed_in_place_is_scored_as_it_was(tiny_vit: Build) -> None:
-    class InPlace(nn.Module):
+    class Adding(nn.Module):
+        """A block that adds to its input, in place as some models do to save memory."""
+
+        def __init__(self, inner: nn.Module, in_place: bool) -> None:
+            super().__init__()
+            self.inner, self.in_place = inner, in_place
+
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            x = x.add_(1.0) if self.in_place else x + 1.0
+            return self.inner(x, *args, **kwargs)  # type: ignore[no-any-return]
+
+    model, batch = tiny_vit(), images()
+    sae, last = sae_for(model), model.blocks[2]  # type: ignore[index]
+    results = []
+    for in_place in (False, True):
+        model.blocks[2] = Adding(last, in_place)  # type: ignore[index,operator,arg-type]
+        results.append(Explainer(model, {1: sae}, backend="native")(batch))
+    assert torch.equal(results[0].scores[1], results[1].scores[1])
+    assert torch.equal(results[0].relevance, results[1].relevance)
+
+
+def test_a_weight_that_depends_on_the_image_keeps_its_say(tiny_vit: Build) -> None:
+    class Dynamic(nn.Module):
         def __init__(self, inner: nn.Module) -> None:
             super().__init__()
             self.inner = inner
 
-        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            y = self.inner(x)
-            y += 0.5 * x.detach().mean()
-            y -= 0.5 * x.detach().mean()
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(self.inner(x), torch.eye(x.shape[-1], dtype=x.dtype) * x.mean())
+
+    model, batch = tiny_vit().double(), images().double()
+    block = model.blocks[2]  # type: ignore[index]
+    block.mlp = Dynamic(block.mlp)  # type: ignore[union-attr,arg-type]
+    got, want = (Explainer(model, backend=backend)(batch, 1) for backend in ("native", "reference"))  # type: ignore[arg-type]
+    torch.testing.assert_close(got.relevance, want.relevance, rtol=1e-9, atol=1e-12)
+
+
+def test_temporary_parameters_are_not_mixed_up(tiny_vit: Build) -> None:
+    class Temporary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tower = tiny_vit()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.tower(x)
+            for i in range(12):
+                y = F.linear(y, nn.Parameter(torch.eye(5, dtype=y.dtype) * (i + 1) / 3))
             return y  # type: ignore[no-any-return]
 
-    model, batch = tiny_vit(), images()
-    sae = sae_for(model)
-    want = Explainer(model, {0: sae, 1: sae}, backend="native")(batch)
-    for index in range(3):
-        block = model.blocks[index]  # type: ignore[index]
-        block.mlp = InPlace(block.mlp)  # type: ignore[union-attr]
-    got = Explainer(model, {0: sae, 1: sae}, backend="native")(batch)
-    torch.testing.assert_close(got.scores[1], want.scores[1], rtol=1e-3, atol=1e-4)
+    model, batch = Temporary().double(), images().double()
+    torch.testing.assert_close(Explainer(model, backend="native")(batch).logits, model(batch).detach())
+
+
+@pytest.mark.parametrize("how", ("no_grad", "detach", "views"))
+def test_a_wrapper_that_cuts_the_gradient_is_refused(tiny_vit: Build, how: str) -> None:
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tower = tiny_vit()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if how == "views":
+                return self.tower(torch.cat([x, x.flip(-1)])).unflatten(0, (2, -1)).mean(0)  # type: ignore[no-any-return]
+            if how == "detach":
+                return self.tower(x).detach()  # type: ignore[no-any-return]
+            with torch.no_grad():
+                return self.tower(x)  # type: ignore[no-any-return]
+
+    message = "a batch of 4 for 2 images" if how == "views" else "carry no gradient to the tower"
+    with pytest.raises(ValueError, match=message):
+        Explainer(Wrapper(), backend="native")(images())

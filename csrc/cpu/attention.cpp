@@ -94,6 +94,32 @@ void check_images(const std::optional<Tensor>& image, int64_t rows, int64_t imag
   check_cpu("attention_backward", "image", *image);
 }
 
+void check_backward(const Tensor& grad_out, const Tensor& row, const std::optional<Tensor>& gate, const Tensor& q,
+                    const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                    const std::optional<Tensor>& image, bool residual) {
+  const char* op = "attention_backward";
+  check_qkv(op, q, k, v);
+  check_rank(op, "grad_out", grad_out, 4, "[M, H, Nq, D]");
+  const int64_t rows = grad_out.size(0), heads = q.size(1), queries = q.size(2), width = q.size(3), keys = k.size(2);
+  const ScalarType type = q.scalar_type(), statistics = statistic_type(type);
+  check_shape(op, "grad_out", grad_out, {rows, heads, queries, width});
+  check_shape(op, "out", out, {q.size(0), heads, queries, width});
+  check_shape(op, "lse", lse, {q.size(0), heads, queries});
+  check_shape(op, "row", row, {rows, queries});
+  if (gate) check_shape(op, "gate", *gate, {rows, keys});
+  STD_TORCH_CHECK(!residual || queries == keys, op, ": residual needs as many queries as keys, got ", queries, " and ",
+                  keys);
+  for (auto [name, t] : {std::pair{"grad_out", &grad_out}, {"out", &out}}) {
+    check_cpu(op, name, *t);
+    check_type(op, name, *t, type);
+  }
+  for (auto [name, t] : {std::pair{"row", &row}, {"lse", &lse}, {"gate", gate ? &*gate : &row}}) {
+    check_cpu(op, name, *t);
+    check_type(op, name, *t, statistics);
+  }
+  check_images(image, rows, q.size(0));
+}
+
 }  // namespace
 
 int64_t image_of_row(const std::optional<Tensor>& contiguous_image, int64_t row, int64_t images, const char* op) {
@@ -130,30 +156,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(const Tensor& 
                                                                   const Tensor& k, const Tensor& v, const Tensor& out,
                                                                   const Tensor& lse, const std::optional<Tensor>& image,
                                                                   double scale, bool residual, bool need_qkv) {
+  check_backward(grad_out, row, gate, q, k, v, out, lse, image, residual);
   const char* op = "attention_backward";
-  check_qkv(op, q, k, v);
-  check_rank(op, "grad_out", grad_out, 4, "[M, H, Nq, D]");
   const int64_t rows = grad_out.size(0), heads = q.size(1), queries = q.size(2), width = q.size(3), keys = k.size(2);
   const ScalarType type = q.scalar_type(), statistics = statistic_type(type);
-  check_shape(op, "grad_out", grad_out, {rows, heads, queries, width});
-  check_shape(op, "out", out, {q.size(0), heads, queries, width});
-  check_shape(op, "lse", lse, {q.size(0), heads, queries});
-  check_shape(op, "row", row, {rows, queries});
-  if (gate) check_shape(op, "gate", *gate, {rows, keys});
-  STD_TORCH_CHECK(!residual || queries == keys, op, ": residual needs as many queries as keys, got ", queries, " and ",
-                  keys);
-  for (auto [name, t] : {std::pair{"grad_out", &grad_out}, {"out", &out}}) {
-    check_cpu(op, name, *t);
-    check_type(op, name, *t, type);
-  }
-  for (auto [name, t] : {std::pair{"row", &row}, {"lse", &lse}}) {
-    check_cpu(op, name, *t);
-    check_type(op, name, *t, statistics);
-  }
-  if (gate) check_type(op, "gate", *gate, statistics);
-  if (gate) check_cpu(op, "gate", *gate);
-  check_images(image, rows, q.size(0));
-
   const auto contiguous = [](const std::optional<Tensor>& t) {
     return t ? std::optional<Tensor>(torch::stable::contiguous(*t)) : std::nullopt;
   };

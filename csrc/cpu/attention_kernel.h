@@ -156,8 +156,10 @@ template <class A>
 inline void send_relevance(A row, const A* p, const A* dp, int64_t padded_keys, A* message) {
   if (row == 0) return;
   const Vector<A> zero{};
-  for (int64_t j = 0; j < padded_keys; j += kLanes<A>)
-    store(message + j, load(message + j) + row * larger<A>(load(p + j) * load(dp + j), zero));
+  for (int64_t j = 0; j < padded_keys; j += kLanes<A>) {
+    const Vector<A> weighted = load(p + j) * load(dp + j);
+    store(message + j, load(message + j) + row * (weighted < zero ? zero : weighted));  // this way round, NaN stays
+  }
 }
 
 // One block of query rows. Returns without work where no gradient arrives (every patch row of a last block that is read

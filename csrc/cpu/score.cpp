@@ -1,11 +1,11 @@
 // Feature score on the CPU: walks the dictionary in tiles. The encoder product of a tile is torch's own matrix product;
 // what follows is score_kernel.h. Nothing of size P x F is kept: the tile of pre-activations is the only buffer.
-#include "score.h"
-
-#include "../checks.h"
 #include "isa.h"
+#include "score_arguments.h"
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -26,11 +26,8 @@
 
 namespace fga {
 
-int64_t image_of_row(const std::optional<Tensor>& contiguous_image, int64_t row, int64_t images, const char* op);
-
 namespace {
 
-constexpr const char* kOp = "score";
 constexpr int64_t kRangePatches = 128;            // patches of one work item; accumulate() has room for 256
 constexpr int64_t kTileBytes = int64_t{4} << 20;  // pre-activations of one tile, so that they stay in the caches
 // Share of active features above which a second dense product beats gathering decoder rows. Crossover measured on a
@@ -57,73 +54,6 @@ Tensor narrow_rows(const Tensor& t, int64_t first, int64_t count) {
   return torch::stable::narrow(from, 0, first, count);
 }
 
-struct Arguments {
-  Tensor x, g, w_enc_t, bias, w_dec;
-  std::optional<Tensor> image, theta, gate_scale, mag_bias, permutation;
-  Activation activation;
-  int normalize;
-  bool weigh;  // combined; else activation_only
-  int64_t k, top;
-  int64_t images, rows, patches, width, features;
-};
-
-struct Outputs {
-  Tensor scores, patch_index, patch_contribution, image_index, image_contribution;
-};
-
-Activation activation_named(const std::string& name) {
-  if (name == "relu") return Activation::relu;
-  if (name == "topk") return Activation::topk;
-  if (name == "jumprelu" || name == "batch_topk") return Activation::threshold;
-  STD_TORCH_CHECK(name == "gated", kOp, ": activation must be relu, topk, batch_topk, jumprelu or gated, got ", name);
-  return Activation::gated;
-}
-
-int normalisation_named(const std::string& name) {
-  if (name.empty()) return 0;
-  if (name == "layer_norm") return 1;
-  STD_TORCH_CHECK(name == "constant_norm", kOp, ": normalize must be '', layer_norm or constant_norm, got ", name);
-  return 2;
-}
-
-void check_vector(const char* name, const std::optional<Tensor>& t, bool wanted, int64_t features, ScalarType type) {
-  STD_TORCH_CHECK(t.has_value() == wanted, kOp, ": ", name, wanted ? " is missing for" : " does not belong to",
-                  " this activation");
-  if (!t) return;
-  check_shape(kOp, name, *t, {features});
-  check_cpu(kOp, name, *t);
-  check_type(kOp, name, *t, type);
-}
-
-void check(const Arguments& a) {
-  const ScalarType type = a.x.scalar_type(), weights = a.w_enc_t.scalar_type();
-  check_shape(kOp, "W_enc_t", a.w_enc_t, {a.features, a.width});
-  check_shape(kOp, "W_dec", a.w_dec, {a.features, a.width});
-  check_shape(kOp, "bias", a.bias, {a.features});
-  check_shape(kOp, "g", a.g, {a.rows, a.patches, a.width});
-  check_type(kOp, "g", a.g, type);
-  check_type(kOp, "W_dec", a.w_dec, weights);
-  check_type(kOp, "bias", a.bias, weights);
-  STD_TORCH_CHECK(weights == type || weights == statistic_type(type), kOp, ": W_enc_t must be ", name_of(type), " or ",
-                  name_of(statistic_type(type)), " for x of ", name_of(type), ", got ", name_of(weights));
-  for (auto [name, t] :
-       {std::pair{"x", &a.x}, {"g", &a.g}, {"W_enc_t", &a.w_enc_t}, {"bias", &a.bias}, {"W_dec", &a.w_dec}})
-    check_cpu(kOp, name, *t);
-  check_vector("theta", a.theta, a.activation == Activation::threshold, a.features, weights);
-  check_vector("gate_scale", a.gate_scale, a.activation == Activation::gated, a.features, weights);
-  check_vector("mag_bias", a.mag_bias, a.activation == Activation::gated, a.features, weights);
-  if (a.permutation) check_vector("permutation", a.permutation, true, a.features, ScalarType::Long);
-  STD_TORCH_CHECK(a.activation != Activation::topk || a.k >= 1, kOp, ": k must be at least 1 for topk, got ", a.k);
-  STD_TORCH_CHECK(a.top >= 0 && a.top <= a.features, kOp, ": top_features must lie in 0 to ", a.features, ", got ",
-                  a.top);
-  STD_TORCH_CHECK(a.image || a.rows == a.images, kOp, ": g has ", a.rows, " rows for ", a.images,
-                  " images; give image [M] to say which row belongs to which");
-  if (!a.image) return;
-  check_shape(kOp, "image", *a.image, {a.rows});
-  check_type(kOp, "image", *a.image, ScalarType::Long);
-  check_cpu(kOp, "image", *a.image);
-}
-
 std::vector<PatchRange> patch_ranges(int64_t images, int64_t patches) {
   const int64_t pieces = std::max<int64_t>(1, (patches + kRangePatches - 1) / kRangePatches);
   const int64_t even = (pieces + pieces % 2), length = (patches + even - 1) / even;  // an even count shares out evenly
@@ -141,7 +71,7 @@ struct TargetsOfImages {
     std::vector<std::vector<int64_t>> of(a.images);
     const std::optional<Tensor> image =
         a.image ? std::optional<Tensor>(torch::stable::contiguous(*a.image)) : std::nullopt;
-    for (int64_t m = 0; m < a.rows; ++m) of[image_of_row(image, m, a.images, kOp)].push_back(m);
+    for (int64_t m = 0; m < a.rows; ++m) of[image_of_row(image, m, a.images, kScore)].push_back(m);
     for (int64_t b = 0; b < a.images; ++b) {
       targets.insert(targets.end(), of[b].begin(), of[b].end());
       start[b + 1] = static_cast<int64_t>(targets.size());
@@ -201,6 +131,7 @@ class Scorer {
         consume(t);
     }
     if (a_.activation == Activation::topk) consume_selection();
+    mark_nonfinite();
   }
 
  private:
@@ -252,6 +183,17 @@ class Scorer {
     if (a_.top) strongest_of_tile(t);
   }
 
+  // A comparison with NaN is false, so a NaN would pass as a feature that is not active: say it in the score instead.
+  void mark_nonfinite() {
+    const A* x = data(x_);
+    for (int64_t b = 0; b < a_.images; ++b)
+      for (int64_t p = 0; p < a_.patches; ++p, x += ld_) {
+        const bool finite = std::all_of(x, x + a_.width, [](A value) { return std::isfinite(value); });
+        for (int64_t j = of_.start[b]; !finite && j < of_.start[b + 1]; ++j)
+          data(o_.scores)[of_.targets[j] * a_.patches + p] = std::numeric_limits<A>::quiet_NaN();
+      }
+  }
+
   Tensor decoder_rows(int64_t first, int64_t count) {
     if (!a_.permutation) return narrow_rows(a_.w_dec, first, count);
     using torch::stable::detail::from;
@@ -268,7 +210,7 @@ class Scorer {
       for (int64_t j = of_.start[b]; j < of_.start[b + 1]; ++j)
         for (int64_t f = 0; f < t.count; ++f) {
           A sum = 0;
-          for (size_t r = i; r < next; ++r) sum += sums_[(r * of_.most + j - of_.start[b]) * tile_ + f];
+          for (size_t r = i; r < next; ++r) sum += sums_[r * of_.most * tile_ + (j - of_.start[b]) * t.count + f];
           keep_of_image(of_.targets[j], t.first + f, sum);
         }
       i = next;
@@ -359,10 +301,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> score_cpu(
     const Tensor& w_dec, const std::optional<Tensor>& theta, const std::optional<Tensor>& gate_scale,
     const std::optional<Tensor>& mag_bias, const std::optional<Tensor>& permutation, std::string activation,
     std::string normalize, std::string mode, int64_t k, int64_t top_features) {
-  check_rank(kOp, "x", x, 3, "[B, P, C]");
-  check_rank(kOp, "g", g, 3, "[M, P, C]");
-  check_rank(kOp, "W_enc_t", w_enc_t, 2, "[F, C]");
-  STD_TORCH_CHECK(mode == "combined" || mode == "activation_only", kOp,
+  check_rank(kScore, "x", x, 3, "[B, P, C]");
+  check_rank(kScore, "g", g, 3, "[M, P, C]");
+  check_rank(kScore, "W_enc_t", w_enc_t, 2, "[F, C]");
+  STD_TORCH_CHECK(mode == "combined" || mode == "activation_only", kScore,
                   ": mode must be combined or activation_only, got ", mode);
   const auto dense = [](const Tensor& t) { return torch::stable::contiguous(t); };
   const auto dense_optional = [&](const std::optional<Tensor>& t) {
@@ -388,7 +330,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> score_cpu(
                     x.size(1),
                     x.size(2),
                     w_enc_t.size(0)};
-  check(a);
+  check_score(a);
   const ScalarType statistics = statistic_type(x.scalar_type());
   using torch::stable::new_empty;
   Outputs o{torch::stable::new_zeros(x, {a.rows, a.patches}, statistics),
@@ -398,7 +340,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> score_cpu(
   torch::stable::fill_(o.patch_index, -1);
   torch::stable::fill_(o.image_index, -1);
   if (a.images * a.patches > 0 && a.rows > 0)
-    dispatch_floating(kOp, "x", x.scalar_type(), [&](auto tag) { run<decltype(tag)>(a, o); });
+    dispatch_floating(kScore, "x", x.scalar_type(), [&](auto tag) { run<decltype(tag)>(a, o); });
   return {o.scores, o.patch_index, o.patch_contribution, o.image_index, o.image_contribution};
 }
 

@@ -16,7 +16,9 @@ void normalise_rows(const S* x, int64_t row_stride, int64_t column_stride, int64
       mean /= width;
     }
     for (int64_t c = 0; c < width; ++c) squares += (to[c] - mean) * (to[c] - mean);
-    const A factor = kind == 1 ? 1 / (std::sqrt(squares / (width - 1)) + A(1e-5)) : std::sqrt(A(width) / squares);
+    A factor = 1;  // a zero token stays zero
+    if (kind == 1) factor = 1 / (std::sqrt(squares / (width - 1)) + A(1e-5));
+    if (kind == 2 && squares != 0) factor = std::sqrt(A(width) / squares);
     for (int64_t c = 0; c < width; ++c) to[c] = (to[c] - mean) * factor;
   }
 }

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
+from fga_fast.timm_import import import_timm
 
 _FOLDER = Path(__file__).parent / "fashion"
 
@@ -56,15 +57,13 @@ def fashion_model() -> nn.Module:
     """The demo ViT in eval mode, float32 on the CPU: images [B, 3, 56, 56], normalised, to logits [B, classes].
 
     Raises:
-        ImportError: timm or safetensors is not installed.
+        ImportError: timm is not installed.
         FileNotFoundError: the package was installed without its data files.
     """
-    try:
-        from safetensors.torch import load_file
-        from timm.models import VisionTransformer
-    except ImportError as error:
-        raise ImportError("the demo model needs timm and safetensors: pip install timm safetensors") from error
-    model: nn.Module = VisionTransformer(**fashion_config().model_args)
+    from safetensors.torch import load_file
+
+    timm: Any = import_timm()
+    model: nn.Module = timm.models.VisionTransformer(**fashion_config().model_args)
     model.load_state_dict(load_file(_file("vit.safetensors")))
     return model.eval()
 

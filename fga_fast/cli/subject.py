@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from fga_fast.cli.checkpoint import Checkpoint
 from fga_fast.images import Preprocess
 from fga_fast.models import find_layout
 from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
+from fga_fast.timm_import import import_timm
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,8 @@ def _fashion_subject() -> Subject:
 
 def _timm_subject(args: argparse.Namespace) -> Subject:
     try:
-        # By name, because timm's own type annotations differ between its versions.
-        timm: Any = importlib.import_module("timm")
-    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision, which timm imports, of another torch
+        timm: Any = import_timm()
+    except ImportError as error:
         raise ImportError(f"--model needs timm ({error}): pip install 'fga_fast[models]'") from error
     model = _timm_model(args, timm)
     data = timm.data.resolve_model_data_config(model)

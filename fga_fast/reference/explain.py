@@ -5,7 +5,8 @@ Memory grows with L * H * N^2 and P * F; use it to check numbers, not to explain
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -103,25 +104,33 @@ class _AttentionMode(TorchFunctionMode):
 def _recording(layout: ModelLayout) -> Iterator[_Recording]:
     """Hooks that follow the forward pass through the tower; all of them are gone afterwards, whatever happens."""
     record = _Recording()
+    owner = threading.get_ident()  # the hooks are on a shared model; in other threads they must do nothing
+
+    def mine() -> bool:
+        return threading.get_ident() == owner
 
     def enter_block(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any) -> None:
-            record.block = index
+            if mine():
+                record.block = index
 
         return hook
 
     def leave_block(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            record.streams[index] = output
-            record.block = None
+            if mine():
+                record.streams[index] = output
+                record.block = None
 
         return hook
 
     def enter_tower(module: nn.Module, inputs: Any) -> None:
-        record.in_tower = True
+        if mine():
+            record.in_tower = True
 
     def leave_tower(module: nn.Module, inputs: Any, output: Any) -> None:
-        record.in_tower = False
+        if mine():
+            record.in_tower = False
 
     handles = []
     try:
@@ -140,7 +149,7 @@ def _recording(layout: ModelLayout) -> Iterator[_Recording]:
 def explain(
     model: nn.Module,
     images: Tensor,  # [B, channels, height, width]
-    targets: int | Tensor | None,  # [B]
+    targets: int | Sequence[int] | Tensor | None,  # [B]
     saes: Mapping[int, SparseAutoencoder],
     gate: Gate,
     *,
@@ -156,8 +165,8 @@ def explain(
 
     Args:
         model: module from images to logits [B, classes] with one supported tower (`find_layout`). Its parameters,
-            their gradients and flags are left as they are; hooks are on it during the call only, so two threads must
-            not call this with the same model at once.
+            their gradients and flags are left as they are; hooks are on it during the call only and do nothing in
+            other threads.
         images: in the model's dtype and on its device.
         targets: class explained for each image; None: the predicted class; an int: the same class for all.
         saes: block -> autoencoder of the residual stream after that block; empty: the ungated method (TransMM).
@@ -179,8 +188,9 @@ def explain(
     checks.check_saes(saes, layout, next(layout.tower.parameters()))
     with torch.inference_mode(False), torch.enable_grad(), _recording(layout) as record:
         # The graph hangs on the images, so that frozen models work and parameters stay out of it.
-        logits = model(images.detach().clone().requires_grad_())
+        logits = checks.check_logits(model(images.detach().clone().requires_grad_()))
         _check_recording(record, layout, logits)
+        checks.check_finite(logits.detach(), "the logits", model, images)
         chosen = checks.resolve_targets(targets, logits)
         explained = logits.gather(1, chosen.unsqueeze(1)).sum()
         gradients = _differentiate(explained, record, saes)
@@ -256,8 +266,6 @@ def _relevance(
 
 def _check_recording(record: _Recording, layout: ModelLayout, logits: Tensor) -> None:
     """The forward pass must have been the one that the layout promised."""
-    if logits.ndim != 2:
-        raise ValueError(f"model: expected logits [B, classes], got shape {list(logits.shape)}")
     for block in range(len(layout.blocks)):
         if block not in record.maps:
             raise ValueError(f"model: expected one scaled_dot_product_attention call in block {block}, got none")

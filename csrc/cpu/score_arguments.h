@@ -1,0 +1,96 @@
+// What the score op is called with, checked: every message names the argument, what was expected and what came.
+#pragma once
+
+#include "../checks.h"
+#include "score.h"
+
+#include <optional>
+#include <string>
+#include <utility>
+
+namespace fga {
+namespace {  // score.cpp alone includes this
+
+constexpr const char* kScore = "score";
+
+// Dense in memory but for x, g and image.
+struct Arguments {
+  Tensor x, g, w_enc_t, bias, w_dec;
+  std::optional<Tensor> image, theta, gate_scale, mag_bias, permutation;
+  Activation activation;
+  int normalize;
+  bool weigh;  // combined; else activation_only
+  int64_t k, top;
+  int64_t images, rows, patches, width, features;
+};
+
+struct Outputs {
+  Tensor scores, patch_index, patch_contribution, image_index, image_contribution;
+};
+
+inline Activation activation_named(const std::string& name) {
+  if (name == "relu") return Activation::relu;
+  if (name == "topk") return Activation::topk;
+  if (name == "jumprelu" || name == "batch_topk") return Activation::threshold;
+  STD_TORCH_CHECK(name == "gated", kScore, ": activation must be relu, topk, batch_topk, jumprelu or gated, got ",
+                  name);
+  return Activation::gated;
+}
+
+inline int normalisation_named(const std::string& name) {
+  if (name.empty()) return 0;
+  if (name == "layer_norm") return 1;
+  STD_TORCH_CHECK(name == "constant_norm", kScore, ": normalize must be '', layer_norm or constant_norm, got ", name);
+  return 2;
+}
+
+inline void check_vector(const char* name, const std::optional<Tensor>& t, bool wanted, int64_t features,
+                         ScalarType type) {
+  STD_TORCH_CHECK(t.has_value() == wanted, kScore, ": ", name, wanted ? " is missing for" : " does not belong to",
+                  " this activation");
+  if (!t) return;
+  check_shape(kScore, name, *t, {features});
+  check_cpu(kScore, name, *t);
+  check_type(kScore, name, *t, type);
+}
+
+// Contiguous int64; every entry is used as a row number, so each is checked.
+inline void check_permutation(const Tensor& permutation, int64_t features) {
+  check_vector("permutation", permutation, true, features, ScalarType::Long);
+  const int64_t* row = static_cast<const int64_t*>(permutation.const_data_ptr());
+  for (int64_t f = 0; f < features; ++f)
+    STD_TORCH_CHECK(row[f] >= 0 && row[f] < features, kScore, ": permutation[", f, "] is ", row[f], ", expected 0 to ",
+                    features - 1);
+}
+
+inline void check_score(const Arguments& a) {
+  const ScalarType type = a.x.scalar_type(), weights = a.w_enc_t.scalar_type();
+  check_shape(kScore, "W_enc_t", a.w_enc_t, {a.features, a.width});
+  check_shape(kScore, "W_dec", a.w_dec, {a.features, a.width});
+  check_shape(kScore, "bias", a.bias, {a.features});
+  check_shape(kScore, "g", a.g, {a.rows, a.patches, a.width});
+  check_type(kScore, "g", a.g, type);
+  check_type(kScore, "W_dec", a.w_dec, weights);
+  check_type(kScore, "bias", a.bias, weights);
+  STD_TORCH_CHECK(weights == type || weights == statistic_type(type), kScore, ": W_enc_t must be ", name_of(type),
+                  " or ", name_of(statistic_type(type)), " for x of ", name_of(type), ", got ", name_of(weights));
+  for (auto [name, t] :
+       {std::pair{"x", &a.x}, {"g", &a.g}, {"W_enc_t", &a.w_enc_t}, {"bias", &a.bias}, {"W_dec", &a.w_dec}})
+    check_cpu(kScore, name, *t);
+  check_vector("theta", a.theta, a.activation == Activation::threshold, a.features, weights);
+  check_vector("gate_scale", a.gate_scale, a.activation == Activation::gated, a.features, weights);
+  check_vector("mag_bias", a.mag_bias, a.activation == Activation::gated, a.features, weights);
+  if (a.permutation) check_permutation(*a.permutation, a.features);
+  STD_TORCH_CHECK(a.activation != Activation::topk || a.k >= 1, kScore, ": k must be at least 1 for topk, got ", a.k);
+  STD_TORCH_CHECK(a.top >= 0 && a.top <= a.features, kScore, ": top_features must lie in 0 to ", a.features, ", got ",
+                  a.top);
+  STD_TORCH_CHECK(a.image || a.rows == a.images, kScore, ": g has ", a.rows, " rows for ", a.images,
+                  " images; give image [M] to say which row belongs to which");
+  if (!a.image) return;
+  check_shape(kScore, "image", *a.image, {a.rows});
+  check_type(kScore, "image", *a.image, ScalarType::Long);
+  check_cpu(kScore, "image", *a.image);
+}
+
+}  // namespace
+}  // namespace fga

@@ -1,4 +1,4 @@
-"""fga_fast: feature-gradient attribution for vision transformers, for about the price of one extra forward pass.
+"""fga_fast: feature-gradient attribution for vision transformers, within one forward and one backward pass.
 
 Start with `Explainer`. Importing this package loads neither the native library nor Triton; the first explanation does.
 """

@@ -20,6 +20,7 @@ Attention-model Explainability" (2021) for TransMM; Šula, TU Wien 2026, doi 10.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -32,6 +33,8 @@ from fga_fast.gate import Gate
 from fga_fast.models.layout import find_layout
 from fga_fast.sae import SparseAutoencoder
 from fga_fast.tape import Gating, Tape
+
+logger = logging.getLogger(__name__)
 
 Backend = Literal["auto", "native", "triton", "reference"]
 Targets = int | Sequence[int] | Tensor | None
@@ -51,6 +54,8 @@ class Explainer:
         backend: "native" kernels (CPU), "reference" (plain PyTorch, any device) or "auto", which takes native where it
             can; the result's `backend` says which ran, and why if not native. "triton" has no kernels in this version.
         top_features: report the k strongest features a patch and an image at every gated block.
+        ungated: also explain without gates (TransMM), for the result's `ungated` and for `plot`. A second explanation
+            without SAEs: about one more forward and backward pass.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, and what to do.
@@ -66,6 +71,7 @@ class Explainer:
         backward: Literal["exact"] = "exact",
         backend: Backend = "auto",
         top_features: int = 0,
+        ungated: bool = False,
     ) -> None:
         for name, value, known in (("method", method, "rollout"), ("backward", backward, "exact")):
             if value != known:
@@ -81,7 +87,10 @@ class Explainer:
         checks.check_saes({} if saes is None else saes, self.layout, like)
         self.saes = dict(sorted((saes or {}).items()))
         self._check_top_features()
+        if self.layout.pooling == "token" and len(self.layout.blocks) - 1 in self.saes:
+            logger.warning("the SAE after the last block gates nothing: only the class token is read there")
         self.backend, self._backend_reason = choose_backend(backend, like.device)
+        self._ungated = Explainer(model, backend=backend) if ungated and self.saes else None
         self._permutations = {
             layer: self.gate.decoder_permutation(sae.d_sae, sae.device) for layer, sae in self.saes.items()
         }
@@ -105,9 +114,10 @@ class Explainer:
             images = images.clone() if images.is_inference() else images.detach()
             if len(images) == 0:
                 return self._empty(images, targets)
-            if self.backend == "reference":
-                return self._reference(images, targets)
-            return self._native(images, targets)
+            e = self._reference(images, targets) if self.backend == "reference" else self._native(images, targets)
+        if self._ungated is not None:
+            e.ungated = self._ungated(images, e.targets).relevance
+        return e
 
     def _native(self, images: Tensor, targets: Targets) -> Explanation:
         scores: dict[int, Tensor] = {}  # block -> [B, P]
@@ -192,7 +202,11 @@ class Explainer:
             return
         if self.gate.mode in ("gradient_only", "no_sae"):
             raise ValueError(f"top_features: gate mode {self.gate.mode!r} has no feature contributions to rank")
-        fewest = min((sae.d_sae for sae in self.saes.values()), default=0)
+        if not self.saes:
+            raise ValueError(
+                f"top_features: got {self.top_features}, but there are no SAEs; give Explainer saes={{...}}"
+            )
+        fewest = min(sae.d_sae for sae in self.saes.values())
         if not 0 < self.top_features <= fewest:
             raise ValueError(
                 f"top_features: expected 0 to {fewest} (features of the smallest SAE), got {self.top_features}"

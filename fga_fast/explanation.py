@@ -55,7 +55,7 @@ class Explanation:
         grid: patches (rows, columns); P = rows * columns, row by row.
         image_size: (height, width) of the model's input in pixels.
         scores, gates: per gated layer, like `relevance`; gates lie in [1/base, base].
-        backend: what computed it: "native", "triton" or "reference".
+        backend: what computed it: "native" or "reference", with the reason in brackets where "auto" fell back.
         ungated: like `relevance` but without gates (TransMM), if it was computed.
         features: per gated layer the strongest SAE features, if they were asked for.
 
@@ -219,7 +219,8 @@ class Explanation:
             patch: (row, column) in the grid for one patch's features; None is those of the whole image.
 
         Returns:
-            A list over images (with K targets: of lists over targets) of lists of (feature, contribution).
+            A list over images (with K targets: of lists over targets) of lists of (feature, contribution), shorter
+            than k where fewer features contribute.
 
         Raises:
             ValueError: no features recorded for this layer, fewer than k recorded, or a patch outside the grid.
@@ -310,7 +311,7 @@ def _to_picture(relevance: Tensor, grid: tuple[int, int], size: tuple[int, int])
 def _ranked(index: list[Any], contribution: list[Any], k: int | None) -> list[Any]:
     if index and isinstance(index[0], list):
         return [_ranked(i, c, k) for i, c in zip(index, contribution, strict=True)]
-    pairs = [FeatureContribution(i, c) for i, c in zip(index, contribution, strict=True)]
+    pairs = [FeatureContribution(i, c) for i, c in zip(index, contribution, strict=True) if i >= 0]  # -1: none
     return sorted(pairs, key=lambda pair: -abs(pair.contribution))[:k]
 
 

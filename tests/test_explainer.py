@@ -115,6 +115,26 @@ def test_top_features_agree_with_the_reference(tiny_vit: Build) -> None:
             assert bool((value != 0).any())
 
 
+def test_ungated_is_transmm(tiny_vit: Build) -> None:
+    model, images = tiny_vit(), torch.randn(2, *PIXELS)
+    e = Explainer(model, {1: sae_for(model)}, ungated=True)(images, 3)
+    assert e.ungated is not None
+    assert torch.equal(e.ungated, Explainer(model)(images, 3).relevance)
+    assert not torch.allclose(e.ungated, e.relevance)
+
+
+def test_an_sae_that_gates_nothing_is_said(tiny_vit: Build, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_vit()
+    e = Explainer(model, {2: sae_for(model)}, top_features=3)(torch.randn(1, *PIXELS))
+    assert "the SAE after the last block gates nothing" in caplog.text
+    assert bool((e.gates[2] == 1).all()) and e.top_features(2) == [[]]
+
+
+def test_a_compiled_model_is_refused(tiny_vit: Build) -> None:
+    with pytest.raises(ValueError, match=r"compiled by torch\.compile"):
+        Explainer(torch.compile(tiny_vit()))  # type: ignore[arg-type]
+
+
 def test_a_wrapped_tower_is_found(tiny_vit: Build) -> None:
     class Zoom(nn.Module):
         def __init__(self, tower: nn.Module) -> None:
@@ -285,7 +305,7 @@ def test_bad_settings(tiny_vit: Build) -> None:
         ({"backward": "conservative"}, "backward: this version knows 'exact' only"),
         ({"backend": "fast"}, "backend: expected auto, native, triton or reference, got 'fast'"),
         ({"top_features": 41, "saes": {1: sae_for(model)}}, "top_features: expected 0 to 40"),
-        ({"top_features": 2}, "top_features: expected 0 to 0"),
+        ({"top_features": 2}, "top_features: got 2, but there are no SAEs"),
         ({"top_features": 2.5}, "top_features: expected an int, got float"),
         ({"gate": "combined"}, "gate: expected a Gate such as"),
         ({"top_features": 2, "saes": {1: sae_for(model)}, "gate": Gate("no_sae")}, "no feature contributions"),

@@ -77,6 +77,10 @@ def find_layout(model: nn.Module) -> ModelLayout:
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module from images to logits, got {type(model).__name__}")
+    if hasattr(model, "_orig_mod"):  # what torch.compile returns
+        raise ValueError(
+            "model: it is compiled by torch.compile, whose graph hides its attention; pass the model that was compiled"
+        )
     towers: dict[str, nn.Module] = {}
     for name, module in _outermost(model):
         reason = timm.refusal(module)

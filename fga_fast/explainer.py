@@ -203,9 +203,7 @@ class Explainer:
         if self.gate.mode in ("gradient_only", "no_sae"):
             raise ValueError(f"top_features: gate mode {self.gate.mode!r} has no feature contributions to rank")
         if not self.saes:
-            raise ValueError(
-                f"top_features: got {self.top_features}, but there are no SAEs; give Explainer saes={{...}}"
-            )
+            raise ValueError(f"top_features: got {self.top_features}, but there are no SAEs; give saes={{...}}")
         fewest = min(sae.d_sae for sae in self.saes.values())
         if not 0 < self.top_features <= fewest:
             raise ValueError(

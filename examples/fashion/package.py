@@ -1,0 +1,70 @@
+"""Copy a trained model into the package, together with a few held-out scenes to explain.
+
+    python -m examples.fashion.package --model runs/fashion
+
+The scenes are the first ones of a fixed seed in which the model names exactly the garments that are there (an
+explanation of a wrong answer is a subject of its own). They are made of test garments only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from timm.models import VisionTransformer
+
+from examples.fashion.data import load_garments, make_scenes
+from examples.fashion.train_vit import write_text
+
+ASSETS = Path(__file__).parents[2] / "fga_fast" / "assets" / "fashion"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="folder that train_vit and train_sae wrote")
+    parser.add_argument("--out", type=Path, default=ASSETS)
+    parser.add_argument("--scenes", type=int, default=6)
+    parser.add_argument("--seed", type=int, default=4_000_003)
+    arguments = parser.parse_args()
+    config = json.loads((arguments.model / "config.json").read_text())
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for name in ("vit.safetensors", "config.json"):
+        shutil.copyfile(arguments.model / name, arguments.out / name)
+    for folder in config["saes"].values():
+        shutil.copytree(arguments.model / folder, arguments.out / folder, dirs_exist_ok=True)
+    write_scenes(arguments.model, config, arguments.out / "scenes", arguments.scenes, arguments.seed)
+
+
+@torch.inference_mode()
+def write_scenes(folder: Path, config: dict[str, object], out: Path, count: int, seed: int) -> None:
+    """Write `count` scenes as PNG and what is in them as `scenes.json`: names, and boxes x0, y0, x1, y1."""
+    names = tuple(config["class_names"])
+    model = VisionTransformer(**config["model_args"]).eval()
+    model.load_state_dict(load_file(folder / "vit.safetensors"))
+    scenes = make_scenes(load_garments("test", names), 20 * count, torch.Generator().manual_seed(seed))
+    pixels = (scenes.images * 255).round().to(torch.uint8)
+    mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
+    probabilities = model((pixels / 255 - mean) / std).sigmoid()  # of what the PNG files will hold
+    right = ((probabilities > 0.5) == (scenes.targets > 0)).all(1).nonzero().flatten()[:count]
+    out.mkdir(parents=True, exist_ok=True)
+    listed = []
+    for number, row in enumerate(right.tolist()):
+        name = f"scene_{number}.png"
+        Image.fromarray(pixels[row].permute(1, 2, 0).numpy()).save(out / name)
+        present = (scenes.classes[row] >= 0).nonzero().flatten().tolist()
+        garments = [
+            {"class": scenes.classes[row, slot].item(), "name": names[scenes.classes[row, slot]],
+             "box": scenes.boxes[row, slot].tolist()}
+            for slot in present
+        ]  # fmt: skip
+        listed.append({"file": name, "garments": garments})
+    write_text(out / "scenes.json", json.dumps({"seed": seed, "scenes": listed}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

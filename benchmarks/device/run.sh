@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Proves and measures this project on a machine with an NVIDIA GPU and no network, in under 10 minutes.
 #
-# STATUS: this script has never run on a device; only its syntax has been checked.
+# STATUS: this script has never run on a device. On a machine without one, its build and its CPU steps have run.
 #
 # Needs: nvcc, and a Python with torch (CUDA), timm (with safetensors), numpy, pytest, ninja; setuptools. Nothing else.
 # Optional: hypothesis (without it the op tests that use it are left out), compute-sanitizer, conformance numbers in
@@ -40,7 +40,8 @@ skip() { summary+=("$(printf '%-12s skipped  %s' "$1" "$2")"); }
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || true
 
 if ! FGA_FAST_CUDA=1 step build 240 "$python" setup.py build_ext --inplace; then
-  printf '\n%s\n' "${summary[@]}"
+  printf '\n'
+  printf '%s\n' "${summary[@]}"
   exit 1
 fi
 
@@ -71,5 +72,6 @@ fi
 step rows 150 "$python" benchmarks/device/rows_cuda.py "$out"
 cat "$logs/rows.log"
 
-printf '\n%s\n' "${summary[@]}"
+printf '\n'
+printf '%s\n' "${summary[@]}"
 exit "$failed"

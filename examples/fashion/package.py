@@ -1,6 +1,6 @@
 """Copy a trained model into the package, together with a few held-out scenes to explain.
 
-    python -m examples.fashion.package --model runs/fashion
+    python -m examples.fashion.package --model examples/fashion/runs
 
 The scenes are the first ones of a fixed seed in which the model names exactly the garments that are there (an
 explanation of a wrong answer is a subject of its own). They are made of test garments only.

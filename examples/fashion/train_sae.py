@@ -1,6 +1,6 @@
 """Train top-k sparse autoencoders on the residual stream of the ViT that `train_vit` made.
 
-    python -m examples.fashion.train_sae --model runs/fashion --blocks 2 3
+    python -m examples.fashion.train_sae --model examples/fashion/runs --blocks 2 3
 
 Writes `sae_<block>/` (fga_fast's own format) beside the ViT, names the folders in its `config.json`, and writes
 `sae_report.json`: explained variance, codes a token, dead features, and what the ViT's label accuracy becomes when

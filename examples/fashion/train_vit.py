@@ -1,6 +1,6 @@
 """Train the small ViT that ships with fga_fast on scenes of Fashion-MNIST garments.
 
-    python -m examples.fashion.train_vit --out runs/fashion
+    python -m examples.fashion.train_vit --out examples/fashion/runs
 
 Writes `vit.safetensors`, `config.json` and `vit_report.json` to `--out`. A checkpoint of the averaged weights is
 renewed every `--report-every` steps, so that a stopped run leaves something usable.

@@ -30,19 +30,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ASSETS)
     parser.add_argument("--scenes", type=int, default=6)
     parser.add_argument("--seed", type=int, default=4_000_003)
+    parser.add_argument("--first", type=int, default=1, help="the scene to put first, which the demo draws large")
+    parser.add_argument("--gate-base", type=float, default=2.0, help="the demo's gates lie in [1/base, base]")
     arguments = parser.parse_args()
     config = json.loads((arguments.model / "config.json").read_text())
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for name in ("vit.safetensors", "config.json"):
-        shutil.copyfile(arguments.model / name, arguments.out / name)
+    shutil.copyfile(arguments.model / "vit.safetensors", arguments.out / "vit.safetensors")
+    write_text(arguments.out / "config.json", json.dumps(config | {"gate_base": arguments.gate_base}, indent=2) + "\n")
     for folder in config["saes"].values():
         shutil.copytree(arguments.model / folder, arguments.out / folder, dirs_exist_ok=True)
-    write_scenes(arguments.model, config, arguments.out / "scenes", arguments.scenes, arguments.seed)
+    write_scenes(arguments.model, config, arguments.out / "scenes", arguments)
 
 
 @torch.inference_mode()
-def write_scenes(folder: Path, config: dict[str, object], out: Path, count: int, seed: int) -> None:
-    """Write `count` scenes as PNG and what is in them as `scenes.json`: names, and boxes x0, y0, x1, y1."""
+def write_scenes(folder: Path, config: dict[str, object], out: Path, arguments: argparse.Namespace) -> None:
+    """Write scenes as PNG and what is in them as `scenes.json`: names, and boxes x0, y0, x1, y1."""
+    count, seed, first = arguments.scenes, arguments.seed, arguments.first
     names = tuple(config["class_names"])
     model = VisionTransformer(**config["model_args"]).eval()
     model.load_state_dict(load_file(folder / "vit.safetensors"))
@@ -50,10 +53,11 @@ def write_scenes(folder: Path, config: dict[str, object], out: Path, count: int,
     pixels = (scenes.images * 255).round().to(torch.uint8)
     mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
     probabilities = model((pixels / 255 - mean) / std).sigmoid()  # of what the PNG files will hold
-    right = ((probabilities > 0.5) == (scenes.targets > 0)).all(1).nonzero().flatten()[:count]
+    right = ((probabilities > 0.5) == (scenes.targets > 0)).all(1).nonzero().flatten()[:count].tolist()
+    right.insert(0, right.pop(first))
     out.mkdir(parents=True, exist_ok=True)
     listed = []
-    for number, row in enumerate(right.tolist()):
+    for number, row in enumerate(right):
         name = f"scene_{number}.png"
         Image.fromarray(pixels[row].permute(1, 2, 0).numpy()).save(out / name)
         present = (scenes.classes[row] >= 0).nonzero().flatten().tolist()

@@ -54,7 +54,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--out", type=Path, default=Path("fga-fast-out"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--backend", choices=("auto", "native", "triton", "reference"), default="auto")
-    parser.add_argument("--base", type=float, default=10.0, help="gates lie in [1/BASE, BASE] (default: %(default)s)")
+    parser.add_argument("--base", type=float, help="gates lie in [1/BASE, BASE] (default: 10; the demo's own: 2)")
     parser.add_argument(
         "--top-features", type=int, default=5, metavar="K", help="features listed (default: %(default)s)"
     )
@@ -98,6 +98,8 @@ def run(args: argparse.Namespace) -> int:
     many = args.image is not None and args.image.is_dir()
     check_writable_folder(args.out)
     subject = load_subject(args)
+    if args.base is None:
+        args.base = subject.gate_base
     explainers = _build(subject, args)
     writer = report.Writer(args.out, subject, args, many)
     failed: list[tuple[Path, str]] = []

@@ -29,6 +29,7 @@ class Subject:
         saes: per layer, on the same device.
         class_names: one for each logit, if known.
         multi_label: whether probabilities are sigmoids of single logits rather than a softmax.
+        gate_base: gates lie in [1/gate_base, gate_base] where the user does not say otherwise.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Subject:
     saes: dict[int, SparseAutoencoder]
     class_names: Sequence[str] | None
     multi_label: bool
+    gate_base: float = 10.0
 
     def probabilities(self, logits: Tensor) -> Tensor:  # [B, classes] -> [B, classes]
         """Sigmoid or softmax of the logits, in float32 or wider."""
@@ -117,7 +119,9 @@ def _fashion_subject() -> Subject:
 
     config, model = fashion_config(), fashion_model()
     preprocess = Preprocess(find_layout(model).image_size, tuple(config.mean), tuple(config.std))
-    return Subject("the fashion demo model", model, preprocess, fashion_saes(), config.class_names, True)
+    return Subject(
+        "the fashion demo model", model, preprocess, fashion_saes(), config.class_names, True, config.gate_base
+    )
 
 
 def _timm_subject(args: argparse.Namespace) -> Subject:
@@ -137,7 +141,7 @@ def _timm_subject(args: argparse.Namespace) -> Subject:
     )
     subset = timm.data.infer_imagenet_subset(model)
     names = None if subset is None else timm.data.ImageNetInfo(subset).label_descriptions()
-    return Subject(args.model, model, preprocess, {}, names, False)
+    return Subject(args.model, model, preprocess, {}, names, multi_label=False)
 
 
 def _timm_model(args: argparse.Namespace, timm: Any) -> nn.Module:

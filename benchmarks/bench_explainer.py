@@ -79,7 +79,7 @@ def test_explanation(
         f"FGA relu {LEVELS[-1]}": partial(explain, Explainer(subject.model, dense, backend="reference"), images),
         f"FGA topk {TOPK}": partial(explain, Explainer(subject.model, sparse, backend="reference"), images),
     }
-    fast = race(plain, native, seconds=60.0 if batch == 0 else 75.0)
+    fast = race(plain, native, seconds=40.0 if batch == 0 else 60.0)
     slow = race(plain, reference, seconds=6.0, least=1)
 
     blank = Row("explainer", "", len(images), 197, threads=torch.get_num_threads())

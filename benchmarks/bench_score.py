@@ -83,9 +83,9 @@ def test_crossover(threads: int, scale: Scale, race: Callable[..., Race], record
     timings = {share: found.result(f"{share:g}") for share in ways}
     blank = Row("score", "", 1, PATCHES, threads=threads)
     for share, timing in timings.items():
-        record(replace(timed(blank, f"native, share {share:g}, {threads} threads", timing), L0=share * features))
+        record(replace(timed(blank, f"native, share {share:g}, {threads} thread(s)", timing), L0=share * features))
     share = crossover({share: timing.minimum for share, timing in timings.items()})
-    record(replace(blank, name=f"crossover, {threads} threads", L0=share * features, note=f"share {share:.2f}"))
+    record(replace(blank, name=f"crossover, {threads} thread(s)", L0=share * features, note=f"share {share:.2f}"))
 
 
 def crossover(seconds: dict[float, float]) -> float:

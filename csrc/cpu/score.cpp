@@ -30,9 +30,9 @@ namespace {
 
 constexpr int64_t kRangePatches = 128;            // patches of one work item; accumulate() has room for 256
 constexpr int64_t kTileBytes = int64_t{4} << 20;  // pre-activations of one tile, so that they stay in the caches
-// Share of active features above which a second dense product beats gathering decoder rows. Crossover measured on a
-// 2-core AVX-512 server by benchmarks/bench_score.py.
-constexpr double kDenseShare = 0.25;
+// Share of active features above which a second dense product beats gathering decoder rows: 0.30 with one thread and
+// 0.31 with two, measured by benchmarks/bench_score.py on a 2-core Xeon with AVX-512 at commit b9a80ad.
+constexpr double kDenseShare = 0.3;
 
 Tensor call(const char* name, const char* overload, std::vector<StableIValue> stack) {
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));

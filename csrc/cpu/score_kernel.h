@@ -181,21 +181,36 @@ inline void sort_by_feature(A* value, int64_t* index, int64_t size) {
 }
 
 // Keeps each patch's k largest pre-activations. Those at or below zero are left out at once: relu follows the choice.
+// Nearly all stay under their patch's floor, so chunks of patches are first compared as a whole, without branches.
 template <class W, class A>
 void select(const FeatureTile<W, A>& tile, int64_t patches, PatchRange range, const Selection<A>& kept) {
+  constexpr int64_t kChunk = 16;
+  A floor[256 + kChunk];  // what a pre-activation must exceed to be kept: 0 until the heap is full, then its root
+  const int64_t n = range.end - range.begin, first = range.image * patches + range.begin;
+  for (int64_t t = 0; t < n; ++t) floor[t] = kept.size[first + t] < kept.k ? A(0) : kept.value[(first + t) * kept.k];
   for (int64_t f = 0; f < tile.count; ++f) {
-    const A* z = tile.codes + f * tile.ld_codes + range.image * patches;
+    const A* z = tile.codes + f * tile.ld_codes + first;
     const A bias = tile.bias[f];
-    for (int64_t t = range.begin; t < range.end; ++t) {
-      const A v = z[t] + bias;
-      if (!(v > 0)) continue;
-      const int64_t row = range.image * patches + t;
-      A* value = kept.value + row * kept.k;
-      int64_t *index = kept.index + row * kept.k, &size = kept.size[row];
-      if (size < kept.k)
-        sift_up(value, index, size++, v, tile.first + f);
-      else if (v > value[0])
-        sift_down(value, index, size, v, tile.first + f);
+    for (int64_t t0 = 0; t0 < n; t0 += kChunk) {
+      const int64_t end = std::min(t0 + kChunk, n);
+      int32_t any = 0;
+      if (end - t0 == kChunk)
+        for (int64_t t = t0; t < t0 + kChunk; ++t) any |= z[t] + bias > floor[t];
+      else
+        any = 1;
+      if (!any) continue;
+      for (int64_t t = t0; t < end; ++t) {
+        const A v = z[t] + bias;
+        if (!(v > floor[t])) continue;
+        const int64_t row = first + t;
+        A* value = kept.value + row * kept.k;
+        int64_t *index = kept.index + row * kept.k, &size = kept.size[row];
+        if (size < kept.k)
+          sift_up(value, index, size++, v, tile.first + f);
+        else
+          sift_down(value, index, size, v, tile.first + f);
+        if (size == kept.k) floor[t] = value[0];
+      }
     }
   }
 }

@@ -153,8 +153,10 @@ class Tape(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and (self._block is not None or self._at_pool()):
             return self._attend(*args, **kwargs)
-        if any(type(a) is nn.Parameter for a in args):
-            args = tuple(self._detach(a) if type(a) is nn.Parameter else a for a in args)
+        for a in args:
+            if type(a) is nn.Parameter:
+                args = tuple(self._detach(a) if type(a) is nn.Parameter else a for a in args)
+                break
         for name, value in kwargs.items():
             if type(value) is nn.Parameter:
                 kwargs = {**kwargs, name: self._detach(value)}

@@ -114,7 +114,8 @@ def extensions() -> tuple[list[object], dict[str, object]]:
             f"building fga_fast needs torch >= 2.10 in the building environment ({error}); "
             "install torch first, or leave out --no-build-isolation so that pip fetches one"
         ) from error
-    flags = ["-O3", "-fno-math-errno", "-fvisibility=hidden", STABLE_ABI]
+    # Error messages name source files; they must not carry the building machine's folders.
+    flags = ["-O3", "-fno-math-errno", "-fvisibility=hidden", f"-ffile-prefix-map={ROOT}=.", STABLE_ABI]
     modules: list[object] = [
         CppExtension(
             "fga_fast._C",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -30,6 +31,11 @@ def check_eval(model: nn.Module) -> None:
         )
 
 
+def _is_block(layer: object, blocks: int) -> bool:
+    # Integral takes NumPy's integers too; a bool is one by accident of Python's.
+    return not isinstance(layer, bool) and isinstance(layer, numbers.Integral) and 0 <= int(layer) < blocks
+
+
 def check_saes(saes: Mapping[int, SparseAutoencoder], layout: ModelLayout, like: Tensor) -> None:
     """Refuses an SAE that does not fit the block it is meant for; `like` is any parameter of the model."""
     if not isinstance(saes, Mapping):
@@ -37,7 +43,7 @@ def check_saes(saes: Mapping[int, SparseAutoencoder], layout: ModelLayout, like:
     for layer, sae in saes.items():
         if not isinstance(sae, SparseAutoencoder):
             raise TypeError(f"saes[{layer}]: expected a SparseAutoencoder, got {type(sae).__name__}")
-        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < len(layout.blocks):
+        if not _is_block(layer, len(layout.blocks)):
             raise ValueError(f"saes: layer {layer!r} is out of range, expected 0 to {len(layout.blocks) - 1} (blocks)")
         if sae.d_model != layout.d_model:
             raise ValueError(
@@ -53,8 +59,20 @@ def check_saes(saes: Mapping[int, SparseAutoencoder], layout: ModelLayout, like:
             )
 
 
-def check_weights(parameter: Tensor) -> None:
-    """Refuses a model whose weights autograd cannot work with; `parameter` is any of them."""
+def check_weights(model: nn.Module, layout: ModelLayout) -> None:
+    """Refuses a model on several devices, a tower of several dtypes, and weights that autograd cannot work with."""
+    parameter = next(layout.tower.parameters())
+    for name, other in model.named_parameters():
+        if other.device != parameter.device:
+            raise ValueError(
+                f"model: weight '{name}' is on {other.device}, others on {parameter.device}; move all with model.to()"
+            )
+    for name, other in layout.tower.named_parameters():
+        if other.is_floating_point() and other.dtype != parameter.dtype:
+            raise ValueError(
+                f"model: weight '{name}' of the tower is {other.dtype}, others are {parameter.dtype}; convert it with "
+                f"model.to({parameter.dtype})"
+            )
     if parameter.is_inference():
         raise ValueError(
             "model: its weights were made under torch.inference_mode(), where autograd does not work; build or load "
@@ -86,6 +104,8 @@ def resolve_targets(
     batch, classes = logits.shape
     if targets is None:
         return logits.detach().argmax(-1)
+    if hasattr(targets, "__array__") and not isinstance(targets, Tensor):  # NumPy's arrays and numbers
+        targets = torch.as_tensor(targets)
     if isinstance(targets, (int, Sequence)):
         none = not isinstance(targets, int) and len(targets) == 0
         try:
@@ -117,7 +137,9 @@ def check_logits(logits: object) -> Tensor:
     return logits
 
 
-def check_finite(values: Tensor, what: str, model: nn.Module, images: Tensor) -> None:
+def check_finite(
+    values: Tensor, what: str, model: nn.Module, images: Tensor, saes: Mapping[int, SparseAutoencoder] | None = None
+) -> None:
     """Passes finite values; else looks for the culprit and names it. The costly search runs only then."""
     if bool(torch.isfinite(values).all()):
         return
@@ -126,6 +148,10 @@ def check_finite(values: Tensor, what: str, model: nn.Module, images: Tensor) ->
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"model: weight '{name}' contains NaN or Inf; reload the checkpoint")
+    for layer, sae in (saes or {}).items():
+        for name, tensor in sae.named_buffers():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"saes[{layer}]: {name} contains NaN or Inf; reload the SAE")
     raise ValueError(
         f"{what} came out NaN or Inf although images and weights are finite: an overflow in {values.dtype}; "
         "run the model in a wider dtype"

@@ -83,9 +83,9 @@ class Explainer:
             raise TypeError(f"gate: expected a Gate such as Gate(base=10.0), got {type(gate).__name__}")
         self.top_features = top_features
         like = self._parameter()
-        checks.check_weights(like)
+        checks.check_weights(model, self.layout)
         checks.check_saes({} if saes is None else saes, self.layout, like)
-        self.saes = dict(sorted((saes or {}).items()))
+        self.saes = {int(layer): sae for layer, sae in sorted((saes or {}).items())}
         self._check_top_features()
         if self.layout.pooling == "token" and len(self.layout.blocks) - 1 in self.saes:
             logger.warning("the SAE after the last block gates nothing: only the class token is read there")
@@ -110,6 +110,7 @@ class Explainer:
         """
         checks.check_eval(self.model)
         checks.check_images(images, self.layout, self._parameter())
+        checks.check_saes(self.saes, self.layout, self._parameter())  # either may have been moved since
         with torch.inference_mode(False):
             images = images.clone() if images.is_inference() else images.detach()
             if len(images) == 0:
@@ -133,7 +134,7 @@ class Explainer:
             checks.check_finite(logits.detach(), "the logits", self.model, images)
             row = tape.backward(logits.gather(1, chosen[:, None]).sum())
         relevance = row[:, self.layout.prefix_tokens :].contiguous()
-        checks.check_finite(relevance, "the relevance", self.model, images)
+        checks.check_finite(relevance, "the relevance", self.model, images, self.saes)
         return self._result(relevance, logits.detach(), chosen, scores, gates, features)
 
     def _gating(
@@ -161,7 +162,7 @@ class Explainer:
         from fga_fast import reference
 
         found = reference.explain(self.model, images, targets, self.saes, self.gate, top_features=self.top_features)
-        checks.check_finite(found.relevance, "the relevance", self.model, images)
+        checks.check_finite(found.relevance, "the relevance", self.model, images, self.saes)
         return self._result(found.relevance, found.logits, found.targets, found.scores, found.gates, found.features)
 
     def _empty(self, images: Tensor, targets: Targets) -> Explanation:

@@ -238,9 +238,13 @@ def test_opcheck(dtype: torch.dtype) -> None:
     carrier = torch.zeros_like(s["row"], requires_grad=True)
     torch.library.opcheck(torch.ops.fga_fast.attention, (q, k, v, carrier, 0.5, False, True))
     out, lse, _, _ = ops.attention(s["q"], s["k"], s["v"], carrier.detach(), scale=0.5)
-    image = torch.tensor([0, 1])
-    for extra in ((None, 0.5, True, True), (image, 0.5, True, False), (image, 0.5, False, True)):
-        arguments = (s["grad_out"], s["row"], s["gate"], s["q"], s["k"], s["v"], out, lse, *extra)
+    several, image = sample(2, 2, 5, 4, dtype, rows=3), torch.tensor([0, 1, 1])
+    for of, extra in (
+        (s, (None, 0.5, True, True)),
+        (several, (image, 0.5, True, False)),
+        (several, (image, 0.5, False, True)),
+    ):
+        arguments = (of["grad_out"], of["row"], of["gate"], s["q"], s["k"], s["v"], out, lse, *extra)
         torch.library.opcheck(torch.ops.fga_fast.attention_backward, arguments)
 
 

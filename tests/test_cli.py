@@ -219,6 +219,17 @@ def refused(capsys: pytest.CaptureFixture[str], *given: object) -> str:
     return text
 
 
+@pytest.mark.parametrize("flag", ("--checkpoint=x.pt", "--pretrained", "--random-weights"))
+def test_weights_without_a_model_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str) -> None:
+    assert f"{flag.partition('=')[0]}: expected --model" in refused(capsys, flag, "--out", tmp_path)
+
+
+def test_results_do_not_go_among_the_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture(0).save(tmp_path / "a.png")
+    assert "is the folder of the images" in refused(capsys, tmp_path, "--out", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
 def test_missing_weights_are_named(tmp_path: Path, photo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = refused(capsys, photo, "--model", MODEL, "--out", tmp_path)
     for part in (f"no weights for {MODEL}", "--checkpoint FILE", "pretrained=True", "--random-weights"):

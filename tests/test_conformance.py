@@ -26,7 +26,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 # score is compared on the scale of its summands, and what follows from it given the implementation's own score.
 CANCELLING = {("vit_cls_relu.safetensors", 4, 2)}
 CANCELLING_BELOW = 1e-5
-HEATMAP_STORED = 1e-6  # expected heatmaps, and those of Explanation, are float32 whatever the model is
+HEATMAP_STORED = 1e-6  # expected heatmaps are stored as float32
 
 pytestmark = pytest.mark.skipif(
     not FOUND, reason=f"no conformance numbers at {conformance.folder()}; set {conformance.VARIABLE} to their folder"

@@ -366,6 +366,36 @@ def test_gradients_that_are_not_finite_are_said(backend: Any, tiny_vit: Build) -
         Explainer(Steep(), backend=backend)(torch.randn(1, *PIXELS))
 
 
+def test_a_model_on_several_devices_or_of_several_dtypes_is_refused(tiny_vit: Build) -> None:
+    model = tiny_vit()
+    model.head.double()  # type: ignore[operator,union-attr]
+    with pytest.raises(ValueError, match=r"model: weight 'head.weight' of the tower is torch.float64, others are"):
+        Explainer(model)
+    model = tiny_vit()
+    model.head.to("meta")  # type: ignore[operator,union-attr]
+    with pytest.raises(ValueError, match=r"model: weight 'head.weight' is on meta, others on cpu"):
+        Explainer(model)
+
+
+def test_an_sae_changed_after_construction_is_caught(tiny_vit: Build) -> None:
+    model = tiny_vit()
+    explainer, images = Explainer(model, {1: sae_for(model)}), torch.randn(1, *PIXELS)
+    explainer.saes[1].W_dec[3, 2] = float("nan")
+    with pytest.raises(ValueError, match=r"saes\[1\]: W_dec contains NaN or Inf"):
+        explainer(images)
+    explainer.saes[1] = sae_for(model).double()
+    with pytest.raises(ValueError, match=r"saes\[1\]: is torch.float64 for a model of torch.float32"):
+        explainer(images)
+
+
+def test_numpy_numbers_are_taken(tiny_vit: Build) -> None:
+    numpy = pytest.importorskip("numpy")
+    model, images = tiny_vit(), torch.randn(2, *PIXELS)
+    e = Explainer(model, {numpy.int64(1): sae_for(model)})(images, numpy.array([3, 0]))
+    assert e.targets.tolist() == [3, 0] and list(e.gates) == [1]
+    assert Explainer(model)(images, numpy.int64(2)).targets.tolist() == [2, 2]
+
+
 def test_a_model_without_attention_is_refused(tiny_vit: Build) -> None:
     with pytest.raises(ValueError, match="no supported vision transformer found in Sequential"):
         Explainer(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)))

@@ -11,7 +11,7 @@ from fga_fast import ops, reference
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
-@pytest.mark.parametrize("patches", (1, 2, 17, 50, 196, 197, 256, 1024, 4096))
+@pytest.mark.parametrize("patches", (1, 2, 17, 50, 196, 197, 201, 256, 257, 577, 1025, 4096))
 def test_patch_counts(patches: int, dtype: torch.dtype) -> None:
     scores = torch.randn(3, patches, dtype=dtype)
     torch.testing.assert_close(ops.gate(scores, 10.0, 1.0), reference.gate(scores, 10.0, 1.0))

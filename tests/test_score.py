@@ -14,7 +14,7 @@ from fga_fast import ops, reference
 from fga_fast.sae import SparseAutoencoder
 
 ACTIVATIONS = ("relu", "topk", "batch_topk", "jumprelu", "gated")
-PATCHES = (1, 2, 17, 50, 197, 201, 257)
+PATCHES = (1, 2, 17, 50, 197, 201, 257, 577, 1025)
 EXACT = {torch.float64: 1e-11, torch.float32: 1e-4}
 
 
@@ -302,7 +302,7 @@ def test_bad_arguments_are_named() -> None:
         ((x, g[:, :3], sae), r"g must have shape \[2, 6, 24\], got \[2, 3, 24\]"),
         ((x, g.float(), sae), "g must be float64, got float32"),
         ((x[0], g, sae), r"x must be \[B, P, C\]"),
-        ((x.float(), g.float(), sae), "W_enc_t must be float32"),
+        ((x.float(), g.float(), sae), "W_enc_t is float64 for x of float32"),
         ((x, g[:1], sae), "give image"),
     ):
         with pytest.raises(RuntimeError, match=message):

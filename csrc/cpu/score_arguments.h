@@ -72,8 +72,8 @@ inline void check_score(const Arguments& a) {
   check_type(kScore, "g", a.g, type);
   check_type(kScore, "W_dec", a.w_dec, weights);
   check_type(kScore, "bias", a.bias, weights);
-  STD_TORCH_CHECK(weights == type || weights == statistic_type(type), kScore, ": W_enc_t must be ", name_of(type),
-                  " or ", name_of(statistic_type(type)), " for x of ", name_of(type), ", got ", name_of(weights));
+  STD_TORCH_CHECK(weights == type || weights == statistic_type(type), kScore, ": W_enc_t is ", name_of(weights),
+                  " for x of ", name_of(type), "; it must have the dtype of x, or float32 for 16-bit x");
   for (auto [name, t] :
        {std::pair{"x", &a.x}, {"g", &a.g}, {"W_enc_t", &a.w_enc_t}, {"bias", &a.bias}, {"W_dec", &a.w_dec}})
     check_cpu(kScore, name, *t);

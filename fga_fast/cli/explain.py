@@ -96,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--batch-size, --top-features: expected at least 1 and 0")
     paths = _paths(args)
     many = args.image is not None and args.image.is_dir()
+    if many and args.out.resolve() == args.image.resolve():
+        raise ValueError(f"--out: {args.out} is the folder of the images themselves; name another one for the results")
     check_writable_folder(args.out)
     subject = load_subject(args)
     if args.base is None:
@@ -127,7 +129,10 @@ def run(args: argparse.Namespace) -> int:
 def _paths(args: argparse.Namespace) -> list[Path]:
     if args.image is None:
         if args.model is not None:
-            raise ValueError("IMAGE: expected an image file or a folder to explain with --model, got none")
+            raise ValueError(
+                "IMAGE: expected an image file or a folder to explain with --model, got none; IMAGE comes first, "
+                "before --sae and --target, which take all words that follow them"
+            )
         from fga_fast.assets import fashion_scenes
 
         return list(fashion_scenes())[: report.SHEET_IMAGES]

@@ -90,6 +90,11 @@ def load_subject(args: argparse.Namespace) -> Subject:
         raise ValueError(
             f"--device: expected a device that is there, got {args.device!r}, but torch sees no CUDA device"
         )
+    if args.model is None:
+        for name in ("checkpoint", "pretrained", "random_weights"):
+            if getattr(args, name):
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag}: expected --model TIMM_NAME with it; without --model the demo is explained")
     saes = _load_saes(args)
     subject = _fashion_subject() if args.model is None else _timm_subject(args)
     saes = saes or subject.saes

@@ -1,0 +1,216 @@
+"""Every kind of bad input to an Explainer, each with its message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fga_fast import Explainer, Gate, SparseAutoencoder
+
+Build = Callable[..., nn.Module]
+PIXELS = (3, 32, 48)
+
+
+def sae_for(model: nn.Module, features: int = 40, **settings: Any) -> SparseAutoencoder:
+    width = int(model.embed_dim)  # type: ignore[arg-type]
+    parameter = next(model.parameters())
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64).to(parameter.dtype)
+
+    return SparseAutoencoder(
+        random(width, features), random(features), random(features, width), random(width), **settings
+    )
+
+
+def bad_images() -> list[tuple[Any, str]]:
+    return [
+        (torch.zeros(3, 32, 48), r"images: expected shape \[B, 3, 32, 48\], got \[3, 32, 48\]; add a batch dimension"),
+        (torch.zeros(1, 1, 32, 48), r"images: expected shape .* got \[1, 1, 32, 48\]"),
+        (torch.zeros(1, 3, 32, 32), r"images: expected shape .* got \[1, 3, 32, 32\]"),
+        (torch.zeros(1, 3, 32, 48).double(), "images: expected dtype torch.float32 like the model, got torch.float64"),
+        (torch.zeros(1, 3, 32, 48, dtype=torch.uint8), "images: expected dtype torch.float32"),
+        (torch.zeros(1, 3, 32, 48, device="meta"), "images: expected device cpu like the model, got meta"),
+        (torch.full((1, 3, 32, 48), float("nan")), "images: contain NaN or Inf"),
+        (torch.full((1, 3, 32, 48), float("inf")), "images: contain NaN or Inf"),
+        ([[1.0]], "images: expected a tensor"),
+    ]
+
+
+@pytest.mark.parametrize("backend", ("native", "reference"))
+@pytest.mark.parametrize("case", range(9))
+def test_bad_images(case: int, backend: Any, tiny_vit: Build) -> None:
+    images, message = bad_images()[case]
+    with pytest.raises((ValueError, TypeError), match=message):
+        Explainer(tiny_vit(), backend=backend)(images)
+
+
+@pytest.mark.parametrize("backend", ("native", "reference"))
+@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+def test_bad_weights_are_named(value: float, backend: Any, tiny_vit: Build) -> None:
+    model = tiny_vit()
+    with torch.no_grad():
+        model.blocks[1].mlp.fc1.weight[3, 2] = value  # type: ignore[index,union-attr]
+    with pytest.raises(ValueError, match=r"model: weight 'blocks.1.mlp.fc1.weight' contains NaN or Inf"):
+        Explainer(model, backend=backend)(torch.randn(1, *PIXELS))
+
+
+def test_overflow_is_said(tiny_vit: Build) -> None:
+    with pytest.raises(ValueError, match=r"although images and weights are finite: an overflow in torch.float16"):
+        model = tiny_vit().half()
+        Explainer(model, backend="native")(torch.full((1, *PIXELS), 6e4, dtype=torch.float16))
+
+
+def test_bad_saes(tiny_vit: Build) -> None:
+    model = tiny_vit()
+    width = int(model.embed_dim)  # type: ignore[arg-type]
+    narrow = SparseAutoencoder(torch.ones(width - 1, 9), None, torch.ones(9, width - 1), torch.zeros(width - 1))
+    for saes, message in (
+        ({1: narrow}, f"width {width - 1}, the model's has width {width}"),
+        ({3: sae_for(model)}, "layer 3 is out of range, expected 0 to 2"),
+        ({-1: sae_for(model)}, "layer -1 is out of range"),
+        ({"1": sae_for(model)}, "layer '1' is out of range"),
+        ({1: sae_for(model).double()}, r"saes\[1\]: is torch.float64 for a model of torch.float32"),
+        ({1: sae_for(model).to("meta")}, r"saes\[1\]: is on meta, the model on cpu"),
+        ({1: nn.Linear(2, 2)}, "expected a SparseAutoencoder, got Linear"),
+        ([sae_for(model)], "saes: expected a mapping from block to SparseAutoencoder, got list"),
+        ({1: sae_for(model), "2": sae_for(model)}, "layer '2' is out of range"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            Explainer(model, saes)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"W_dec.*NaN"):
+        SparseAutoencoder(torch.ones(2, 3), None, torch.full((3, 2), float("nan")), torch.zeros(2))
+
+
+@pytest.mark.parametrize("backend", ("native", "reference"))
+def test_bad_targets(backend: Any, tiny_vit: Build) -> None:
+    explainer, images = Explainer(tiny_vit(), backend=backend), torch.randn(2, *PIXELS)
+    for targets, message in (
+        (5, "targets: expected classes 0 to 4, got"),
+        (-1, "targets: expected classes 0 to 4, got"),
+        (torch.tensor([0, 7]), "targets: expected classes 0 to 4"),
+        (torch.tensor([0, 1, 2]), r"targets: expected one class an image, shape \[2\], got \[3\]"),
+        (torch.zeros(2, 3, dtype=torch.int64), r"got \[2, 3\]"),
+        (torch.tensor([0.0, 1.0]), "targets: expected integer class indices, got dtype torch.float32"),
+        (torch.tensor([True, False]), "got dtype torch.bool"),
+        ({"cat": 1}, "targets: expected None, an int or integers"),
+        ("3", "targets: expected an int or a flat list of ints"),
+        ([[0], [1, 2]], "targets: expected an int or a flat list of ints"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            explainer(images, targets)  # type: ignore[arg-type]
+
+
+def test_bad_settings(tiny_vit: Build) -> None:
+    model = tiny_vit()
+    for settings, message in (
+        ({"method": "input_x_gradient"}, "method: this version knows 'rollout' only"),
+        ({"backward": "conservative"}, "backward: this version knows 'exact' only"),
+        ({"backend": "fast"}, "backend: expected auto, native, triton or reference, got 'fast'"),
+        ({"top_features": 41, "saes": {1: sae_for(model)}}, "top_features: expected 0 to 40"),
+        ({"top_features": 2}, "top_features: got 2, but there are no SAEs"),
+        ({"top_features": 2.5}, "top_features: expected an int, got float"),
+        ({"gate": "combined"}, "gate: expected a Gate such as"),
+        ({"top_features": 2, "saes": {1: sae_for(model)}, "gate": Gate("no_sae")}, "no feature contributions"),
+        (
+            {"saes": {1: sae_for(model)}, "gate": Gate("shuffled", permutation=torch.zeros(40))},
+            "expected a permutation",
+        ),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            Explainer(model, **settings)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="no Triton kernels in this version"):
+        Explainer(model, backend="triton")
+    for settings, message in (
+        ({"base": 0.0}, "base"), ({"base": float("inf")}, "base"), ({"slope": float("nan")}, "slope"),
+        ({"mode": "all"}, "mode"), ({"permutation": torch.arange(3)}, "permutation"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            Gate(**settings)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="permutation: expected an int64 tensor"):
+        Gate("shuffled", permutation=[0, 1])  # type: ignore[arg-type]
+
+
+def test_a_model_in_train_mode_with_dropout_is_refused(tiny_vit: Build) -> None:
+    images = torch.randn(1, *PIXELS)
+    model = tiny_vit(proj_drop_rate=0.1).train()
+    with pytest.raises(ValueError, match=r"dropout is active in train mode .*call model.eval\(\) first"):
+        Explainer(model)(images)
+    assert model.training
+    without = tiny_vit().train()
+    torch.testing.assert_close(Explainer(without)(images).relevance, Explainer(without.eval())(images).relevance)
+
+
+def test_batch_norm_in_train_mode_is_refused_and_not_updated(tiny_vit: Build) -> None:
+    model = nn.Sequential(tiny_vit(), nn.BatchNorm1d(5)).train()
+    with pytest.raises(ValueError, match=r"'1' \(BatchNorm1d\) is in train mode.*call model.eval\(\)"):
+        Explainer(model)(torch.randn(2, *PIXELS))
+    assert int(model[1].num_batches_tracked) == 0  # type: ignore[arg-type]
+
+
+def test_a_model_made_in_inference_mode_is_refused(tiny_vit: Build) -> None:
+    with torch.inference_mode():
+        model = tiny_vit()
+    with pytest.raises(ValueError, match=r"made under torch\.inference_mode"):
+        Explainer(model)
+
+
+@pytest.mark.parametrize("backend", ("native", "reference"))
+def test_gradients_that_are_not_finite_are_said(backend: Any, tiny_vit: Build) -> None:
+    class Steep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tower = tiny_vit()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.tower(x) * 0).abs().sqrt()  # type: ignore[no-any-return]
+
+    with pytest.raises(ValueError, match="the relevance came out NaN or Inf"):
+        Explainer(Steep(), backend=backend)(torch.randn(1, *PIXELS))
+
+
+def test_a_model_on_several_devices_or_of_several_dtypes_is_refused(tiny_vit: Build) -> None:
+    model = tiny_vit()
+    model.head.double()  # type: ignore[operator,union-attr]
+    with pytest.raises(ValueError, match=r"model: weight 'head.weight' of the tower is torch.float64, others are"):
+        Explainer(model)
+    model = tiny_vit()
+    model.head.to("meta")  # type: ignore[operator,union-attr]
+    with pytest.raises(ValueError, match=r"model: weight 'head.weight' is on meta, others on cpu"):
+        Explainer(model)
+
+
+def test_an_sae_changed_after_construction_is_caught(tiny_vit: Build) -> None:
+    model = tiny_vit()
+    explainer, images = Explainer(model, {1: sae_for(model)}), torch.randn(1, *PIXELS)
+    explainer.saes[1].W_dec[3, 2] = float("nan")
+    with pytest.raises(ValueError, match=r"saes\[1\]: W_dec contains NaN or Inf"):
+        explainer(images)
+    explainer.saes[1] = sae_for(model).double()
+    with pytest.raises(ValueError, match=r"saes\[1\]: is torch.float64 for a model of torch.float32"):
+        explainer(images)
+
+
+def test_numpy_numbers_are_taken(tiny_vit: Build) -> None:
+    numpy = pytest.importorskip("numpy")
+    model, images = tiny_vit(), torch.randn(2, *PIXELS)
+    e = Explainer(model, {numpy.int64(1): sae_for(model)})(images, numpy.array([3, 0]))
+    assert e.targets.tolist() == [3, 0] and list(e.gates) == [1]
+    assert Explainer(model)(images, numpy.int64(2)).targets.tolist() == [2, 2]
+
+
+def test_a_model_without_attention_is_refused(tiny_vit: Build) -> None:
+    with pytest.raises(ValueError, match="no supported vision transformer found in Sequential"):
+        Explainer(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)))
+    with pytest.raises(TypeError, match=r"expected a torch.nn.Module"):
+        Explainer(lambda x: x)  # type: ignore[arg-type]
+
+
+def test_output_that_is_no_logits_is_refused(tiny_vit: Build) -> None:
+    model = tiny_vit(num_classes=0, global_pool="")
+    with pytest.raises(ValueError, match=r"model: "):
+        Explainer(model)(torch.randn(1, *PIXELS))

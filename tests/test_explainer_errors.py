@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from explaining import PIXELS, Build, sae_for
 from torch import Tensor, nn
 
 from fga_fast import Explainer, Gate, SparseAutoencoder
-
-Build = Callable[..., nn.Module]
-PIXELS = (3, 32, 48)
-
-
-def sae_for(model: nn.Module, features: int = 40, **settings: Any) -> SparseAutoencoder:
-    width = int(model.embed_dim)  # type: ignore[arg-type]
-    parameter = next(model.parameters())
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64).to(parameter.dtype)
-
-    return SparseAutoencoder(
-        random(width, features), random(features), random(features, width), random(width), **settings
-    )
 
 
 def bad_images() -> list[tuple[Any, str]]:

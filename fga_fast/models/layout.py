@@ -6,9 +6,10 @@ recognised by the classes of the modules that the caller already built.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from numbers import Integral
+from typing import Literal, get_args
 
 from torch import nn
 
@@ -17,31 +18,99 @@ Pooling = Literal["token", "average", "attention"]
 
 @dataclass(frozen=True)
 class ModelLayout:
-    """Places in a vision transformer that an explanation needs.
+    """Places in a vision transformer that an explanation needs. `find_layout` reads it from the known families.
+
+    For a model of your own, say where things are; only the first three have no default:
+
+        layout = ModelLayout(
+            blocks=model.layers,         # in forward order; each returns the residual stream and attends once
+            prefix_tokens=1,             # a class token in front of the patches
+            grid=(14, 14),
+            pooling="token",             # the head reads the class token
+        )
+        explainer = Explainer(model, layout=layout)
+
+    To correct one that was found, for example for a wrapper that averages the patches itself:
+    `dataclasses.replace(find_layout(model), pooling="average", pooled=None)`.
 
     Attributes:
-        tower: the vision transformer inside the model (the model itself, or a submodule of it).
-        blocks: its L transformer blocks in forward order; the output of block l is the residual stream x_l [B, N, C].
+        blocks: the L transformer blocks in forward order (any sequence of modules, kept as a tuple). Block l returns
+            the residual stream x_l [B, N, C], or a tuple whose first entry it is, and attends over all N tokens once.
         prefix_tokens: tokens in front of the patches (class, distillation, registers); N = prefix_tokens + gh * gw.
         grid: (gh, gw), patches along height and width; patch p sits at row p // gw, column p % gw.
         pooling: how the residual stream becomes one vector. "token": one token is read. "average": the tokens of
             `pooled` are averaged with equal weight. "attention": one learned query attends to the tokens of `pooled`,
-            in one more scaled_dot_product_attention call after the blocks.
-        pooled: token range [start, stop) that the pooling reads; (0, 1) for "token".
-        image_size: (height, width) of the images the tower takes.
+            in one more attention call after the blocks.
+        pooled: token range [start, stop) that the pooling reads. None: the first token for "token", all patches for
+            "average" and "attention"; the attribute is the range itself, never None.
+        image_size: (height, width) of the images the model takes; None: not known, so not checked.
         in_chans: channels of those images.
-        d_model: width C of the residual stream.
+        d_model: width C of the residual stream; None: not known, so not checked.
+        tower: the vision transformer inside the model (the model itself, or a submodule of it); None: not known.
+        tokens_first: blocks hand over [N, B, C] (sequence first) instead of [B, N, C].
+
+    Raises:
+        TypeError, ValueError: a value that cannot be, or two that contradict each other; the message names them.
     """
 
-    tower: nn.Module
     blocks: tuple[nn.Module, ...]
     prefix_tokens: int
     grid: tuple[int, int]
-    pooling: Pooling
-    pooled: tuple[int, int]
-    image_size: tuple[int, int]
-    in_chans: int
-    d_model: int
+    pooling: Pooling = "token"
+    pooled: tuple[int, int] = None  # type: ignore[assignment] # None may be given, __post_init__ resolves it
+    image_size: tuple[int, int] | None = None
+    in_chans: int = 3
+    d_model: int | None = None
+    tower: nn.Module | None = None
+    tokens_first: bool = False
+
+    def __post_init__(self) -> None:
+        set_field = object.__setattr__  # the class is frozen for everyone else
+        set_field(self, "blocks", _modules(self.blocks))
+        set_field(self, "prefix_tokens", _whole("prefix_tokens", self.prefix_tokens, least=0))
+        set_field(self, "grid", _two("grid", self.grid, least=1))
+        set_field(self, "in_chans", _whole("in_chans", self.in_chans, least=1))
+        if self.image_size is not None:
+            set_field(self, "image_size", _two("image_size", self.image_size, least=1))
+        if self.d_model is not None:
+            set_field(self, "d_model", _whole("d_model", self.d_model, least=1))
+        if self.pooling not in get_args(Pooling):
+            raise ValueError(f"pooling: expected 'token', 'average' or 'attention', got {self.pooling!r}")
+        set_field(self, "pooled", self._resolve_pooled())
+        if not isinstance(self.tokens_first, bool):
+            raise TypeError(f"tokens_first: expected True or False, got {self.tokens_first!r}")
+        self._check_tower()
+
+    def _resolve_pooled(self) -> tuple[int, int]:
+        given: object = self.pooled
+        if given is None:
+            if self.pooling != "token":
+                return self.prefix_tokens, self.tokens
+            if self.prefix_tokens == 0:
+                raise ValueError(
+                    "pooling: 'token' reads the first token, but prefix_tokens=0 says that there is no class token; "
+                    "give pooling='average' or 'attention', or the token that is read as pooled=(i, i + 1)"
+                )
+            return 0, 1
+        start, stop = _two("pooled", given, least=0)
+        if not start < stop <= self.tokens:
+            raise ValueError(
+                f"pooled: expected a range (start, stop) within the {self.tokens} tokens (prefix_tokens="
+                f"{self.prefix_tokens} and a {self.grid[0]} x {self.grid[1]} grid), got ({start}, {stop})"
+            )
+        if self.pooling == "token" and stop - start != 1:
+            raise ValueError(f"pooled: pooling='token' reads one token, got the range ({start}, {stop})")
+        return start, stop
+
+    def _check_tower(self) -> None:
+        if self.tower is None:
+            return
+        if not isinstance(self.tower, nn.Module):
+            raise TypeError(f"tower: expected a torch.nn.Module or None, got {type(self.tower).__name__}")
+        inside = set(self.tower.modules())
+        for index, block in enumerate(self.blocks):
+            if block not in inside:
+                raise ValueError(f"tower: {type(self.tower).__name__} does not hold blocks[{index}]; give its tower")
 
     @property
     def patches(self) -> int:
@@ -52,6 +121,35 @@ class ModelLayout:
     def tokens(self) -> int:
         """Number of tokens N = prefix tokens + patches."""
         return self.prefix_tokens + self.patches
+
+
+def _modules(blocks: object) -> tuple[nn.Module, ...]:
+    if not isinstance(blocks, Iterable):
+        raise TypeError(f"blocks: expected a sequence of modules such as model.layers, got {type(blocks).__name__}")
+    found = tuple(blocks)
+    for index, block in enumerate(found):
+        if not isinstance(block, nn.Module):
+            raise TypeError(f"blocks[{index}]: expected a torch.nn.Module, got {type(block).__name__}")
+    if not found:
+        raise ValueError("blocks: expected at least one block, got none")
+    if len(set(found)) < len(found):
+        raise ValueError("blocks: one module is there twice; blocks that share weights run more than once a pass")
+    return found
+
+
+def _whole(name: str, value: object, least: int) -> int:
+    # Integral takes NumPy's integers too; a bool is one by accident of Python's.
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: expected an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name}: expected {least} or more, got {value}")
+    return int(value)
+
+
+def _two(name: str, value: object, least: int) -> tuple[int, int]:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{name}: expected a pair of ints, got {value!r}")
+    return _whole(f"{name}[0]", value[0], least), _whole(f"{name}[1]", value[1], least)
 
 
 def find_layout(model: nn.Module) -> ModelLayout:

@@ -7,12 +7,14 @@
 #include <tuple>
 
 namespace fga {
-std::tuple<Tensor, Tensor> attention_forward_cpu(const Tensor&, const Tensor&, const Tensor&, double);
+std::tuple<Tensor, Tensor> attention_forward_cpu(const Tensor&, const Tensor&, const Tensor&,
+                                                 const std::optional<Tensor>&, double);
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(const Tensor&, const Tensor&,
                                                                   const std::optional<Tensor>&, const Tensor&,
-                                                                  const Tensor&, const Tensor&, const Tensor&,
+                                                                  const Tensor&, const Tensor&,
+                                                                  const std::optional<Tensor>&, const Tensor&,
                                                                   const Tensor&, const std::optional<Tensor>&, double,
-                                                                  bool, bool);
+                                                                  bool, bool, bool, bool);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> score_cpu(const Tensor&, const Tensor&, const std::optional<Tensor>&,
                                                              const Tensor&, const Tensor&, const Tensor&,
                                                              const std::optional<Tensor>&, const std::optional<Tensor>&,
@@ -21,10 +23,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> score_cpu(const Tensor&, cons
 Tensor gate_cpu(const Tensor&, double, double);
 
 // Carrier and gate port hold zeros in the forward pass: they exist for what travels along them in the backward pass.
+// gated, is_signed and constant_map say what the autograd formula does with it.
 std::tuple<Tensor, Tensor, Tensor, Tensor> tapped_attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
-                                                                const Tensor& carrier, double scale, bool,
-                                                                bool residual) {
-  auto [out, lse] = attention_forward_cpu(q, k, v, scale);
+                                                                const Tensor& carrier,
+                                                                const std::optional<Tensor>& bias, double scale,
+                                                                bool /*gated*/, bool residual, bool /*is_signed*/,
+                                                                bool /*constant_map*/) {
+  auto [out, lse] = attention_forward_cpu(q, k, v, bias, scale);
   check_shape("attention", "carrier", carrier, {k.size(0), k.size(2)});
   check_type("attention", "carrier", carrier, statistic_type(q.scalar_type()));
   check_cpu("attention", "carrier", carrier);
@@ -38,12 +43,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tapped_attention_cpu(const Tensor& q,
 
 STABLE_TORCH_LIBRARY(fga_fast, m) {
   m.def(
-      "attention(Tensor q, Tensor k, Tensor v, Tensor carrier, float scale, bool gated, bool residual)"
+      "attention(Tensor q, Tensor k, Tensor v, Tensor carrier, Tensor? bias, float scale, bool gated, bool residual,"
+      " bool signed, bool constant_map)"
       " -> (Tensor out, Tensor lse, Tensor carrier_out, Tensor port)");
   m.def(
-      "attention_backward(Tensor grad_out, Tensor row, Tensor? gate, Tensor q, Tensor k, Tensor v, Tensor out, Tensor "
-      "lse,"
-      " Tensor? image, float scale, bool residual, bool need_qkv)"
+      "attention_backward(Tensor grad_out, Tensor row, Tensor? gate, Tensor q, Tensor k, Tensor v, Tensor? bias,"
+      " Tensor out, Tensor lse, Tensor? image, float scale, bool residual, bool signed, bool need_qk, bool need_v)"
       " -> (Tensor dq, Tensor dk, Tensor dv, Tensor row_out)");
   m.def(
       "score(Tensor x, Tensor g, Tensor? image, Tensor W_enc_t, Tensor bias, Tensor W_dec, Tensor? theta,"

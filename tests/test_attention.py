@@ -236,15 +236,15 @@ def test_opcheck(dtype: torch.dtype) -> None:
     s = sample(2, 2, 5, 4, dtype)
     q, k, v = (s[n].detach().requires_grad_() for n in "qkv")
     carrier = torch.zeros_like(s["row"], requires_grad=True)
-    torch.library.opcheck(torch.ops.fga_fast.attention, (q, k, v, carrier, 0.5, False, True))
+    torch.library.opcheck(torch.ops.fga_fast.attention, (q, k, v, carrier, None, 0.5, False, True, False, False))
     out, lse, _, _ = ops.attention(s["q"], s["k"], s["v"], carrier.detach(), scale=0.5)
     several, image = sample(2, 2, 5, 4, dtype, rows=3), torch.tensor([0, 1, 1])
     for of, extra in (
-        (s, (None, 0.5, True, True)),
-        (several, (image, 0.5, True, False)),
-        (several, (image, 0.5, False, True)),
+        (s, (None, 0.5, True, False, True, True)),
+        (several, (image, 0.5, True, False, False, False)),
+        (several, (image, 0.5, False, True, True, True)),
     ):
-        arguments = (of["grad_out"], of["row"], of["gate"], s["q"], s["k"], s["v"], out, lse, *extra)
+        arguments = (of["grad_out"], of["row"], of["gate"], s["q"], s["k"], s["v"], None, out, lse, *extra)
         torch.library.opcheck(torch.ops.fga_fast.attention_backward, arguments)
 
 

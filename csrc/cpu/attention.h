@@ -14,11 +14,19 @@ struct Matrix {
 };
 
 // S: storage type; A: type of arithmetic and statistics (double for double, else float).
+// What is added to the scaled logits, in either type; at most one of the two has data. Strides of 0 are usual.
+template <class S, class A>
+struct Bias {
+  Matrix<const S> narrow;  // [Nq, N]
+  Matrix<const A> wide;    // [Nq, N]
+};
+
 template <class S, class A>
 struct AttentionForward {
   Matrix<const S> q, k, v;  // [Nq, D] [N, D] [N, D]
+  Bias<S, A> bias;          // [Nq, N]
   Matrix<S> out;            // [Nq, D]
-  A* lse;                   // [Nq] log of the sum of exponentials of the scaled logits
+  A* lse;                   // [Nq] log of the sum of exponentials of the logits
   int64_t queries, keys, width;
   A scale;
 };
@@ -26,13 +34,14 @@ struct AttentionForward {
 template <class S, class A>
 struct AttentionBackward {
   Matrix<const S> q, k, v, out, grad_out;  // [Nq, D] [N, D] [N, D] [Nq, D] [Nq, D]
+  Bias<S, A> bias;                         // [Nq, N]
   const A* lse;                            // [Nq]
   const A* row;                            // [Nq] relevance that arrives at the queries
-  Matrix<S> dq, dk, dv;                    // not touched unless need_qkv
+  Matrix<S> dq, dk, dv;                    // the first two not touched unless need_qk, the last unless need_v
   A* message;                              // [N] row . relu(A * dA) of this head, before the mean over heads
   int64_t queries, keys, width;
   A scale;
-  bool need_qkv;
+  bool is_signed, need_qk, need_v;  // is_signed: no relu in the message
 };
 
 #define FGA_DECLARE_ATTENTION(isa)                                        \

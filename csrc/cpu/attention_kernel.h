@@ -51,6 +51,17 @@ inline void unpack_rows(const A* from, int64_t ld, int64_t first, int64_t count,
   }
 }
 
+template <class B, class A>
+inline void add_rows(Matrix<const B> m, int64_t first, int64_t count, int64_t width, int64_t ld, A* to) {
+  for (int64_t i = 0; i < count; ++i, to += ld) {
+    const B* from = m.data + (first + i) * m.row_stride;
+    if (m.column_stride == 1)
+      for (int64_t j = 0; j < width; ++j) to[j] += static_cast<A>(from[j]);
+    else
+      for (int64_t j = 0; j < width; ++j) to[j] += static_cast<A>(from[j * m.column_stride]);
+  }
+}
+
 template <class A>
 inline void scale_rows(A* x, int64_t count, A scale) {
   for (int64_t i = 0; i < count; ++i) x[i] *= scale;
@@ -110,6 +121,15 @@ struct Sizes {
       : keys(round_up(n, std::max(kLanes<A>, kRows))), width(round_up(d, kLanes<A>)), rows(block_rows<A>(keys)) {}
 };
 
+// The logits scale q k^T + bias of query rows [i0, i0 + rows); q holds them scaled, and padded as the product needs.
+template <class S, class A>
+inline void logits(const A* q, const A* kt, const Bias<S, A>& bias, const Sizes<A>& size, int64_t i0, int64_t rows,
+                   int64_t keys, int64_t width, A* to) {
+  multiply(q, size.width, int64_t{1}, kt, size.keys, to, size.keys, round_up(rows, kRows), size.keys, width, false);
+  if (bias.narrow.data) add_rows(bias.narrow, i0, rows, keys, size.keys, to);
+  if (bias.wide.data) add_rows(bias.wide, i0, rows, keys, size.keys, to);
+}
+
 template <class S, class A>
 void forward_item(const AttentionForward<S, A>& item, const Sizes<A>& size, A* kt, A* v, A* q, A* p, A* o) {
   pack_transposed(item.k, item.keys, item.width, size.keys, kt);
@@ -118,7 +138,7 @@ void forward_item(const AttentionForward<S, A>& item, const Sizes<A>& size, A* k
     const int64_t rows = std::min(size.rows, item.queries - i0), padded = round_up(rows, kRows);
     pack_rows(item.q, i0, rows, padded, item.width, size.width, q);
     scale_rows(q, padded * size.width, item.scale);
-    multiply(q, size.width, int64_t{1}, kt, size.keys, p, size.keys, padded, size.keys, item.width, false);
+    logits(q, kt, item.bias, size, i0, rows, item.keys, item.width, p);
     A totals[kMaxRows];
     for (int64_t i = 0; i < rows; ++i) {
       const A shift = largest(p + i * size.keys, item.keys);
@@ -151,42 +171,31 @@ struct BackwardScratch {
   A *p, *dp;                   // [rows, N]
 };
 
-// message += row_i * relu(P_ij dP_ij): relevance that query i sends to key j through this head.
+// message += row_i * relu(P_ij dP_ij): relevance that query i sends to key j through this head; signed without relu.
 template <class A>
-inline void send_relevance(A row, const A* p, const A* dp, int64_t padded_keys, A* message) {
+inline void send_relevance(A row, const A* p, const A* dp, int64_t padded_keys, bool is_signed, A* message) {
   if (row == 0) return;
-  const Vector<A> zero{};
+  const Vector<A> least = broadcast(is_signed ? -std::numeric_limits<A>::infinity() : A(0));
   for (int64_t j = 0; j < padded_keys; j += kLanes<A>) {
     const Vector<A> weighted = load(p + j) * load(dp + j);
-    store(message + j, load(message + j) + row * (weighted < zero ? zero : weighted));  // this way round, NaN stays
+    store(message + j, load(message + j) + row * (weighted < least ? least : weighted));  // this way round, NaN stays
   }
 }
 
-// One block of query rows. Returns without work where no gradient arrives (every patch row of a last block that is read
-// at the class token): P * dP and dS are exactly zero there.
+// Probabilities of one query row again, from its logits. A log-sum-exp of large magnitude (every key masked with the
+// lowest float) has no digits left for the sum, so what is off by more than rounding is divided by its sum.
+template <class A>
+inline void rebuild_probabilities(A* p, int64_t keys, int64_t padded_keys, A lse) {
+  const A total = exponentiate(p, keys, padded_keys, lse);
+  if (std::abs(total - 1) > A(1e-5)) scale_rows(p, keys, 1 / total);
+}
+
+// From the block's P and dP to dq and, added to what other blocks gave, dk.
 template <class S, class A>
-void backward_block(const AttentionBackward<S, A>& item, const Sizes<A>& size, const BackwardScratch<A>& b, int64_t i0,
-                    A* message) {
-  const int64_t rows = std::min(size.rows, item.queries - i0), padded = round_up(rows, kRows);
-  pack_rows(item.grad_out, i0, rows, padded, item.width, size.width, b.grad_out);
-  if (std::all_of(b.grad_out, b.grad_out + rows * size.width, [](A g) { return g == 0; })) {
-    std::fill(b.dq, b.dq + padded * size.width, A(0));
-    if (item.need_qkv) unpack_rows(b.dq, size.width, i0, rows, item.width, item.dq);
-    return;
-  }
-  // Scaling the queries scales the logits and dk = scale dS^T q with no work of size N x N; dq is scaled at the end.
-  pack_rows(item.q, i0, rows, padded, item.width, size.width, b.q);
-  scale_rows(b.q, padded * size.width, item.scale);
-  multiply(b.q, size.width, int64_t{1}, b.kt, size.keys, b.p, size.keys, padded, size.keys, item.width, false);
-  multiply(b.grad_out, size.width, int64_t{1}, b.vt, size.keys, b.dp, size.keys, padded, size.keys, item.width, false);
-  for (int64_t i = 0; i < rows; ++i) {
-    A* p = b.p + i * size.keys;
-    exponentiate(p, item.keys, size.keys, item.lse[i0 + i]);
-    send_relevance(item.row[i0 + i], p, b.dp + i * size.keys, size.keys, message);
-  }
-  if (!item.need_qkv) return;
+void backward_logits(const AttentionBackward<S, A>& item, const Sizes<A>& size, const BackwardScratch<A>& b, int64_t i0,
+                     int64_t rows) {
+  const int64_t padded = round_up(rows, kRows);
   std::fill(b.p + rows * size.keys, b.p + padded * size.keys, A(0));
-  multiply(b.p, int64_t{1}, size.keys, b.grad_out, size.width, b.dv, size.width, size.keys, size.width, rows, true);
   pack_rows(item.out, i0, rows, rows, item.width, size.width, b.out);
   for (int64_t i = 0; i < padded; ++i) {  // dP becomes dS = P (dP - delta), delta = sum_d dO O
     A delta = 0;
@@ -201,22 +210,47 @@ void backward_block(const AttentionBackward<S, A>& item, const Sizes<A>& size, c
   multiply(b.dp, int64_t{1}, size.keys, b.q, size.width, b.dk, size.width, size.keys, size.width, rows, true);
 }
 
+// One block of query rows. Returns without work where no gradient arrives (every patch row of a last block that is read
+// at the class token): P * dP and dS are exactly zero there.
+template <class S, class A>
+void backward_block(const AttentionBackward<S, A>& item, const Sizes<A>& size, const BackwardScratch<A>& b, int64_t i0,
+                    A* message) {
+  const int64_t rows = std::min(size.rows, item.queries - i0), padded = round_up(rows, kRows);
+  pack_rows(item.grad_out, i0, rows, padded, item.width, size.width, b.grad_out);
+  if (std::all_of(b.grad_out, b.grad_out + rows * size.width, [](A g) { return g == 0; })) {
+    std::fill(b.dq, b.dq + padded * size.width, A(0));
+    if (item.need_qk) unpack_rows(b.dq, size.width, i0, rows, item.width, item.dq);
+    return;
+  }
+  // Scaling the queries scales the logits and dk = scale dS^T q with no work of size N x N; dq is scaled at the end.
+  pack_rows(item.q, i0, rows, padded, item.width, size.width, b.q);
+  scale_rows(b.q, padded * size.width, item.scale);
+  logits(b.q, b.kt, item.bias, size, i0, rows, item.keys, item.width, b.p);
+  multiply(b.grad_out, size.width, int64_t{1}, b.vt, size.keys, b.dp, size.keys, padded, size.keys, item.width, false);
+  for (int64_t i = 0; i < rows; ++i) {
+    A* p = b.p + i * size.keys;
+    rebuild_probabilities(p, item.keys, size.keys, item.lse[i0 + i]);
+    send_relevance(item.row[i0 + i], p, b.dp + i * size.keys, size.keys, item.is_signed, message);
+  }
+  if (item.need_v)
+    multiply(b.p, int64_t{1}, size.keys, b.grad_out, size.width, b.dv, size.width, size.keys, size.width, rows, true);
+  if (item.need_qk) backward_logits(item, size, b, i0, rows);
+}
+
 template <class S, class A>
 void backward_item(const AttentionBackward<S, A>& item, const Sizes<A>& size, const BackwardScratch<A>& b, A* message) {
   pack_transposed(item.k, item.keys, item.width, size.keys, b.kt);
   pack_transposed(item.v, item.keys, item.width, size.keys, b.vt);
   std::fill(message, message + size.keys, A(0));
-  if (item.need_qkv) {
+  if (item.need_qk) {
     pack_rows(item.k, 0, item.keys, size.keys, item.width, size.width, b.k);
     std::fill(b.dk, b.dk + size.keys * size.width, A(0));
-    std::fill(b.dv, b.dv + size.keys * size.width, A(0));
   }
+  if (item.need_v) std::fill(b.dv, b.dv + size.keys * size.width, A(0));
   for (int64_t i0 = 0; i0 < item.queries; i0 += size.rows) backward_block(item, size, b, i0, message);
   std::copy(message, message + item.keys, item.message);
-  if (item.need_qkv) {
-    unpack_rows(b.dk, size.width, 0, item.keys, item.width, item.dk);
-    unpack_rows(b.dv, size.width, 0, item.keys, item.width, item.dv);
-  }
+  if (item.need_qk) unpack_rows(b.dk, size.width, 0, item.keys, item.width, item.dk);
+  if (item.need_v) unpack_rows(b.dv, size.width, 0, item.keys, item.width, item.dv);
 }
 
 template <class S, class A>

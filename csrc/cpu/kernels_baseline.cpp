@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #define FGA_VECTOR_BYTES 16
 namespace fga::baseline {

@@ -6,7 +6,8 @@ and the gate port; all three hold zeros. Backward, the *gradient* of the carrier
 
     Cbar = mean_h relu(dA * A),    v <- v + w * (v Cbar)
 
-so one call of `torch.autograd.grad` explains the whole model, and no [N, N] map is ever kept.
+(`signed`: without the relu) so one call of `torch.autograd.grad` explains the whole model, and no [N, N] map is ever
+kept.
 """
 
 from __future__ import annotations
@@ -26,8 +27,11 @@ def attention(
     carrier: Tensor,  # [B, N]
     *,
     scale: float,
+    bias: Tensor | None = None,  # broadcastable to [B, H, Nq, N]
     gated: bool = False,
     residual: bool = True,
+    signed: bool = False,
+    constant_map: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attention whose backward pass also moves relevance from queries to keys.
 
@@ -35,9 +39,14 @@ def attention(
         q, k, v: float32, float64, bfloat16 or float16, any strides.
         carrier: float64 for float64 q, else float32.
         scale: factor on q k^T, usually D ** -0.5.
+        bias: added to the scaled logits: an additive mask or a position bias, in the dtype of q or of the carrier,
+            any strides, also 0. It gets no gradient. Entries may be -inf; a query whose every key is at -inf gives
+            NaN, as a softmax does.
         gated: a gate arrives at the port in backward; without it the gate is 1.
         residual: the block adds its attention to its input, so relevance also stays where it was (Nq = N). False for
             a pooling head, whose own row starts the rollout.
+        signed: relevance against the target is kept, Cbar = mean_h(dA * A).
+        constant_map: the attention map is a constant of the backward pass: v gets its gradient, q and k get none.
 
     Returns:
         out [B, H, Nq, D] in q's dtype over token-major memory; lse [B, H, Nq], the softmax statistics, without
@@ -45,10 +54,13 @@ def attention(
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit; the message names the argument.
+        ValueError: a gradient is wanted for `bias`.
     """
     _library.load()
     _library.require_cpu("attention", q)
-    out, lse, carried, port = torch.ops.fga_fast.attention(q, k, v, carrier, scale, gated, residual)
+    out, lse, carried, port = torch.ops.fga_fast.attention(
+        q, k, v, carrier, _four_dims(bias), scale, gated, residual, signed, constant_map
+    )
     return out, lse, carried, port
 
 
@@ -63,18 +75,24 @@ def attention_backward(
     lse: Tensor,  # [B, H, Nq]
     *,
     scale: float,
+    bias: Tensor | None = None,  # broadcastable to [B, H, Nq, N]
     image: Tensor | None = None,  # [M]
     residual: bool = True,
-    need_qkv: bool = True,
+    signed: bool = False,
+    need_qk: bool = True,
+    need_v: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One step of the rollout together with the gradients of attention, for M (image, target) pairs.
 
-    Several targets of an image share its q, k, v, out and lse: row m belongs to image `image[m]` (int64), by default
-    to image m. Probabilities are rebuilt tile by tile from `lse`; memory is linear in N.
+    Several targets of an image share its q, k, v, bias, out and lse: row m belongs to image `image[m]` (int64), by
+    default to image m. Probabilities are rebuilt tile by tile from `lse`; memory is linear in N.
+
+    `scale`, `bias`, `residual` and `signed` are those of the forward pass. What is not needed is not computed.
 
     Returns:
-        dq [M, H, Nq, D], dk and dv [M, H, N, D] (each [0] unless `need_qkv`), and the relevance that leaves,
-        [M, N]: (row if residual) + gate * (row Cbar), in float64 for float64 models, else float32.
+        dq [M, H, Nq, D] and dk [M, H, N, D] ([0] unless `need_qk`), dv [M, H, N, D] ([0] unless `need_v`), each over
+        token-major memory, and the relevance that leaves, [M, N]: (row if residual) + gate * (row Cbar), in float64
+        for float64 models, else float32.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit; the message names the argument.
@@ -82,9 +100,14 @@ def attention_backward(
     _library.load()
     _library.require_cpu("attention_backward", q)
     dq, dk, dv, row_out = torch.ops.fga_fast.attention_backward(
-        grad_out, row, gate, q, k, v, out, lse, image, scale, residual, need_qkv
+        grad_out, row, gate, q, k, v, _four_dims(bias), out, lse, image, scale, residual, signed, need_qk, need_v
     )
     return dq, dk, dv, row_out
+
+
+def _four_dims(bias: Tensor | None) -> Tensor | None:
+    """Leading dims of size 1, as broadcasting has it; the op itself wants to be told which dim is which."""
+    return None if bias is None else bias[(None,) * (4 - bias.dim())]
 
 
 def _token_major(like: Tensor, shape: tuple[Any, ...]) -> Tensor:
@@ -93,8 +116,9 @@ def _token_major(like: Tensor, shape: tuple[Any, ...]) -> Tensor:
 
 
 def _attention_fake(
-    q: Tensor, k: Tensor, v: Tensor, carrier: Tensor, scale: float, gated: bool, residual: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, carrier: Tensor, bias: Tensor | None, scale: float, gated: bool, residual: bool,
+    signed: bool, constant_map: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     images, heads, queries, width = q.shape
     lse = q.new_empty(images, heads, queries, dtype=_library.statistic_dtype(q.dtype))
     carried, port = carrier.new_empty(images, queries), carrier.new_empty(images, k.shape[2])
@@ -102,21 +126,24 @@ def _attention_fake(
 
 
 def _attention_backward_fake(
-    grad_out: Tensor, row: Tensor, gate: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    image: Tensor | None, scale: float, residual: bool, need_qkv: bool,
+    grad_out: Tensor, row: Tensor, gate: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
+    out: Tensor, lse: Tensor, image: Tensor | None, scale: float, residual: bool, signed: bool, need_qk: bool,
+    need_v: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     rows, heads, queries, width = grad_out.shape
     keys = k.shape[2]
-    row_out = row.new_empty(rows, keys)
-    if not need_qkv:
-        return q.new_empty(0), q.new_empty(0), q.new_empty(0), row_out
-    to_keys = (rows, heads, keys, width)
-    return _token_major(q, (rows, heads, queries, width)), _token_major(q, to_keys), _token_major(q, to_keys), row_out
+
+    def gradient(wanted: bool, tokens: int) -> Tensor:
+        return _token_major(q, (rows, heads, tokens, width)) if wanted else q.new_empty(0)
+
+    return gradient(need_qk, queries), gradient(need_qk, keys), gradient(need_v, keys), row.new_empty(rows, keys)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, carrier, ctx.scale, ctx.gated, ctx.residual = inputs
-    ctx.save_for_backward(q, k, v, output[0], output[1])
+    q, k, v, carrier, bias, ctx.scale, ctx.gated, ctx.residual, ctx.signed, ctx.constant_map = inputs
+    if ctx.needs_input_grad[4]:
+        raise ValueError("attention: bias requires a gradient, which this op does not compute; pass bias.detach()")
+    ctx.save_for_backward(q, k, v, bias, output[0], output[1])
     ctx.carrier_dtype = carrier.dtype
     ctx.mark_non_differentiable(output[1])
     # Zeros in place of what does not arrive would be read as a gate of zero.
@@ -126,20 +153,20 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _attention_grad(
     ctx: Any, grad_out: Tensor | None, _grad_lse: Tensor | None, row: Tensor | None, gate: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse = ctx.saved_tensors
+    q, k, v, bias, out, lse = ctx.saved_tensors
     if ctx.gated and gate is None:
         raise RuntimeError("attention: no gate arrived at the port of an attention called with gated=True")
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     if row is None:
         row = out.new_zeros(q.shape[0], q.shape[2], dtype=ctx.carrier_dtype)
-    need_qkv = any(ctx.needs_input_grad[:3])
+    need_qk, need_v = any(ctx.needs_input_grad[:2]) and not ctx.constant_map, ctx.needs_input_grad[2]
     dq, dk, dv, row_out = torch.ops.fga_fast.attention_backward(
-        grad_out, row, gate if ctx.gated else None, q, k, v, out, lse, None, ctx.scale, ctx.residual, need_qkv
-    )
-    if not need_qkv:
-        return None, None, None, row_out, None, None, None
-    return dq, dk, dv, row_out, None, None, None
+        grad_out, row, gate if ctx.gated else None, q, k, v, bias, out, lse, None, ctx.scale, ctx.residual, ctx.signed,
+        need_qk, need_v,
+    )  # fmt: skip
+    of_map = (dq, dk) if need_qk else (None, None)
+    return *of_map, dv if need_v else None, row_out, *([None] * 6)
 
 
 def register() -> None:

@@ -1,0 +1,122 @@
+"""Vision towers of Hugging Face transformers: ViT, DeiT, CLIP, SigLIP, DINOv2 with and without registers, DINOv3.
+
+Each is found alone, in its `...ForImageClassification` model and in dual encoders (CLIPModel, SiglipModel). Read
+against transformers 5; the names of 4 are known too. transformers is never imported.
+
+Dinov2ForImageClassification and its form with registers read the class token *and* the mean of the patches, through one
+linear layer over both. No single row of the rollout stands for such logits. The class token's row is taken, which is
+what the field does for DINOv2; the gradients are those of the whole logit. For the patches' half ask for it with
+`dataclasses.replace(find_layout(model), pooling="average", pooled=None)`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fga_fast.models.common import attribute, cannot, class_of, cut, pair
+from fga_fast.models.layout import ModelLayout, Pooling
+
+_PACKAGE = "transformers.models"
+
+# Class of the tower -> tokens in front of the patches, not counting registers.
+_TOWERS: dict[str, int] = {
+    "ViTModel": 1,
+    "ViTMSNModel": 1,
+    "DeiTModel": 2,
+    "CLIPVisionModel": 1,
+    "CLIPVisionTransformer": 1,  # inside CLIPVisionModel in transformers 4
+    "SiglipVisionModel": 0,
+    "SiglipVisionTransformer": 0,  # inside SiglipVisionModel in transformers 4
+    "Dinov2Model": 1,
+    "Dinov2WithRegistersModel": 1,
+    "DINOv3ViTModel": 1,
+}
+
+# Class of a model with a classifier -> how it reads its tower's tokens: pooling, and where the range starts and stops
+# (None: at the last token). Other classes around a tower read its pooled output.
+_HEADS: dict[str, tuple[Pooling, int, int | None]] = {
+    "ViTForImageClassification": ("token", 0, 1),
+    "ViTMSNForImageClassification": ("token", 0, 1),
+    "DeiTForImageClassification": ("token", 0, 1),
+    "DeiTForImageClassificationWithTeacher": ("average", 0, 2),  # the mean of two heads, one a token
+    "CLIPForImageClassification": ("average", 1, None),
+    "SiglipForImageClassification": ("average", 0, None),
+    "Dinov2ForImageClassification": ("token", 0, 1),
+    "Dinov2WithRegistersForImageClassification": ("token", 0, 1),
+}
+
+_BLOCKS = ("layers", "layer", "encoder.layers", "encoder.layer", "model.layers", "model.layer")
+
+
+def is_tower(module: nn.Module) -> bool:
+    """Whether `module` is a supported tower, or a supported tower with its classifier."""
+    if class_of(module, _HEADS, _PACKAGE):
+        return True
+    # Without embeddings it is the shell that transformers 4 puts around some towers: the tower is inside.
+    return class_of(module, _TOWERS, _PACKAGE) is not None and hasattr(module, "embeddings")
+
+
+def read_layout(module: nn.Module, image_size: tuple[int, int] | None = None) -> ModelLayout:
+    """Layout of a Hugging Face vision tower.
+
+    Args:
+        module: module for which `is_tower` is true.
+        image_size: size of the images to be explained; None: the one of the tower's config. Some towers take any size,
+            others when called with interpolate_pos_encoding=True, which a wrapper may do.
+
+    Raises:
+        ValueError: the tower is configured in a way that cannot be explained.
+    """
+    tower = next(part for part in module.modules() if is_tower(part) and not class_of(part, _HEADS, _PACKAGE))
+    config = attribute(tower, "config")
+    _check_attention(tower, config)
+    size = pair(config.image_size if image_size is None else image_size, tower, "image_size")
+    grid = cut(size, pair(config.patch_size, tower, "patch_size"), tower)
+    prefix = _TOWERS[class_of(tower, _TOWERS, _PACKAGE) or ""] + int(getattr(config, "num_register_tokens", 0))
+    pooling, pooled = _pooling(module, tower, prefix, prefix + grid[0] * grid[1])
+    return ModelLayout(
+        blocks=_blocks(tower),
+        prefix_tokens=prefix,
+        grid=grid,
+        pooling=pooling,
+        pooled=pooled,
+        image_size=size,
+        in_chans=int(config.num_channels),
+        d_model=int(config.hidden_size),
+        tower=tower,
+    )
+
+
+def _check_attention(tower: nn.Module, config: Any) -> None:
+    implementation = getattr(config, "_attn_implementation", None)
+    if implementation not in (None, "sdpa", "eager"):
+        raise cannot(
+            tower,
+            f"attn_implementation={implementation!r} computes attention in a fused kernel that cannot be tapped; call "
+            "model.set_attn_implementation('sdpa'), or load the model with attn_implementation='sdpa'",
+        )
+
+
+def _blocks(tower: nn.Module) -> tuple[nn.Module, ...]:
+    for path in _BLOCKS:
+        found: Any = tower
+        for name in path.split("."):
+            found = getattr(found, name, None)
+        if isinstance(found, nn.ModuleList) and len(found):
+            return tuple(found)
+    raise cannot(tower, f"its blocks are not where transformers 4 and 5 have them ({', '.join(_BLOCKS)})")
+
+
+def _pooling(module: nn.Module, tower: nn.Module, prefix: int, tokens: int) -> tuple[Pooling, tuple[int, int]]:
+    """Pooling kind and the range of tokens that it reads."""
+    head = class_of(module, _HEADS, _PACKAGE)
+    if head is not None:
+        pooling, start, stop = _HEADS[head]
+        return pooling, (start, tokens if stop is None else stop)
+    if prefix > 0:
+        return "token", (0, 1)
+    if getattr(tower, "head", None) is not None:  # SigLIP's probe: one query over all tokens
+        return "attention", (0, tokens)
+    return "average", (0, tokens)

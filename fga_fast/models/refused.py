@@ -1,0 +1,123 @@
+"""Vision transformers that the method does not apply to, by name, each with its reason."""
+
+from __future__ import annotations
+
+from torch import nn
+
+_WINDOWED = (
+    "windowed attention: a token attends only inside its own window, so a block has no attention map over all tokens "
+    "and the blocks' maps cannot be multiplied into one rollout over the patches"
+)
+_HIERARCHICAL = (
+    "hierarchical: tokens are merged or pooled between stages, so successive attention maps have different sizes and "
+    "cannot be multiplied into one rollout over the patches"
+)
+_NOT_PLAIN = "its attention is no plain softmax attention over tokens: "
+_VIDEO = "it reads videos: its tokens are no grid over one image"
+_NO_LOGITS = "it returns feature maps or pixels, no logits or image features to explain; use its base model"
+_FLEXIBLE = "it takes packed patches of varying grids under a boolean padding mask; use the fixed-size model instead"
+
+# Package -> class name -> why. Looked up over a module's whole MRO, so subclasses are covered; only these packages'
+# classes count, because a user's own wrapper may well be called Nest or Twins.
+REFUSED: dict[str, dict[str, str]] = {
+    "timm": {
+        **dict.fromkeys(("SwinTransformer", "SwinTransformerV2", "SwinTransformerV2Cr"), _WINDOWED),
+        **dict.fromkeys(("DaVit", "Twins", "Nest", "GlobalContextVit", "VisionTransformerSAM"), _WINDOWED),
+        **dict.fromkeys(("PyramidVisionTransformerV2", "MultiScaleVit", "Hiera", "HieraDet"), _HIERARCHICAL),
+        **dict.fromkeys(("PoolingVisionTransformer", "CoaT", "MaxxVit", "Levit", "LevitDistilled"), _HIERARCHICAL),
+        **dict.fromkeys(("EfficientVit", "EfficientVitMsra", "EfficientFormer", "TinyVit"), _HIERARCHICAL),
+        **dict.fromkeys(("EfficientFormerV2", "NextViT", "VisionTransformerMobile", "MetaFormer"), _HIERARCHICAL),
+        "Xcit": _NOT_PLAIN + "cross-covariance attention mixes channels instead of tokens",
+        "Cait": _NOT_PLAIN
+        + "talking-heads projections mix the attention maps of different heads before and after softmax",
+        "VOLO": _NOT_PLAIN + "outlook attention predicts its weights from the centre token alone",
+        "ConVit": _NOT_PLAIN + "gated positional attention mixes two softmaxes",
+        "CrossVit": "two branches with different patch sizes exchange class tokens, so there is no single token grid",
+        "TNT": "two nested transformers, over pixels and over patches, so there is no single token grid",
+        "NaFlexVit": _FLEXIBLE,
+    },
+    "torchvision": {
+        "SwinTransformer": _WINDOWED,
+        "MaxVit": _HIERARCHICAL,
+    },
+    "open_clip": {
+        "ModifiedResNet": "it is a convolutional network with one attention pool at its end, so there is no rollout",
+    },
+    "transformers": {
+        **dict.fromkeys(("SwinModel", "SwinBackbone", "Swinv2Model", "Swinv2Backbone", "Swin2SRModel"), _WINDOWED),
+        **dict.fromkeys(("DonutSwinModel", "MaskFormerSwinModel", "MaskFormerSwinBackbone"), _WINDOWED),
+        **dict.fromkeys(("VitDetModel", "VitDetBackbone", "SamVisionEncoder", "DinatModel"), _WINDOWED),
+        **dict.fromkeys(("SegformerModel", "PvtModel", "PvtV2Model", "HieraModel", "CvtModel"), _HIERARCHICAL),
+        **dict.fromkeys(("MobileViTModel", "MobileViTV2Model", "LevitModel", "SwiftFormerModel"), _HIERARCHICAL),
+        **dict.fromkeys(("FocalNetModel", "GroupViTVisionTransformer", "PoolFormerModel"), _HIERARCHICAL),
+        **dict.fromkeys(("TimesformerModel", "VivitModel", "VideoMAEModel"), _VIDEO),
+        **dict.fromkeys(("ViTForMaskedImageModeling", "DeiTForMaskedImageModeling"), _NO_LOGITS),
+        **dict.fromkeys(("Dinov2Backbone", "Dinov2WithRegistersBackbone", "DINOv3ViTBackbone"), _NO_LOGITS),
+        "ViTMAEModel": "it drops a random three quarters of the patches in every forward pass",
+        "Siglip2VisionModel": _FLEXIBLE,
+        "Siglip2VisionTransformer": _FLEXIBLE,
+    },
+}
+
+# Parts of a tower: blocks that make two attention calls, or subtract one attention map from another.
+REFUSED_PARTS: dict[str, str] = {
+    "DiffAttention": "differential attention subtracts two softmax maps, so the relevance of a map is not defined",
+    "DiffParallelScalingBlock": "differential attention subtracts two softmax maps, so relevance is not defined",
+    "ParallelThingsBlock": "each block holds several attentions side by side; one attention a block is expected",
+}
+
+_QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
+
+
+def reason(module: nn.Module) -> str | None:
+    """Why `module` itself is something that cannot be explained, or None. Its submodules are not looked at."""
+    for cls in type(module).__mro__:
+        package = cls.__module__.split(".")[0]
+        found = REFUSED.get(package, {}).get(cls.__name__)
+        if found is not None:
+            return found
+    return opaque(module)
+
+
+def opaque(module: nn.Module) -> str | None:
+    """Why the calls that `module` makes cannot be seen from outside, or None."""
+    if hasattr(module, "_orig_mod"):  # what torch.compile returns
+        return "it is compiled by torch.compile, whose graph hides its attention; pass the model that was compiled"
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        return "it was compiled in place by module.compile(), which hides its attention; build the model without it"
+    names = [cls.__name__ for cls in type(module).__mro__]
+    if "ScriptModule" in names:
+        return "TorchScript modules hide their attention calls; pass the eager model"
+    if "GraphModule" in names:
+        return "a traced or exported graph has no blocks any more; pass the model that was traced"
+    return None
+
+
+def check_inside(tower: nn.Module) -> None:
+    """Refuses a tower with a part that cannot be tapped or differentiated.
+
+    Raises:
+        ValueError: names the part and the reason.
+    """
+    for name, module in tower.named_modules():
+        found = opaque(module) or _part(module)
+        if found is not None:
+            where = f"'{name}' is a {type(module).__name__}: " if name else ""
+            raise ValueError(f"model: {type(tower).__name__} cannot be explained: {where}{found}")
+
+
+def _part(module: nn.Module) -> str | None:
+    for cls in type(module).__mro__:
+        if cls.__name__ in REFUSED_PARTS:
+            return REFUSED_PARTS[cls.__name__]
+        if cls.__module__.startswith(_QUANTIZED):
+            return "quantized modules compute with integers and have no gradient; use the float model"
+    # timm and open_clip recompute blocks in any mode, Hugging Face only while training.
+    if getattr(module, "grad_checkpointing", False) is True or (
+        module.training and getattr(module, "gradient_checkpointing", False) is True
+    ):
+        return (
+            "gradient checkpointing runs every block twice; switch it off before explaining "
+            "(timm, open_clip: set_grad_checkpointing(False); transformers: gradient_checkpointing_disable())"
+        )
+    return None

@@ -1,0 +1,71 @@
+"""FGA as a Quantus explanation function: `metric(..., explain_func=explain_func, explain_func_kwargs={"saes": saes})`.
+
+Quantus itself is not needed here. Source of the interface: Quantus 0.6, `quantus.functions.explanation_func.explain`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fga_fast.explainer import Explainer
+from fga_fast.integrations import as_images, as_pixels
+from fga_fast.sae import SparseAutoencoder
+
+
+def explain_func(
+    model: nn.Module,
+    inputs: Tensor | NDArray[Any],  # [B, channels, H, W] or [B, H, W, channels]
+    targets: Any,
+    *,
+    saes: Mapping[int, SparseAutoencoder] | None = None,
+    method: str = "rollout",
+    device: torch.device | str | None = None,
+    channel_first: bool | None = None,
+    **settings: Any,
+) -> NDArray[Any]:
+    """Raw relevance of every pixel, which is that of the patches around it.
+
+    An `Explainer` is made at each call, in about a thousandth of a forward pass's time, so that nothing is kept of the
+    models that Quantus copies and randomises.
+
+    Args:
+        model: the model to explain, as for `Explainer`.
+        inputs: normalised images; NumPy arrays of any float dtype and strides.
+        targets: class of each image, integers [B]; or anything else that `Explainer` takes.
+        saes: block -> SAE, as for `Explainer`. Empty: plain TransMM.
+        method: as for `Explainer`. `quantus.evaluate` passes its own name of the explanation here, so call it
+            "rollout" or "input_x_gradient" there.
+        device: Quantus's device; the model must be there already, since it is not moved.
+        channel_first: None reads it from the shape.
+        settings: other arguments of `Explainer`, such as `gate`, `backward`, `layout`.
+
+    Returns:
+        [B, 1, H, W] float32 (float64 for float64 models), channels first as Quantus wants it; absolute values and
+        normalisation are the metric's.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `Explainer`; or another device.
+    """
+    if method not in ("rollout", "input_x_gradient"):
+        raise ValueError(
+            f'method: expected "rollout" or "input_x_gradient", got {method!r}; quantus.evaluate passes the key of '
+            "xai_methods here, so use one of these as the key"
+        )
+    explainer = Explainer(model, saes, **{**settings, "method": method})
+    images = as_images(inputs, model, explainer.layout.in_chans, channel_first)
+    _check_device(device, images.device)
+    e = explainer(images, torch.as_tensor(targets) if isinstance(targets, np.ndarray) else targets)
+    pixels: NDArray[Any] = as_pixels(e, images, "Quantus").cpu().numpy()
+    return pixels
+
+
+def _check_device(device: torch.device | str | None, found: torch.device) -> None:
+    wanted = found if device is None else torch.device(device)
+    if wanted.type != found.type or wanted.index not in (None, found.index):
+        raise ValueError(f"device: the model is on {found}, asked for {wanted}; move it there with model.to()")

@@ -45,7 +45,7 @@ def check_saes(saes: Mapping[int, SparseAutoencoder], layout: ModelLayout, like:
             raise TypeError(f"saes[{layer}]: expected a SparseAutoencoder, got {type(sae).__name__}")
         if not _is_block(layer, len(layout.blocks)):
             raise ValueError(f"saes: layer {layer!r} is out of range, expected 0 to {len(layout.blocks) - 1} (blocks)")
-        if sae.d_model != layout.d_model:
+        if layout.d_model is not None and sae.d_model != layout.d_model:
             raise ValueError(
                 f"saes[{layer}]: the SAE reads a residual stream of width {sae.d_model}, the model's has width "
                 f"{layout.d_model}; use an SAE trained on this model"
@@ -59,15 +59,25 @@ def check_saes(saes: Mapping[int, SparseAutoencoder], layout: ModelLayout, like:
             )
 
 
+def weights_of(model: nn.Module, layout: ModelLayout) -> list[tuple[str, nn.Parameter]]:
+    """Named weights of the explained tower; of the whole model where the layout names only its blocks."""
+    return list((model if layout.tower is None else layout.tower).named_parameters())
+
+
 def check_weights(model: nn.Module, layout: ModelLayout) -> None:
     """Refuses a model on several devices, a tower of several dtypes, and weights that autograd cannot work with."""
-    parameter = next(layout.tower.parameters())
+    weights = weights_of(model, layout)
+    if not weights:
+        raise ValueError(
+            f"model: {type(model).__name__} has no weights (nn.Parameter), so its dtype and device are unknown"
+        )
+    parameter = weights[0][1]
     for name, other in model.named_parameters():
         if other.device != parameter.device:
             raise ValueError(
                 f"model: weight '{name}' is on {other.device}, others on {parameter.device}; move all with model.to()"
             )
-    for name, other in layout.tower.named_parameters():
+    for name, other in weights:
         if other.is_floating_point() and other.dtype != parameter.dtype:
             raise ValueError(
                 f"model: weight '{name}' of the tower is {other.dtype}, others are {parameter.dtype}; convert it with "
@@ -84,8 +94,9 @@ def check_images(images: Tensor, layout: ModelLayout, like: Tensor) -> None:
     """Refuses images that the model does not take; `like` is any parameter of the model."""
     if not isinstance(images, Tensor):
         raise TypeError(f"images: expected a tensor [B, {layout.in_chans}, H, W], got {type(images).__name__}")
-    height, width = layout.image_size
-    if images.dim() != 4 or tuple(images.shape[1:]) != (layout.in_chans, height, width):
+    height, width = layout.image_size or ("H", "W")  # not known of every model: its own forward pass then checks
+    expected = (layout.in_chans, *(images.shape[2:] if layout.image_size is None else layout.image_size))
+    if images.dim() != 4 or tuple(images.shape[1:]) != expected or 0 in images.shape[1:]:
         hint = "; add a batch dimension with images[None]" if images.dim() == 3 else ""
         raise ValueError(
             f"images: expected shape [B, {layout.in_chans}, {height}, {width}], got {list(images.shape)}{hint}"

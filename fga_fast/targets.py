@@ -1,0 +1,288 @@
+"""What can be asked of a model: targets of every kind, and the differentiable numbers that they stand for."""
+
+from __future__ import annotations
+
+import difflib
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+
+@dataclass(frozen=True, eq=False)
+class Difference:
+    """Why `a` rather than `b`: the value explained is the logit of `a` minus the logit of `b`.
+
+    Args:
+        a: what picks classes or prompts, as in `targets`: None (the predicted class), an int, a name, [B] or [B, K].
+        b: likewise; where one of the two picks one class an image and the other K, the one stands against each of K.
+    """
+
+    a: Any
+    b: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Embedding:
+    """Likeness to a vector: the value explained is the cosine similarity of the model's output [B, E] with it.
+
+    Args:
+        vector: [E] for all images, [B, E] one an image, or [B, K, E] (a first dimension of 1 stands for all images);
+            a tensor, an array or nested lists. Meant for models that return features: dual encoders and towers
+            without a head. Of a classifier the output is its logits, so E is the number of its classes.
+    """
+
+    vector: Any
+
+
+# What explanations take as targets; see `Readout.answer`.
+Targets: TypeAlias = (
+    "int | str | Sequence[Any] | Tensor | npt.NDArray[np.integer[Any]] | Difference | Embedding "
+    "| Callable[[Tensor], Tensor] | None"
+)
+
+
+class Answer(NamedTuple):
+    """What a model says to the question of `targets`."""
+
+    logits: Tensor  # [B, classes] ([B, T] similarity of T prompts; [B, K] cosines), detached
+    targets: Tensor  # [B] or [B, K] int64, columns of logits; -1 where there is none
+    values: Tensor  # [B] or [B, K], the explained numbers, attached to the graph
+    names: tuple[str, ...] | None  # of the columns of logits, where known
+
+
+def pick(
+    targets: Any,
+    logits: Tensor,  # [B, T]
+    names: Sequence[str] | None,
+    classes: int,
+) -> Tensor:
+    """Columns [B] or [B, K] of `logits` that `targets` name; None and ints choose among the first `classes`."""
+    batch = len(logits)
+    if targets is None:
+        return logits[:, :classes].detach().argmax(-1)
+    if hasattr(targets, "__array__") and not isinstance(targets, Tensor):  # NumPy's arrays and numbers
+        # Kinds of text and of objects; torch says itself what it cannot take.
+        targets = targets.tolist() if targets.dtype.kind in "OUST" else torch.as_tensor(targets)
+    if not isinstance(targets, Tensor):
+        _check_kind(targets)
+        numbers = _numbered(targets, names, classes)
+        picked = torch.tensor(numbers, dtype=torch.int64, device=logits.device)
+    elif targets.dtype == torch.bool or targets.is_floating_point() or targets.is_complex():
+        raise TypeError(f"targets: expected integer class indices, got dtype {targets.dtype}")
+    else:
+        picked = targets.to(device=logits.device, dtype=torch.int64)
+        if picked.numel() and not 0 <= int(picked.min()) <= int(picked.max()) < classes:
+            raise _out_of_range(int(picked[(picked < 0) | (picked >= classes)].flatten()[0]), classes)
+    if picked.dim() == 0:
+        picked = picked.expand(batch)
+    elif picked.dim() == 2 and len(picked) == 1:
+        picked = picked.expand(batch, -1)
+    if picked.dim() > 2 or len(picked) != batch or 0 in picked.shape[1:]:
+        raise ValueError(
+            f"targets: expected one class an image, shape [{batch}], got {list(picked.shape)}; K classes an image are "
+            f"[{batch}, K], the same K for all images [1, K] or a nested list [[...]]"
+        )
+    # Cloned: the caller may change theirs, or be in inference mode.
+    return picked.clone(memory_format=torch.contiguous_format)
+
+
+def values_at(logits: Tensor, picked: Tensor) -> Tensor:  # [B, T], [B] or [B, K] -> like picked
+    """The logits at the picked columns."""
+    if picked.dim() == 1:
+        return logits.gather(1, picked[:, None])[:, 0]
+    return logits.gather(1, picked)
+
+
+def leaves(targets: Any) -> Iterator[Any]:
+    """Single targets in reading order, through lists, tuples and arrays."""
+    if hasattr(targets, "tolist"):
+        targets = targets.tolist()
+    if isinstance(targets, Sequence) and not isinstance(targets, (str, bytes)):
+        for part in targets:
+            yield from leaves(part)
+    else:
+        yield targets
+
+
+def _check_kind(targets: Any) -> None:
+    if isinstance(targets, (Difference, Embedding)) or (callable(targets) and not isinstance(targets, type)):
+        raise TypeError(
+            f"targets: a Difference is of classes, names or prompts, got {shown(targets)} in it; compute other "
+            "differences in a function of the logits"
+        )
+    if isinstance(targets, (bytes, bytearray)) or not (
+        isinstance(targets, (str, int, float, Sequence)) or hasattr(targets, "__index__")
+    ):
+        raise TypeError(
+            "targets: expected None, an int or integers [B] or [B, K], names or prompts likewise, a Difference, an "
+            f"Embedding or a function of the logits, got {shown(targets)}"
+        )
+
+
+def _numbered(targets: Any, names: Sequence[str] | None, classes: int, depth: int = 0) -> Any:
+    """Ints, names and lists of them as ints and lists of ints, checked."""
+    if hasattr(targets, "tolist"):
+        targets = targets.tolist()
+    if isinstance(targets, Sequence) and not isinstance(targets, (str, bytes)):
+        if depth == 2:
+            raise TypeError(
+                "targets: expected an int or a flat list of ints or names, or lists of them, got deeper ones"
+            )
+        rows = [_numbered(part, names, classes, depth + 1) for part in targets]
+        sizes = {len(row) if isinstance(row, list) else -1 for row in rows}  # -1: a single target
+        if len(sizes) > 1 or sizes == {0}:
+            told = ", ".join("one without a list" if size < 0 else str(size) for size in sorted(sizes))
+            raise TypeError(
+                "targets: expected an int or a flat list of ints or names, one an image, or lists with equally many "
+                f"for every image, got lists of different lengths or empty ones ({told})"
+            )
+        return rows
+    if isinstance(targets, str):
+        return _number_of(targets, names)
+    try:
+        if isinstance(targets, bool):
+            raise TypeError
+        number = operator.index(targets)
+    except TypeError:
+        raise TypeError(f"targets: expected integer class indices or class names, got {shown(targets)}") from None
+    if not 0 <= number < classes:
+        raise _out_of_range(number, classes)
+    return number
+
+
+def _out_of_range(number: int, classes: int) -> ValueError:
+    return ValueError(f"targets: expected classes 0 to {classes - 1}, got {number}")
+
+
+def _number_of(name: str, names: Sequence[str] | None) -> int:
+    if not name.strip():
+        raise ValueError("targets: expected the name of a class, got an empty one")
+    if names is None:
+        raise ValueError(
+            f"targets: got the class name {name!r}, but the model's classes have no names; construct "
+            "Explainer(..., class_names=[...]) or give the class's number"
+        )
+    found = [number for number, other in enumerate(names) if other == name]
+    if len(found) > 1:
+        raise ValueError(f"targets: {name!r} is the name of classes {', '.join(map(str, found))}; give the number")
+    if not found:
+        lowered = {other.lower(): other for other in names}
+        close = [other for lower, other in lowered.items() if name.lower() in lower][:3]
+        close += [lowered[lower] for lower in difflib.get_close_matches(name.lower(), lowered, n=3)]
+        meant = " or ".join(repr(other) for other in dict.fromkeys(close))
+        advice = f"did you mean {meant}?" if close else f"they begin {', '.join(map(repr, names[:5]))}"
+        raise ValueError(f"targets: {name!r} is not among the names of the {len(names)} classes; {advice}")
+    return found[0]
+
+
+def shown(value: object) -> str:
+    """A value for an error message: short, with its type."""
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+
+
+def difference(a: Tensor, b: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns and values of a `Difference` from the columns [B] or [B, K] of its parts."""
+    if a.dim() != b.dim():  # one class an image against each of K
+        a, b = (part[:, None] if part.dim() == 1 else part for part in (a, b))
+    if a.shape != b.shape and 1 not in (a.shape[1], b.shape[1]):
+        raise ValueError(
+            f"targets: expected as many classes in both parts of a Difference, got {a.shape[1]} and {b.shape[1]} an "
+            "image"
+        )
+    a, b = a.expand_as(a + b), b.expand_as(a + b)
+    same = (a == b).reshape(len(a), -1).any(-1).nonzero()[:, 0].tolist() if a.numel() else []
+    if same:
+        raise ValueError(
+            "targets: the Difference of a class and itself is 0 and explains nothing, got one for image "
+            f"{', '.join(map(str, same[:8]))}; leave it out or choose another class"
+        )
+    return a.contiguous(), values_at(logits, a) - values_at(logits, b)
+
+
+def likeness(target: Embedding, output: Tensor) -> Answer:  # [B, E]
+    """The answer to an `Embedding`: cosines."""
+    try:
+        vector = torch.as_tensor(target.vector).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"targets: expected numbers [E], [B, E] or [B, K, E] in Embedding: {error}") from error
+    if vector.dtype == torch.bool or vector.is_complex():
+        raise TypeError(f"targets: expected real numbers in Embedding, got dtype {vector.dtype}")
+    batch, width = output.shape
+    fits = vector.dim() == 1 or (vector.dim() in (2, 3) and len(vector) in (1, batch))
+    if not fits or vector.shape[-1] != width or 0 in vector.shape[1:]:
+        raise ValueError(
+            f"targets: expected an Embedding of shape [{width}], [{batch}, {width}] or [{batch}, K, {width}] for the "
+            f"model's output [{batch}, {width}], got {list(vector.shape)}"
+        )
+    wide = torch.promote_types(output.dtype, torch.float32)
+    vector = vector.to(device=output.device, dtype=wide)
+    length = vector.norm(dim=-1, keepdim=True)
+    if not bool((torch.isfinite(length) & (length > 0)).all()):
+        raise ValueError("targets: the vector of an Embedding is zero, or holds NaN or Inf; it has no direction")
+    # F.normalize, since a conservative backward pass knows it as a norm that divides features.
+    unit, direction = F.normalize(output.to(wide), dim=-1), vector / length
+    if vector.dim() == 3:
+        cosines = (unit[:, None] * direction).sum(-1)  # [B, K]
+        columns = torch.arange(vector.shape[1], device=output.device).repeat(batch, 1)
+        return Answer(cosines.detach(), columns, cosines, None)
+    cosines = (unit * direction).sum(-1)  # [B]
+    columns = torch.zeros(batch, dtype=torch.int64, device=output.device)
+    return Answer(cosines.detach()[:, None], columns, cosines, None)
+
+
+def computed(function: Callable[[Tensor], Tensor], output: Tensor, names: tuple[str, ...] | None) -> Answer:
+    """The answer to a function of the output [B, classes]: what it returns, checked."""
+    values: Any = function(output.clone())  # a copy, since the function may work in place
+    batch, name = len(output), getattr(function, "__name__", type(function).__name__)
+    if not isinstance(values, Tensor) or not values.is_floating_point():
+        got = str(values.dtype) if isinstance(values, Tensor) else type(values).__name__
+        raise TypeError(f"targets: expected {name} to return a floating-point tensor, one value an image, got {got}")
+    if values.dim() not in (1, 2) or len(values) != batch or 0 in values.shape[1:]:
+        raise ValueError(
+            f"targets: expected {name} to return one value an image, shape [{batch}] (or [{batch}, K]), from logits "
+            f"{list(output.shape)}, got {list(values.shape)}"
+        )
+    finite = bool(torch.isfinite(values).all())
+    if not finite and bool(torch.isfinite(output).all()):
+        raise ValueError(
+            f"targets: {name} returned NaN or Inf for finite logits; look for a division by 0 or the log of 0 in it"
+        )
+    if finite and output.requires_grad:
+        _check_gradients(values, output, name)
+    columns = torch.full(values.shape, -1, dtype=torch.int64, device=values.device)
+    return Answer(output.detach(), columns, values, names)
+
+
+def _check_gradients(values: Tensor, output: Tensor, name: str) -> None:  # [B] or [B, K], [B, classes]
+    """Refuses values without a gradient, and values of images that depend on the logits of others.
+
+    Autograd differentiates the sum over images, so the latter would mix explanations. Odd and even images must not
+    see each other: two backward passes from the values to the logits, which the model has no part in.
+    """
+    weight = torch.linspace(1, 2, values[:1].numel(), dtype=values.dtype, device=values.device).view_as(values[:1])
+    for start in range(min(len(values), 2)):
+        seed = torch.zeros_like(values)
+        seed[start::2] = weight
+        found = None
+        if values.requires_grad:
+            (found,) = torch.autograd.grad(values, output, seed, retain_graph=True, allow_unused=True)
+        if found is None:
+            raise ValueError(
+                f"targets: what {name} returns carries no gradient to the logits; compute it with torch from its "
+                "argument, without detach(), item(), NumPy, argmax or torch.no_grad()"
+            )
+        if bool((found[1 - start :: 2] != 0).any()):
+            raise ValueError(
+                f"targets: in what {name} returns, the value of an image depends on the logits of other images, whose "
+                "explanations would be mixed; compute row by row (softmax(-1), not softmax(0) or a mean over images)"
+            )

@@ -3,8 +3,8 @@
 The stages, in the order in which they happen in `Explainer.__call__`:
 
 1. forward    the model runs once while a `Tape` taps its attention and residual streams     (tape.py)
-2. target     the logit to explain is chosen                                                 (checks.py)
-3. backward   one call of autograd; on the way down, block by block from the last,
+2. target     the value to explain is read from the model's output                           (readout.py)
+3. backward   one call of autograd; on the way down, block by block from the last,           (backward.py)
      score    at blocks with an SAE, features that are present and influential score a patch (ops/score.py)
      gate     scores become factors within [1/base, base]                                    (ops/gate.py)
      rollout  relevance takes one step:  v <- v + w * (v Cbar)                               (ops/attention.py)
@@ -14,30 +14,29 @@ What each stage computes is written in plain PyTorch in the file of the same nam
 `backend="reference"` runs that instead, slowly.
 
 Sources: Chefer, Gur and Wolf, "Transformer Interpretability Beyond Attention Visualization" and "Generic
-Attention-model Explainability" (2021) for TransMM; Šula, TU Wien 2026, doi 10.34726/hss.2026.132361 for the gate.
+Attention-model Explainability" (2021) for TransMM; Šula, TU Wien 2026, doi 10.34726/hss.2026.132361 for the gate; Ali
+et al., "XAI for Transformers: Better Explanations through Conservative Propagation", ICML 2022 for the conservative
+backward pass.
 """
 
 from __future__ import annotations
 
-import functools
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fga_fast import checks, ops
-from fga_fast.explanation import Explanation, TopFeatures
+from fga_fast import checks, ops, settings
+from fga_fast.explanation import Explanation
 from fga_fast.gate import Gate
-from fga_fast.models.layout import find_layout
+from fga_fast.models.layout import ModelLayout, find_layout
+from fga_fast.readout import Answer, Readout, Targets
+from fga_fast.records import Gating
 from fga_fast.sae import SparseAutoencoder
-from fga_fast.tape import Gating, Tape
-
-logger = logging.getLogger(__name__)
+from fga_fast.tape import Tape
 
 Backend = Literal["auto", "native", "triton", "reference"]
-Targets = int | Sequence[int] | Tensor | None
 
 
 class Explainer:
@@ -45,17 +44,27 @@ class Explainer:
 
     Args:
         model: any module from images [B, channels, H, W] to logits [B, classes] with one supported vision transformer
-            in it (see `find_layout`), in eval mode. It is never changed: hooks live only during a call, no
-            `requires_grad`, mode or gradient is touched, and several threads may explain with it at once.
+            in it (see `find_layout`), or a dual encoder such as CLIP; in eval mode. It is never changed: hooks live
+            only during a call, no `requires_grad`, mode or gradient is touched, and several threads may explain with
+            it at once.
         saes: block (from 0) -> SAE of the residual stream after it. Empty: plain TransMM.
         gate: how SAE scores become gates.
-        method: "rollout", the pooled row of TransMM's R.
-        backward: "exact", the model's own gradient.
+        method: "rollout", the pooled row of TransMM's R, never negative; or "input_x_gradient", x . g at the tokens
+            that enter the first block, signed, multiplied by the gates of all blocks with an SAE.
+        backward: "exact", the model's own gradient; or "conservative", for which norms, activations' gates and
+            attention maps are constants, so that contributions add up to the logit (see docs/conservative.md).
         backend: "native" kernels (CPU), "reference" (plain PyTorch, any device) or "auto", which takes native where it
             can; the result's `backend` says which ran, and why if not native. "triton" has no kernels in this version.
         top_features: report the k strongest features a patch and an image at every gated block.
         ungated: also explain without gates (TransMM), for the result's `ungated` and for `plot`. A second explanation
             without SAEs: about one more forward and backward pass.
+        layout: where the model's blocks and patches are, for models that `find_layout` does not know.
+        class_names: names of the classes, so that targets may be given by name.
+        tokenizer: for dual encoders, so that targets may be text prompts: open_clip's or Hugging Face's.
+        start_layer: roll out the blocks from this one on only; relevance is that of the tokens that enter it.
+        signed: keep the negative part of relevance maps, which speaks against the target. "input_x_gradient" always is.
+        per_block: also report the relevance of the tokens that enter each block, as the result's `blocks`.
+        target_chunk: how many targets an image are differentiated together; bounds the memory.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, and what to do.
@@ -67,40 +76,46 @@ class Explainer:
         model: nn.Module,
         saes: Mapping[int, SparseAutoencoder] | None = None,
         gate: Gate | None = None,
-        method: Literal["rollout"] = "rollout",
-        backward: Literal["exact"] = "exact",
+        method: Literal["rollout", "input_x_gradient"] = "rollout",
+        backward: Literal["exact", "conservative"] = "exact",
         backend: Backend = "auto",
         top_features: int = 0,
         ungated: bool = False,
+        *,
+        layout: ModelLayout | None = None,
+        class_names: Sequence[str] | Mapping[int, str] | None = None,
+        tokenizer: Callable[..., Any] | None = None,
+        start_layer: int = 0,
+        signed: bool = False,
+        per_block: bool = False,
+        target_chunk: int = 8,
     ) -> None:
-        for name, value, known in (("method", method, "rollout"), ("backward", backward, "exact")):
-            if value != known:
-                raise ValueError(f"{name}: this version knows {known!r} only, got {value!r}")
         self.model = model
-        self.layout = find_layout(model)
-        self.gate = Gate() if gate is None else gate
-        if not isinstance(self.gate, Gate):
-            raise TypeError(f"gate: expected a Gate such as Gate(base=10.0), got {type(gate).__name__}")
-        self.top_features = top_features
-        like = self._parameter()
+        self.layout = find_layout(model) if layout is None else layout
+        settings.check_layout(self.layout, model)
+        self.method, self.backward, self.gate = method, backward, Gate() if gate is None else gate
+        self.start_layer, self.signed, self.per_block = start_layer, signed, per_block
+        self.top_features, self.target_chunk = top_features, target_chunk
         checks.check_weights(model, self.layout)
-        checks.check_saes({} if saes is None else saes, self.layout, like)
+        checks.check_saes({} if saes is None else saes, self.layout, self._parameter())
         self.saes = {int(layer): sae for layer, sae in sorted((saes or {}).items())}
-        self._check_top_features()
-        if self.layout.pooling == "token" and len(self.layout.blocks) - 1 in self.saes:
-            logger.warning("the SAE after the last block gates nothing: only the class token is read there")
-        self.backend, self._backend_reason = choose_backend(backend, like.device)
-        self._ungated = Explainer(model, backend=backend) if ungated and self.saes else None
+        settings.check(self)
+        self.readout = Readout(model, class_names, tokenizer)
+        self.backend, self._backend_reason = choose_backend(backend, self._parameter().device)
+        self._ungated = self._without_saes(backend) if ungated and self.saes else None
         self._permutations = {
             layer: self.gate.decoder_permutation(sae.d_sae, sae.device) for layer, sae in self.saes.items()
         }
 
     def __call__(self, images: Tensor, targets: Targets = None) -> Explanation:
-        """Explains one class for each image.
+        """Explains one class for each image, or several.
 
         Args:
             images: [B, channels, H, W] as the model takes them (normalised), its dtype and device. B may be 0.
-            targets: class to explain; None the predicted one, an int the same for all, or integers [B].
+            targets: what to explain. None: the predicted class. An int or a class name: the same for all images.
+                Ints or names [B]: one an image; [B, K]: K an image, in one forward pass. `Difference(a, b)`: why a
+                rather than b. For dual encoders text prompts in place of names, or an `Embedding`. Or any function
+                from logits [B, classes] to one scalar an image [B].
 
         Returns:
             An `Explanation`; relevance, scores and gates are float64 for float64 models, else float32.
@@ -117,106 +132,112 @@ class Explainer:
                 return self._empty(images, targets)
             e = self._reference(images, targets) if self.backend == "reference" else self._native(images, targets)
         if self._ungated is not None:
-            e.ungated = self._ungated(images, e.targets).relevance
+            e.ungated = self._ungated(images, targets).relevance
         return e
 
     def _native(self, images: Tensor, targets: Targets) -> Explanation:
-        scores: dict[int, Tensor] = {}  # block -> [B, P]
-        gates: dict[int, Tensor] = {}  # block -> [B, P]
-        features: dict[int, TopFeatures] = {}
-        gatings: dict[int, Gating] = {
-            layer: functools.partial(self._gating, layer, scores, gates, features) for layer in self.saes
-        }
-        tape = Tape(self.layout, gatings)
-        with tape.attached(images):
-            logits = checks.check_logits(self.model(images))
-            chosen = checks.resolve_targets(targets, logits)
-            checks.check_finite(logits.detach(), "the logits", self.model, images)
-            row = tape.backward(logits.gather(1, chosen[:, None]).sum())
-        relevance = row[:, self.layout.prefix_tokens :].contiguous()
-        checks.check_finite(relevance, "the relevance", self.model, images, self.saes)
-        return self._result(relevance, logits.detach(), chosen, scores, gates, features)
-
-    def _gating(
-        self,
-        layer: int,
-        scores: dict[int, Tensor],
-        gates: dict[int, Tensor],
-        features: dict[int, TopFeatures],
-        x: Tensor,  # [B, N, C]
-        g: Tensor,  # [B, N, C]
-    ) -> Tensor:
-        """Gate of every token [B, N] from the residual stream after a block and its gradient; 1 at prefix tokens."""
         prefix = self.layout.prefix_tokens
-        found = ops.score(
-            x[:, prefix:], g[:, prefix:], self.saes[layer], self.gate.mode,
-            permutation=self._permutations[layer], top_features=self.top_features,
+        tape = Tape(
+            self.layout,
+            {
+                layer: Gating(sae, self.gate, self._permutations[layer], prefix, self.top_features)
+                for layer, sae in self.saes.items()
+            },
+            method=self.method, conservative=self.backward == "conservative", signed=self.signed,
+            start_layer=self.start_layer, per_block=self.per_block,
         )  # fmt: skip
-        scores[layer] = found.scores
-        gates[layer] = ops.gate(found.scores, self.gate.base, self.gate.slope)
-        if self.top_features:
-            features[layer] = TopFeatures(*found[1:])
-        return torch.cat([gates[layer].new_ones(len(x), prefix), gates[layer]], dim=1)
+        with tape.attached(images):
+            output = self.readout.run(images)
+            checks.check_finite(output.detach(), "the logits", self.model, images)
+            answer = self.readout.answer(targets, output)
+        found = tape.backward(answer.values, self.target_chunk)
+        read = {layer: Gating.read(slots) for layer, slots in found.recorded.items()}
+        gates = {layer: gates for layer, (_, gates, _) in read.items()}
+        blocks = {layer: row[..., prefix:].contiguous() for layer, row in sorted(found.rows.items())}
+        if self.method == "input_x_gradient":
+            blocks = {layer: _gated_map(row, gates, layer) for layer, row in blocks.items()}
+        relevance = blocks[self.start_layer]
+        checks.check_finite(relevance, "the relevance", self.model, images, self.saes)
+        return self._result(
+            images, answer, relevance, {layer: scores for layer, (scores, _, _) in read.items()}, gates,
+            {layer: features for layer, (_, _, features) in read.items() if features is not None},
+            torch.stack(list(blocks.values()), dim=-2) if self.per_block else None,
+        )  # fmt: skip
 
     def _reference(self, images: Tensor, targets: Targets) -> Explanation:
         from fga_fast import reference
 
-        found = reference.explain(self.model, images, targets, self.saes, self.gate, top_features=self.top_features)
+        import inspect  # SHIM
+        shim = dict(layout=self.layout, readout=self.readout, method=self.method, backward=self.backward, start_layer=self.start_layer, signed=self.signed,
+            per_block=self.per_block, top_features=self.top_features)
+        found = reference.explain(
+            self.model, images, targets, self.saes, self.gate, **{k: v for k, v in shim.items() if k in inspect.signature(reference.explain).parameters}
+        )  # fmt: skip
         checks.check_finite(found.relevance, "the relevance", self.model, images, self.saes)
-        return self._result(found.relevance, found.logits, found.targets, found.scores, found.gates, found.features)
+        answer = Answer(found.logits, found.targets, getattr(found, "values", found.relevance), getattr(found, "names", None))  # SHIM
+        return self._result(
+            images, answer, found.relevance, found.scores, found.gates, found.features, getattr(found, "blocks", None)
+        )  # fmt: skip
 
     def _empty(self, images: Tensor, targets: Targets) -> Explanation:
         """No images, no explanations; one blank image tells how many classes there are."""
         with torch.no_grad():
-            logits = checks.check_logits(self.model(images.new_zeros(1, *images.shape[1:])))[:0]
+            output = self.readout.run(images.new_zeros(1, *images.shape[1:]))[:0]
+            answer = self.readout.answer(targets, output)
         dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
-        none = images.new_zeros(0, self.layout.patches, dtype=dtype)
-        maps, k = dict.fromkeys(self.saes, none), self.top_features
-        index = none.new_zeros(0, self.layout.patches, k, dtype=torch.int64)
-        top = TopFeatures(index, index.to(dtype), index[:, 0], index[:, 0].to(dtype))
-        features = dict.fromkeys(self.saes, top) if k else {}
-        return self._result(none, logits, checks.resolve_targets(targets, logits), maps, dict(maps), features)
-
-    def _result(
-        self,
-        relevance: Tensor,  # [B, P]
-        logits: Tensor,  # [B, classes]
-        targets: Tensor,  # [B]
-        scores: dict[int, Tensor],  # block -> [B, P]
-        gates: dict[int, Tensor],  # block -> [B, P]
-        features: dict[int, TopFeatures],
-    ) -> Explanation:
-        return Explanation(
-            relevance=relevance, logits=logits, targets=targets, grid=self.layout.grid,
-            image_size=self.layout.image_size, scores=dict(sorted(scores.items())), gates=dict(sorted(gates.items())),
-            backend=self.backend + (f" ({self._backend_reason})" if self._backend_reason else ""),
-            features=dict(sorted(features.items())),
+        none = images.new_zeros(*answer.targets.shape, self.layout.patches, dtype=dtype)
+        slots = [none, none]
+        if self.top_features:
+            patch = none.new_zeros(*none.shape, self.top_features)
+            slots += [patch, patch, patch[..., 0, :], patch[..., 0, :]]
+        features = Gating.read(tuple(slots))[2]
+        maps = dict.fromkeys(self.saes, none)
+        depth = len(self.layout.blocks) - self.start_layer
+        return self._result(
+            images, answer, none, maps, dict(maps), {} if features is None else dict.fromkeys(self.saes, features),
+            none.new_zeros(*none.shape[:-1], depth, none.shape[-1]) if self.per_block else None,
         )  # fmt: skip
 
-    def _parameter(self) -> Tensor:
-        return next(self.layout.tower.parameters())
+    def _result(
+        self, images: Tensor, answer: Answer, relevance: Tensor, scores: dict[int, Tensor], gates: dict[int, Tensor],
+        features: dict[int, Any], blocks: Tensor | None,
+    ) -> Explanation:  # fmt: skip
+        return Explanation(
+            relevance=relevance, logits=answer.logits, targets=answer.targets, grid=self.layout.grid,
+            image_size=(images.shape[-2], images.shape[-1]), scores=dict(sorted(scores.items())),
+            gates=dict(sorted(gates.items())), features=dict(sorted(features.items())),
+            backend=self.backend + (f" ({self._backend_reason})" if self._backend_reason else ""),
+            **{k: v for k, v in dict(values=answer.values.detach(), names=answer.names, blocks=blocks, start_layer=self.start_layer).items() if k in Explanation.__dataclass_fields__},  # SHIM
+        )  # fmt: skip
 
-    def _check_top_features(self) -> None:
-        if isinstance(self.top_features, bool) or not isinstance(self.top_features, int):
-            raise TypeError(f"top_features: expected an int, got {type(self.top_features).__name__}")
-        if not self.top_features:
-            return
-        if self.gate.mode in ("gradient_only", "no_sae"):
-            raise ValueError(f"top_features: gate mode {self.gate.mode!r} has no feature contributions to rank")
-        if not self.saes:
-            raise ValueError(f"top_features: got {self.top_features}, but there are no SAEs; give saes={{...}}")
-        fewest = min(sae.d_sae for sae in self.saes.values())
-        if not 0 < self.top_features <= fewest:
-            raise ValueError(
-                f"top_features: expected 0 to {fewest} (features of the smallest SAE), got {self.top_features}"
-            )
+    def _without_saes(self, backend: Backend) -> Explainer:
+        plain = Explainer(
+            self.model, method=self.method, backward=self.backward, backend=backend, layout=self.layout,
+            start_layer=self.start_layer, signed=self.signed, target_chunk=self.target_chunk,
+        )  # fmt: skip
+        plain.readout = self.readout
+        return plain
+
+    def _parameter(self) -> nn.Parameter:
+        """Any parameter of the explained tower; what dtype and device are asked of."""
+        return next((self.layout.tower or self.model).parameters())
 
     def __repr__(self) -> str:
         layers = ", ".join(f"{layer}: {sae.d_sae} features" for layer, sae in self.saes.items())
+        name = type(self.layout.tower or self.model).__name__
         return (
-            f"Explainer({type(self.layout.tower).__name__}, {len(self.layout.blocks)} blocks, grid {self.layout.grid}, "
-            f"{self.layout.pooling} pooling, saes {{{layers}}}, {self.gate}, backend={self.backend!r})"
+            f"Explainer({name}, {len(self.layout.blocks)} blocks, grid {self.layout.grid}, "
+            f"{self.layout.pooling} pooling, saes {{{layers}}}, {self.gate}, method={self.method!r}, "
+            f"backward={self.backward!r}, backend={self.backend!r})"
         )
+
+
+def _gated_map(contribution: Tensor, gates: Mapping[int, Tensor], first: int) -> Tensor:  # [B, P] or [B, K, P]
+    """x . g at the tokens that enter block `first`, times the gates of that block and of all later ones."""
+    for layer, gate in gates.items():
+        if layer >= first:
+            contribution = contribution * gate
+    return contribution
 
 
 def explain(model: nn.Module, images: Tensor, targets: Targets = None, **settings: Any) -> Explanation:

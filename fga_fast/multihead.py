@@ -1,8 +1,8 @@
 """`nn.MultiheadAttention` with its inside visible.
 
-PyTorch's own `multi_head_attention_forward` is one call for a TorchFunctionMode: the scaled_dot_product_attention inside
-it is hidden. A mode that sees that call answers it with the function below, while it is itself active, and so sees the
-projections and the attention in it as it sees those of any other model.
+PyTorch's own `multi_head_attention_forward` is one call for a TorchFunctionMode: the attention inside it is hidden. A
+mode that sees that call answers it with the function below, while it is itself active, and so sees the projections and
+the attention in it as it sees those of any other model.
 """
 
 from __future__ import annotations
@@ -112,6 +112,7 @@ def _probabilities(
 ) -> Tensor:
     logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
     # Written out, since a softmax is what a mode takes for the attention of models that compute it themselves.
-    shifted = (logits if mask is None else logits + mask).sub(logits.amax(-1, keepdim=True)).exp()
-    maps = shifted / shifted.sum(-1, keepdim=True)
+    logits = logits if mask is None else logits + mask
+    shifted = (logits - logits.amax(-1, keepdim=True)).exp()
+    maps: Tensor = shifted / shifted.sum(-1, keepdim=True)
     return maps.mean(dim=1) if average else maps

@@ -1,9 +1,10 @@
 """Taps a model's attention and residual streams for one call, and leaves the model as it came.
 
-While a `Tape` is attached, every `scaled_dot_product_attention` inside a block is answered by the tapped op of
-`ops/attention.py`, which also passes the relevance carrier on, and the output of each block with an SAE goes through a
-tap that in the backward pass turns the residual stream x_l and its gradient g_l into that block's gate.
-One `torch.autograd.grad` from (logit, carrier) to the first carrier is then the whole explanation.
+While a `Tape` is attached it sees every function that the model calls. Attention inside a block, however it is written
+(scaled_dot_product_attention, nn.MultiheadAttention, or a softmax of the model's own), is answered by a tapped one that
+also passes the relevance carrier on; the output of each block with an SAE goes through a tap that in the backward pass
+turns the residual stream x_l and its gradient g_l into that block's gate. One `torch.autograd.grad` from (value,
+carrier) to the first carrier is then the whole explanation (backward.py).
 
 Nothing is written to the model but forward hooks on its blocks, which are removed at the end and do nothing in other
 threads; parameters are used detached, so no weight gradient is computed and no `requires_grad` is touched.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,90 +23,74 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fga_fast import ops
+from fga_fast.backward import Graph, differentiate
+from fga_fast.conservative import Conservative
 from fga_fast.models.layout import ModelLayout
-
-# From x_l and g_l at one block to the gate of every token: [B, N, C], [B, N, C] -> [B, N].
-Gating = Callable[[Tensor, Tensor], Tensor]
+from fga_fast.multihead import open_multi_head_attention
+from fga_fast.records import Contribution, Record
+from fga_fast.taps import linear_of_few_rows, tap_map, tap_stream
 
 _thread = threading.local()
+
+_SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 
 
 class TapeError(ValueError):
     """The model's attention cannot be tapped; the message says what was found and what to do."""
 
 
-class _Tap(torch.autograd.Function):
-    """Identity on the residual stream; in backward, sends the gate through the port of the block's attention."""
+class Found(NamedTuple):
+    """What a backward pass brought; [B, ...] is [B, K, ...] for K targets an image."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, port: Tensor, gating: Gating) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.gating = gating
-        return x.clone()  # a copy, so that a model that adds in place does not overwrite the x_l that is scored
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        (x,) = ctx.saved_tensors
-        (g,) = grads
-        return g, ctx.gating(x, g), None
-
-
-class _LinearOfFewRows(torch.autograd.Function):
-    """A linear layer of the last block, whose gradient is zero at most tokens when one token is pooled.
-
-    The products with zero rows are left out: for a class-token model three quarters of that block's backward pass.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # [rows, in] [out, in] [out]
-        ctx.save_for_backward(weight)
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (g,) = grads  # [rows, out]
-        weight = ctx.saved_tensors[0].to(g.dtype)  # they differ under autocast
-        rows = (g != 0).any(-1).nonzero()[:, 0]
-        if 2 * len(rows) > len(g):
-            return g @ weight, None, None
-        grad = g.new_zeros(len(g), weight.shape[1])
-        grad[rows] = g[rows] @ weight
-        return grad, None, None
-
-
-def _linear_of_few_rows(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if weight.requires_grad or (bias is not None and bias.requires_grad):  # computed from the input: they have a say
-        return F.linear(input, weight, bias)
-    # Flat rows, so that the function's output is no view and the model may change it in place.
-    out: Tensor = _LinearOfFewRows.apply(input.reshape(-1, input.shape[-1]), weight, bias)  # type: ignore[no-untyped-call]
-    return out.view(*input.shape[:-1], out.shape[-1])
+    rows: dict[int, Tensor]  # block -> [B, N], relevance of the tokens that enter it
+    recorded: dict[int, tuple[Tensor, ...]]  # block -> what its record's slots brought
 
 
 class Tape(TorchFunctionMode):
-    """Records one forward pass of a model and hands out what starts its backward pass.
+    """Records one forward pass of a model and hands out what its backward pass brings.
 
     Args:
         layout: where the model's blocks are and which tokens it pools.
-        gatings: for each block with an SAE, what turns (x_l, g_l) into gates.
+        records: for each block with an SAE, what turns (x_l, g_l) into gates.
+        method: "rollout", or "input_x_gradient" for x . g at the tokens that enter a block.
+        conservative: the model's non-linear factors are constants of the backward pass (conservative.py).
+        signed: relevance maps keep their negative part.
+        start_layer: first block that is explained; those before it only run.
+        per_block: relevance is wanted at every block, not at the first only.
 
     Use:
-        with tape.attached(images): logits = model(images)
-        relevance = tape.backward(y)
+        with tape.attached(images): values = ... model(images) ...
+        found = tape.backward(values)
     """
 
-    def __init__(self, layout: ModelLayout, gatings: Mapping[int, Gating]) -> None:
+    def __init__(
+        self, layout: ModelLayout, records: Mapping[int, Record], *, method: str = "rollout",
+        conservative: bool = False, signed: bool = False, start_layer: int = 0, per_block: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self._layout = layout
-        self._gatings = gatings
+        self._layout, self._records = layout, records
+        self._rollout, self._signed, self._start_layer, self._per_block = (
+            method == "rollout", signed, start_layer, per_block,
+        )  # fmt: skip
         self._last_block = len(layout.blocks) - 1
+        self._conservative = Conservative() if conservative else None
+        self._handlers: dict[Callable[..., Any], Callable[..., Any]] = {
+            F.scaled_dot_product_attention: self._attend,
+            F.multi_head_attention_forward: self._open,
+            F.dropout: self._dropout,
+            **dict.fromkeys(_SOFTMAX, self._softmax),
+        }
         self._block: int | None = None  # block that is running; None between and after blocks
-        self._ports: dict[int, Tensor] = {}  # block -> [B, N], one for every attention seen
+        self._ports: dict[int | None, Tensor] = {}  # block, or None for the pooling head -> [B, N]
         self._finished = 0  # blocks that have run
         # id of a parameter -> the parameter, which keeps the id taken, and its values without a gradient
         self._detached: dict[int, tuple[nn.Parameter, Tensor]] = {}
         self._start: Tensor | None = None  # [B, N] first carrier
         self._carrier: Tensor | None = None  # [B, N] carrier after the last attention seen
-        self._pool: Tensor | None = None  # [B, 1] carrier after an attention pool
+        self._rows: dict[int, Tensor] = {}  # block -> [B, N] dummy whose gradient is the relevance that enters it
+        self._slots: dict[int, tuple[Tensor, ...]] = {}
+        self._scales: list[Tensor] = []  # [B], one for every tap on a residual stream
+        self._last: Tensor | None = None  # [B, N, C] last residual stream
 
     @contextmanager
     def attached(self, images: Tensor) -> Iterator[Tape]:
@@ -118,7 +103,7 @@ class Tape(TorchFunctionMode):
         try:
             _thread.tape = self
             for index, block in enumerate(self._layout.blocks):
-                handles.append(block.register_forward_pre_hook(self._entering(index)))
+                handles.append(block.register_forward_pre_hook(self._entering(index), with_kwargs=True))
                 handles.append(block.register_forward_hook(self._leaving(index)))
             with torch.enable_grad(), self:
                 yield self
@@ -128,22 +113,41 @@ class Tape(TorchFunctionMode):
             _thread.tape = outer
             self._detached.clear()
 
-    def backward(self, y: Tensor) -> Tensor:
-        """Relevance of every token [B, N] for the sum of `y` over images: the pooled row of R.
+    def backward(self, values: Tensor, chunk: int = 8) -> Found:
+        """Differentiates the explained values, to be called after `attached`.
 
         Args:
-            y: scalar, the sum of the explained logits.
+            values: [B] or [B, K], one or K explained scalars an image.
+            chunk: how many of the K are differentiated together; bounds the memory.
         """
-        self._check_complete(y)
-        assert self._carrier is not None and self._start is not None  # attached() has set them
-        if self._pool is not None:
-            end, seed = self._pool, torch.ones_like(self._pool)
-        else:
-            end, seed = self._carrier, torch.zeros_like(self._carrier)
-            first, last = self._layout.pooled
-            seed[:, first:last] = 1.0 / (last - first)
-        (row,) = torch.autograd.grad([y, end], [self._start], [torch.ones_like(y), seed])
-        return row
+        self._check_complete(values)
+        inputs = [*self._rows.values(), *(slot for slots in self._slots.values() for slot in slots)]
+        graph = Graph(*self._ends(), inputs)
+        scaled = self._last is not None and self._last.dtype == torch.float16
+        if scaled:
+            graph.last, graph.tokens_first, graph.scales = self._last, self._layout.tokens_first, self._scales
+            graph.ports = [port for block, port in self._ports.items() if self._rollout and block not in self._records]
+        found = iter(differentiate(graph, values, chunk))
+        rows = {block: next(found) for block in self._rows}
+        recorded = {block: tuple(next(found) for _ in slots) for block, slots in self._slots.items()}
+        return Found(rows, recorded)
+
+    def _ends(self) -> tuple[Tensor | None, Tensor | None]:
+        """The last carrier and the row of relevance that enters it."""
+        if not self._rollout:
+            return None, None
+        assert self._carrier is not None  # attached() has set it
+        if self._layout.pooling == "attention":
+            return self._carrier, torch.ones_like(self._carrier)
+        seed = torch.zeros_like(self._carrier)
+        first, last = self._pooled
+        seed[:, first:last] = 1.0 / (last - first)
+        return self._carrier, seed
+
+    @property
+    def _pooled(self) -> tuple[int, int]:
+        assert self._layout.pooled is not None  # the layout fills it in
+        return self._layout.pooled
 
     # -- what the mode sees ------------------------------------------------------------------------------------
 
@@ -151,8 +155,6 @@ class Tape(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and (self._block is not None or self._at_pool()):
-            return self._attend(*args, **kwargs)
         for a in args:
             if type(a) is nn.Parameter:
                 args = tuple(self._detach(a) if type(a) is nn.Parameter else a for a in args)
@@ -160,8 +162,14 @@ class Tape(TorchFunctionMode):
         for name, value in kwargs.items():
             if type(value) is nn.Parameter:
                 kwargs = {**kwargs, name: self._detach(value)}
+        if not self._explaining():
+            return func(*args, **kwargs)
         if func is F.linear and self._block == self._last_block:
-            return _linear_of_few_rows(*args, **kwargs)
+            return linear_of_few_rows(*args, **kwargs)
+        if func in self._handlers and (self._block is not None or self._at_pool()):
+            return self._handlers[func](func, *args, **kwargs)
+        if self._conservative is not None and func in self._conservative.handlers:
+            return self._conservative.handlers[func](func, *args, **kwargs)
         return func(*args, **kwargs)
 
     def _detach(self, parameter: nn.Parameter) -> Tensor:
@@ -170,103 +178,214 @@ class Tape(TorchFunctionMode):
             self._detached[id(parameter)] = parameter, parameter.detach()
         return self._detached[id(parameter)][1]
 
+    def _explaining(self) -> bool:
+        """Whether what runs now is differentiated: from the first explained block to the model's end."""
+        return self._finished > self._start_layer or self._block == self._start_layer
+
     def _at_pool(self) -> bool:
-        return self._layout.pooling == "attention" and self._finished == len(self._layout.blocks) and self._pool is None
+        pooling = self._layout.pooling == "attention"
+        return pooling and self._finished == len(self._layout.blocks) and None not in self._ports
 
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+        self, function: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor,
+        attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
+        scale: float | None = None, enable_gqa: bool = False,
     ) -> Tensor:  # fmt: skip
         """Answers one scaled_dot_product_attention call by the tapped op."""
-        pooling = self._block is None
-        where = "the pooling head" if pooling else f"block {self._block}"
-        self._check_call(where, query, key, attn_mask, dropout_p, is_causal, enable_gqa)
-        if not pooling and self._block in self._ports:
-            raise TapeError(f"model: {where} calls attention more than once; expected one call a block")
-        assert self._carrier is not None
-        first, last = self._layout.pooled
+        where = self._where()
+        if dropout_p > 0:
+            raise TapeError(f"model: attention in {where} has dropout {dropout_p} active; call model.eval() first")
+        if is_causal or (attn_mask is not None and not attn_mask.is_floating_point()):
+            what = "causal" if attn_mask is None else f"masked (attn_mask {tuple(attn_mask.shape)}, {attn_mask.dtype})"
+            raise TapeError(f"model: attention in {where} is {what}; only additive masks can be explained")
+        if enable_gqa and key.shape[1] and query.shape[1] % key.shape[1] == 0:  # heads that share keys and values
+            shared = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
+        self._check_shapes(query.shape, key.shape)
+        if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
+            low = torch.get_autocast_dtype(query.device.type)
+            query, key, value = query.to(low), key.to(low), value.to(low)
+        if not self._rollout and self._conservative is None:
+            self._ports[self._block] = self._start_of_relevance()
+            mask = {} if attn_mask is None else {"attn_mask": attn_mask.to(query.dtype)}
+            return function(query, key, value, scale=scale, **mask)
         out, _, carrier, port = ops.attention(
-            query, key, value, self._carrier[:, first:last] if pooling else self._carrier,
-            scale=query.shape[-1] ** -0.5 if scale is None else scale,
-            gated=self._block in self._gatings, residual=not pooling,
+            query, key, value, self._carrier_in(), scale=query.shape[-1] ** -0.5 if scale is None else scale,
+            **({} if attn_mask is None else {"bias": attn_mask}),
+            gated=self._gated(query.dtype), residual=self._block is not None,
+            signed=self._signed, constant_map=self._conservative is not None,
         )  # fmt: skip
-        if self._block is None:
-            self._pool = carrier
-        else:
-            self._carrier = carrier
-            self._ports[self._block] = port
+        self._pass_on(carrier, port)
         return out
 
-    def _check_call(
-        self, where: str, query: Tensor, key: Tensor, mask: Tensor | None, dropout: float, causal: bool, gqa: bool
-    ) -> None:
-        if mask is not None or causal:
-            what = "causal" if mask is None else f"masked (attn_mask {tuple(mask.shape)}, {mask.dtype})"
-            raise TapeError(f"model: attention in {where} is {what}; only attention without a mask can be explained")
-        if dropout > 0:
-            raise TapeError(f"model: attention in {where} has dropout {dropout} active; call model.eval() first")
-        tokens = queries = self._layout.tokens
-        if self._block is None:
-            tokens, queries = self._layout.pooled[1] - self._layout.pooled[0], 1
-        if gqa or query.dim() != 4 or key.dim() != 4 or query.shape[1] != key.shape[1]:
-            raise TapeError(
-                f"model: attention in {where} must have queries and keys [B, H, N, D] with as many heads, got "
-                f"{tuple(query.shape)} and {tuple(key.shape)}"
-            )
+    def _softmax(self, function: Callable[..., Tensor], input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Taps the attention maps of a model that computes them itself; other softmaxes pass."""
+        maps: Tensor = function(input, *args, **kwargs)
         assert self._start is not None
-        if len(query) != len(self._start):
-            raise TapeError(
-                f"model: attention in {where} sees a batch of {len(query)} for {len(self._start)} images; a model that "
-                "makes several views of an image cannot be explained as a whole, explain the views one by one"
-            )
-        if query.shape[2] != queries or key.shape[2] != tokens:
-            raise TapeError(
-                f"model: attention in {where} has {query.shape[2]} queries and {key.shape[2]} keys, expected {queries} "
-                f"and {tokens} ({self._layout.prefix_tokens} prefix tokens and a {self._layout.grid[0]} x "
-                f"{self._layout.grid[1]} grid); windowed attention and dropped patches cannot be explained"
-            )
+        images, tokens = len(self._start), self._keys()
+        dim = kwargs.get("dim", args[0] if args else None)
+        if dim not in (-1, maps.dim() - 1) or maps.dim() not in (3, 4) or maps.shape[-1] != tokens:
+            return maps
+        if maps.shape[-2] != self._queries() or maps.shape[0] == 0 or maps.shape[0] % images:
+            return maps
+        by_head = maps if maps.dim() == 4 else maps.unflatten(0, (images, -1))
+        self._check_shapes(by_head.shape, (*by_head.shape[:2], tokens))
+        if not self._rollout and self._conservative is None:
+            self._ports[self._block] = self._start_of_relevance()
+            return maps
+        tapped, carrier, port = tap_map(
+            by_head, self._carrier_in(), gated=self._gated(by_head.dtype), residual=self._block is not None,
+            signed=self._signed, constant_map=self._conservative is not None,
+        )  # fmt: skip
+        self._pass_on(carrier, port)
+        return tapped if maps.dim() == 4 else tapped.flatten(0, 1)
+
+    def _open(self, _function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self:  # its projections and its attention are to be seen
+            return open_multi_head_attention(*args, **kwargs)
+
+    def _dropout(self, function: Callable[..., Any], input: Tensor, p: float = 0.5, training: bool = True,
+                 inplace: bool = False) -> Any:  # fmt: skip
+        if training and p > 0:
+            raise TapeError(f"model: dropout {p} is active in {self._where()}; call model.eval() first")
+        return function(input, p, training, inplace)
+
+    # -- the carrier of relevance ------------------------------------------------------------------------------
+
+    def _start_of_relevance(self) -> Tensor:
+        assert self._start is not None  # attached() has set it
+        return self._start
+
+    def _carrier_in(self) -> Tensor:
+        """The carrier for the attention that runs now; the pooling head sees the pooled tokens only."""
+        assert self._carrier is not None
+        if self._block is None:
+            first, last = self._pooled
+            return self._carrier[:, first:last]
+        if self._rollout and (self._per_block or self._block == self._start_layer):
+            self._rows[self._block] = self._carrier
+        return self._carrier
+
+    def _gated(self, dtype: torch.dtype) -> bool:
+        # A loss scale, which float16 needs, is taken out of the relevance at the gate ports: all of them are used then.
+        return self._rollout and (self._block in self._records or dtype == torch.float16)
+
+    def _pass_on(self, carrier: Tensor, port: Tensor) -> None:
+        self._carrier, self._ports[self._block] = carrier, port
 
     # -- what the hooks see ------------------------------------------------------------------------------------
 
-    def _entering(self, index: int) -> Callable[[nn.Module, Any], None]:
-        def hook(_module: nn.Module, _inputs: Any) -> None:
+    def _entering(self, index: int) -> Callable[..., Any]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if getattr(_thread, "tape", None) is not self:
-                return
+                return None
             if index != self._finished:
                 raise TapeError(
                     f"model: block {index} runs where block {self._finished} was expected; each must run once, in order"
                 )
             self._block = index
+            if self._rollout or not (index == self._start_layer or (self._per_block and index > self._start_layer)):
+                return None
+            return self._tap_input(index, args, kwargs)
 
         return hook
 
+    def _tap_input(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The block's tokens, through a tap that takes x . g."""
+        record = Contribution()
+        slots = tuple(slot.requires_grad_() for slot in record.slots(self._start_of_relevance().detach()))
+
+        def tapped(x: Tensor) -> Tensor:
+            out, scale = tap_stream(x, None, record, slots, self._layout.tokens_first)
+            self._scales.append(scale)
+            return out
+
+        self._rows[index] = slots[0]
+        if args and isinstance(args[0], Tensor):
+            return (tapped(args[0]), *args[1:]), kwargs
+        for name, value in kwargs.items():
+            if isinstance(value, Tensor) and value.dim() == 3:
+                return args, {**kwargs, name: tapped(value)}
+        raise TapeError(f"model: block {index} is called without a tensor of tokens [B, N, C]")
+
     def _leaving(self, index: int) -> Callable[[nn.Module, Any, Any], Any]:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        def hook(module: nn.Module, _inputs: Any, output: Any) -> Any:
             if getattr(_thread, "tape", None) is not self:
                 return None
             self._block, self._finished = None, index + 1
-            if index not in self._ports:
-                raise TapeError(
-                    f"model: block {index} ({type(_module).__name__}) ran without calling "
-                    "torch.nn.functional.scaled_dot_product_attention, so its attention was not seen; in timm call "
-                    "timm.layers.set_fused_attn(True) before creating the model"
-                )
-            gating = self._gatings.get(index)
-            if gating is None:
+            if self._conservative is not None:
+                self._conservative.forget()
+            if index < self._start_layer:
                 return None
-            if not isinstance(output, Tensor) or output.dim() != 3:
+            if index not in self._ports:
+                raise TapeError(self._unseen(index, module))
+            x, rest = (output[0], output[1:]) if isinstance(output, tuple) and output else (output, None)
+            if not isinstance(x, Tensor) or x.dim() != 3:
                 raise TapeError(f"model: block {index} returned {type(output).__name__}, expected a tensor [B, N, C]")
-            return _Tap.apply(output, self._ports[index], gating)  # type: ignore[no-untyped-call]
+            if index in self._records:
+                x = self._tap_output(index, x)
+            if index == self._last_block:
+                self._last = x
+            return x if rest is None else (x, *rest)
 
         return hook
 
-    def _check_complete(self, y: Tensor) -> None:
+    def _tap_output(self, index: int, x: Tensor) -> Tensor:
+        record = self._records[index]
+        slots = tuple(slot.requires_grad_() for slot in record.slots(self._start_of_relevance().detach()))
+        self._slots[index] = slots
+        port = self._ports[index] if self._rollout else None
+        out, scale = tap_stream(x, port, record, slots, self._layout.tokens_first)
+        self._scales.append(scale)
+        return out
+
+    # -- checks ------------------------------------------------------------------------------------------------
+
+    def _where(self) -> str:
+        return "the pooling head" if self._block is None else f"block {self._block}"
+
+    def _keys(self) -> int:
+        return self._layout.tokens if self._block is not None else self._pooled[1] - self._pooled[0]
+
+    def _queries(self) -> int:
+        return self._layout.tokens if self._block is not None else 1
+
+    def _check_shapes(self, query: tuple[int, ...], key: tuple[int, ...]) -> None:  # [B, H, Nq, ...], [B, H, N, ...]
+        where = self._where()
+        if self._block in self._ports:
+            raise TapeError(f"model: {where} calls attention more than once; expected one call a block")
+        if len(query) != 4 or len(key) < 3 or query[1] != key[1]:
+            raise TapeError(
+                f"model: attention in {where} must have queries and keys [B, H, N, D] with as many heads, got "
+                f"{tuple(query)} and {tuple(key)}"
+            )
+        assert self._start is not None
+        if query[0] != len(self._start):
+            raise TapeError(
+                f"model: attention in {where} sees a batch of {query[0]} for {len(self._start)} images; a model that "
+                "makes several views of an image cannot be explained as a whole, explain the views one by one"
+            )
+        if query[2] != self._queries() or key[2] != self._keys():
+            raise TapeError(
+                f"model: attention in {where} has {query[2]} queries and {key[2]} keys, expected {self._queries()} "
+                f"and {self._keys()} ({self._layout.prefix_tokens} prefix tokens and a {self._layout.grid[0]} x "
+                f"{self._layout.grid[1]} grid); windowed attention and dropped patches cannot be explained"
+            )
+
+    def _unseen(self, index: int, module: nn.Module) -> str:
+        return (
+            f"model: block {index} ({type(module).__name__}) ran without an attention that could be seen: neither "
+            "torch.nn.functional.scaled_dot_product_attention, nor nn.MultiheadAttention, nor a softmax over "
+            f"[B, H, {self._layout.tokens}, {self._layout.tokens}]; use an implementation that calls one of them"
+        )
+
+    def _check_complete(self, values: Tensor) -> None:
         if self._finished != len(self._layout.blocks):
             raise TapeError(f"model: {self._finished} of {len(self._layout.blocks)} blocks ran; call the tower once")
-        if self._layout.pooling == "attention" and self._pool is None:
-            raise TapeError("model: the pooling head ran without calling scaled_dot_product_attention")
-        assert self._carrier is not None
-        if not (y.requires_grad and self._carrier.requires_grad):
+        if self._layout.pooling == "attention" and None not in self._ports:
+            raise TapeError("model: the pooling head ran without an attention that could be seen")
+        carriers = [self._carrier] if self._rollout else []
+        if not (values.requires_grad and all(c is not None and c.requires_grad for c in carriers)):
             raise TapeError(
                 "model: its logits carry no gradient to the tower; its forward must not run under torch.no_grad(), "
                 "torch.inference_mode() or detach the tower's output"

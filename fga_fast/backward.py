@@ -1,0 +1,100 @@
+"""One call of autograd for all that an explanation needs, for one target an image or K of them together.
+
+Relevance, scores and gates leave as gradients of dummy tensors (taps.py), so K targets are K rows of gradients of the
+same graph, run as one backward pass over [K, B, ...] (`is_grads_batched`), in chunks that bound the memory.
+
+float16 gradients underflow where a float32 model has tiny ones. There the explained values are differentiated times a
+power of two of each row's own, chosen from the gradient at the last residual stream and lowered where it overflows;
+relevance is not linear in it, so its inverse travels along the gate ports.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+_LARGEST = 2.0**14  # first try of a loss scale: the largest power of two with room to spare in float16
+_AIM = 2.0**4  # wanted size of the largest gradient at the last residual stream; leaves 2^11 for growth on the way
+_TRIES = 4
+
+
+@dataclass
+class Graph:
+    """Ends of a recorded forward pass: what is differentiated, what with, and with respect to what."""
+
+    end: Tensor | None  # [B, N] last carrier, or [B, 1] after an attention pool; None if no relevance is rolled out
+    seed: Tensor | None  # like `end`: the row of relevance that enters there
+    inputs: list[Tensor]  # dummies whose gradients are wanted, each [B, ...]
+    ports: list[Tensor] = field(default_factory=list)  # [B, N] of attentions that no SAE gates, if scaled
+    scales: list[Tensor] = field(default_factory=list)  # [B] of stream taps, if scaled
+    last: Tensor | None = None  # [B, N, C] last residual stream, if gradients are to be scaled
+    tokens_first: bool = False  # it is [N, B, C]
+
+
+def differentiate(graph: Graph, values: Tensor, chunk: int) -> list[Tensor]:  # values [B] or [B, K]
+    """Gradients of `graph.inputs`: each [B, ...], or [B, K, ...] for K values an image, at most `chunk` at a time."""
+    if values.dim() == 1:
+        return _pass(graph, values, torch.ones_like(values), retain=False)
+    count = values.shape[1]
+    parts: list[list[Tensor]] = []
+    for first in range(0, count, chunk):
+        chosen = torch.arange(first, min(first + chunk, count), device=values.device)
+        ones = torch.zeros(len(chosen), *values.shape, dtype=values.dtype, device=values.device)
+        ones[torch.arange(len(chosen), device=values.device), :, chosen] = 1
+        parts.append(_pass(graph, values, ones, retain=first + chunk < count))
+    return [torch.cat(found).movedim(0, 1) for found in zip(*parts, strict=True)]
+
+
+def _pass(graph: Graph, values: Tensor, ones: Tensor, retain: bool) -> list[Tensor]:
+    """One backward pass; `ones` [B], or [K, B, K'] for K of K' values together."""
+    if graph.last is None:
+        return _gradients(graph, values, ones, None, retain)
+    scale = _choose_scale(graph, graph.last, values, ones)  # [B] or [K, B]
+    for last_try in (*[False] * (_TRIES - 1), True):
+        found = _gradients(graph, values, ones, scale, retain=retain or not last_try)
+        overflown = torch.stack([~torch.isfinite(f).flatten(scale.dim()).all(-1) for f in found]).any(0)
+        if not bool(overflown.any()):
+            break
+        scale = torch.where(overflown, scale / 2**6, scale)
+    return found
+
+
+def _gradients(graph: Graph, values: Tensor, ones: Tensor, scale: Tensor | None, retain: bool) -> list[Tensor]:
+    batched = values.dim() == 2
+    leading = ones.shape[:1] if batched else ()
+    outputs, seeds = [values], [ones if scale is None else _scaled(ones, scale)]
+    if graph.end is not None and graph.seed is not None:
+        outputs.append(graph.end)
+        seeds.append(graph.seed.expand(*leading, *graph.seed.shape))
+    if scale is not None:
+        inverse = 1 / scale
+        for port in graph.ports:
+            outputs.append(port)
+            seeds.append(inverse.to(port.dtype).unsqueeze(-1).expand(*leading, *port.shape))
+        for port in graph.scales:
+            outputs.append(port)
+            seeds.append(inverse.to(port.dtype))
+    return list(torch.autograd.grad(outputs, graph.inputs, seeds, retain_graph=retain, is_grads_batched=batched))
+
+
+def _scaled(ones: Tensor, scale: Tensor) -> Tensor:
+    wide = scale if ones.dim() == 1 else scale.unsqueeze(-1)
+    return (ones.to(wide.dtype) * wide).to(ones.dtype)
+
+
+def _choose_scale(graph: Graph, last: Tensor, values: Tensor, ones: Tensor) -> Tensor:
+    """Loss scale of each row, [B] or [K, B]: powers of two that bring the gradient at `last` to about `_AIM`."""
+    rows = ones.shape[:1] if values.dim() == 1 else ones.shape[:2]
+    scale = torch.full(rows, _LARGEST, dtype=torch.float32, device=values.device)
+    for _ in range(_TRIES):
+        seed = _scaled(ones, scale)
+        (g,) = torch.autograd.grad(values, last, seed, retain_graph=True, is_grads_batched=values.dim() == 2)
+        largest = g.float().abs().amax((-1, -3 if graph.tokens_first else -2))
+        if bool(torch.isfinite(largest).all()):
+            break
+        scale = torch.where(torch.isfinite(largest), scale, scale / 2**6)
+    factor = torch.where(largest > 0, _AIM / largest.clamp_min(1e-30), torch.ones_like(largest))
+    # No larger than the first try: the scaled seed itself has to fit into the dtype of the values.
+    return (scale * 2.0 ** factor.log2().floor()).clamp(2.0**-14, _LARGEST)

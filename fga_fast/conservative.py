@@ -1,0 +1,147 @@
+"""The conservative backward pass: functions of the model whose non-linear factor is held constant in it.
+
+With the scale of LayerNorm and RMSNorm, the gate act(z) / z of an activation, the attention map and the norm of a
+feature vector constant, the model is linear in its tokens, so that at every block the sum over tokens of x . g, plus
+the contributions of all bias terms, is the logit (A. Ali et al., XAI for Transformers: Better Explanations through
+Conservative Propagation, ICML 2022; for activations cf. LibraGrad, CVPR 2025). The forward pass is not changed.
+
+In a gated MLP, act(a) * b, all of act(a) is the gate, and b carries everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Function = Callable[..., Any]
+
+
+class _Norm(torch.autograd.Function):
+    """y = (x - mean) / scale * weight + bias with a constant scale; without the mean for RMSNorm."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, y: Tensor, dims: tuple[int, ...], eps: float, centred: bool
+    ) -> Tensor:
+        wide = x.double() if x.dtype == torch.float64 else x.float()
+        square = wide.var(dims, unbiased=False, keepdim=True) if centred else wide.square().mean(dims, keepdim=True)
+        ctx.save_for_backward((square + eps).rsqrt(), *([] if weight is None else [weight]))
+        ctx.dims, ctx.centred, ctx.dtype = dims, centred, x.dtype
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        inverse, *weight = ctx.saved_tensors
+        g = grads[0].to(inverse.dtype)
+        g = (g * weight[0] if weight else g) * inverse
+        if ctx.centred:
+            g = g - g.mean(ctx.dims, keepdim=True)
+        return g.to(ctx.dtype), None, None, None, None, None
+
+
+class _Gate(torch.autograd.Function):
+    """y = x * (act(x) / x) with the second factor constant; `limit` is its value at 0."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, limit: float) -> Tensor:
+        ctx.save_for_backward(torch.where(x == 0, limit, y / x))
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (gate,) = ctx.saved_tensors
+        return grads[0] * gate, None, None
+
+
+class Conservative:
+    """Handlers of one forward pass: `handlers[function](function, *args, **kwargs)` answers a call of the model's."""
+
+    def __init__(self) -> None:
+        # Outputs of activations, which a product with something else makes the gate of a gated MLP. Kept here so that
+        # no other tensor takes their ids, for one block at a time (see `forget`).
+        self._activations: dict[int, Tensor] = {}
+        self.handlers: dict[Function, Function] = {
+            F.layer_norm: self._layer_norm,
+            torch.layer_norm: self._layer_norm,
+            F.rms_norm: self._rms_norm,
+            torch.rms_norm: self._rms_norm,
+            F.normalize: self._normalize,
+            F.glu: self._glu,
+        }
+        limits = {F.gelu: 0.5, F.silu: 0.5, F.hardswish: 0.5, F.mish: 0.6}  # of act(z) / z at 0
+        self.handlers |= {act: self._activation(limit) for act, limit in limits.items()}
+        # Factors of activations, scales and norms that a model writes out itself.
+        for name in ("sigmoid", "tanh", "erf", "rsqrt", "norm"):
+            self.handlers |= dict.fromkeys((getattr(torch, name), getattr(Tensor, name)), self._constant)
+        others = (F.sigmoid, F.tanh, torch.special.erf, torch.special.expit, F.hardsigmoid)
+        norms = (torch.linalg.vector_norm, torch.linalg.norm)
+        self.handlers |= dict.fromkeys((*others, *norms), self._constant)
+        products = (torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__)
+        self.handlers |= dict.fromkeys((*products, Tensor.mul_, Tensor.__imul__), self._product)
+
+    def forget(self) -> None:
+        """Lets go of the activations of a block that has ended."""
+        self._activations.clear()
+
+    def _layer_norm(
+        self, function: Function, input: Tensor, normalized_shape: Any, weight: Tensor | None = None,
+        bias: Tensor | None = None, eps: float = 1e-5, *rest: Any,
+    ) -> Tensor:  # fmt: skip
+        with torch.no_grad():
+            y = function(input, normalized_shape, weight, bias, eps, *rest)
+        return _norm(input, normalized_shape, weight, y, eps, centred=True)
+
+    def _rms_norm(
+        self, function: Function, input: Tensor, normalized_shape: Any, weight: Tensor | None = None,
+        eps: float | None = None,
+    ) -> Tensor:  # fmt: skip
+        with torch.no_grad():
+            y = function(input, normalized_shape, weight, eps)
+        return _norm(input, normalized_shape, weight, y, torch.finfo(input.dtype).eps if eps is None else eps, False)
+
+    def _activation(self, limit: float) -> Function:
+        def handler(function: Function, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            with torch.no_grad():
+                y = function(input.clone() if kwargs.get("inplace") else input, *args, **kwargs)
+            out: Tensor = _Gate.apply(input, y, limit)  # type: ignore[no-untyped-call]
+            self._activations[id(out)] = out
+            return out
+
+        return handler
+
+    def _constant(self, function: Function, *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs).detach()
+
+    def _normalize(
+        self, _function: Function, input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: None = None
+    ) -> Tensor:
+        return input / input.norm(p, dim, keepdim=True).clamp_min(eps).detach()
+
+    def _glu(self, _function: Function, input: Tensor, dim: int = -1) -> Tensor:
+        carrying, gate = input.chunk(2, dim)
+        return carrying * gate.sigmoid().detach()
+
+    def _product(self, function: Function, input: Any, other: Any, **kwargs: Any) -> Any:
+        factors = [input, other]
+        acts = [isinstance(factor, Tensor) and id(factor) in self._activations for factor in factors]
+        if acts[0] != acts[1]:
+            gate, carrying = factors if acts[0] else factors[::-1]
+            if isinstance(carrying, Tensor) and carrying.requires_grad:
+                if function is Tensor.mul_ and acts[0]:
+                    raise ValueError(
+                        "model: an activation is multiplied in place (mul_), which hides the gate of a gated MLP from "
+                        'backward="conservative"; write the product as a * b, or use backward="exact"'
+                    )
+                return gate.detach() * carrying
+        return function(*factors, **kwargs)
+
+
+def _norm(x: Tensor, shape: Any, weight: Tensor | None, y: Tensor, eps: float, centred: bool) -> Tensor:
+    count = 1 if isinstance(shape, int) else len(shape)
+    dims = tuple(range(-count, 0))
+    out: Tensor = _Norm.apply(x, weight, y, dims, eps, centred)  # type: ignore[no-untyped-call]
+    return out

@@ -1,0 +1,148 @@
+"""What a tape puts into a model's graph: identities in the forward pass that carry something in the backward pass.
+
+Each of them uses the same device: the *gradient* of a dummy tensor of zeros is what is wanted. So relevance, gates,
+scores and contributions all leave through one call of `torch.autograd.grad`, also with K targets at once
+(`is_grads_batched`), and nothing is written to the side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fga_fast.ops.few_rows import few_rows_product
+
+# (x_l [B, N, C], g_l [B, N, C], inverse [B] or None) -> gate of every token [B, N] or None, and what fills the slots.
+# `g_l` is the gradient times a loss scale, `inverse` its inverse; None stands for 1.
+Record = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor | None, tuple[Tensor, ...]]]
+
+
+class _StreamTap(torch.autograd.Function):
+    """Identity on the residual stream; in backward, scores it, gates the block before and fills the slots."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, port: Tensor | None, record: Record, transposed: bool, *slots: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x)
+        ctx.record, ctx.transposed, ctx.gates = record, transposed, port is not None
+        ctx.set_materialize_grads(False)
+        images = x.shape[1 if transposed else 0]
+        # A copy, so that a model that adds in place does not overwrite the x_l that is scored.
+        return x.clone(), x.new_zeros(images, dtype=slots[0].dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        g, inverse = grads
+        if g is None:
+            g = torch.zeros_like(x)
+        turned = (x.transpose(0, 1), g.transpose(0, 1)) if ctx.transposed else (x, g)
+        gate, recorded = ctx.record(*turned, inverse)
+        if gate is not None and inverse is not None:
+            gate = gate * inverse.unsqueeze(-1)
+        return g, gate if ctx.gates else None, None, None, *recorded
+
+
+def tap_stream(
+    x: Tensor,  # [B, N, C], or [N, B, C] if `transposed`
+    port: Tensor | None,  # [B, N]
+    record: Record,
+    slots: tuple[Tensor, ...],
+    transposed: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Passes the residual stream on. In backward `record` sees it with its gradient; its gate leaves through `port`,
+    what else it returns leaves as the gradients of `slots`.
+
+    Returns:
+        x, and a port [B] whose gradient is to be the inverse of the loss scale (none: 1).
+    """
+    out: tuple[Tensor, Tensor] = _StreamTap.apply(x, port, record, transposed, *slots)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _MapTap(torch.autograd.Function):
+    """Identity on explicit attention probabilities; in backward, one step of the rollout."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, maps: Tensor, carrier: Tensor, gated: bool, residual: bool, signed: bool, constant_map: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(maps)
+        ctx.gated, ctx.residual, ctx.signed, ctx.constant_map = gated, residual, signed, constant_map
+        ctx.set_materialize_grads(False)
+        images, _, queries, keys = maps.shape
+        return maps.view_as(maps), carrier.new_zeros(images, queries), carrier.new_zeros(images, keys)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        (maps,) = ctx.saved_tensors
+        d_maps, row, gate = grads
+        if ctx.gated and gate is None:
+            raise RuntimeError("attention: no gate arrived at the port of an attention called with gated=True")
+        if row is None or d_maps is None:
+            return None if ctx.constant_map else d_maps, row if ctx.residual else None, None, None, None, None
+        weighted = maps.to(row.dtype) * d_maps.to(row.dtype)  # [B, H, Nq, N]
+        if not ctx.signed:
+            weighted = weighted.clamp(min=0)
+        message = (row.unsqueeze(-2) @ weighted.mean(dim=-3)).squeeze(-2)  # [B, N]
+        if gate is not None:
+            message = gate * message
+        leaving = row + message if ctx.residual else message
+        return None if ctx.constant_map else d_maps, leaving, None, None, None, None
+
+
+def tap_map(
+    maps: Tensor,  # [B, H, Nq, N]
+    carrier: Tensor,  # [B, N]
+    *,
+    gated: bool,
+    residual: bool,
+    signed: bool,
+    constant_map: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The tap for attention that a model computes itself, placed after its softmax; see `ops.attention`.
+
+    The model keeps its maps for its own backward pass anyway, so this costs no memory that it would not take.
+
+    Returns:
+        the maps, the carrier [B, Nq] for the next block and the gate port [B, N].
+    """
+    settings = (gated, residual, signed, constant_map)
+    out: tuple[Tensor, Tensor, Tensor] = _MapTap.apply(maps, carrier, *settings)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _LinearOfFewRows(torch.autograd.Function):
+    """A linear layer of the last block, whose gradient is zero at most tokens when one token is pooled.
+
+    The products with zero rows are left out: for a class-token model three quarters of that block's backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # [rows, in] [out, in] [out]
+        ctx.save_for_backward(weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (g,) = grads  # [rows, out]
+        (weight,) = ctx.saved_tensors
+        return few_rows_product(g, weight.to(g.dtype)), None, None  # the two differ under autocast
+
+
+def linear_of_few_rows(
+    input: Tensor,  # [..., in]
+    weight: Tensor,  # [out, in]
+    bias: Tensor | None = None,  # [out]
+) -> Tensor:
+    """`F.linear` whose backward pass leaves out the rows without gradient."""
+    if weight.requires_grad or (bias is not None and bias.requires_grad):  # computed from the input: they have a say
+        return F.linear(input, weight, bias)
+    # Flat rows, so that the function's output is no view and the model may change it in place.
+    out: Tensor = _LinearOfFewRows.apply(input.reshape(-1, input.shape[-1]), weight, bias)  # type: ignore[no-untyped-call]
+    return out.view(*input.shape[:-1], out.shape[-1])

@@ -8,6 +8,7 @@ import logging
 import os
 
 import torch
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def cuda_error() -> str:
     return str(_cuda_error) if _cuda_error else ""
 
 
-def require_cpu(op: str, tensor: torch.Tensor) -> None:
+def require_cpu(op: str, tensor: Tensor) -> None:
     """Refuses a tensor for whose device there is no native kernel, with the reason."""
     if tensor.device.type == "cpu" or tensor.device.type == "meta":
         return
@@ -75,10 +76,46 @@ def refuse_gradient(op: str) -> None:
     def setup_context(ctx: object, inputs: object, output: object) -> None:
         pass
 
-    def backward(ctx: object, *grads: torch.Tensor) -> None:
+    def backward(ctx: object, *grads: Tensor) -> None:
         raise RuntimeError(f"fga_fast::{op} has no gradient: it is part of a backward pass; detach its arguments")
 
     torch.library.register_autograd(f"fga_fast::{op}", backward, setup_context=setup_context)
+
+
+def fold(tensor: Tensor, dim: int | None, count: int) -> Tensor:  # [.., K, ..] with K at `dim`; None: without K
+    """Rows of a tensor that vmap batches, [K * M, ...] with K outermost; without `dim` every k has the same rows."""
+    if count == 0:
+        raise ValueError("vmap: expected at least one target, got a batched dim of size 0")
+    batched = tensor.expand(count, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return batched.flatten(0, 1)
+
+
+def unfold(tensor: Tensor, count: int) -> Tensor:  # [K * M, ...]
+    """The opposite of `fold`, [K, M, ...]."""
+    return tensor.view(count, tensor.shape[0] // count, *tensor.shape[1:])
+
+
+def fold_image(
+    image: Tensor | None,  # [M], [K, M] or [M, K]
+    dim: int | None,
+    like: Tensor,
+    count: int,
+    images: int,
+    apart: bool,
+) -> Tensor:
+    """Which image each of K * M folded rows belongs to, [K * M] on the device of `like`.
+
+    Args:
+        image: as the op was called with; None: row m is image m.
+        images: B, images of one k.
+        apart: each k has images of its own, which were folded too.
+    """
+    each = torch.arange(images, device=like.device) if image is None else image
+    folded = fold(each, dim, count)
+    if not apart:
+        return folded
+    first = torch.arange(count, device=like.device) * images
+    return folded + first.repeat_interleave(len(folded) // count)
 
 
 def statistic_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -139,6 +139,34 @@ def _attention_backward_fake(
     return gradient(need_qk, queries), gradient(need_qk, keys), gradient(need_v, keys), row.new_empty(rows, keys)
 
 
+def _attention_backward_vmap(
+    info: Any, in_dims: tuple[int | None, ...], grad_out: Tensor, row: Tensor, gate: Tensor | None, q: Tensor,
+    k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, image: Tensor | None, *flags: Any,
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:  # fmt: skip
+    """K targets of the same images are one call with K * M rows; what they share is neither copied nor expanded."""
+    count = info.batch_size
+    of_images = [q, k, v, out, lse]
+    dims = [*in_dims[3:6], *in_dims[7:9]]
+    apart = in_dims[6] is not None or any(dim is not None for dim in dims)
+    if apart:
+        of_images = [_library.fold(t, dim, count) for t, dim in zip(of_images, dims, strict=True)]
+    images = len(of_images[0]) // count if apart else len(q)
+    if apart and bias is not None:
+        each = bias if in_dims[6] is None else bias.movedim(in_dims[6], 0)
+        bias = _library.fold(each.expand(count, images, *each.shape[-3:]), 0, count)
+    image = _library.fold_image(image, in_dims[9], q, count, images, apart)
+    outputs = torch.ops.fga_fast.attention_backward(
+        _library.fold(grad_out, in_dims[0], count), _library.fold(row, in_dims[1], count),
+        None if gate is None else _library.fold(gate, in_dims[2], count),
+        *of_images[:3], bias, *of_images[3:], image, *flags,
+    )  # fmt: skip
+    wanted = [t.dim() > 1 for t in outputs]  # an output that was not wanted is [0] and has no rows
+    return (
+        tuple(_library.unfold(t, count) if given else t for t, given in zip(outputs, wanted, strict=True)),
+        tuple(0 if given else None for given in wanted),
+    )
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, carrier, bias, ctx.scale, ctx.gated, ctx.residual, ctx.signed, ctx.constant_map = inputs
     if ctx.needs_input_grad[4]:
@@ -173,5 +201,6 @@ def register() -> None:
     """Called once by the library's loader."""
     torch.library.register_fake("fga_fast::attention", _attention_fake)
     torch.library.register_fake("fga_fast::attention_backward", _attention_backward_fake)
+    torch.library.register_vmap("fga_fast::attention_backward", _attention_backward_vmap)
     torch.library.register_autograd("fga_fast::attention", _attention_grad, setup_context=_save)
     _library.refuse_gradient("attention_backward")

@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,13 @@ def _fake(scores: Tensor, base: float, slope: float) -> Tensor:
     return scores.new_empty(scores.shape)
 
 
+def _vmap(info: Any, in_dims: tuple[int | None, ...], scores: Tensor, base: float, slope: float) -> tuple[Tensor, int]:
+    folded = _library.fold(scores, in_dims[0], info.batch_size)
+    return _library.unfold(torch.ops.fga_fast.gate(folded, base, slope), info.batch_size), 0
+
+
 def register() -> None:
     """Called once by the library's loader."""
     torch.library.register_fake("fga_fast::gate", _fake)
+    torch.library.register_vmap("fga_fast::gate", _vmap)
     _library.refuse_gradient("gate")

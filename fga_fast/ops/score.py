@@ -9,7 +9,7 @@ kept.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -115,7 +115,23 @@ def _fake(
     )
 
 
+def _vmap(
+    info: Any, in_dims: tuple[int | None, ...], x: Tensor, g: Tensor, image: Tensor | None, *rest: Any
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """One call for all K: the codes of images that every k shares are computed once."""
+    if any(dim is not None for dim in in_dims[3:]):
+        raise ValueError("score: vmap over a dictionary or a permutation is not possible; call score once for each")
+    count, apart = info.batch_size, in_dims[0] is not None
+    if apart:
+        x = _library.fold(x, in_dims[0], count)
+    images = len(x) // count if apart else len(x)
+    image = _library.fold_image(image, in_dims[2], x, count, images, apart)
+    outputs = torch.ops.fga_fast.score(x, _library.fold(g, in_dims[1], count), image, *rest)
+    return tuple(_library.unfold(t, count) for t in outputs), (0,) * len(outputs)
+
+
 def register() -> None:
     """Called once by the library's loader."""
     torch.library.register_fake("fga_fast::score", _fake)
+    torch.library.register_vmap("fga_fast::score", _vmap)
     _library.refuse_gradient("score")

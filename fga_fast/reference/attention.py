@@ -40,16 +40,18 @@ def attention(
 def attention_relevance(
     probabilities: Tensor,  # [M, H, Nq, N]
     gradient: Tensor,  # [M, H, Nq, N], of the explained logit with respect to the probabilities
+    signed: bool = False,
 ) -> Tensor:
     """Relevance map of one attention, averaged over its heads.
 
-    Equation: `Cbar = mean_h relu(A * dA)`.
+    Equation: `Cbar = mean_h relu(A * dA)`, or `Cbar = mean_h (A * dA)` if `signed`, which keeps negative evidence.
 
     Returns:
-        Cbar [M, Nq, N], values >= 0, in `relevance_dtype`.
+        Cbar [M, Nq, N], values >= 0 unless signed, in `relevance_dtype`.
     """
     dtype = relevance_dtype(probabilities.dtype)
-    return (probabilities.to(dtype) * gradient.to(dtype)).clamp(min=0).mean(dim=1)
+    weighted = probabilities.to(dtype) * gradient.to(dtype)
+    return (weighted if signed else weighted.clamp(min=0)).mean(dim=1)
 
 
 def attention_backward(
@@ -62,15 +64,17 @@ def attention_backward(
     image: Tensor | None,  # [M] int64, image of each row; None: M == B and row m belongs to image m
     scale: float,
     residual: bool,
+    bias: Tensor | None = None,  # broadcastable to [B, H, Nq, N], added before the softmax
+    signed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of softmax attention, and the row of relevance on its way from the output to the input tokens.
 
-    Equations, with `A = softmax(scale * q k^T)` and `dO = grad_out`:
+    Equations, with `A = softmax(scale * q k^T + bias)` and `dO = grad_out`:
 
         dv = A^T dO
         dA = dO v^T
         dS = A * (dA - rowsum(A * dA)),    dq = scale * dS k,    dk = scale * dS^T q
-        Cbar = mean_h relu(A * dA)
+        Cbar = mean_h relu(A * dA), without the relu if signed
         row_out = (row if residual else 0) + gate * (row Cbar)
 
     With `residual` this is `row (I + Cbar diag(gate))`, one factor of the rollout. Without it (an attention pool, whose
@@ -89,7 +93,9 @@ def attention_backward(
         )
     if image is not None:
         q, k, v = q[image], k[image], v[image]
-    _, probabilities = attention(q, k, v, scale)  # [M, H, Nq, N]
+        if bias is not None and bias.dim() == 4 and bias.shape[0] > 1:
+            bias = bias[image]
+    _, probabilities = attention(q, k, v, scale, bias)  # [M, H, Nq, N]
     d_probabilities = grad_out @ v.transpose(-2, -1)  # [M, H, Nq, N]
     weighted = probabilities * d_probabilities
     d_logits = weighted - probabilities * weighted.sum(dim=-1, keepdim=True)
@@ -97,7 +103,7 @@ def attention_backward(
     dk = d_logits.transpose(-2, -1) @ q * scale
     dv = probabilities.transpose(-2, -1) @ grad_out
 
-    relevance = attention_relevance(probabilities, d_probabilities).to(row.dtype)  # [M, Nq, N]
+    relevance = attention_relevance(probabilities, d_probabilities, signed).to(row.dtype)  # [M, Nq, N]
     message = (row.unsqueeze(1) @ relevance).squeeze(1)  # [M, N]
     if gate is not None:
         message = gate * message

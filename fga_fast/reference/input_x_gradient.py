@@ -1,0 +1,41 @@
+"""What each token contributes to the explained value: its entry in the residual stream times the gradient there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fga_fast.reference.attention import relevance_dtype
+
+
+def input_x_gradient(
+    x: Tensor,  # [B, N, C], input of a block
+    g: Tensor,  # [B, N, C], gradient of the explained value with respect to it
+) -> Tensor:
+    """Signed contribution of every token.
+
+    Equation: `c_t = x_t . g_t`. Under the conservative backward pass `sum_t c_t`, plus `b . dy/db` of all bias terms
+    after x, is the explained value (A. Ali et al., ICML 2022).
+
+    Returns:
+        [B, N] in `relevance_dtype`.
+    """
+    dtype = relevance_dtype(x.dtype)
+    return (x.to(dtype) * g.to(dtype)).sum(dim=-1)
+
+
+def gated(
+    contribution: Tensor,  # [B, P], of the patches
+    gates: Sequence[Tensor],  # each [B, P], of the blocks after x
+) -> Tensor:
+    """Contributions with the gates of all blocks that they pass.
+
+    Equation: `c_p <- c_p * prod_l w_lp`.
+
+    Returns:
+        [B, P].
+    """
+    for gate in gates:
+        contribution = contribution * gate
+    return contribution

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fga_fast.atomic import atomic_write
 from fga_fast.colormaps import apply_colormap
 from fga_fast.images import as_rgb
 
@@ -21,9 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from fga_fast.images import ImageInput
-
-_FORMAT = "fga_fast.explanation.1"
-_MAX_HEADER = 16 * 2**20  # bytes of JSON; ours has a few hundred per tensor
 
 
 class TopFeatures(NamedTuple):
@@ -50,14 +45,21 @@ class Explanation:
 
     Attributes:
         relevance: [B,P] or [B,K,P] float32 (float64 for float64 models), the pooled token's row of R at the patches.
-        logits: [B,classes].
-        targets: [B] or [B,K] int64, the explained classes.
+            At least 0, unless signed relevance or input x gradient was asked for: then evidence against is below 0.
+        logits: [B,classes]; similarities to the T prompts of a call, [B,T], or to embeddings.
+        targets: [B] or [B,K] int64, the explained classes: columns of `logits`; -1 where a function was explained. Of a
+            difference the class that was preferred.
         grid: patches (rows, columns); P = rows * columns, row by row.
         image_size: (height, width) of the model's input in pixels.
         scores, gates: per gated layer, like `relevance`; gates lie in [1/base, base].
         backend: what computed it: "native" or "reference", with the reason in brackets where "auto" fell back.
         ungated: like `relevance` but without gates (TransMM), if it was computed.
         features: per gated layer the strongest SAE features, if they were asked for.
+        values: like `targets`, the explained numbers: a logit, a difference of two, a cosine, a function's value.
+        blocks: [B,L',P] or [B,K,L',P], if asked for: entry i is the relevance of the patches that enter block
+            start_layer + i, so entry 0 equals `relevance`.
+        names: of the columns of `logits`, where known: class names or prompts.
+        start_layer: the first block that was rolled out.
 
     Raises:
         ValueError: shapes that do not fit together.
@@ -73,6 +75,10 @@ class Explanation:
     backend: str = "reference"
     ungated: Tensor | None = None  # [B, P] or [B, K, P]
     features: dict[int, TopFeatures] = field(default_factory=dict)
+    values: Tensor | None = None  # [B] or [B, K]
+    blocks: Tensor | None = None  # [B, L', P] or [B, K, L', P]
+    names: tuple[str, ...] | None = None
+    start_layer: int = 0
 
     def __post_init__(self) -> None:
         self.grid = (int(self.grid[0]), int(self.grid[1]))
@@ -92,6 +98,7 @@ class Explanation:
         for name, value in alike.items():
             if tuple(value.shape) != shape:
                 raise ValueError(f"{name}: expected shape {shape} like relevance, got {tuple(value.shape)}")
+        self._check_extras(shape)
         for layer, top in self.features.items():
             k = top.image_index.shape[-1]
             for name, value in top._asdict().items():
@@ -99,15 +106,33 @@ class Explanation:
                 if tuple(value.shape) != expected:
                     raise ValueError(f"features[{layer}].{name}: expected {expected}, got {tuple(value.shape)}")
 
+    def _check_extras(self, shape: tuple[int, ...]) -> None:
+        if self.values is not None and tuple(self.values.shape) != shape[:-1]:
+            raise ValueError(f"values: expected shape {shape[:-1]} like targets, got {tuple(self.values.shape)}")
+        if self.blocks is not None:
+            found = tuple(self.blocks.shape)
+            if len(found) != len(shape) + 1 or (*found[:-2], found[-1]) != shape or found[-2] == 0:
+                raise ValueError(f"blocks: expected shape {(*shape[:-1], 'blocks', shape[-1])}, got {found}")
+        if self.names is not None:
+            self.names = tuple(self.names)
+            if len(self.names) != self.logits.shape[1] or not all(isinstance(name, str) for name in self.names):
+                raise ValueError(
+                    f"names: expected {self.logits.shape[1]} str, one a column of logits, got {self.names!r:.80}"
+                )
+        if isinstance(self.start_layer, bool) or not isinstance(self.start_layer, int) or self.start_layer < 0:
+            raise ValueError(f"start_layer: expected a block number from 0, got {self.start_layer!r}")
+
     def __repr__(self) -> str:
         batch, patches = self.relevance.shape[0], f"{self.grid[0]}x{self.grid[1]} patches"
-        targets = self.targets.reshape(-1)[:8].tolist()
-        more = ", ..." if self.targets.numel() > 8 else ""
+        few = self.targets.reshape(-1)[: 8 if self.names is None else 4].tolist()
+        targets = [str(target) if self.names is None and target >= 0 else label(target, self.names) for target in few]
+        more = ", ..." if self.targets.numel() > len(targets) else ""
+        start = f", from block {self.start_layer}" if self.start_layer else ""
         gated = f"gated layers {sorted(self.gates)}" if self.gates else "ungated"
         features = f", top features of layers {sorted(self.features)}" if self.features else ""
         return (
             f"Explanation({batch} image{'' if batch == 1 else 's'} of {self.image_size[0]}x{self.image_size[1]} px, "
-            f"{patches}, targets [{', '.join(map(str, targets))}{more}], {gated}{features}, "
+            f"{patches}, targets [{', '.join(targets)}{more}], {gated}{features}{start}, "
             f"backend {self.backend!r}, {str(self.relevance.dtype).removeprefix('torch.')} on {self.relevance.device})"
         )
 
@@ -143,6 +168,8 @@ class Explanation:
             gates={layer: change(value) for layer, value in self.gates.items()},
             ungated=None if self.ungated is None else change(self.ungated),
             features={layer: TopFeatures(*map(change, top)) for layer, top in self.features.items()},
+            values=None if self.values is None else change(self.values),
+            blocks=None if self.blocks is None else change(self.blocks),
         )
 
     def heatmap(self, size: int | tuple[int, int] | None = None) -> Tensor:  # -> [B, H, W] or [B, K, H, W]
@@ -194,9 +221,11 @@ class Explanation:
     ) -> Figure:
         """A matplotlib figure, one row per image and target: image, TransMM (if `ungated` is there), gates, result.
 
+        Relevance with evidence against (values below 0) is coloured on a scale with 0 in its middle.
+
         Args:
             image: as for `overlay`.
-            class_names: names for the row labels, by class number.
+            class_names: names for the row labels, by class number; else the explanation's own `names`.
             colormap: as for `overlay`; gates are always blue (below 1: damped) to red (above 1: amplified).
 
         Returns:
@@ -252,18 +281,9 @@ class Explanation:
         Raises:
             OSError: the folder does not exist or cannot be written.
         """
-        from safetensors.torch import save
+        from fga_fast.explanation_file import write
 
-        tensors = {"relevance": self.relevance, "logits": self.logits, "targets": self.targets}
-        tensors |= {} if self.ungated is None else {"ungated": self.ungated}
-        tensors |= {f"scores.{layer}": value for layer, value in self.scores.items()}
-        tensors |= {f"gates.{layer}": value for layer, value in self.gates.items()}
-        for layer, top in self.features.items():
-            tensors |= {f"features.{layer}.{name}": value for name, value in top._asdict().items()}
-        about = {"grid": self.grid, "image_size": self.image_size, "backend": self.backend}
-        # Cloned, since the format refuses tensors that share memory, as a batch of one and its batch do.
-        whole = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-        return atomic_write(path, save(whole, {"format": _FORMAT, "explanation": json.dumps(about)}))
+        return write(self, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Explanation:
@@ -273,20 +293,39 @@ class Explanation:
             FileNotFoundError: there is no such file.
             ValueError: not an explanation, truncated, an oversized header, missing or unknown or misshapen entries.
         """
-        tensors, about = _read(Path(path))
+        from fga_fast.explanation_file import read
+
+        return read(cls, path)
+
+
+def label(target: int, *names: Sequence[str] | Mapping[int, str] | None) -> str:
+    """What a column of `logits` is called, in at most 24 characters; the first of `names` that knows it wins."""
+    if target < 0:
+        return "function of the logits"
+    for known in names:
         try:
-            return _assemble(cls, tensors, about)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise ValueError(f"path: {path} is not a valid explanation: {error}") from error
+            if known is not None:
+                name = known[target]
+                return name if len(name) <= 24 else name[:23] + "…"
+        except (IndexError, KeyError):  # these names leave it out
+            continue
+    return f"class {target}"
 
 
-def paint(relevance: Tensor, grid: tuple[int, int], pictures: Tensor, colormap: str, alpha: float) -> Tensor:
-    """Heat maps over pictures: [B,(K,)P] over [B,H,W,3] in [0,1] -> [B,(K,)H,W,3] uint8."""
+def paint(
+    relevance: Tensor,  # [B, P] or [B, K, P]
+    grid: tuple[int, int],
+    pictures: Tensor,  # [B, H, W, 3] in [0,1]
+    colormap: str,
+    alpha: float,
+    centred: bool = False,
+) -> Tensor:
+    """Heat maps over pictures, [B,(K,)H,W,3] uint8; `centred` puts a relevance of 0 in the colour map's middle."""
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha: expected a number in [0,1], got {alpha}")
     if not bool(torch.isfinite(relevance).all()):
         raise ValueError("relevance: contains NaN or Inf, which no colour stands for")
-    heat = _to_picture(relevance, grid, (pictures.shape[1], pictures.shape[2])).float()
+    heat = _to_picture(relevance, grid, (pictures.shape[1], pictures.shape[2]), centred).float()
     colours = apply_colormap(heat, colormap)  # [B, (K,) H, W, 3]
     pictures = pictures.to(heat.device)
     if heat.dim() == 4:
@@ -295,7 +334,12 @@ def paint(relevance: Tensor, grid: tuple[int, int], pictures: Tensor, colormap: 
     return (blend * 255).round().to(torch.uint8)
 
 
-def _to_picture(relevance: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:  # [B, (K,) P]
+def _to_picture(
+    relevance: Tensor,  # [B, (K,) P]
+    grid: tuple[int, int],
+    size: tuple[int, int],
+    centred: bool = False,
+) -> Tensor:
     leading = relevance.shape[:-1]
     dtype = torch.float64 if relevance.dtype == torch.float64 else torch.float32
     maps = relevance.detach().to(dtype).reshape(-1, 1, *grid)
@@ -305,6 +349,9 @@ def _to_picture(relevance: Tensor, grid: tuple[int, int], size: tuple[int, int])
     # Interpolation stays between its inputs but for rounding, which on a constant map would be all there is to see.
     large = large.clamp(maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True))
     low, high = large.amin((-2, -1), keepdim=True), large.amax((-2, -1), keepdim=True)
+    if centred:
+        high = torch.maximum(-low, high)
+        return (0.5 + large / (2 * high + 1e-8)).reshape(*leading, *size)
     return ((large - low) / (high - low + 1e-8)).reshape(*leading, *size)
 
 
@@ -313,57 +360,3 @@ def _ranked(index: list[Any], contribution: list[Any], k: int | None) -> list[An
         return [_ranked(i, c, k) for i, c in zip(index, contribution, strict=True)]
     pairs = [FeatureContribution(i, c) for i, c in zip(index, contribution, strict=True) if i >= 0]  # -1: none
     return sorted(pairs, key=lambda pair: -abs(pair.contribution))[:k]
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise FileNotFoundError(f"path: no file {path}")
-    with path.open("rb") as file:
-        header = int.from_bytes(file.read(8), "little")
-    if header > min(_MAX_HEADER, path.stat().st_size - 8):
-        raise ValueError(f"path: {path} is truncated or no explanation: it announces a header of {header} bytes")
-    try:
-        with safe_open(path, framework="pt", device="cpu") as stored:
-            metadata = stored.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(f"path: {path} is no explanation: format {metadata.get('format')!r}, not {_FORMAT!r}")
-            about = json.loads(metadata.get("explanation", "null"))
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"path: {path} is truncated or damaged: {error}") from error
-    if not isinstance(about, dict):
-        raise ValueError(f"path: {path} has no 'explanation' entry in its metadata")
-    return tensors, about
-
-
-def _assemble(cls: type[Explanation], tensors: dict[str, Tensor], about: dict[str, Any]) -> Explanation:
-    missing = [name for name in ("relevance", "logits", "targets") if name not in tensors]
-    missing += [name for name in ("grid", "image_size", "backend") if name not in about]
-    if missing:
-        raise ValueError(f"missing {', '.join(missing)}")
-    plain: dict[str, Any] = {}
-    layered: dict[str, dict[int, Tensor]] = {"scores": {}, "gates": {}}
-    features: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        kind, _, rest = name.partition(".")
-        if name in ("relevance", "logits", "targets", "ungated"):
-            plain[name] = tensor
-        elif kind in layered:
-            layered[kind][int(rest)] = tensor
-        elif kind == "features":
-            layer, _, entry = rest.partition(".")
-            features.setdefault(int(layer), {})[entry] = tensor
-        else:
-            raise ValueError(f"unknown entry {name!r}")
-    top = {layer: TopFeatures(**entries) for layer, entries in features.items()}
-    return cls(
-        **plain,
-        scores=layered["scores"],
-        gates=layered["gates"],
-        features=top,
-        grid=tuple(about["grid"]),
-        image_size=tuple(about["image_size"]),
-        backend=str(about["backend"]),
-    )

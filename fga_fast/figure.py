@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fga_fast.colormaps import apply_colormap
-from fga_fast.explanation import Explanation, paint
+from fga_fast.explanation import Explanation, label, paint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,7 +46,8 @@ def draw(
     if not 0 < rows <= _MAX_ROWS:
         raise ValueError(f"explanation: expected 1 to {_MAX_ROWS} image-target rows to draw, got {rows}; slice it")
     pictures = _enlarge(pictures).cpu()
-    columns = _columns(explanation.to("cpu"), pictures, colormap)
+    signed = bool((explanation.relevance < 0).any())
+    columns = _columns(explanation.to("cpu"), pictures, colormap, signed)
     panel_height = _PANEL * pictures.shape[1] / pictures.shape[2]
     width = _LEFT + len(columns) * (_PANEL + _GAP)
     height = _TOP + rows * (panel_height + _GAP) + _BOTTOM
@@ -58,6 +59,7 @@ def draw(
         return figure.add_axes((left / width, bottom / height, wide / width, high / height))
 
     limit = _gate_limit(explanation)
+    labels = [label(target, class_names, explanation.names) for target in explanation.targets.flatten().tolist()]
     for row in range(rows):
         for number, (title, values) in enumerate(columns):
             axes = place(number, row * (panel_height + _GAP), _PANEL, panel_height)
@@ -65,9 +67,9 @@ def draw(
             if row == 0:
                 axes.set_title(title, fontsize=11, pad=6)
             if number == 0:
-                axes.set_ylabel(_row_label(explanation, row, class_names), fontsize=11, labelpad=7)
+                axes.set_ylabel(labels[row], fontsize=11, labelpad=7)
     below = rows * (panel_height + _GAP) + 0.02
-    _heat_bar(place(len(columns) - 1, below, _PANEL, 0.09), colormap)
+    _heat_bar(place(len(columns) - 1, below, _PANEL, 0.09), colormap, signed)
     gates = [number for number, (title, _) in enumerate(columns) if title.startswith("gate")]
     if gates:
         _gate_bar(place(gates[0], below, len(gates) * (_PANEL + _GAP) - _GAP, 0.09), limit)
@@ -83,7 +85,12 @@ def _enlarge(pictures: Tensor) -> Tensor:  # [B, H, W, 3] -> [B, H', W', 3]
     return larger.permute(0, 2, 3, 1).clamp(0, 1)
 
 
-def _columns(explanation: Explanation, pictures: Tensor, colormap: str) -> list[tuple[str, Tensor]]:
+def _columns(
+    explanation: Explanation,
+    pictures: Tensor,  # [B, H, W, 3]
+    colormap: str,
+    signed: bool,
+) -> list[tuple[str, Tensor]]:
     """Titles with one value per row: [rows, H, W, 3] pictures or [rows, gh, gw] logarithms of gates."""
     per_image = explanation.targets.numel() // max(len(explanation), 1)
     columns = [("image", pictures.repeat_interleave(per_image, 0))]
@@ -93,7 +100,7 @@ def _columns(explanation: Explanation, pictures: Tensor, colormap: str) -> list[
     grey = luminance.unsqueeze(-1).expand_as(pictures)
 
     def painted(relevance: Tensor) -> Tensor:
-        return paint(relevance, explanation.grid, grey, colormap, 0.55).flatten(0, relevance.dim() - 2)
+        return paint(relevance, explanation.grid, grey, colormap, 0.55, signed).flatten(0, relevance.dim() - 2)
 
     if explanation.ungated is not None and explanation.gates:
         columns.append(("TransMM", painted(explanation.ungated)))
@@ -122,21 +129,13 @@ def _panel(axes: Any, values: Tensor, limit: float) -> None:
         axes.imshow(values.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest", aspect="auto")
 
 
-def _row_label(explanation: Explanation, row: int, class_names: Sequence[str] | Mapping[int, str] | None) -> str:
-    target = int(explanation.targets.reshape(-1)[row])
-    if class_names is None:
-        return f"class {target}"
-    try:
-        name = class_names[target]
-    except (IndexError, KeyError):
-        return f"class {target}"
-    return name if len(name) <= 24 else name[:23] + "…"
-
-
-def _heat_bar(axes: Any, colormap: str) -> None:
+def _heat_bar(axes: Any, colormap: str, signed: bool) -> None:
     colours = apply_colormap(torch.linspace(0, 1, 256), colormap).unsqueeze(0)  # [1, 256, 3]
     axes.imshow(colours.numpy(), aspect="auto", extent=(0, 1, 0, 1))
-    _ends(axes, [0, 1], ["low", "high relevance"])
+    if signed:
+        _ends(axes, [0, 0.5, 1], ["against", "0", "for"])
+    else:
+        _ends(axes, [0, 1], ["low", "high relevance"])
 
 
 def _gate_bar(axes: Any, limit: float) -> None:

@@ -234,10 +234,11 @@ def likeness(target: Embedding, output: Tensor) -> Answer:  # [B, E]
     if vector.dim() == 3:
         cosines = (unit[:, None] * direction).sum(-1)  # [B, K]
         columns = torch.arange(vector.shape[1], device=output.device).repeat(batch, 1)
-        return Answer(cosines.detach(), columns, cosines, None)
+        names = tuple(f"embedding {number}" for number in range(vector.shape[1]))
+        return Answer(cosines.detach(), columns, cosines, names)
     cosines = (unit * direction).sum(-1)  # [B]
     columns = torch.zeros(batch, dtype=torch.int64, device=output.device)
-    return Answer(cosines.detach()[:, None], columns, cosines, None)
+    return Answer(cosines.detach()[:, None], columns, cosines, ("embedding",))
 
 
 def computed(function: Callable[[Tensor], Tensor], output: Tensor, names: tuple[str, ...] | None) -> Answer:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fga_fast import Explainer
 from fga_fast.models.layout import find_layout
+from fga_fast.records import Gating
 from fga_fast.sae import SparseAutoencoder
 from fga_fast.tape import Tape
 
@@ -90,13 +91,13 @@ def test_the_model_is_left_as_it_came_after_an_exception_in_backward(
 ) -> None:
     before = state_of(model)
     explainer = Explainer(model, {1: sae_for(model)}, backend="native")
-    monkeypatch.setattr(explainer, "_gating", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    monkeypatch.setattr(Gating, "__call__", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         explainer(images())
     assert state_of(model) == before
 
 
-@pytest.mark.parametrize("targets", (99, -1, [0, 99], [0], torch.zeros(2, 2, dtype=torch.int64)))
+@pytest.mark.parametrize("targets", (99, -1, [0, 99], [0], torch.zeros(3, 2, dtype=torch.int64)))
 def test_the_model_is_left_as_it_came_after_a_bad_target(model: nn.Module, targets: Any) -> None:
     before = state_of(model)
     with pytest.raises(ValueError, match="targets"):
@@ -110,9 +111,9 @@ def test_no_gradient_of_any_weight_is_computed(tiny_vit: Build) -> None:
     tape = Tape(find_layout(model), {})
     batch = images()
     with tape.attached(batch):
-        logits = model(batch)
+        values = model(batch)[:, 0]
     parameters = {id(p) for p in model.parameters()}
-    leaves, seen, stack = set(), set(), [logits.grad_fn]
+    leaves, seen, stack = set(), set(), [values.grad_fn]
     while stack:
         node = stack.pop()
         if node is None or node in seen:
@@ -121,7 +122,7 @@ def test_no_gradient_of_any_weight_is_computed(tiny_vit: Build) -> None:
         leaves |= {id(node.variable)} if hasattr(node, "variable") else set()
         stack += [following for following, _ in node.next_functions]
     assert len(leaves) == 1 and not leaves & parameters
-    tape.backward(logits[:, 0].sum())
+    tape.backward(values)
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -188,14 +189,16 @@ sdpa = F.scaled_dot_product_attention
 @pytest.mark.parametrize(
     ("attend", "message"),
     (
-        (lambda q, k, v: (q @ k.mT).softmax(-1) @ v, "without calling .*scaled_dot_product_attention"),
-        (lambda q, k, v: sdpa(q, k, v, attn_mask=torch.zeros(7, 7)), r"masked \(attn_mask \(7, 7\)"),
+        (lambda q, k, v: v, "without an attention that could be seen"),
+        (lambda q, k, v: (q @ k[:, :, 1:].mT).softmax(-1) @ v[:, :, 1:], "without an attention that could be seen"),
+        (lambda q, k, v: (q @ k.mT).softmax(-1) @ v + (q @ k.mT).softmax(-1) @ v, "more than once"),
+        (lambda q, k, v: F.dropout((q @ k.mT).softmax(-1), 0.1) @ v, "dropout 0.1 is active in block 1"),
         (lambda q, k, v: sdpa(q, k, v, attn_mask=torch.ones(7, 7, dtype=torch.bool)), "masked .*bool"),
         (lambda q, k, v: sdpa(q, k, v, is_causal=True), "causal"),
         (lambda q, k, v: sdpa(q, k, v, dropout_p=0.5), "dropout 0.5 active"),
         (lambda q, k, v: sdpa(q, k, v) + sdpa(q, k, v), "more than once"),
         (lambda q, k, v: sdpa(q, k[:, :, 1:], v[:, :, 1:]), "7 queries and 6 keys, expected 7 and 7"),
-        (lambda q, k, v: sdpa(q, k[:, :1], v[:, :1], enable_gqa=True), "as many heads"),
+        (lambda q, k, v: sdpa(q, k[:, :1], v[:, :1]), "as many heads"),
     ),
 )
 def test_attention_that_cannot_be_explained_is_refused(
@@ -210,12 +213,45 @@ def test_attention_that_cannot_be_explained_is_refused(
     assert state_of(model) == before
 
 
-def test_an_equivalent_attention_of_the_users_is_explained_alike(tiny_vit: Build) -> None:
+EQUIVALENT: dict[str, Callable[..., Tensor]] = {
+    "scale": lambda q, k, v: sdpa(q, k, v, scale=q.shape[-1] ** -0.5),
+    "a mask of zeros": lambda q, k, v: sdpa(q, k, v, attn_mask=torch.zeros(7, 7)),
+    "softmax": lambda q, k, v: (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v,
+    "functional softmax": lambda q, k, v: F.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1, dtype=torch.float32) @ v,
+    "batched heads": lambda q, k, v: (
+        torch.softmax((q @ k.mT).flatten(0, 1) * q.shape[-1] ** -0.5, 2) @ v.flatten(0, 1)
+    ).unflatten(0, q.shape[:2]),
+    "dropout off": lambda q, k, v: F.dropout((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1), 0.1, training=False) @ v,
+}
+
+
+@pytest.mark.parametrize("kind", EQUIVALENT)
+def test_an_equivalent_attention_of_the_users_is_explained_alike(tiny_vit: Build, kind: str) -> None:
     model, batch = tiny_vit(), images()
-    want = Explainer(model, backend="native")(batch).relevance
+    settings: list[dict[str, Any]] = [
+        {}, {"signed": True}, {"backward": "conservative"}, {"method": "input_x_gradient"},
+        {"method": "input_x_gradient", "backward": "conservative"}, {"start_layer": 1},
+    ]  # fmt: skip
+    saes, targets = {1: sae_for(model)}, torch.tensor([[1, 0], [4, 2]])
+    want = [Explainer(model, saes, backend="native", **setting)(batch, targets) for setting in settings]
     for block in model.blocks:  # type: ignore[union-attr]
-        block.attn = Odd(block.attn, lambda q, k, v: sdpa(q, k, v, scale=q.shape[-1] ** -0.5))
-    torch.testing.assert_close(Explainer(model, backend="native")(batch).relevance, want)
+        block.attn = Odd(block.attn, EQUIVALENT[kind])
+    for setting, expected in zip(settings, want, strict=True):
+        got = Explainer(model, saes, backend="native", **setting)(batch, targets)
+        torch.testing.assert_close(got.relevance, expected.relevance, rtol=1e-3, atol=1e-5)
+
+
+def test_heads_that_share_keys_and_values(tiny_vit: Build) -> None:
+    """Grouped-query attention is attention with the keys and values repeated."""
+    model, batch = tiny_vit().double(), images().double()
+    shared = lambda q, k, v: sdpa(q, k[:, :1], v[:, :1], enable_gqa=True)  # noqa: E731
+    repeated = lambda q, k, v: sdpa(q, k[:, :1].repeat(1, 2, 1, 1), v[:, :1].repeat(1, 2, 1, 1))  # noqa: E731
+    found, originals = [], [block.attn for block in model.blocks]  # type: ignore[union-attr]
+    for attend in (shared, repeated):
+        for block, original in zip(model.blocks, originals, strict=True):  # type: ignore[arg-type]
+            block.attn = Odd(original, attend)
+        found.append(Explainer(model, backend="native")(batch, 1).relevance)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
 
 
 def test_a_model_that_runs_its_tower_twice_is_refused(tiny_vit: Build) -> None:

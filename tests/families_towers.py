@@ -1,0 +1,86 @@
+"""Small random models of open_clip and torchvision, whose blocks hold nn.MultiheadAttention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from families import CLASSES, Family
+from torch import nn
+
+_ATTENTION = "MultiheadAttention"
+_PROMPTS = ("a cat", "a dog")
+
+
+def open_clip_tower(size: tuple[int, int], **settings: Any) -> nn.Module:
+    from open_clip.transformer import VisionTransformer
+
+    sizes = {"patch_size": 16, "width": 48, "layers": 2, "heads": 3, "mlp_ratio": 2.0, "output_dim": 24}
+    return VisionTransformer(image_size=size, **{**sizes, **settings})  # type: ignore[arg-type]
+
+
+def sequence_first(size: tuple[int, int]) -> nn.Module:
+    """A tower whose blocks hand over [N, B, C], as all of them did before open_clip had batch_first."""
+    from open_clip.transformer import Transformer
+
+    tower: Any = open_clip_tower(size)
+    tower.transformer = Transformer(48, 2, 3, mlp_ratio=2.0, batch_first=False)
+    return tower
+
+
+def open_clip_model(kind: str, vision: dict[str, Any]) -> nn.Module:
+    import open_clip.model as models
+
+    text = models.CLIPTextCfg(context_length=8, vocab_size=50, width=32, heads=2, layers=1)
+    made = models.CLIPVisionCfg(**vision)
+    return getattr(models, kind)(24, made, text)
+
+
+def open_clip_vit(kind: str = "CLIP", **settings: Any) -> nn.Module:
+    sizes = {"layers": 2, "width": 48, "head_width": 16, "patch_size": 16, "image_size": (48, 64)}
+    return open_clip_model(kind, {**sizes, **settings})
+
+
+def open_clip_timm() -> nn.Module:
+    return open_clip_model(
+        "CustomTextCLIP", {"timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": "linear"}
+    )
+
+
+def torchvision_vit(**settings: Any) -> nn.Module:
+    from torchvision.models import VisionTransformer
+
+    sizes = {"image_size": 48, "patch_size": 16, "num_layers": 2, "num_heads": 3, "hidden_dim": 48, "mlp_dim": 80}
+    return VisionTransformer(**{**sizes, "num_classes": CLASSES, **settings})
+
+
+def torchvision_stem() -> nn.Module:
+    from torchvision.models.vision_transformer import ConvStemConfig
+
+    return torchvision_vit(conv_stem_configs=[ConvStemConfig(8, 3, 4), ConvStemConfig(12, 3, 4)])
+
+
+def tower(name: str, pooling: str, pooled: tuple[int, int], attention: str = _ATTENTION, **settings: Any) -> Family:
+    return Family(
+        name, "open_clip", lambda: open_clip_tower((48, 64), **settings), (48, 64), (3, 4), 1, pooling, pooled,
+        attention,
+    )  # fmt: skip
+
+
+FAMILIES = [
+    Family("CLIP with text", "open_clip", open_clip_vit, (48, 64), (3, 4), 1, "token", (0, 1), _ATTENTION,
+           prompts=_PROMPTS),
+    Family("CLIP with text, CustomTextCLIP", "open_clip", lambda: open_clip_vit("CustomTextCLIP", pool_type="avg"),
+           (48, 64), (3, 4), 1, "average", (1, 13), _ATTENTION, prompts=_PROMPTS),
+    Family("CLIP with text, timm tower", "open_clip", open_clip_timm, (160, 160), (10, 10), 1, "token", (0, 1),
+           prompts=_PROMPTS),
+    tower("CLIP tower", "token", (0, 1)),
+    tower("CLIP tower, patches averaged", "average", (1, 13), pool_type="avg", final_ln_after_pool=True),
+    tower("CLIP tower, attention pool", "attention", (0, 13), attentional_pool=True, attn_pooler_queries=1,
+          attn_pooler_heads=2),
+    tower("CLIP tower, q/k norm", "token", (0, 1), "fused", qk_norm=True, scale_heads=True),
+    Family("CLIP tower, sequence first", "open_clip", lambda: sequence_first((48, 64)), (48, 64), (3, 4), 1, "token",
+           (0, 1), _ATTENTION),
+    Family("ViT", "torchvision", torchvision_vit, (48, 48), (3, 3), 1, "token", (0, 1), _ATTENTION),
+    Family("ViT, convolutional stem", "torchvision", torchvision_stem, (48, 48), (3, 3), 1, "token", (0, 1),
+           _ATTENTION),
+]  # fmt: skip

@@ -1,0 +1,151 @@
+"""Several targets of an image: one forward pass, gradients in chunks, and what each target alone would give."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from explaining import PIXELS, Build, sae_for
+from torch import Tensor, nn
+
+from fga_fast import Explainer, Explanation, Gate
+
+TARGETS = torch.tensor([[0, 1, 4], [2, 2, 3]])  # the second image asks twice for the same
+
+
+def held(e: Explanation) -> dict[str, Tensor]:
+    """All that an explanation holds about its targets, [B, ...] or [B, K, ...]."""
+    found = {"relevance": e.relevance, "targets": e.targets, "values": e.values, "blocks": e.blocks}
+    found |= {f"scores.{layer}": value for layer, value in e.scores.items()}
+    found |= {f"gates.{layer}": value for layer, value in e.gates.items()}
+    for layer, top in e.features.items():
+        found |= {f"features.{layer}.{name}": value for name, value in top._asdict().items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+@pytest.mark.parametrize("chunk", (1, 2, 8))
+@pytest.mark.parametrize("backward", ("exact", "conservative"))
+@pytest.mark.parametrize("method", ("rollout", "input_x_gradient"))
+def test_each_target_is_explained_as_if_it_were_alone(tiny_vit: Build, method: Any, backward: Any, chunk: int) -> None:
+    model = tiny_vit().double()
+    saes = {0: sae_for(model), 1: sae_for(model, activation="topk", k=4, normalize="layer_norm")}
+    settings: dict[str, Any] = {"method": method, "backward": backward, "top_features": 3, "per_block": True}
+    explainer = Explainer(model, saes, Gate(base=4.0), backend="native", target_chunk=chunk, **settings)
+    images = torch.randn(2, *PIXELS, dtype=torch.float64)
+    together = explainer(images, TARGETS)
+    assert together.relevance.shape == (2, 3, 6) and together.targets.tolist() == TARGETS.tolist()
+    for k in range(3):
+        want = held(explainer(images, TARGETS[:, k]))
+        got = {name: value[:, k] for name, value in held(together).items()}
+        assert got.keys() == want.keys()
+        for name, value in want.items():
+            assert got[name].dtype == value.dtype
+            torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "average pooling": {"global_pool": "avg", "fc_norm": True},
+    "attention pooling": {"global_pool": "map", "class_token": False},
+    "registers, q/k norm": {"reg_tokens": 4, "init_values": 0.5, "qk_norm": True},
+}
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_and_dtypes(tiny_vit: Build, family: str, dtype: torch.dtype) -> None:
+    model = tiny_vit(**FAMILIES[family]).to(dtype)
+    explainer = Explainer(model, {1: sae_for(model)}, backend="native")
+    images = torch.randn(2, *PIXELS, dtype=dtype)
+    together = explainer(images, TARGETS)
+    for k in range(3):
+        want = explainer(images, TARGETS[:, k]).relevance
+        error = float((together.relevance[:, k] - want).norm() / want.norm())
+        # 16 bits: other products of the same numbers are rounded otherwise, and gates are steep.
+        assert error < (1e-5 if dtype == torch.float32 else 0.2)
+
+
+def test_the_model_runs_once_and_gradients_in_chunks(tiny_vit: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, forwards, passes = tiny_vit(), [], []
+    model.register_forward_hook(lambda *_: forwards.append(1))
+    original = torch.autograd.grad
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        passes.append(args[2][0].shape)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "grad", counting)
+    explainer = Explainer(model, {1: sae_for(model)}, backend="native", target_chunk=2)
+    explainer(torch.randn(2, *PIXELS), torch.randint(0, 5, (2, 5)))
+    assert len(forwards) == 1
+    assert [shape[0] for shape in passes] == [2, 2, 1]  # rows differentiated together
+
+
+@pytest.mark.parametrize("batch", (0, 1))
+def test_few_images(tiny_vit: Build, batch: int) -> None:
+    model = tiny_vit()
+    explainer = Explainer(model, {1: sae_for(model)}, backend="native", top_features=2, per_block=True)
+    e = explainer(torch.randn(batch, *PIXELS), torch.zeros(batch, 2, dtype=torch.int64))
+    assert e.relevance.shape == (batch, 2, 6) and e.gates[1].shape == (batch, 2, 6)
+    assert e.blocks is not None and e.blocks.shape == (batch, 2, 3, 6)
+    assert e.features[1].patch_index.shape == (batch, 2, 6, 2)
+
+
+def test_a_single_target_in_a_list(tiny_vit: Build) -> None:
+    model, images = tiny_vit(), torch.randn(2, *PIXELS)
+    explainer = Explainer(model, {1: sae_for(model)}, backend="native")
+    many, one = explainer(images, [[3], [1]]), explainer(images, [3, 1])
+    assert many.relevance.shape == (2, 1, 6)
+    torch.testing.assert_close(many.relevance[:, 0], one.relevance)
+
+
+def test_differences_and_functions_of_the_logits(tiny_vit: Build) -> None:
+    """x . g is linear in the explained value, so the map of a difference is the difference of the maps."""
+    from fga_fast import Difference
+
+    model, images = tiny_vit().double(), torch.randn(2, *PIXELS, dtype=torch.float64)
+    explainer = Explainer(model, method="input_x_gradient", backend="native")
+    maps = [explainer(images, k).relevance for k in range(5)]
+    why = explainer(images, Difference(3, 1))
+    torch.testing.assert_close(why.relevance, maps[3] - maps[1], rtol=1e-9, atol=1e-12)
+    assert why.targets.tolist() == [3, 3]
+    mean = explainer(images, lambda logits: logits.mean(-1))
+    torch.testing.assert_close(mean.relevance, torch.stack(maps).mean(0), rtol=1e-9, atol=1e-12)
+    both = explainer(images, lambda logits: torch.stack([logits[:, 0], logits.mean(-1)], dim=1))
+    torch.testing.assert_close(both.relevance, torch.stack([maps[0], mean.relevance], 1), rtol=1e-9, atol=1e-12)
+    assert why.values is not None
+    logits = model(images).detach()
+    torch.testing.assert_close(why.values, logits[:, 3] - logits[:, 1])
+
+
+def test_class_names(tiny_vit: Build) -> None:
+    names = ["ant", "bee", "cat", "dog", "eel"]
+    model, images = tiny_vit(), torch.randn(2, *PIXELS)
+    explainer = Explainer(model, backend="native", class_names=names)
+    by_name, by_number = explainer(images, ["cat", "ant"]), explainer(images, [2, 0])
+    assert torch.equal(by_name.relevance, by_number.relevance)
+    assert by_name.names == tuple(names)
+    with pytest.raises(ValueError, match="cat"):
+        explainer(images, "cta")
+
+
+def test_every_target_is_gated_by_its_own_scores(tiny_vit: Build) -> None:
+    model = tiny_vit()
+    e = Explainer(model, {1: sae_for(model)}, backend="native")(torch.randn(1, *PIXELS), [[0, 1]])
+    assert not torch.allclose(e.gates[1][:, 0], e.gates[1][:, 1])
+
+
+class Headless(nn.Module):
+    """Something that is no tensor of logits."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tower(x)[:, 0]  # type: ignore[no-any-return]
+
+
+def test_a_model_without_logits_is_refused(tiny_vit: Build) -> None:
+    with pytest.raises(ValueError, match="logits"):
+        Explainer(Headless(tiny_vit()), backend="native")(torch.randn(2, *PIXELS), [[0, 1], [1, 0]])

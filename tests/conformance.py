@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,9 +21,6 @@ from torch import Tensor, nn
 
 VARIABLE = "FGA_FAST_CONFORMANCE"
 REQUIRE = "FGA_FAST_REQUIRE_CONFORMANCE"
-
-# Files whose numbers belong to a method that the library does not offer: Explainer refuses backward="conservative".
-NOT_COVERED = frozenset({"conservative_vit_cls_relu.safetensors"})
 
 MODES = {
     "combined": "combined",
@@ -48,12 +46,18 @@ def required() -> bool:
 
 
 def files() -> list[Path]:
-    """Every file in the folder, covered or not."""
+    """Every file in the folder."""
     return sorted(folder().glob("*.safetensors"))
 
 
-def covered_files() -> list[Path]:
-    return [path for path in files() if path.name not in NOT_COVERED]
+def model_files() -> list[Path]:
+    """Those with a model and runs of the exact backward pass."""
+    return [path for path in files() if "runs" in header(path)]
+
+
+def conservative_files() -> list[Path]:
+    """Those with numbers of the conservative backward pass for the model, SAEs and images of another file."""
+    return [path for path in files() if "inputs" in header(path)]
 
 
 def header(path: Path) -> dict[str, Any]:
@@ -69,8 +73,8 @@ def keys(path: Path) -> list[str]:
 
 
 def runs() -> list[tuple[str, int]]:
-    """(file name, run) of every run of every covered file."""
-    return [(path.name, run) for path in covered_files() for run in range(len(header(path)["runs"]))]
+    """(file name, run) of every run of every file with a model."""
+    return [(path.name, run) for path in model_files() for run in range(len(header(path)["runs"]))]
 
 
 LARGEST: dict[str, tuple[float, float]] = {}
@@ -117,7 +121,11 @@ class Case:
 
     def saes(self, run: int) -> dict[int, Any]:
         """The run's autoencoders by block."""
-        return {block: self._sae(block) for block in self.header["runs"][run]["layers"]}
+        return self.saes_after(self.header["runs"][run]["layers"])
+
+    def saes_after(self, blocks: Iterable[int]) -> dict[int, Any]:
+        """Autoencoders by block."""
+        return {block: self._sae(block) for block in blocks}
 
     def gate(self, run: int) -> Any:
         """The run's `fga_fast.gate.Gate`."""
@@ -171,6 +179,15 @@ def load(name: str, dtype: torch.dtype) -> Case:
     case = header(path)
     model = _build(case, tensors).to(dtype).eval().requires_grad_(False)
     return Case(name, case, model, tensors["images"].to(dtype), tensors)
+
+
+def load_conservative(name: str, dtype: torch.dtype) -> tuple[Case, dict[str, Any], dict[str, Tensor]]:
+    """The case that a file of the conservative backward pass is about, the file's settings, and its numbers."""
+    path = folder() / name
+    with safe_open(path, "pt") as file:
+        expected = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+    settings = header(path)
+    return load(settings["inputs"], dtype), settings, expected
 
 
 def _build(case: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:

@@ -32,7 +32,8 @@ pytestmark = pytest.mark.skipif(
     not FOUND, reason=f"no conformance numbers at {conformance.folder()}; set {conformance.VARIABLE} to their folder"
 )
 RUNS = conformance.runs() if FOUND else [("none", 0)]
-FILES = [path.name for path in conformance.covered_files()] if FOUND else ["none"]
+FILES = [path.name for path in conformance.model_files()] if FOUND else ["none"]
+CONSERVATIVE = [path.name for path in conformance.conservative_files()] if FOUND else ["none"]
 
 
 def explain_reference(case: conformance.Case, run: int) -> Any:
@@ -199,25 +200,84 @@ def test_targets_given_equal_targets_predicted(name: str, backend: str) -> None:
     assert torch.equal(got, expected)
 
 
-def test_every_file_is_run_or_named_as_not_covered() -> None:
-    there = {path.name for path in conformance.files()}
-    assert there == {name for name, _ in RUNS} | conformance.NOT_COVERED
-    assert {"conservative_vit_cls_relu.safetensors"} == conformance.NOT_COVERED
+def conservative_relevance(
+    backend: str, case: conformance.Case, saes: dict[int, Any], gate: Any, method: Any
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Relevance [n, P] and gates under the conservative backward pass."""
+    if backend == "reference":
+        from fga_fast.reference import explain
 
-
-def test_the_file_that_is_not_covered_belongs_to_a_method_that_is_refused() -> None:
+        result = explain(case.model, case.images, None, saes, gate, method=method, backward="conservative")
+        return result.relevance, result.gates
     from fga_fast import Explainer
 
-    case = conformance.load("vit_cls_relu.safetensors", torch.float32)
-    for name in conformance.NOT_COVERED:
-        method = conformance.header(conformance.folder() / name)["backward"]
-        with pytest.raises(ValueError, match=method):
-            Explainer(case.model, backward=method)
+    explainer = Explainer(case.model, saes, gate, method=method, backward="conservative", backend="native")
+    explanation = explainer(case.images)
+    assert explanation.backend == "native"
+    return explanation.relevance, explanation.gates
+
+
+def conservative_contributions(backend: str, case: conformance.Case) -> Tensor:
+    """x_0 . g_0 of every token [n, N], the class token included, under the conservative backward pass."""
+    layout, targets = find_layout(case.model), case.tensors["target"][:, None]
+    if backend == "reference":
+        from fga_fast.reference.explain import differentiate
+        from fga_fast.reference.input_x_gradient import input_x_gradient
+        from fga_fast.reference.recording import recording
+
+        with recording(layout, len(case.images), conservative=True) as record:
+            values = case.model(case.images.clone().requires_grad_()).gather(1, targets)
+        return input_x_gradient(record.inputs[0], differentiate(values.sum(), record, {}).inputs[0])
+    from fga_fast.tape import Tape
+
+    tape = Tape(layout, {}, method="input_x_gradient", conservative=True)
+    with tape.attached(case.images):
+        values = case.model(case.images).gather(1, targets)
+    return tape.backward(values[:, 0]).rows[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CONSERVATIVE)
+def test_conservative_backward(name: str, backend: str, dtype: str) -> None:
+    from fga_fast.gate import Gate
+
+    case, settings, want = conformance.load_conservative(name, DTYPES[dtype])
+    assert settings["backward"] == "conservative"
+    saes = case.saes_after(settings["layers"])
+    gate = Gate(base=settings["base"], slope=settings["slope"])
+    got = {"input_x_gradient_all_tokens": conservative_contributions(backend, case)}
+    for method in ("rollout", "input_x_gradient"):
+        got[method], _ = conservative_relevance(backend, case, {}, gate, method)
+        got[f"{method}_gated"], gates = conservative_relevance(backend, case, saes, gate, method)
+        got |= {f"gate.{block}": values for block, values in gates.items()}
+    assert got.keys() == want.keys()
+    for quantity, expected in want.items():
+        of_norm, of_element = errors(got[quantity], expected)
+        conformance.report(f"{backend} {dtype} conservative {quantity.split('.')[0]}", of_norm, of_element)
+        assert max(of_norm, of_element) <= TOLERANCE[DTYPES[dtype]], quantity
+
+
+@pytest.mark.parametrize("name", CONSERVATIVE)
+def test_conservative_numbers_are_not_those_of_the_exact_backward_pass(name: str) -> None:
+    from fga_fast.gate import Gate
+    from fga_fast.reference import explain
+
+    case, _, want = conformance.load_conservative(name, torch.float64)
+    for method in ("rollout", "input_x_gradient"):
+        exact = explain(case.model, case.images, None, {}, Gate(), method=method).relevance
+        assert min(errors(exact, want[method])) > 0.1, method
+
+
+def test_every_file_is_run() -> None:
+    there = {path.name for path in conformance.files()}
+    assert there == {name for name, _ in RUNS} | set(CONSERVATIVE)
+    assert {"conservative_vit_cls_relu.safetensors"} == set(CONSERVATIVE)
 
 
 def test_every_stored_number_belongs_to_a_run_or_a_later_metric() -> None:
     whole_file = {"images", "logits", "target", "text_embeddings"}
-    for path in conformance.covered_files():
+    for path in conformance.model_files():
         count = len(conformance.header(path)["runs"])
         for key in conformance.keys(path):
             run = conformance.run_of_key(key)
@@ -234,8 +294,7 @@ def test_every_run_is_collected() -> None:
     collected = re.findall(r"::test_run\[(.+)\]", listed)
     expected = [
         f"{path.name.removesuffix('.safetensors')}-{run}-{backend}-{dtype}"
-        for path in conformance.files()
-        if path.name != "conservative_vit_cls_relu.safetensors"
+        for path in conformance.model_files()
         for run in range(len(conformance.header(path)["runs"]))
         for backend in ("reference", "native")
         for dtype in ("float64", "float32")

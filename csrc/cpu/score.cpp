@@ -235,7 +235,8 @@ class Scorer {
     values_.resize(tokens_ * k);
     indices_.resize(tokens_ * k);
     sizes_.assign(tokens_, 0);
-    selection_ = {k, values_.data(), indices_.data(), sizes_.data()};
+    const A least = a_.keep_negative ? -std::numeric_limits<A>::infinity() : A(0);
+    selection_ = {k, least, values_.data(), indices_.data(), sizes_.data()};
   }
 
   void consume_selection() {
@@ -321,6 +322,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> score_cpu(
                     dense_optional(mag_bias),
                     dense_optional(permutation),
                     activation_named(activation),
+                    activation == "topk_signed",
                     normalisation_named(normalize),
                     mode == "combined",
                     k,

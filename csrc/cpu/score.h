@@ -43,10 +43,11 @@ struct PatchRange {
   int64_t image, begin, end;
 };
 
-// The k largest positive pre-activations of each token so far: a heap whose root goes first.
+// The k largest pre-activations above `least` of each token so far: a heap whose root goes first.
 template <class A>
 struct Selection {
   int64_t k;
+  A least;         // 0 where relu follows the choice, else -inf
   A* value;        // [B * P, k]
   int64_t* index;  // [B * P, k]
   int64_t* size;   // [B * P]

@@ -18,6 +18,7 @@ struct Arguments {
   Tensor x, g, w_enc_t, bias, w_dec;
   std::optional<Tensor> image, theta, gate_scale, mag_bias, permutation;
   Activation activation;
+  bool keep_negative;  // topk_signed: no relu after the choice
   int normalize;
   bool weigh;  // combined; else activation_only
   int64_t k, top;
@@ -30,10 +31,10 @@ struct Outputs {
 
 inline Activation activation_named(const std::string& name) {
   if (name == "relu") return Activation::relu;
-  if (name == "topk") return Activation::topk;
+  if (name == "topk" || name == "topk_signed") return Activation::topk;
   if (name == "jumprelu" || name == "batch_topk") return Activation::threshold;
-  STD_TORCH_CHECK(name == "gated", kScore, ": activation must be relu, topk, batch_topk, jumprelu or gated, got ",
-                  name);
+  STD_TORCH_CHECK(name == "gated", kScore,
+                  ": activation must be relu, topk, topk_signed, batch_topk, jumprelu or gated, got ", name);
   return Activation::gated;
 }
 

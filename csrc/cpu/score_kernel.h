@@ -180,14 +180,16 @@ inline void sort_by_feature(A* value, int64_t* index, int64_t size) {
   }
 }
 
-// Keeps each patch's k largest pre-activations. Those at or below zero are left out at once: relu follows the choice.
-// Nearly all stay under their patch's floor, so chunks of patches are first compared as a whole, without branches.
+// Keeps each patch's k largest pre-activations. Where relu follows the choice, those at or below zero are left out at
+// once. Nearly all stay under their patch's floor, so chunks of patches are first compared as a whole, without
+// branches.
 template <class W, class A>
 void select(const FeatureTile<W, A>& tile, int64_t patches, PatchRange range, const Selection<A>& kept) {
   constexpr int64_t kChunk = 16;
-  A floor[256 + kChunk];  // what a pre-activation must exceed to be kept: 0 until the heap is full, then its root
+  A floor[256 + kChunk];  // what a pre-activation must exceed to be kept: once the heap is full, its root
   const int64_t n = range.end - range.begin, first = range.image * patches + range.begin;
-  for (int64_t t = 0; t < n; ++t) floor[t] = kept.size[first + t] < kept.k ? A(0) : kept.value[(first + t) * kept.k];
+  for (int64_t t = 0; t < n; ++t)
+    floor[t] = kept.size[first + t] < kept.k ? kept.least : kept.value[(first + t) * kept.k];
   for (int64_t f = 0; f < tile.count; ++f) {
     const A* z = tile.codes + f * tile.ld_codes + first;
     const A bias = tile.bias[f];

@@ -10,6 +10,7 @@ from explaining import PIXELS, Build, sae_for
 from torch import Tensor, nn
 
 from fga_fast import Explainer, Gate, SparseAutoencoder
+from fga_fast.models.layout import find_layout
 
 
 def bad_images() -> list[tuple[Any, str]]:
@@ -79,11 +80,11 @@ def test_bad_targets(backend: Any, tiny_vit: Build) -> None:
         (-1, "targets: expected classes 0 to 4, got"),
         (torch.tensor([0, 7]), "targets: expected classes 0 to 4"),
         (torch.tensor([0, 1, 2]), r"targets: expected one class an image, shape \[2\], got \[3\]"),
-        (torch.zeros(2, 3, dtype=torch.int64), r"got \[2, 3\]"),
+        (torch.zeros(3, 2, dtype=torch.int64), r"got \[3, 2\]"),
         (torch.tensor([0.0, 1.0]), "targets: expected integer class indices, got dtype torch.float32"),
         (torch.tensor([True, False]), "got dtype torch.bool"),
         ({"cat": 1}, "targets: expected None, an int or integers"),
-        ("3", "targets: expected an int or a flat list of ints"),
+        ("3", "targets: got the class name '3', but the model's classes have no names"),
         ([[0], [1, 2]], "targets: expected an int or a flat list of ints"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
@@ -93,8 +94,15 @@ def test_bad_targets(backend: Any, tiny_vit: Build) -> None:
 def test_bad_settings(tiny_vit: Build) -> None:
     model = tiny_vit()
     for settings, message in (
-        ({"method": "input_x_gradient"}, "method: this version knows 'rollout' only"),
-        ({"backward": "conservative"}, "backward: this version knows 'exact' only"),
+        ({"method": "lrp"}, "method: expected 'rollout' or 'input_x_gradient', got 'lrp'"),
+        ({"backward": "lrp"}, "backward: expected 'exact' or 'conservative', got 'lrp'"),
+        ({"start_layer": 3}, r"start_layer: expected 0 to 2 \(blocks\), got 3"),
+        ({"start_layer": True}, "start_layer: expected an int, got bool"),
+        ({"start_layer": 2, "saes": {1: sae_for(model)}}, r"saes\[1\]: would gate nothing, since start_layer=2"),
+        ({"target_chunk": 0}, "target_chunk: expected at least 1, got 0"),
+        ({"signed": 1}, "signed: expected True or False, got 1"),
+        ({"layout": "timm"}, "layout: expected a ModelLayout, got str"),
+        ({"layout": find_layout(tiny_vit())}, r"layout: blocks\[0\] \(Block\) is no module inside the model"),
         ({"backend": "fast"}, "backend: expected auto, native, triton or reference, got 'fast'"),
         ({"top_features": 41, "saes": {1: sae_for(model)}}, "top_features: expected 0 to 40"),
         ({"top_features": 2}, "top_features: got 2, but there are no SAEs"),

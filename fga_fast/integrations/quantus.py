@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -60,8 +59,7 @@ def explain_func(
     explainer = Explainer(model, saes, **{**settings, "method": method})
     images = as_images(inputs, model, explainer.layout.in_chans, channel_first)
     _check_device(device, images.device)
-    e = explainer(images, torch.as_tensor(targets) if isinstance(targets, np.ndarray) else targets)
-    pixels: NDArray[Any] = as_pixels(e, images, "Quantus").cpu().numpy()
+    pixels: NDArray[Any] = as_pixels(explainer(images, targets), images, "Quantus").cpu().numpy()
     return pixels
 
 

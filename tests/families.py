@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fga_fast import Explainer, Explanation, Gate, SparseAutoencoder
+from fga_fast.models import ModelLayout, find_layout
+
 # What a family's library is called in the table -> what Python imports.
 LIBRARIES = {"timm": "timm", "open_clip": "open_clip", "Hugging Face": "transformers", "torchvision": "torchvision"}
 CLASSES = 6
@@ -51,7 +54,7 @@ class Family:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "logit_" not in name:  # a dual encoder's temperature stays what it is
-                    parameter.add_(0.15 * torch.randn(parameter.shape, generator=generator))
+                    parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
         return model
 
     def images(self, batch: int = 2) -> Tensor:
@@ -91,6 +94,50 @@ def eager(model: nn.Module) -> nn.Module:
         if hasattr(module, "fused_attn"):
             module.fused_attn = False
     return model
+
+
+def autoencoder(width: int = 48, features: int = 90) -> SparseAutoencoder:
+    """A random autoencoder for a family's residual stream."""
+    generator = torch.Generator().manual_seed(9)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return SparseAutoencoder(random(width, features), random(features), random(features, width), random(width))
+
+
+def layout_of(family: Family, model: nn.Module) -> ModelLayout:
+    return find_layout(model, image_size=family.image_size if family.resized else None)
+
+
+def explain(family: Family, model: nn.Module, backend: Any, **settings: Any) -> Explanation:
+    """Explains the family's two images, each for one target."""
+    settings["layout"] = layout_of(family, model)
+    if family.prompts:
+        settings["tokenizer"] = tokenize
+    explainer = Explainer(model, gate=Gate(base=4.0), backend=backend, **settings)
+    # Of a tower without a head, this explains one of its features.
+    return explainer(family.images(), list(family.prompts) if family.prompts else 1)
+
+
+def autoencoders(layout: ModelLayout) -> dict[int, SparseAutoencoder]:
+    """An autoencoder after the first block, and one after the last at which a gate does something."""
+    last = len(layout.blocks) - (1 if layout.pooled[1] > layout.prefix_tokens else 2)
+    return {layer: autoencoder(int(layout.d_model or 0)) for layer in (0, last)}
+
+
+def seed(layout: ModelLayout) -> Tensor:
+    """What the patches' relevance starts from, [P]: for average pooling most of it, for the others nothing."""
+    start, stop = layout.pooled
+    tokens = torch.zeros(layout.tokens)
+    if layout.pooling == "average":
+        tokens[start:stop] = 1 / (stop - start)
+    return tokens[layout.prefix_tokens :]
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    """Relative error, by norms; infinite where there is nothing to compare."""
+    return float((got - want).norm() / want.norm()) if float(want.norm()) > 0 else float("inf")
 
 
 def registry() -> list[Family]:

@@ -9,7 +9,7 @@ from torch import nn
 
 _SMALL: dict[str, Any] = {
     "hidden_size": 48,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 3,
     "num_attention_heads": 3,
     "intermediate_size": 80,
 }

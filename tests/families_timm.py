@@ -11,7 +11,7 @@ from torch import nn
 def create(name: str, size: tuple[int, int], **settings: Any) -> nn.Module:
     import timm
 
-    sizes = {"depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": CLASSES}
+    sizes = {"depth": 3, "embed_dim": 48, "num_heads": 3, "num_classes": CLASSES}
     return timm.create_model(name, img_size=size, **{**sizes, **settings})
 
 

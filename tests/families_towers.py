@@ -14,7 +14,7 @@ _PROMPTS = ("a cat", "a dog")
 def open_clip_tower(size: tuple[int, int], **settings: Any) -> nn.Module:
     from open_clip.transformer import VisionTransformer
 
-    sizes = {"patch_size": 16, "width": 48, "layers": 2, "heads": 3, "mlp_ratio": 2.0, "output_dim": 24}
+    sizes = {"patch_size": 16, "width": 48, "layers": 3, "heads": 3, "mlp_ratio": 2.0, "output_dim": 24}
     return VisionTransformer(image_size=size, **{**sizes, **settings})  # type: ignore[arg-type]
 
 
@@ -23,7 +23,7 @@ def sequence_first(size: tuple[int, int]) -> nn.Module:
     from open_clip.transformer import Transformer
 
     tower: Any = open_clip_tower(size)
-    tower.transformer = Transformer(48, 2, 3, mlp_ratio=2.0, batch_first=False)
+    tower.transformer = Transformer(48, 3, 3, mlp_ratio=2.0, batch_first=False)
     return tower
 
 
@@ -36,7 +36,7 @@ def open_clip_model(kind: str, vision: dict[str, Any]) -> nn.Module:
 
 
 def open_clip_vit(kind: str = "CLIP", **settings: Any) -> nn.Module:
-    sizes = {"layers": 2, "width": 48, "head_width": 16, "patch_size": 16, "image_size": (48, 64)}
+    sizes = {"layers": 3, "width": 48, "head_width": 16, "patch_size": 16, "image_size": (48, 64)}
     return open_clip_model(kind, {**sizes, **settings})
 
 
@@ -49,7 +49,7 @@ def open_clip_timm() -> nn.Module:
 def torchvision_vit(**settings: Any) -> nn.Module:
     from torchvision.models import VisionTransformer
 
-    sizes = {"image_size": 48, "patch_size": 16, "num_layers": 2, "num_heads": 3, "hidden_dim": 48, "mlp_dim": 80}
+    sizes = {"image_size": 48, "patch_size": 16, "num_layers": 3, "num_heads": 3, "hidden_dim": 48, "mlp_dim": 80}
     return VisionTransformer(**{**sizes, "num_classes": CLASSES, **settings})
 
 

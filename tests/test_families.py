@@ -1,51 +1,64 @@
-"""timm's own model definitions, cut down to two narrow blocks with random weights, against the reference."""
+"""Every family's own model definition, small and random, explained by the native path and by the reference."""
 
 from __future__ import annotations
 
-import warnings
-from typing import Any
-
+import families
 import pytest
 import torch
+from families import Family
 
-from fga_fast import Explainer, Gate, SparseAutoencoder
-
-timm = pytest.importorskip("timm")
-
-# name -> size of the images, expected pooling, prefix tokens
-FAMILIES: dict[str, tuple[int, str, int]] = {
-    "vit_tiny_patch16_224": (64, "token", 1),
-    "vit_base_patch32_224": (96, "token", 1),
-    "vit_base_patch16_rpn_224": (64, "average", 0),
-    "vit_medium_patch16_gap_256": (64, "average", 0),
-    "deit_tiny_patch16_224": (64, "token", 1),
-    "deit3_small_patch16_224": (64, "token", 1),
-    "vit_small_patch14_dinov2": (56, "token", 1),
-    "vit_small_patch14_reg4_dinov2": (56, "token", 5),
-    "vit_giant_patch14_reg4_dinov2": (56, "token", 5),
-    "vit_base_patch16_clip_224": (64, "token", 1),
-    "vit_base_patch16_clip_quickgelu_224": (64, "token", 1),
-    "vit_base_patch16_siglip_224": (64, "attention", 0),
-    "vit_base_patch16_siglip_gap_224": (64, "average", 0),
-}
+FAMILIES = [pytest.param(family, id=family.id) for family in families.registry()]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_timm_models(name: str) -> None:
-    size, pooling, prefix = FAMILIES[name]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model: Any = timm.create_model(name, img_size=size, depth=2, embed_dim=48, num_heads=3, num_classes=6)
-    model.eval()
+@pytest.fixture(autouse=True)
+def _library(request: pytest.FixtureRequest) -> None:
+    pytest.importorskip(families.LIBRARIES[request.getfixturevalue("family").library])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transmm(family: Family) -> None:
+    model = family.build()
+    got, want = families.explain(family, model, "native"), families.explain(family, model, "reference")
+    start = families.seed(families.layout_of(family, model))  # left out, or it would hide errors in the rest
+    assert families.error(got.relevance - start, want.relevance - start) < 1e-4
+    rest = want.relevance - start
+    assert float(rest.max()) > 1.5 * float(rest.mean())  # attention is not uniform
+
+
+@pytest.mark.parametrize("backward", ["exact", "conservative"])
+@pytest.mark.parametrize("method", ["rollout", "input_x_gradient"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_autoencoders(family: Family, method: str, backward: str) -> None:
+    model = family.build()
+    layout = families.layout_of(family, model)
+    saes = families.autoencoders(layout)
+    settings = {"saes": saes, "method": method, "backward": backward}
+    got, want = (
+        families.explain(family, model, "native", **settings),
+        families.explain(family, model, "reference", **settings),
+    )
+    start = families.seed(layout) if method == "rollout" else 0
+    assert families.error(got.relevance - start, want.relevance - start) < 1e-4
+    for layer in saes:
+        assert families.error(got.gates[layer], want.gates[layer]) < 1e-4
+        assert want.gates[layer].unique().numel() > 2  # the gates do something
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_model_answers_as_before_and_keeps_nothing(family: Family) -> None:
+    model = family.build()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)  # frozen: attention layers then look for shortcuts
+    images = family.images()
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    sae = SparseAutoencoder(torch.randn(48, 90), torch.randn(90), torch.randn(90, 48), torch.randn(48))
-    images = torch.randn(2, 3, size, size)
-    fast = Explainer(model, {0: sae, 1: sae}, Gate(base=4.0), backend="native")
-    assert (fast.layout.pooling, fast.layout.prefix_tokens) == (pooling, prefix)
-    got, want = fast(images), Explainer(model, {0: sae, 1: sae}, Gate(base=4.0), backend="reference")(images)
-    assert float(want.relevance.norm()) > 0
-    assert float((got.relevance - want.relevance).norm() / want.relevance.norm()) < 1e-4
-    for layer in (0, 1):
-        assert float((got.gates[layer] - want.gates[layer]).norm() / want.gates[layer].norm()) < 1e-4
+        before = families.logits_of(model, images)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    e = families.explain(family, model, "native")
+    if not family.prompts:
+        torch.testing.assert_close(e.logits, before, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(families.logits_of(model, images), before)
+    for module in model.modules():
+        assert not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())

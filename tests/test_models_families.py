@@ -9,10 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import Family
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
-
-from fga_fast.models import ModelLayout, find_layout
 
 FAMILIES = [pytest.param(family, id=family.id) for family in families.registry()]
 
@@ -22,13 +20,9 @@ def _library(request: pytest.FixtureRequest) -> None:
     pytest.importorskip(families.LIBRARIES[request.getfixturevalue("family").library])
 
 
-def layout_of(family: Family, model: nn.Module) -> ModelLayout:
-    return find_layout(model, image_size=family.image_size if family.resized else None)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layout(family: Family) -> None:
-    layout = layout_of(family, family.build())
+    layout = families.layout_of(family, family.build())
     got = (layout.prefix_tokens, layout.pooling, layout.pooled, layout.grid, layout.image_size)
     assert got == (family.prefix, family.pooling, family.pooled, family.grid, family.image_size)
     assert layout.in_chans == 3
@@ -38,7 +32,7 @@ def test_layout(family: Family) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_run_once_in_order_over_all_tokens(family: Family) -> None:
     model = family.build()
-    layout = layout_of(family, model)
+    layout = families.layout_of(family, model)
     seen: list[tuple[int, tuple[int, ...]]] = []
     for index, block in enumerate(layout.blocks):
         block.register_forward_hook(
@@ -52,7 +46,7 @@ def test_blocks_run_once_in_order_over_all_tokens(family: Family) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_output_reads_the_pooled_tokens_and_no_others(family: Family) -> None:
     model = family.build()
-    layout = layout_of(family, model)
+    layout = families.layout_of(family, model)
     last: list[Tensor] = []
     layout.blocks[-1].register_forward_hook(lambda _module, _inputs, output: last.append(stream(output)))
     output = families.logits_of(model, family.images().requires_grad_())
@@ -85,7 +79,7 @@ class Calls(TorchFunctionMode):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_block_makes_one_attention_call_of_the_kind_in_the_table(family: Family) -> None:
     model = family.build()
-    layout = layout_of(family, model)
+    layout = families.layout_of(family, model)
     calls = Calls(layout.tokens)
     for block in layout.blocks:
         block.register_forward_pre_hook(lambda _module, _inputs: calls.__enter__() and None)

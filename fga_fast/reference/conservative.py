@@ -162,13 +162,11 @@ class ConservativeMode(TorchFunctionMode):
 
     def _multiply(self, func: Function, input: Any, other: Any, **kwargs: Any) -> Any:
         """`act(a).detach() * b` in a gated MLP, where b carries everything; any other product as it is."""
-        in_place = func in PRODUCTS_IN_PLACE
         if self._is_activated(input) and _depends(other) and input is not other:
-            out = input.detach() * other
-            if in_place:
-                del self._activated[id(input)]
-                return input.copy_(out)
-            return out
+            if func not in PRODUCTS_IN_PLACE:
+                return func(input.detach(), other, **kwargs)
+            del self._activated[id(input)]
+            return input.copy_(input.detach().clone() * other)
         if self._is_activated(other) and _depends(input) and input is not other:
             return func(input, other.detach(), **kwargs)
         out = func(input, other, **kwargs)

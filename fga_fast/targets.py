@@ -177,8 +177,8 @@ def _number_of(name: str, names: Sequence[str] | None) -> int:
     if not found:
         lowered = {other.lower(): other for other in names}
         close = [other for lower, other in lowered.items() if name.lower() in lower][:3]
-        close += [lowered[lower] for lower in difflib.get_close_matches(name.lower(), lowered, n=3)]
-        meant = " or ".join(repr(other) for other in dict.fromkeys(close))
+        close = close or [lowered[lower] for lower in difflib.get_close_matches(name.lower(), lowered, n=3)]
+        meant = " or ".join(map(repr, close))
         advice = f"did you mean {meant}?" if close else f"they begin {', '.join(map(repr, names[:5]))}"
         raise ValueError(f"targets: {name!r} is not among the names of the {len(names)} classes; {advice}")
     return found[0]

@@ -166,7 +166,7 @@ class DualEncoder:
 
     def _padding(self) -> dict[str, Any]:
         """How transformers' tokenizers have to be called; others know it themselves."""
-        if not type(self.tokenizer).__module__.startswith("transformers."):
+        if not _of_transformers(self.tokenizer):
             return {}
         if self.library == "transformers":
             length = self.model.config.text_config.max_position_embeddings
@@ -188,9 +188,13 @@ class DualEncoder:
         return int(getattr(embedding, "num_embeddings", 0))
 
 
+def _of_transformers(tokenizer: object) -> bool:
+    return any(cls.__module__.startswith("transformers.") for cls in type(tokenizer).__mro__)
+
+
 def _text_tokenizer(tokenizer: Callable[..., Any] | None) -> Callable[..., Any] | None:
     """The tokenizer, also out of a processor of transformers, whose first argument would be images."""
-    if tokenizer is not None and type(tokenizer).__module__.startswith("transformers."):
+    if _of_transformers(tokenizer):
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     if tokenizer is not None and not callable(tokenizer):
         raise TypeError(

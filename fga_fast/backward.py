@@ -27,10 +27,11 @@ class Graph:
     end: Tensor | None  # [B, N] last carrier, or [B, 1] after an attention pool; None if no relevance is rolled out
     seed: Tensor | None  # like `end`: the row of relevance that enters there
     inputs: list[Tensor]  # dummies whose gradients are wanted, each [B, ...]
-    ports: list[Tensor] = field(default_factory=list)  # [B, N] of attentions that no SAE gates, if scaled
+    ports: list[Tensor]  # [B, N], gate ports of attentions that no SAE gates
     scales: list[Tensor] = field(default_factory=list)  # [B] of stream taps, if scaled
     last: Tensor | None = None  # [B, N, C] last residual stream, if gradients are to be scaled
     tokens_first: bool = False  # it is [N, B, C]
+    pool: Tensor | None = None  # [B, N] port of an attention between it and the values, one of `ports`
 
 
 def differentiate(graph: Graph, values: Tensor, chunk: int) -> list[Tensor]:  # values [B] or [B, K]
@@ -68,14 +69,13 @@ def _gradients(graph: Graph, values: Tensor, ones: Tensor, scale: Tensor | None,
     if graph.end is not None and graph.seed is not None:
         outputs.append(graph.end)
         seeds.append(graph.seed.expand(*leading, *graph.seed.shape))
+    for port in graph.ports:
+        inverse = port.new_ones(1) if scale is None else (1 / scale).to(port.dtype).unsqueeze(-1)
+        outputs.append(port)
+        seeds.append(inverse.expand(*leading, *port.shape))
     if scale is not None:
-        inverse = 1 / scale
-        for port in graph.ports:
-            outputs.append(port)
-            seeds.append(inverse.to(port.dtype).unsqueeze(-1).expand(*leading, *port.shape))
-        for port in graph.scales:
-            outputs.append(port)
-            seeds.append(inverse.to(port.dtype))
+        outputs += graph.scales
+        seeds += [(1 / scale).to(port.dtype) for port in graph.scales]
     return list(torch.autograd.grad(outputs, graph.inputs, seeds, retain_graph=retain, is_grads_batched=batched))
 
 
@@ -88,9 +88,12 @@ def _choose_scale(graph: Graph, last: Tensor, values: Tensor, ones: Tensor) -> T
     """Loss scale of each row, [B] or [K, B]: powers of two that bring the gradient at `last` to about `_AIM`."""
     rows = ones.shape[:1] if values.dim() == 1 else ones.shape[:2]
     scale = torch.full(rows, _LARGEST, dtype=torch.float32, device=values.device)
+    pool = graph.pool
+    ones_at_pool = None if pool is None else torch.ones_like(pool).expand(*rows[: len(rows) - 1], *pool.shape)
     for _ in range(_TRIES):
         seed = _scaled(ones, scale)
-        (g,) = torch.autograd.grad(values, last, seed, retain_graph=True, is_grads_batched=values.dim() == 2)
+        ends = ([values], [seed]) if pool is None else ([values, pool], [seed, ones_at_pool])
+        (g,) = torch.autograd.grad(ends[0], last, ends[1], retain_graph=True, is_grads_batched=values.dim() == 2)
         largest = g.float().abs().amax((-1, -3 if graph.tokens_first else -2))
         if bool(torch.isfinite(largest).all()):
             break

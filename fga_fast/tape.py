@@ -91,11 +91,13 @@ class Tape(TorchFunctionMode):
         self._slots: dict[int, tuple[Tensor, ...]] = {}
         self._scales: list[Tensor] = []  # [B], one for every tap on a residual stream
         self._last: Tensor | None = None  # [B, N, C] last residual stream
+        self._half = False  # something computes in float16, whose gradients need a loss scale
 
     @contextmanager
     def attached(self, images: Tensor) -> Iterator[Tape]:
         """Taps the model for calls made in this thread; whatever happens inside, the model is left as it came."""
         dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
+        self._half = images.dtype == torch.float16
         self._start = images.new_zeros(len(images), self._layout.tokens, dtype=dtype).requires_grad_()
         self._carrier = self._start
         outer = getattr(_thread, "tape", None)
@@ -122,11 +124,11 @@ class Tape(TorchFunctionMode):
         """
         self._check_complete(values)
         inputs = [*self._rows.values(), *(slot for slots in self._slots.values() for slot in slots)]
-        graph = Graph(*self._ends(), inputs)
-        scaled = self._last is not None and self._last.dtype == torch.float16
-        if scaled:
+        ports = {block: port for block, port in self._ports.items() if self._rollout and block not in self._records}
+        graph = Graph(*self._ends(), inputs, list(ports.values()))
+        if self._half:
+            graph.pool = ports.get(None)
             graph.last, graph.tokens_first, graph.scales = self._last, self._layout.tokens_first, self._scales
-            graph.ports = [port for block, port in self._ports.items() if self._rollout and block not in self._records]
         found = iter(differentiate(graph, values, chunk))
         rows = {block: next(found) for block in self._rows}
         recorded = {block: tuple(next(found) for _ in slots) for block, slots in self._slots.items()}
@@ -205,6 +207,7 @@ class Tape(TorchFunctionMode):
         if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
             low = torch.get_autocast_dtype(query.device.type)
             query, key, value = query.to(low), key.to(low), value.to(low)
+        self._half |= query.dtype == torch.float16
         if not self._rollout and self._conservative is None:
             self._ports[self._block] = self._start_of_relevance()
             mask = {} if attn_mask is None else {"attn_mask": attn_mask.to(query.dtype)}
@@ -212,7 +215,7 @@ class Tape(TorchFunctionMode):
         out, _, carrier, port = ops.attention(
             query, key, value, self._carrier_in(), scale=query.shape[-1] ** -0.5 if scale is None else scale,
             **({} if attn_mask is None else {"bias": attn_mask}),
-            gated=self._gated(query.dtype), residual=self._block is not None,
+            gated=self._rollout, residual=self._block is not None,
             signed=self._signed, constant_map=self._conservative is not None,
         )  # fmt: skip
         self._pass_on(carrier, port)
@@ -228,13 +231,14 @@ class Tape(TorchFunctionMode):
             return maps
         if maps.shape[-2] != self._queries() or maps.shape[0] == 0 or maps.shape[0] % images:
             return maps
-        by_head = maps if maps.dim() == 4 else maps.unflatten(0, (images, -1))
+        by_head = maps if maps.dim() == 4 else maps.view(images, -1, *maps.shape[1:])
         self._check_shapes(by_head.shape, (*by_head.shape[:2], tokens))
+        self._half |= input.dtype == torch.float16
         if not self._rollout and self._conservative is None:
             self._ports[self._block] = self._start_of_relevance()
             return maps
         tapped, carrier, port = tap_map(
-            by_head, self._carrier_in(), gated=self._gated(by_head.dtype), residual=self._block is not None,
+            by_head, self._carrier_in(), gated=self._rollout, residual=self._block is not None,
             signed=self._signed, constant_map=self._conservative is not None,
         )  # fmt: skip
         self._pass_on(carrier, port)
@@ -265,10 +269,6 @@ class Tape(TorchFunctionMode):
         if self._rollout and (self._per_block or self._block == self._start_layer):
             self._rows[self._block] = self._carrier
         return self._carrier
-
-    def _gated(self, dtype: torch.dtype) -> bool:
-        # A loss scale, which float16 needs, is taken out of the relevance at the gate ports: all of them are used then.
-        return self._rollout and (self._block in self._records or dtype == torch.float16)
 
     def _pass_on(self, carrier: Tensor, port: Tensor) -> None:
         self._carrier, self._ports[self._block] = carrier, port

@@ -1,0 +1,142 @@
+"""16-bit models, autocast, tiny and huge gradients, memory formats."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from explaining import PIXELS, Build, sae_for
+from torch import Tensor, nn
+
+from fga_fast import Explainer, Explanation, Gate
+
+KINDS: dict[str, dict[str, Any]] = {
+    "class token": {},
+    "average pooling": {"global_pool": "avg"},
+    "attention pooling": {"global_pool": "map", "class_token": False},
+}
+TARGETS = torch.tensor([[0, 3], [1, 1]])
+
+
+class Scaled(nn.Module):
+    """Logits of a model times a constant: gradients of any size, the same explanation up to it."""
+
+    def __init__(self, tower: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.tower, self.factor = tower, factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tower(x) * self.factor  # type: ignore[no-any-return]
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return float((got - want).norm() / want.norm())
+
+
+def explain(model: nn.Module, saes: dict[int, Any], images: Tensor, targets: Any, **settings: Any) -> Explanation:
+    return Explainer(model, saes, Gate(base=2.0), backend="native", **settings)(images, targets)
+
+
+@pytest.mark.parametrize("targets", (torch.tensor([2, 0]), TARGETS))
+@pytest.mark.parametrize("method", ("rollout", "input_x_gradient"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_tiny_gradients_do_not_underflow_in_float16(tiny_vit: Build, kind: str, method: Any, targets: Tensor) -> None:
+    """Gradients of 1e-6 and less are subnormal or zero in float16, where the model's own backward pass loses them."""
+    tower = tiny_vit(**KINDS[kind])
+    saes, images = {1: sae_for(tower)}, torch.randn(2, *PIXELS)
+    model = Scaled(tower, 1e-6)
+    want = explain(model, saes, images, targets, method=method)
+    half_images = images.half().requires_grad_()
+    half = Scaled(tower.half(), 1e-6)
+    naive = torch.autograd.grad(half(half_images)[:, 0].sum(), half_images)[0]
+    assert float((naive != 0).float().mean()) < 0.9  # what happens without a loss scale
+    got = explain(half, {1: saes[1].half()}, images.half(), targets, method=method)
+    assert error(got.relevance, want.relevance) < 0.1
+    assert error(got.scores[1], want.scores[1]) < 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_scale_leaves_float16_explanations_as_they_are(tiny_vit: Build, kind: str) -> None:
+    """Where nothing underflows, scaled gradients explain as unscaled ones: powers of two change no digit."""
+    tower = tiny_vit(**KINDS[kind])
+    saes, images = {1: sae_for(tower)}, torch.randn(2, *PIXELS)
+    want = explain(tower, saes, images, TARGETS).relevance
+    got = explain(tower.half(), {1: saes[1].half()}, images.half(), TARGETS).relevance
+    assert error(got, want) < 0.05
+
+
+def test_huge_gradients_do_not_overflow_in_float16(tiny_vit: Build) -> None:
+    """The loss scale is lowered where it would overflow, for the rows concerned."""
+    tower = tiny_vit()
+    saes, images = {1: sae_for(tower)}, torch.randn(2, *PIXELS)
+    want = explain(Scaled(tower, 3e3), saes, images, TARGETS)
+    got = explain(Scaled(tower.half(), 3e3), {1: saes[1].half()}, images.half(), TARGETS)
+    assert torch.isfinite(got.relevance).all()
+    assert error(got.relevance, want.relevance) < 0.1
+
+
+def test_rows_of_very_different_size_in_float16(tiny_vit: Build) -> None:
+    """Each row of a batch has a loss scale of its own."""
+    tower = tiny_vit()
+    images = torch.randn(2, *PIXELS)
+    factors = torch.tensor([[1.0, 1e-6], [1e-4, 1e2]])
+
+    def scaled(logits: Tensor) -> Tensor:  # [B, classes] -> [B, K]
+        return logits.float()[:, :2] * factors
+
+    want = explain(tower, {}, images, scaled, method="input_x_gradient").relevance
+    got = explain(tower.half(), {}, images.half(), scaled, method="input_x_gradient").relevance
+    for image in range(2):
+        for k in range(2):
+            assert error(got[image, k], want[image, k]) < 0.05
+
+
+def test_a_target_without_gradient_has_no_relevance_in_float16(tiny_vit: Build) -> None:
+    model, images = tiny_vit().half(), torch.randn(2, *PIXELS).half()
+    e = explain(model, {1: sae_for(model)}, images, lambda logits: logits.sum(-1) * 0)
+    assert torch.equal(e.relevance, torch.zeros_like(e.relevance))
+
+
+@pytest.mark.parametrize("backend", ("native", "reference"))
+@pytest.mark.parametrize("settings", ({}, {"method": "input_x_gradient", "backward": "conservative"}))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_autocast(tiny_vit: Build, dtype: torch.dtype, settings: dict[str, Any], backend: Any) -> None:
+    """Under autocast the model computes in 16 bits; relevance stays float32 and near that without autocast."""
+    model = tiny_vit(qk_norm=True, init_values=0.5)
+    saes, images = {1: sae_for(model)}, torch.randn(2, *PIXELS)
+    explainer = Explainer(model, saes, Gate(base=2.0), backend=backend, **settings)
+    want = explainer(images, TARGETS)
+    with torch.autocast("cpu", dtype=dtype):
+        plain = model(images)
+        got = explainer(images, TARGETS)
+    assert plain.dtype == dtype
+    torch.testing.assert_close(got.logits.float(), plain.detach().float(), rtol=2e-2, atol=2e-2)
+    assert got.relevance.dtype == got.scores[1].dtype == torch.float32
+    assert 0 < error(got.relevance, want.relevance) < 0.2
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_channels_last_images(tiny_vit: Build) -> None:
+    model, images = tiny_vit(), torch.randn(2, *PIXELS)
+    saes = {1: sae_for(model)}
+    want = explain(model, saes, images, TARGETS).relevance
+    formatted = images.to(memory_format=torch.channels_last)
+    assert not formatted.is_contiguous()
+    torch.testing.assert_close(explain(model, saes, formatted, TARGETS).relevance, want, rtol=1e-4, atol=1e-6)
+    last = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    torch.testing.assert_close(explain(last, saes, formatted, TARGETS).relevance, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", ({}, {"backward": "conservative"}, {"method": "input_x_gradient"}))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_sixteen_bits_with_every_method(tiny_vit: Build, dtype: torch.dtype, settings: dict[str, Any]) -> None:
+    """Against float32, at most twice the error of the reference run in the same dtype."""
+    model = tiny_vit(global_pool="avg")
+    images = torch.randn(8, *PIXELS)
+    want = Explainer(model, backend="reference", **settings)(images, 1).relevance
+    low, low_images = model.to(dtype), images.to(dtype)
+    plain = Explainer(low, backend="reference", **settings)(low_images, 1).relevance
+    fast = Explainer(low, backend="native", **settings)(low_images, 1).relevance
+    assert fast.dtype == torch.float32
+    assert float((fast - want).norm()) <= 2 * float((plain - want).norm())

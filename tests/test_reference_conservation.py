@@ -139,7 +139,7 @@ def errors(model: nn.Module, dtype: torch.dtype, conservative: bool) -> list[flo
     # Plain tensors: the recording takes parameters for constants.
     state = {name: value.detach().clone() for name, value in model.named_parameters()}
     biases = {name: value.requires_grad_() for name, value in state.items() if name.endswith("bias")}
-    with recording(find_layout(model), len(images), conservative) as record:
+    with recording(find_layout(model), images, conservative) as record:
         logits = torch.func.functional_call(model, state, (images,))
     found = []
     for y, image in zip(logits.gather(1, logits.abs().argmax(1, keepdim=True))[:, 0], range(2), strict=True):

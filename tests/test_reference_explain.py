@@ -47,7 +47,7 @@ def test_explanation_equals_the_row_carried_from_the_head_to_the_patches(
     images = torch.randn(IMAGES).double()
     result = explain(model, images, None, saes, Gate())
     layout = find_layout(model)
-    with recording(layout, len(images)) as record:
+    with recording(layout, images) as record:
         logits = model(images.requires_grad_())
         found = differentiate(logits.amax(dim=1).sum(), record, saes)
 

@@ -134,7 +134,7 @@ def explain(
     checks.check_saes(saes, layout, next((layout.tower or model).parameters()))
     readout = Readout(model) if readout is None else readout
     with torch.inference_mode(False), torch.enable_grad():
-        with recording(layout, len(images), backward == "conservative") as record:
+        with recording(layout, images, backward == "conservative") as record:
             # The graph hangs on the images, so that frozen models work and parameters stay out of it.
             output = readout.run(images.detach().clone().requires_grad_())
             check_recording(record)
@@ -244,12 +244,13 @@ def _rolled_out(
     layout, maps = record.layout, []
     for block in range(start, len(layout.blocks)):
         relevance = attention_relevance(record.maps[block], gradients.maps[block], signed)  # [B, N, N]
+        relevance = relevance.to(record.dtype)  # a model may compute its maps in another dtype than its own
         if block in gates:
             relevance = gate_columns(relevance, gates[block], layout.prefix_tokens)
         maps.append(relevance)
     pool = None
     if record.pool is not None and gradients.pool is not None:
-        pool = attention_relevance(record.pool, gradients.pool, signed)  # [B, 1, tokens]
+        pool = attention_relevance(record.pool, gradients.pool, signed).to(record.dtype)  # [B, 1, tokens]
     row = pooled_row(rollout(maps), layout, pool)
     return row[:, layout.prefix_tokens :].contiguous()
 

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from fga_fast.models.layout import ModelLayout
 from fga_fast.multihead import open_multi_head_attention
-from fga_fast.reference.attention import attention
+from fga_fast.reference.attention import attention, relevance_dtype
 from fga_fast.reference.conservative import ConservativeMode
 from fga_fast.tape import TapeError
 
@@ -34,6 +34,7 @@ class Recording:
 
     layout: ModelLayout
     images: int  # B
+    dtype: torch.dtype  # of relevance
     constant_maps: bool = False  # attention maps are constants of the backward pass (conservative)
     maps: dict[int, Tensor] = field(default_factory=dict)  # block -> A [B, H, N, N]
     inputs: dict[int, Tensor] = field(default_factory=dict)  # block -> x_{l-1}, its input, [B, N, C] or [N, B, C]
@@ -211,15 +212,15 @@ def _hooks(record: Recording, index: int) -> tuple[Callable[..., Any], Callable[
 
 
 @contextmanager
-def recording(layout: ModelLayout, images: int, conservative: bool = False) -> Iterator[Recording]:
+def recording(layout: ModelLayout, images: Tensor, conservative: bool = False) -> Iterator[Recording]:
     """Follows one forward pass of the calling thread; hooks and modes are gone afterwards, whatever happens.
 
     Args:
         layout: where the model's blocks are.
-        images: B, how many images the pass is of.
+        images: [B, channels, H, W] that the pass is of.
         conservative: the backward pass of what is recorded is the conservative one (reference/conservative.py).
     """
-    record = Recording(layout, images, constant_maps=conservative)
+    record = Recording(layout, len(images), relevance_dtype(images.dtype), constant_maps=conservative)
     handles = []
     try:
         for index, block in enumerate(layout.blocks):

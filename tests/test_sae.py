@@ -30,7 +30,7 @@ def parameters(
     values["activation"] = activation
     if activation == "gated":
         values |= {"b_gate": draw(f), "r_mag": draw(f) * 0.3, "b_mag": draw(f)}
-    if activation == "topk":
+    if activation in ("topk", "topk_signed"):
         values["k"] = 5
     if activation in ("jumprelu", "batch_topk"):
         values["threshold"] = draw(f).abs() if activation == "jumprelu" else 0.75
@@ -55,6 +55,8 @@ def formula(x: Tensor, p: dict[str, Any]) -> Tensor:
                 codes[f] = max(value, 0.0)
             case "topk":
                 codes[f] = max(value, 0.0) if f in order[: p["k"]] else 0.0
+            case "topk_signed":
+                codes[f] = value if f in order[: p["k"]] else 0.0
             case "jumprelu":
                 codes[f] = max(value, 0.0) if value > float(p["threshold"][f]) else 0.0
             case "batch_topk":
@@ -66,7 +68,7 @@ def formula(x: Tensor, p: dict[str, Any]) -> Tensor:
 
 
 @pytest.mark.parametrize("normalize", [None, "layer_norm", "constant_norm"])
-@pytest.mark.parametrize("activation", ["relu", "topk", "jumprelu", "batch_topk", "gated"])
+@pytest.mark.parametrize("activation", ["relu", "topk", "topk_signed", "jumprelu", "batch_topk", "gated"])
 def test_encode_is_the_written_formula(activation: str, normalize: str | None) -> None:
     p = parameters(activation)
     x = tokens()
@@ -81,12 +83,13 @@ def test_encode_is_the_written_formula(activation: str, normalize: str | None) -
             elif normalize == "constant_norm":
                 row = row * C**0.5 / (row**2).sum().sqrt()
             torch.testing.assert_close(codes[i, t], formula(row, p), rtol=1e-11, atol=1e-12)
-    assert 0 < int((codes > 0).sum()) < codes.numel()
+    assert 0 < int((codes != 0).sum()) < codes.numel()
 
 
-def test_topk_ties_go_to_the_lowest_index() -> None:
+@pytest.mark.parametrize("activation", ["topk", "topk_signed"])
+def test_topk_ties_go_to_the_lowest_index(activation: str) -> None:
     w = torch.ones(1, 8)  # every feature has the same value
-    sae = SparseAutoencoder(w, torch.tensor([0.0, 0, 1, 0, 0, 1, 0, 0]), w.t(), torch.zeros(1), "topk", k=4)
+    sae = SparseAutoencoder(w, torch.tensor([0.0, 0, 1, 0, 0, 1, 0, 0]), w.t(), torch.zeros(1), activation, k=4)
     active = sae.encode(torch.ones(3, 1)).nonzero()[:, 1].reshape(3, 4)
     assert active.tolist() == [[0, 1, 2, 5]] * 3
 
@@ -103,6 +106,14 @@ def test_topk_keeps_no_negative_value(k: int) -> None:
         assert torch.equal(codes.amax(-1), relu.amax(-1)) and bool(((codes > 0).sum(-1) <= 1).all())
 
 
+def test_signed_topk_keeps_negative_values() -> None:
+    eye = torch.eye(4)
+    sae = SparseAutoencoder(eye, None, eye, torch.zeros(4), "topk_signed", k=2)
+    x = torch.tensor([[-1.0, -2.0, -3.0, -0.5], [1.0, -2.0, 0.0, -4.0]])
+    assert sae.encode(x).tolist() == [[-1.0, 0.0, 0.0, -0.5], [1.0, 0.0, 0.0, 0.0]]
+    assert sae.l0(x[:1]) == 2.0  # negative codes are active
+
+
 def test_threshold_is_strict_and_broadcasts() -> None:
     eye = torch.eye(3)
     x = torch.tensor([[0.5, 1.0, 1.5]])
@@ -112,7 +123,7 @@ def test_threshold_is_strict_and_broadcasts() -> None:
         assert sae.theta is not None and sae.theta.shape == (3,) and sae.theta.is_contiguous()
 
 
-@pytest.mark.parametrize("activation", ["relu", "topk", "jumprelu", "batch_topk", "gated"])
+@pytest.mark.parametrize("activation", ["relu", "topk", "topk_signed", "jumprelu", "batch_topk", "gated"])
 def test_nan_in_tokens_is_not_hidden(activation: str) -> None:
     x = tokens()
     x[1, 2, 0] = float("nan")
@@ -305,11 +316,8 @@ def test_decode_needs_the_tokens_with_normalisation() -> None:
     assert torch.equal(sae(tokens()), sae.decode(sae.encode(tokens()), tokens()))
 
 
-def test_check_width_and_repr() -> None:
+def test_repr() -> None:
     sae = SparseAutoencoder(**parameters("topk"), metadata={"layer": "9"})
-    sae.check_width(C, 9)
-    with pytest.raises(ValueError, match=r"saes\[9\]: the SAE's width does not fit the model: expected d_model=768"):
-        sae.check_width(768, 9)
     for part in ("d_model=12", "d_sae=40", "activation='topk'", "k=5", "torch.float64", "'layer': '9'"):
         assert part in repr(sae)
 

@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 
 from fga_fast.sae import SparseAutoencoder
 from fga_fast.sae.formats import native
+from fga_fast.sae.formats.safetensors_file import MAX_HEADER_BYTES
 
 
 def native_sae(activation: str = "relu", dtype: torch.dtype = torch.float32) -> SparseAutoencoder:
     extra: dict[str, Any] = {}
-    if activation == "topk":
+    if activation in ("topk", "topk_signed"):
         extra["k"] = 4
     if activation == "jumprelu":
         extra["threshold"] = torch.rand(F, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -34,7 +35,7 @@ def native_sae(activation: str = "relu", dtype: torch.dtype = torch.float32) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("activation", ["relu", "topk", "jumprelu", "batch_topk", "gated"])
+@pytest.mark.parametrize("activation", ["relu", "topk", "topk_signed", "jumprelu", "batch_topk", "gated"])
 def test_native_round_trip(tmp_path: Path, activation: str, dtype: torch.dtype) -> None:
     sae = native_sae(activation, dtype)
     assert sae.save(tmp_path / "sae") == tmp_path / "sae"
@@ -124,7 +125,7 @@ def test_native_truncated(saved: Path, keep: int) -> None:
         SparseAutoencoder.from_pretrained(saved)
 
 
-@pytest.mark.parametrize("length", [native.MAX_HEADER_BYTES + 1, 2**40, 2**64 - 1])
+@pytest.mark.parametrize("length", [MAX_HEADER_BYTES + 1, 2**40, 2**64 - 1])
 def test_native_oversized_header(saved: Path, length: int) -> None:
     weights = saved / native.WEIGHTS
     weights.write_bytes(struct.pack("<Q", length) + weights.read_bytes()[8:])
@@ -231,11 +232,13 @@ def test_missing_path(tmp_path: Path) -> None:
 def test_unknown_folder_and_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="found nothing"):
         SparseAutoencoder.from_pretrained(tmp_path)
-    save_file(state_dict(), tmp_path / "sae_weights.safetensors")
-    with pytest.raises(ValueError, match=r"not an SAE checkpoint that can be read; .*; found sae_weights\.safetensors"):
-        SparseAutoencoder.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"found sae_weights\.safetensors"):
-        SparseAutoencoder.from_pretrained(tmp_path / "sae_weights.safetensors")
+    save_file({"weight": torch.zeros(3, 2), "bias": torch.zeros(3)}, tmp_path / "model.safetensors")
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        with pytest.raises(ValueError, match=r"not an SAE checkpoint .*; model\.safetensors holds bias, weight"):
+            SparseAutoencoder.from_pretrained(path)
+    (tmp_path / "model.onnx").write_bytes(b"\x08")
+    with pytest.raises(ValueError, match=r"not an SAE checkpoint that can be read; .*; found model\.onnx"):
+        SparseAutoencoder.from_pretrained(tmp_path / "model.onnx")
 
 
 @pytest.mark.parametrize("name", ["n_images_1.pkl.gz", "n_images_1.pkl", "sae.pickle"])

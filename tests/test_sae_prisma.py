@@ -33,6 +33,7 @@ def test_prisma_public_layout(tmp_path: Path, stored: str | None, normalize: str
         assert sae.metadata == {
             "source_format": "vit-prisma",
             "source_file": "n_images_2600058.pt",
+            "hook": "blocks.9.hook_resid_post",
             "layer": "9",  # not the 6 that cached_activations_path names
             "model_name": "open-clip:laion/some-model",
         }

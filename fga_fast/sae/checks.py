@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fga_fast.sae.normalise import check_normalisation
 
-ACTIVATIONS: tuple[str, ...] = ("relu", "topk", "batch_topk", "jumprelu", "gated")
+ACTIVATIONS: tuple[str, ...] = ("relu", "topk", "topk_signed", "batch_topk", "jumprelu", "gated")
 DTYPES: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 GATED_NAMES: tuple[str, ...] = ("b_gate", "r_mag", "b_mag")
 
@@ -26,10 +26,12 @@ def check_settings(activation: object, k: object, threshold: object, normalize: 
     check_normalisation(normalize)
     if k is not None and (isinstance(k, bool) or not isinstance(k, int)):
         raise TypeError(f"k: expected an int or None, got {type(k).__name__}")
-    if activation == "topk" and k is None:
-        raise ValueError("k: activation 'topk' needs the number of features kept a token, got None")
-    if activation not in ("topk", "batch_topk") and k is not None:
-        raise ValueError(f"k: only 'topk' and 'batch_topk' take k, got k={k} with activation {activation!r}")
+    if activation in ("topk", "topk_signed") and k is None:
+        raise ValueError(f"k: activation {activation!r} needs the number of features kept a token, got None")
+    if activation not in ("topk", "topk_signed", "batch_topk") and k is not None:
+        raise ValueError(
+            f"k: only 'topk', 'topk_signed' and 'batch_topk' take k, got k={k} with activation {activation!r}"
+        )
     needs_threshold = activation in ("jumprelu", "batch_topk")
     if needs_threshold and threshold is None:
         raise ValueError(f"threshold: activation {activation!r} needs one (a number, or one a feature), got None")
@@ -84,6 +86,21 @@ def check_tensor(name: str, value: object, shape: tuple[int, ...] | None = None,
     if like is not None and value.device != like.device:
         raise ValueError(f"{name}: expected device {like.device} (that of W_enc), got {value.device}; move one of them")
     return value
+
+
+def check_threshold(
+    threshold: float | Tensor | None,  # [] or [F]
+    d_sae: int,
+    like: Tensor,
+) -> Tensor | None:
+    """Return ``threshold`` as a tensor of ``like``'s dtype and device; raise TypeError/ValueError if it cannot be."""
+    if threshold is None:
+        return None
+    if isinstance(threshold, Tensor):
+        return check_tensor("threshold", threshold, () if threshold.ndim == 0 else (d_sae,), like=like)
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+        raise TypeError(f"threshold: expected a number or a tensor [] or [F], got {type(threshold).__name__}")
+    return torch.tensor(float(threshold), dtype=like.dtype, device=like.device)
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

@@ -30,3 +30,30 @@ def decoder_sum(
     for rows in torch.split(W_dec, _ROWS):
         total += rows.double().sum(dim=0)
     return total
+
+
+def derived_tensors(
+    W_enc_t: Tensor,  # [F, C]
+    W_dec: Tensor,  # [F, C]
+    b_dec: Tensor,  # [C]
+    b_enc: Tensor | None,  # [F]
+    threshold: Tensor | None,  # [] or [F]
+    b_gate: Tensor | None,  # [F]
+    r_mag: Tensor | None,  # [F]
+    b_mag: Tensor | None,  # [F]
+) -> dict[str, Tensor]:
+    """The tensors kernels read beside the weights: see the attributes of `SparseAutoencoder`. Float64, but theta."""
+    centring = folded_centring(W_enc_t, b_dec)  # [F]
+    derived = {"dec_sum": decoder_sum(W_dec)}
+    if b_gate is not None and r_mag is not None and b_mag is not None:
+        scale = r_mag.double().exp()
+        derived |= {
+            "bias": b_gate.double() - centring,
+            "gate_scale": scale,
+            "mag_bias": b_mag.double() - scale * centring,
+        }
+    else:
+        derived["bias"] = -centring if b_enc is None else b_enc.double() - centring
+    if threshold is not None:
+        derived["theta"] = threshold.expand(len(W_enc_t))
+    return derived

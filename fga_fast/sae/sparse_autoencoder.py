@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,15 @@ from fga_fast.sae.checks import (
     check_metadata,
     check_settings,
     check_tensor,
+    check_threshold,
     check_weights,
 )
-from fga_fast.sae.folding import decoder_sum, folded_centring
+from fga_fast.sae.folding import derived_tensors
 from fga_fast.sae.normalise import denormalise, normalise
+from fga_fast.sae.self_check import SelfCheck, l0, self_check
 
 _RAW = ("_W_enc_t", "W_dec", "b_enc", "b_dec", "threshold", *GATED_NAMES)
 _DERIVED = ("bias", "gate_scale", "mag_bias", "theta", "dec_sum")
-# Tokens encoded at a time by the self-check: codes of 49,152 float32 features take 50 MB.
-_SELF_CHECK_ROWS = 256
 
 
 class SparseAutoencoder(nn.Module):
@@ -35,6 +35,7 @@ class SparseAutoencoder(nn.Module):
     With ``u = normalise(x)``, ``pre = u W_enc`` and ``z = pre + bias`` (b_dec is folded into bias) the codes are
       relu                 max(z, 0)
       topk                 the k largest z of the token (ties: the lowest feature index), then relu
+      topk_signed          the k largest z of the token, whatever their sign
       jumprelu, batch_topk z where z > theta, else 0; then relu
       gated                1[z > 0] * relu(pre * gate_scale + mag_bias)
 
@@ -43,8 +44,8 @@ class SparseAutoencoder(nn.Module):
         b_enc: [F] or None (zero). Kept but not used by "gated".
         W_dec: [F, C] decoder, one row a feature.
         b_dec: [C], subtracted before encoding and added after decoding.
-        activation: "relu", "topk", "batch_topk", "jumprelu" or "gated".
-        k: features kept a token, 1 <= k <= F; "topk" needs it, "batch_topk" keeps it for the record.
+        activation: "relu", "topk", "topk_signed", "batch_topk", "jumprelu" or "gated".
+        k: features kept a token, 1 <= k <= F; both top-k need it, "batch_topk" keeps it for the record.
         threshold: a number or a tensor [] or [F]; "jumprelu" and "batch_topk" need it.
         normalize: None, "layer_norm" or "constant_norm", see `fga_fast.sae.normalise`.
         b_gate, r_mag, b_mag: [F] each, "gated" only.
@@ -66,7 +67,7 @@ class SparseAutoencoder(nn.Module):
         TypeError: an argument of the wrong type or dtype, mixed dtypes.
         ValueError: wrong shapes, mixed devices, NaN or Inf, settings that do not fit the activation.
 
-    Source: the conventions are those of ViT-Prisma and SAELens.
+    Source: the conventions are those of ViT-Prisma and SAELens; "topk_signed" is saev's top-k.
     """
 
     _W_enc_t: Tensor  # [F, C]
@@ -136,7 +137,7 @@ class SparseAutoencoder(nn.Module):
             "_W_enc_t": W_enc.t(),
             "W_dec": W_dec,
             "b_dec": b_dec,
-            "threshold": self._checked_threshold(threshold, W_enc),
+            "threshold": check_threshold(threshold, self.d_sae, W_enc),
             **per_feature,
         }
         for name in _RAW:
@@ -145,20 +146,6 @@ class SparseAutoencoder(nn.Module):
             self.register_buffer(name, copy)
         for name in _DERIVED:
             self.register_buffer(name, None, persistent=False)
-
-    def _checked_threshold(
-        self,
-        threshold: float | Tensor | None,  # [] or [F]
-        like: Tensor,
-    ) -> Tensor | None:
-        if threshold is None:
-            return None
-        if isinstance(threshold, Tensor):
-            shape = () if threshold.ndim == 0 else (self.d_sae,)
-            return check_tensor("threshold", threshold, shape, like=like)
-        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
-            raise TypeError(f"threshold: expected a number or a tensor [] or [F], got {type(threshold).__name__}")
-        return torch.tensor(float(threshold), dtype=like.dtype, device=like.device)
 
     @torch.no_grad()
     def _derive(self) -> None:
@@ -169,18 +156,9 @@ class SparseAutoencoder(nn.Module):
             value = self._buffers[name]
             if value is not None:
                 check_finite(name.removeprefix("_").removesuffix("_t"), value)
-        centring = folded_centring(self._W_enc_t, self.b_dec)  # [F]
-        derived: dict[str, Tensor | None] = dict.fromkeys(_DERIVED)
-        derived["dec_sum"] = decoder_sum(self.W_dec)
-        if self.b_gate is not None and self.r_mag is not None and self.b_mag is not None:
-            scale = self.r_mag.double().exp()
-            derived["bias"] = self.b_gate.double() - centring
-            derived["gate_scale"] = scale
-            derived["mag_bias"] = self.b_mag.double() - scale * centring
-        else:
-            derived["bias"] = -centring if self.b_enc is None else self.b_enc.double() - centring
-        if self.threshold is not None:
-            derived["theta"] = self.threshold.expand(self.d_sae)
+        derived = derived_tensors(
+            self._W_enc_t, self.W_dec, self.b_dec, self.b_enc, self.threshold, self.b_gate, self.r_mag, self.b_mag
+        )
         for name, value in derived.items():
             if value is not None:
                 rounded = value.to(self.dtype, copy=True).contiguous()
@@ -226,7 +204,7 @@ class SparseAutoencoder(nn.Module):
             x: [..., C], the SAE's dtype and device.
 
         Returns:
-            [..., F], values >= 0; NaN in ``x`` gives NaN, never a silent zero.
+            [..., F], values >= 0 (any sign with "topk_signed"); NaN in ``x`` gives NaN, never a silent zero.
 
         Raises:
             TypeError, ValueError: wrong type, dtype, width or device of ``x``.
@@ -237,10 +215,12 @@ class SparseAutoencoder(nn.Module):
         if self.gate_scale is not None and self.mag_bias is not None:
             magnitude = torch.relu(pre * self.gate_scale + self.mag_bias)
             return torch.where(z <= 0, torch.zeros_like(magnitude), magnitude)
-        if self.activation == "topk":
+        if self.activation in ("topk", "topk_signed"):
             # A stable descending sort keeps equal values in index order; torch.topk leaves ties open.
             kept = z.sort(dim=-1, descending=True, stable=True).indices[..., : self.k]
             z = torch.zeros_like(z).scatter(-1, kept, z.gather(-1, kept))
+            if self.activation == "topk_signed":
+                return z
         elif self.theta is not None:
             z = torch.where(z <= self.theta, torch.zeros_like(z), z)
         return torch.relu(z)
@@ -280,15 +260,34 @@ class SparseAutoencoder(nn.Module):
         """Reconstruction [..., C] of ``x``: ``decode(encode(x), x)``."""
         return self.decode(self.encode(x), x)
 
-    @torch.no_grad()
+    def self_check(
+        self,
+        x: Tensor,  # [..., C]
+    ) -> SelfCheck:
+        """Whether the SAE fits these activations: run it once after loading, on some images of the model's domain.
+
+        Good numbers are those of the SAE's card. Without a card: an explained variance of 0.6 to 0.99, an l0 near the
+        published or trained k (SAEs of vision models reach from tens to some 2,000), and few dead features once some
+        10,000 tokens were seen. An explained variance near or below 0 says that layer, model or normalisation is
+        not the one the SAE was trained on; so does an l0 many times too large or near 0.
+
+        Args:
+            x: [..., C], such as [T, C] or [B, P, C], residual stream after the SAE's block; at least two tokens that
+                differ; the SAE's dtype and device.
+
+        Returns:
+            `SelfCheck`: explained_variance (at most 1), l0, dead (share of features no token activated), tokens.
+
+        Raises:
+            TypeError, ValueError: as `encode`; fewer than two tokens or no variance.
+        """
+        return self_check(self, x)
+
     def explained_variance(
         self,
         x: Tensor,  # [..., C]
     ) -> float:
         """Share of the tokens' variance the SAE reconstructs: ``1 - sum (x - x^)^2 / sum (x - mean)^2``, in float64.
-
-        A self-check after loading: near the published value if file, layer and normalisation fit the model, and near
-        or below 0 if they do not.
 
         Args:
             x: [..., C], at least two tokens that differ.
@@ -299,38 +298,14 @@ class SparseAutoencoder(nn.Module):
         Raises:
             TypeError, ValueError: as `encode`; fewer than two tokens or no variance.
         """
-        rows = check_activations("x", x, self.d_model, self._W_enc_t).reshape(-1, self.d_model)
-        total = ((rows.double() - rows.double().mean(dim=0)) ** 2).sum() if len(rows) > 1 else torch.zeros(())
-        if float(total) == 0.0:
-            raise ValueError(f"x: expected at least two tokens that differ, got shape {list(x.shape)} without variance")
-        chunks = torch.split(rows, _SELF_CHECK_ROWS)
-        residual = sum(float(((part.double() - self(part).double()) ** 2).sum()) for part in chunks)
-        return 1.0 - residual / float(total)
+        return self_check(self, x).explained_variance
 
-    @torch.no_grad()
     def l0(
         self,
         x: Tensor,  # [..., C]
     ) -> float:
-        """Mean number of active features a token, for tokens ``x`` [..., C] (at least one); between 0 and F.
-
-        Raises:
-            TypeError, ValueError: as `encode`; no token.
-        """
-        rows = check_activations("x", x, self.d_model, self._W_enc_t).reshape(-1, self.d_model)
-        if len(rows) == 0:
-            raise ValueError(f"x: expected at least one token, got shape {list(x.shape)}")
-        active = [int((self.encode(part) > 0).sum()) for part in torch.split(rows, _SELF_CHECK_ROWS)]
-        return sum(active) / len(rows)
-
-    def check_width(self, d_model: int, layer: int) -> None:
-        """Raise ValueError if the SAE does not fit block ``layer`` of a model whose residual stream has this width."""
-        if d_model != self.d_model:
-            raise ValueError(
-                f"saes[{layer}]: the SAE's width does not fit the model: expected d_model={d_model} (the width of the "
-                f"residual stream after block {layer}), got an SAE with d_model={self.d_model}; use an SAE trained on "
-                "this model"
-            )
+        """Mean number of active features a token, 0 to F; raises ValueError without tokens, and as `encode`."""
+        return l0(self, x)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the folder ``path`` with ``sae.safetensors`` and ``config.json``; nothing half-written is left behind.
@@ -350,24 +325,59 @@ class SparseAutoencoder(nn.Module):
 
     @staticmethod
     def from_pretrained(
-        path: str | os.PathLike[str], *, allow_pickled_config: bool = False, normalize: str | None = "as stored"
+        path: str | os.PathLike[str],
+        *,
+        download: bool = False,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        allow_pickled_config: bool = False,
+        normalize: str | None = "as stored",
+        activation: str | None = None,
+        k: int | None = None,
+        threshold: float | Tensor | None = None,  # [] or [F]
+        decoder_norm: str | None = None,
+        pre_mean: Tensor | Sequence[float] | None = None,  # [C]
+        pre_scale: float | Tensor | None = None,  # [] or [C]
+        subtract_b_dec: bool | None = None,
     ) -> SparseAutoencoder:
-        """Read an SAE from disk; the format is recognised, see `fga_fast.sae.formats`. No code in a file is ever run.
+        """Read an SAE; its format is recognised, see docs/sae_formats.md. No code in a file is ever run.
+
+        Scales and input statistics are folded into the weights, so that codes times decoder rows lie in the residual
+        stream's own space. Follow it with `self_check` on a few activations.
 
         Args:
-            path: the folder `save` wrote, or a ViT-Prisma ``.pt`` file or folder (``config.json`` beside the weights,
-                or the configuration pickled in the file).
+            path: a file or folder: the one `save` wrote, or one of ViT-Prisma, SAELens, saev, overcomplete, sparsify
+                or visaebench. With ``download`` also a repository on the Hugging Face hub, "organisation/name".
+            download: fetch ``path`` from the hub if it is not on this machine (needs huggingface_hub). Only weights
+                and settings of one folder are fetched. Without it nothing is ever downloaded.
+            revision: branch, tag or commit on the hub; a commit never changes.
+            subfolder: the folder with the SAE inside ``path``.
             allow_pickled_config: read ViT-Prisma files that hold their configuration as a pickled object; the one
                 configuration class becomes a plain record and every other object is refused.
             normalize: "as stored", or the normalisation of a ViT-Prisma file that does not say which one it needs.
+            activation, k: overcomplete's state dicts do not say them: "relu", "topk" with k, or "batch_topk" with
+                threshold.
+            threshold: the value from which codes are kept, where the file has none (overcomplete, visaebench, saev).
+            decoder_norm: overcomplete's dictionary normalisation, where it was not the default "l2": "max_l2", "l1",
+                "max_l1" or "identity".
+            pre_mean, pre_scale: the SAE was trained on ``(x - pre_mean) / pre_scale``, which saev, SAELens, sparsify,
+                overcomplete and visaebench keep outside their files.
+            subtract_b_dec: saev: whether b_dec is subtracted before encoding; None: by the file's age.
 
         Raises:
-            FileNotFoundError: the path, its weights or its configuration is missing.
-            ValueError: unknown, damaged, oversized or refused file, or settings that cannot be used.
+            FileNotFoundError: the path, its weights or its configuration is missing, or a hub id without download.
+            ImportError: ``download`` without huggingface_hub.
+            ValueError: unknown, damaged, oversized or refused file, settings that cannot be used, arguments that the
+                file leaves no room for, or an SAE that cannot gate patches of the residual stream.
         """
         from fga_fast.sae import formats
+        from fga_fast.sae.formats.options import Options
 
-        return formats.load(path, allow_pickled_config=allow_pickled_config, normalize=normalize)
+        local = formats.locate(path, download=download, revision=revision, subfolder=subfolder)
+        options = Options(
+            allow_pickled_config, normalize, activation, k, threshold, decoder_norm, pre_mean, pre_scale, subtract_b_dec
+        )
+        return formats.load(local, options)
 
     def extra_repr(self) -> str:
         """Sizes and settings, for repr()."""

@@ -1,4 +1,4 @@
-"""Checkpoint formats, one file each: native (safetensors + JSON) and prisma (both layouts of ViT-Prisma).
+"""Checkpoint formats, one file each. Which one a checkpoint has is told by its file names, tensors and settings.
 
 No format runs code from a file, follows a file name found in one, or allocates from a size it has not checked.
 """
@@ -8,45 +8,76 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from fga_fast.sae.formats import native, prisma
+from fga_fast.sae.formats import hub, native, overcomplete, prisma, saelens, saev, sparsify, visaebench
+from fga_fast.sae.formats.checkpoint import open_checkpoint
+from fga_fast.sae.formats.options import Options
+from fga_fast.sae.formats.paths import check_subfolder, inside
 from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
 
-__all__ = ["load"]
+__all__ = ["FORMATS", "load", "locate"]
+
+# In the order they are asked: visaebench before overcomplete, whose names it may use.
+_OTHERS = (saev, sparsify, visaebench, overcomplete, saelens, prisma)
+FORMATS: tuple[str, ...] = (native.NAME, *(other.NAME for other in _OTHERS))
 
 _READABLE = (
-    "a folder with sae.safetensors and config.json (SparseAutoencoder.save), or a ViT-Prisma .pt file or a folder "
-    "with one"
+    "a folder with sae.safetensors and config.json (SparseAutoencoder.save), or a file or folder of ViT-Prisma, "
+    "SAELens, saev, overcomplete, sparsify or visaebench"
 )
 
 
-def load(
-    path: str | os.PathLike[str], *, allow_pickled_config: bool = False, normalize: str | None = prisma.AS_STORED
-) -> SparseAutoencoder:
-    """Read an SAE of any known format; see `SparseAutoencoder.from_pretrained`.
+def locate(
+    path: str | os.PathLike[str], *, download: bool = False, revision: str | None = None, subfolder: str | None = None
+) -> Path:
+    """The local file or folder of a checkpoint; a hub repository is fetched only with ``download``.
+
+    Raises:
+        FileNotFoundError: nothing there, or a hub id without ``download``.
+        ImportError: huggingface_hub is needed and not installed.
+        ValueError: a subfolder that leads out, or ``revision`` for something local.
+    """
+    local = Path(path)
+    if local.exists():
+        if revision is not None:
+            raise ValueError(f"revision: belongs to a hub repository, but {local} is on this machine; leave it out")
+        return local if subfolder is None else inside(local / check_subfolder(subfolder), local)
+    if isinstance(path, str) and hub.is_repository(path):
+        if not download:
+            raise FileNotFoundError(
+                f"SAE path {path}: no such file or folder (nothing is downloaded); if it is a repository on the "
+                "Hugging Face hub, pass download=True, and subfolder= where it holds several SAEs"
+            )
+        return hub.fetch(path, revision, subfolder)
+    raise FileNotFoundError(f"SAE path {path}: no such file or folder (nothing is downloaded); expected {_READABLE}")
+
+
+def load(path: Path, options: Options) -> SparseAutoencoder:
+    """Read an SAE of any known format from a local file or folder; see `SparseAutoencoder.from_pretrained`.
 
     Raises:
         FileNotFoundError: the path, its weights or its configuration is missing.
         ValueError: unknown, damaged, oversized or refused file, or settings that cannot be used.
     """
-    path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(
-            f"SAE path {path}: no such file or folder (nothing is downloaded); expected {_READABLE}"
-        )
+        raise FileNotFoundError(f"SAE path {path}: no such file or folder; expected {_READABLE}")
     if path.name.endswith((".pkl", ".pkl.gz", ".pickle", ".pickle.gz")):
         raise ValueError(
             f"{path}: a raw pickle ({path.name}) can run any code when it is read, and is refused; in an environment "
             "you trust, save its state dict with torch.save as .pt and its settings as config.json"
         )
     if native.matches(path):
-        if normalize != prisma.AS_STORED:
-            raise ValueError(
-                f"normalize: {path} stores its own normalisation; got normalize={normalize!r}, leave it out"
-            )
+        options.check(native.NAME, native.TAKES, path)
         return native.load(path)
-    if prisma.matches(path):
-        return prisma.load(path, allow_pickled_config=allow_pickled_config, normalize=normalize)
-    found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) if path.is_dir() else path.name
-    raise ValueError(
-        f"{path}: not an SAE checkpoint that can be read; expected {_READABLE}; found {found or 'nothing'}"
-    )
+    found = open_checkpoint(path, options)
+    for known in _OTHERS:
+        if found is not None and known.matches(found):
+            options.check(known.NAME, known.TAKES, path)
+            sae: SparseAutoencoder = known.load(found, options)
+            return sae
+    if found is not None:
+        holds = f"{found.weights.name} holds {', '.join(sorted(found.names)[:8]) or 'no tensors'}"
+    elif path.is_dir():
+        holds = "found " + (", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing")
+    else:
+        holds = f"found {path.name}"
+    raise ValueError(f"{path}: not an SAE checkpoint that can be read; expected {_READABLE}; {holds}")

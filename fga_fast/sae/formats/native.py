@@ -15,34 +15,42 @@ import json
 import os
 import secrets
 import shutil
-import struct
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fga_fast.sae.checks import check_metadata
 from fga_fast.sae.formats.json_config import MAX_JSON_BYTES, parse_json, read_json
+from fga_fast.sae.formats.paths import inside
+from fga_fast.sae.formats.safetensors_file import FLOATS, read_header
 from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
 
 FORMAT = "fga_fast.sae"
 FORMAT_VERSION = 1
 WEIGHTS = "sae.safetensors"
 CONFIG = "config.json"
-# The header of ten tensors takes about 1 kB, plus the settings it repeats.
-MAX_HEADER_BYTES = 4 * MAX_JSON_BYTES
+NAME = FORMAT
+TAKES: tuple[str, ...] = ()
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _REQUIRED = ("W_enc", "W_dec", "b_dec")
 _OPTIONAL = ("b_enc", "b_gate", "r_mag", "b_mag", "threshold")
 _SETTINGS = ("format", "format_version", "activation", "k", "normalize", "d_model", "d_sae", "dtype")
 
 
 def matches(path: Path) -> bool:
-    """Whether ``path`` is a folder of this format, or the weights file in one."""
-    return path.name == WEIGHTS if path.is_file() else (path / WEIGHTS).exists()
+    """Whether ``path`` is a folder of this format, or the weights file in one.
+
+    Folders of EleutherAI's sparsify name their weights alike, and their settings ``cfg.json``.
+    """
+    folder = path.parent if path.is_file() else path
+    weights = path if path.is_file() else path / WEIGHTS
+    return weights.name == WEIGHTS and weights.exists() and ((folder / CONFIG).exists() or not _sparsify(folder))
+
+
+def _sparsify(folder: Path) -> bool:
+    return (folder / "cfg.json").exists()
 
 
 def save(sae: SparseAutoencoder, path: str | os.PathLike[str]) -> Path:
@@ -83,10 +91,10 @@ def load(path: Path) -> SparseAutoencoder:
         ValueError: either file is damaged, oversized or does not fit the other.
     """
     folder = path.parent if path.is_file() else path
-    weights = folder / WEIGHTS
-    config = read_json(folder / CONFIG)
+    weights = inside(folder / WEIGHTS, folder)
+    config = read_json(inside(folder / CONFIG, folder))
     _check_config(config, folder / CONFIG)
-    header, data_bytes = _read_header(weights)
+    header, data_bytes = read_header(weights)
     metadata = header.pop("__metadata__", {})
     _check_header(header, data_bytes, config, weights)
     copy = metadata.get("fga_fast") if isinstance(metadata, dict) else None
@@ -139,30 +147,12 @@ def _check_config(config: dict[str, Any], where: Path) -> None:
     for name in ("d_model", "d_sae"):
         if type(config[name]) is not int or config[name] < 1:
             raise ValueError(f"{where}: {name}: expected a positive integer, got {config[name]!r}")
-    if config["dtype"] not in [str(dtype).removeprefix("torch.") for dtype in _DTYPES.values()]:
+    if config["dtype"] not in [str(dtype).removeprefix("torch.") for dtype in FLOATS.values()]:
         raise ValueError(f"{where}: dtype: expected float64, float32, float16 or bfloat16, got {config['dtype']!r}")
     try:
         check_metadata(config["metadata"])
     except TypeError as error:
         raise ValueError(f"{where}: {error}") from error
-
-
-def _read_header(weights: Path) -> tuple[dict[str, Any], int]:
-    """Return a safetensors file's JSON header and the size of its tensors, without reading (or allocating for) them."""
-    if not weights.is_file():
-        raise FileNotFoundError(f"{weights}: no such file; the SAE's weights are read from it")
-    size = weights.stat().st_size
-    with weights.open("rb") as file:
-        start = file.read(8)
-        if len(start) < 8:
-            raise ValueError(f"{weights}: truncated: expected an 8-byte header length, got a file of {size} bytes")
-        length: int = struct.unpack("<Q", start)[0]
-        if length > MAX_HEADER_BYTES:
-            raise ValueError(f"{weights}: oversized header: expected at most {MAX_HEADER_BYTES} bytes, got {length}")
-        if length > size - 8:
-            raise ValueError(f"{weights}: truncated: expected a header of {length} bytes, got a file of {size} bytes")
-        header = parse_json(file.read(length), f"{weights}: header")
-    return header, size - 8 - length
 
 
 def _check_header(header: dict[str, Any], data_bytes: int, config: dict[str, Any], weights: Path) -> None:
@@ -180,7 +170,7 @@ def _check_header(header: dict[str, Any], data_bytes: int, config: dict[str, Any
         raise ValueError(f"{weights}: tensors missing: {missing or 'none'}; tensors not known: {unknown or 'none'}")
     expected_bytes = 0
     for name, entry in header.items():
-        dtype = _DTYPES.get(str(entry.get("dtype"))) if isinstance(entry, dict) else None
+        dtype = FLOATS.get(str(entry.get("dtype"))) if isinstance(entry, dict) else None
         if dtype is None or str(dtype) != f"torch.{config['dtype']}":
             got = entry.get("dtype") if isinstance(entry, dict) else entry
             raise ValueError(f"{weights}: {name}: expected dtype {config['dtype']} (from {CONFIG}), got {got!r}")

@@ -15,79 +15,58 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fga_fast.sae.checks import DTYPES, GATED_NAMES
-from fga_fast.sae.formats.json_config import read_json
-from fga_fast.sae.formats.torch_archive import CONFIG_CLASS, ConfigRecord, config_classes, read_archive
+from fga_fast.sae.checks import GATED_NAMES
+from fga_fast.sae.formats.build import check_stored
+from fga_fast.sae.formats.checkpoint import Checkpoint
+from fga_fast.sae.formats.options import AS_STORED, Options
+from fga_fast.sae.formats.scope import describe
+from fga_fast.sae.formats.torch_archive import CONFIG_CLASS, ConfigRecord
 from fga_fast.sae.normalise import check_normalisation
 from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
 
 _log = logging.getLogger(__name__)
 
-AS_STORED = "as stored"
+NAME = "vit-prisma"
+TAKES = ("normalize",)
 HOOK = "hook_resid_post"
 
 _STANDARD = ("W_enc", "W_dec", "b_enc", "b_dec")
-_SPARSITY_SUFFIX = "_log_feature_sparsity.pt"  # written beside the weights; not an SAE
 _NORMALISATIONS = {None: None, "none": None, "layer_norm": "layer_norm", "constant_norm_rescale": "constant_norm"}
 
 
-def matches(path: Path) -> bool:
-    """Whether ``path`` is a ``.pt`` file or a folder that holds one."""
-    if path.is_file():
-        return path.suffix in (".pt", ".pth")
-    return any(path.glob("*.pt"))
+def matches(found: Checkpoint) -> bool:
+    """Whether ``torch.save`` wrote tensors of these names, or a trainer's pair of configuration and state dict."""
+    known = not found.names.isdisjoint((*_STANDARD, *GATED_NAMES))
+    return found.kind == "torch" and (known or (found.content is not None and "cfg" in found.content))
 
 
-def load(path: Path, *, allow_pickled_config: bool = False, normalize: str | None = AS_STORED) -> SparseAutoencoder:
+def load(found: Checkpoint, options: Options) -> SparseAutoencoder:
     """Read a ViT-Prisma SAE; see `SparseAutoencoder.from_pretrained`.
 
     Raises:
-        FileNotFoundError: no weights or no settings.
+        FileNotFoundError: no settings.
         ValueError: damaged, oversized or refused file, or an SAE that cannot gate patches of the residual stream.
     """
-    weights = _weights_file(path)
-    classes = config_classes(weights)
-    if classes and not allow_pickled_config:
-        raise ValueError(
-            f"{weights}: holds its configuration as a pickled object ({classes[0]}), which is refused by default; pass "
-            "allow_pickled_config=True to read that object as plain settings (no code of the file is run)"
-        )
-    content = read_archive(weights, classes)
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{weights}: expected a dict of tensors, got {type(content).__name__}")
-    state = content.get("state_dict", content)
+    weights, content, state = found.weights, found.content or {}, found.state()
     if "cfg" in content:
         where, config = f"{weights}: cfg", _fields(content["cfg"], weights)
     else:
-        where, config = str(weights.parent / "config.json"), read_json(weights.parent / "config.json")
+        config, where = found.required_config("config.json")
     config = {name: _plain(value) for name, value in config.items()}
     gated = _check_state(state, weights)
     _check_scope(config, where)
     _check_sizes(config, state, where)
     activation, k = _activation(config, gated, where)
-    normalize = _normalisation(config, normalize, where)
+    normalize = _normalisation(config, options.normalize, where)
     metadata = _metadata(config, weights)
     try:
-        return SparseAutoencoder(**state, activation=activation, k=k, normalize=normalize, metadata=metadata)
+        return SparseAutoencoder(
+            **{"b_enc": None, **state}, activation=activation, k=k, normalize=normalize, metadata=metadata
+        )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{weights}: {error}") from error
-
-
-def _weights_file(path: Path) -> Path:
-    if path.is_file():
-        if path.name.endswith(_SPARSITY_SUFFIX):
-            raise ValueError(f"{path}: holds the features' sparsity, not an SAE; pass the .pt file beside it")
-        return path
-    found = sorted(file for file in path.glob("*.pt") if not file.name.endswith(_SPARSITY_SUFFIX))
-    if not found:
-        raise FileNotFoundError(f"{path}: no SAE weights (.pt, other than *{_SPARSITY_SUFFIX}) in this folder")
-    if len(found) > 1:
-        names = ", ".join(file.name for file in found[:8])
-        raise ValueError(f"{path}: expected one .pt file, got {len(found)} ({names}); pass the path of one of them")
-    return found[0]
 
 
 def _fields(cfg: object, weights: Path) -> dict[str, Any]:
@@ -120,15 +99,7 @@ def _check_state(state: object, weights: Path) -> bool:
             f"{', '.join(expected)}"
         )
     for name, value in state.items():
-        if not isinstance(value, Tensor) or value.layout != torch.strided or value.dtype not in DTYPES:
-            got = f"{value.dtype}, {value.layout}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{weights}: {name}: expected a dense floating-point tensor, got {got}")
-        # Zero strides let a few stored bytes stand for a tensor of any size; copying it would allocate that size.
-        claimed, stored = value.numel() * value.element_size(), value.untyped_storage().nbytes()
-        if claimed > stored:
-            raise ValueError(f"{weights}: {name}: claims {claimed} bytes, the file stores {stored}")
-    if "b_enc" not in state and isinstance(state, dict):
-        state["b_enc"] = None
+        check_stored(name, value, weights)
     d_model, n_features = state["b_dec"].numel(), state["b_gate" if gated else "b_enc"].numel()
     for name, shape in (("W_enc", (d_model, n_features)), ("W_dec", (n_features, d_model))):
         if tuple(state[name].shape) != shape:
@@ -218,9 +189,7 @@ def _normalisation(config: dict[str, Any], given: str | None, where: str) -> str
 
 
 def _metadata(config: dict[str, Any], weights: Path) -> dict[str, str]:
-    metadata = {"source_format": "vit-prisma", "source_file": weights.name}
-    if type(config.get("hook_point_layer")) is int:
-        metadata["layer"] = str(config["hook_point_layer"])
-    if isinstance(config.get("model_name"), str):
-        metadata["model_name"] = config["model_name"]
-    return metadata
+    layer = config.get("hook_point_layer")
+    layer = layer if type(layer) is int else None
+    hook = None if layer is None else f"blocks.{layer}.{HOOK}"
+    return describe(NAME, weights.name, hook, layer, config.get("model_name"))

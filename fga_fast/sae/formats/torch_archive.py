@@ -9,6 +9,7 @@ A pickle is a program. Two guards stand between such a file and the interpreter,
 
 from __future__ import annotations
 
+import io
 import pickletools
 import re
 import threading
@@ -32,6 +33,7 @@ _GLOBALS = frozenset(
         "torch DoubleStorage",
         "torch HalfStorage",
         "torch BFloat16Storage",
+        "torch LongStorage",
         "torch float32",
         "torch float64",
         "torch float16",
@@ -46,6 +48,7 @@ _OPCODE_NAMES = """
 """
 _OPCODES = frozenset(_OPCODE_NAMES.split())
 _ENTRY = re.compile(r"[^/]+/(data\.pkl|data/\d+|version|byteorder|\.format_version|\.storage_alignment)")
+_ZIP_START = b"PK\x03\x04"
 _SERIALIZATION_ID = re.compile(r"[^/]+/\.data/serialization_id")
 # torch.serialization.safe_globals is process-wide: one reader at a time may widen it.
 _SAFE_GLOBALS_LOCK = threading.Lock()
@@ -65,13 +68,17 @@ class ConfigRecord:
         self.fields = dict(state)
 
 
-def config_classes(path: Path) -> list[str]:
-    """Check the archive ``path`` and return the full names of the configuration classes its pickle refers to.
+def config_classes(path: Path, content: bytes | None = None) -> list[str]:
+    """Check an archive and return the full names of the configuration classes its pickle refers to.
+
+    Args:
+        path: the file; with ``content`` it only names the archive in messages.
+        content: the archive itself, where it is only a part of the file.
 
     Raises:
         ValueError: not an archive of ``torch.save``, damaged, oversized, or it holds something that is refused.
     """
-    data = _read_pickle(path)
+    data = _read_pickle(path, content)
     found: list[str] = []
     try:
         for opcode, argument, _ in pickletools.genops(data):
@@ -90,11 +97,11 @@ def config_classes(path: Path) -> list[str]:
     return sorted(set(found))
 
 
-def read_archive(path: Path, allowed_classes: list[str]) -> Any:
-    """Return what ``torch.save`` wrote to ``path``; call `config_classes` first.
+def read_archive(path: Path, allowed_classes: list[str], content: bytes | None = None) -> Any:
+    """Return what ``torch.save`` wrote; call `config_classes` with the same ``path`` and ``content`` first.
 
     Args:
-        path: the archive.
+        path, content: see `config_classes`.
         allowed_classes: full names of configuration classes that become `ConfigRecord`; empty: none.
 
     Raises:
@@ -103,9 +110,9 @@ def read_archive(path: Path, allowed_classes: list[str]) -> Any:
     records: list[Any] = [(ConfigRecord, name) for name in allowed_classes]
     try:
         if not records:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(_source(path, content), map_location="cpu", weights_only=True)
         with _SAFE_GLOBALS_LOCK, torch.serialization.safe_globals(records):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(_source(path, content), map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise anything from KeyError to RuntimeError
         raise ValueError(f"{path}: damaged or refused by torch.load ({type(error).__name__}: {error})") from error
 
@@ -114,16 +121,26 @@ class _Refused(Exception):
     pass
 
 
-def _read_pickle(path: Path) -> bytes:
+def _source(path: Path, content: bytes | None) -> Path | io.BytesIO:
+    return path if content is None else io.BytesIO(content)
+
+
+def _read_pickle(path: Path, content: bytes | None) -> bytes:
     """Check the archive's table of contents, and return the pickle in it."""
-    size = path.stat().st_size
-    if not zipfile.is_zipfile(path):
+    if content is None:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(len(_ZIP_START))
+    else:
+        size, start = len(content), content[: len(_ZIP_START)]
+    # An archive's table is found from its end, so anything could stand before it; torch.load looks at the start.
+    if start != _ZIP_START or not zipfile.is_zipfile(_source(path, content)):
         raise ValueError(
             f"{path}: not an archive of torch.save (truncated, or written by torch < 1.6 or by another tool); "
             "load it where you trust it and save it again with torch.save"
         )
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(_source(path, content)) as archive:
             entries = archive.infolist()
             _check_entries(path, entries, size)
             pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
@@ -146,6 +163,8 @@ def _check_entries(path: Path, entries: list[zipfile.ZipInfo], size: int) -> Non
             raise ValueError(f"{path}: the archive holds {name!r}, which torch.save does not write for a state dict")
     if len(set(names)) != len(names) or len({name.split("/")[0] for name in names}) > 1:
         raise ValueError(f"{path}: the archive holds entries of the same name or in several folders")
+    if entries and min(entry.header_offset for entry in entries) != 0:
+        raise ValueError(f"{path}: the archive does not start where its table of contents says")
     compressed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
     if compressed:
         raise ValueError(f"{path}: expected uncompressed entries as torch.save writes them, got {compressed[0]!r}")

@@ -1,0 +1,176 @@
+"""SAELens: a folder with ``sae_weights.safetensors`` and ``cfg.json``.
+
+Tensors: W_enc [C, F], b_enc [F], W_dec [F, C], b_dec [C]; jumprelu adds threshold [F]; gated has b_gate, r_mag, b_mag
+[F] in place of b_enc. A finetuning_scaling_factor [F] multiplies the codes before they are decoded.
+
+    z = (normalise(x) - b_dec [if apply_b_dec_to_input]) W_enc + b_enc
+    standard relu(z); topk the k largest z, then relu; jumprelu relu(z) where z > threshold
+
+With rescale_acts_by_decoder_norm (topk) z is multiplied by the norms of the decoder rows, which decoding divides out.
+Settings of versions before 6.0 have other names; both are read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from fga_fast.sae.formats.build import Parameters, build, oriented, unit_decoder, widened
+from fga_fast.sae.formats.checkpoint import Checkpoint
+from fga_fast.sae.formats.options import Options
+from fga_fast.sae.formats.scope import check_tokens, describe, residual_layer, warn_unnamed
+from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
+
+NAME = "saelens"
+TAKES = ("pre_mean", "pre_scale")
+CONFIG = "cfg.json"
+
+_COMMON = ("W_enc", "W_dec", "b_dec")
+_NEEDS = {
+    "standard": ("b_enc",),
+    "topk": ("b_enc",),
+    "jumprelu": ("b_enc", "threshold"),
+    "gated": ("b_gate", "r_mag", "b_mag"),
+}
+_SCALES = ("finetuning_scaling_factor", "scaling_factor")
+_BEFORE_6 = {
+    "hook_point": "hook_name",
+    "hook_point_layer": "hook_layer",
+    "hook_point_head_index": "hook_head_index",
+    "activation_fn_str": "activation_fn",
+}
+_NORMALISATIONS = {"none": None, "layer_norm": "layer_norm", "constant_norm_rescale": "constant_norm"}
+
+
+def matches(found: Checkpoint) -> bool:
+    """Whether the tensors are those of SAELens (ViT-Prisma's have the same names, but are written by torch.save)."""
+    return found.kind == "safetensors" and not found.names.isdisjoint(("W_enc", "W_dec"))
+
+
+def load(found: Checkpoint, options: Options) -> SparseAutoencoder:
+    """Read an SAE of SAELens; see `SparseAutoencoder.from_pretrained`.
+
+    Raises:
+        FileNotFoundError: no ``cfg.json``.
+        ValueError: damaged files, settings that cannot be used, or an SAE that cannot gate patches.
+    """
+    stored, where = found.required_config(CONFIG)
+    config = _current(stored)
+    architecture = _architecture(config, found, where)
+    hook, layer = _scope(config, where)
+    normalize = _normalisation(config, options, where)
+    unused = ("b_enc",) if architecture == "gated" else ()
+    tensors = found.require(NAME, (*_COMMON, *_NEEDS[architecture]), (*_SCALES, *unused))
+    parameters = _parameters(config, tensors, architecture, where)
+    metadata = describe(NAME, found.weights.name, hook, layer, config.get("model_name"))
+    return build(replace(parameters, normalize=normalize, metadata=metadata), options, where)
+
+
+def _current(stored: dict[str, Any]) -> dict[str, Any]:
+    """The settings under the names of version 6, those of its "metadata" among them."""
+    metadata = stored.get("metadata")
+    merged = {**(metadata if isinstance(metadata, dict) else {}), **stored}
+    return {_BEFORE_6.get(name, name): value for name, value in merged.items()}
+
+
+def _architecture(config: dict[str, Any], found: Checkpoint, where: str) -> str:
+    architecture = config.get("architecture", "standard")
+    if "transcoder" in str(architecture) or "d_out" in config or not found.names.isdisjoint(("W_skip", "b_dec_out")):
+        raise ValueError(
+            f"{where}: architecture: {architecture!r} is a transcoder, whose decoder writes to another space; it "
+            "cannot gate patches"
+        )
+    if architecture not in _NEEDS:
+        raise ValueError(
+            f"{where}: architecture: expected one of {', '.join(map(repr, _NEEDS))}, got {architecture!r}"
+            + ("; save the trained SAE for inference, as jumprelu" if "batchtopk" in str(architecture) else "")
+        )
+    if architecture == "standard" and config.get("activation_fn", "relu") == "topk":  # before 6.0
+        return "topk"
+    if architecture != "topk" and config.get("activation_fn", "relu") != "relu":
+        raise ValueError(
+            f"{where}: activation_fn: expected 'relu' or 'topk', got {config['activation_fn']!r}, whose codes cannot "
+            "be represented"
+        )
+    return str(architecture)
+
+
+def _scope(config: dict[str, Any], where: str) -> tuple[str | None, int | None]:
+    """The hook and the block it follows; refuses what is not the residual stream of patches."""
+    check_tokens(config, where)
+    if config.get("hook_head_index") is not None:
+        raise ValueError(f"{where}: hook_head_index: expected null, got an SAE of one attention head's output")
+    if config.get("reshape_activations", "none") not in (None, "none"):
+        raise ValueError(
+            f"{where}: reshape_activations: expected 'none', got {config['reshape_activations']!r}, an SAE of the "
+            "attention heads' outputs, which cannot gate patches of the residual stream"
+        )
+    hook = config.get("hook_name")
+    if not isinstance(hook, str):
+        warn_unnamed(where)
+        return None, None
+    return hook, residual_layer(hook, where)
+
+
+def _normalisation(config: dict[str, Any], options: Options, where: str) -> str | None:
+    value = config.get("normalize_activations")
+    if isinstance(value, bool):  # before 3.0
+        value = "expected_average_only_in" if value else "none"
+    value = "none" if value is None else value
+    if value == "expected_average_only_in":
+        if options.pre_scale is None:
+            raise ValueError(
+                f"{where}: normalize_activations: 'expected_average_only_in' needs the scale the activations were "
+                "trained with, which the file does not hold; fold it in with SAELens, or pass pre_scale=the mean "
+                "norm of the activations / sqrt(d_in)"
+            )
+        return None
+    if not isinstance(value, str) or value not in _NORMALISATIONS:
+        names = ", ".join(map(repr, _NORMALISATIONS))
+        raise ValueError(f"{where}: normalize_activations: expected one of {names}, got {value!r}")
+    return _NORMALISATIONS[value]
+
+
+def _parameters(config: dict[str, Any], tensors: dict[str, Tensor], architecture: str, where: str) -> Parameters:
+    gated = architecture == "gated"
+    names = ("b_gate", "b_mag") if gated else ("b_enc",)
+    d_model, d_sae = tensors["b_dec"].numel(), tensors[names[0]].numel()
+    for name, size in (("d_in", d_model), ("d_sae", d_sae)):
+        if config.get(name) not in (None, size):
+            raise ValueError(
+                f"{where}: {name}: the weights have {size}, got {config[name]!r}; files of different SAEs?"
+            )
+    k = None
+    if architecture == "topk":
+        kwargs = config.get("activation_fn_kwargs")
+        k = config.get("k", kwargs.get("k") if isinstance(kwargs, dict) else None)
+        if type(k) is not int:
+            raise ValueError(f"{where}: k: architecture 'topk' needs an integer, got {k!r}")
+    parameters = Parameters(
+        W_enc=oriented("W_enc", tensors["W_enc"], d_model, d_sae, where),
+        W_dec=oriented("W_dec", tensors["W_dec"], d_sae, d_model, where),
+        b_dec=tensors["b_dec"],
+        biases={name: tensors[name] for name in names},
+        activation={"standard": "relu"}.get(architecture, architecture),
+        centred=config.get("apply_b_dec_to_input", True) is not False,
+        k=k,
+        threshold=tensors.get("threshold"),
+        r_mag=tensors.get("r_mag"),
+    )
+    for name in _SCALES:
+        if name in tensors:
+            parameters = _scaled(parameters, tensors[name], name, where)
+    if config.get("rescale_acts_by_decoder_norm"):
+        if architecture != "topk":
+            raise ValueError(f"{where}: rescale_acts_by_decoder_norm: known for 'topk' only, got {architecture!r}")
+        return unit_decoder(parameters)
+    return parameters
+
+
+def _scaled(p: Parameters, scale: Tensor, name: str, where: str) -> Parameters:
+    if tuple(scale.shape) != (p.W_dec.shape[0],):
+        raise ValueError(f"{where}: {name}: expected shape [{p.W_dec.shape[0]}], got {list(scale.shape)}")
+    p = widened(p)
+    return replace(p, W_dec=(p.W_dec.double() * scale.double()[:, None]).to(p.W_dec.dtype))

@@ -1,0 +1,110 @@
+"""saev: one file ``sae.pt``, a line of JSON and then what ``torch.save`` writes for a state dict.
+
+Tensors: W_enc [C, F], b_enc [F], W_dec [F, C], b_dec [C]; batch top-k adds activation.threshold [].
+
+    z = x W_enc + b_enc    (files without "schema" in their header: (x - b_dec) W_enc + b_enc)
+    relu(z); top-k: the k largest z, which may be negative; batch top-k: z where z > max(threshold, 0)
+
+What was done to the activations before (a mean subtracted, a scale divided out) is not in the file: the caller gives
+pre_mean and pre_scale.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fga_fast.sae.formats.build import Parameters, build, oriented
+from fga_fast.sae.formats.checkpoint import Checkpoint
+from fga_fast.sae.formats.options import Options
+from fga_fast.sae.formats.scope import check_tokens, describe
+from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
+
+NAME = "saev"
+TAKES = ("threshold", "pre_mean", "pre_scale", "subtract_b_dec")
+
+_REQUIRED = ("W_enc", "b_enc", "W_dec", "b_dec")
+_THRESHOLD = "activation.threshold"
+_NEWEST_SCHEMA = 5
+# Upstream looks the class up by the name in the file; here a name can only pick from this table.
+_ACTIVATIONS = {"Relu": "relu", "TopK": "topk_signed", "BatchTopK": "batch_topk"}
+
+
+def matches(found: Checkpoint) -> bool:
+    """Whether the file starts with a line of JSON."""
+    return found.kind == "saev"
+
+
+def load(found: Checkpoint, options: Options) -> SparseAutoencoder:
+    """Read an SAE of saev; see `SparseAutoencoder.from_pretrained`.
+
+    Raises:
+        ValueError: a damaged file, settings that cannot be used, or an SAE that cannot gate patches.
+    """
+    where = f"{found.weights}: header"
+    schema = found.header.get("schema")
+    if schema is not None and (type(schema) is not int or not 1 <= schema <= _NEWEST_SCHEMA):
+        raise ValueError(f"{where}: schema: expected 1 to {_NEWEST_SCHEMA} or none, got {schema!r}")
+    config = found.header if schema is None else found.header.get("cfg")
+    if not isinstance(config, dict):
+        raise ValueError(f"{where}: cfg: expected an object, got {type(config).__name__}")
+    check_tokens({**config, **found.header}, where)
+    activation, k = _activation(found.header, config, where)
+    tensors = found.require(NAME, _REQUIRED, (_THRESHOLD,) if activation == "batch_topk" else ())
+    threshold = _threshold(tensors, options, activation, where)
+    d_model, d_sae = tensors["b_dec"].numel(), tensors["b_enc"].numel()
+    for name, size in (("d_vit", d_model), ("d_model", d_model), ("d_sae", d_sae)):
+        if config.get(name) not in (None, size):
+            raise ValueError(
+                f"{where}: {name}: the weights have {size}, got {config[name]!r}; files of different SAEs?"
+            )
+    parameters = Parameters(
+        W_enc=oriented("W_enc", tensors["W_enc"], d_model, d_sae, found.weights),
+        W_dec=oriented("W_dec", tensors["W_dec"], d_sae, d_model, found.weights),
+        b_dec=tensors["b_dec"],
+        biases={"b_enc": tensors["b_enc"]},
+        activation=activation,
+        centred=schema is None if options.subtract_b_dec is None else options.subtract_b_dec,
+        k=k,
+        threshold=threshold,
+        metadata=describe(NAME, found.weights.name),
+    )
+    return build(parameters, options, str(found.weights))
+
+
+def _activation(header: dict[str, Any], config: dict[str, Any], where: str) -> tuple[str, int | None]:
+    """The activation's name here and its k. Headers name it in three ways, by age."""
+    entry = config.get("activation")
+    if isinstance(entry, dict):
+        name, params = entry.get("cls"), entry.get("params")
+    elif header.get("schema") == 1 and header.get("cls") in _ACTIVATIONS:
+        name, params = header["cls"], config
+    else:
+        name, params = ("Relu", None) if entry is None else (entry, None)
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
+        raise ValueError(f"{where}: activation: expected one of {', '.join(_ACTIVATIONS)}, got {name!r}")
+    k = params.get("top_k") if isinstance(params, dict) else None
+    if name == "TopK" and type(k) is not int:
+        raise ValueError(f"{where}: top_k: activation TopK needs an integer, got {k!r}")
+    return _ACTIVATIONS[name], k if name != "Relu" and type(k) is int else None
+
+
+def _threshold(tensors: dict[str, Tensor], options: Options, activation: str, where: str) -> float | Tensor | None:
+    stored = tensors.get(_THRESHOLD)
+    if activation != "batch_topk":
+        if options.threshold is not None:
+            raise ValueError(f"threshold: {where} says {activation}, which has none; leave it out")
+        return None
+    if stored is not None:
+        if options.threshold is not None:
+            raise ValueError(f"threshold: {where}: the file stores its own; leave it out")
+        if stored.numel() != 1:
+            raise ValueError(f"{where}: {_THRESHOLD}: expected one number, got shape {list(stored.shape)}")
+        return stored.clamp(min=0)
+    if options.threshold is None:
+        raise ValueError(
+            f"{where}: activation: BatchTopK without {_THRESHOLD} chose its codes by whole batches; pass threshold=, "
+            "the value above which codes are kept"
+        )
+    return options.threshold

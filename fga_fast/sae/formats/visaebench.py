@@ -1,0 +1,154 @@
+"""visaebench: ``sae.pt`` or ``model.safetensors``, with ``config.json`` or ``config.yaml``.
+
+Tensors: encoder.weight [F, C], encoder.bias [F], decoder.weight [F, C] (a row a feature, unlike torch.nn.Linear's) and
+perhaps decoder.bias [C]; or the names of overcomplete. The threshold is _running_threshold [] or jump_thresholds [F]
+among the tensors (stored as they are compared, not as logs), or "threshold" in the settings.
+
+    z = x E^T + e;    f = relu(z) where relu(z) >= threshold
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fga_fast.sae.formats.build import Parameters, build, oriented, reached
+from fga_fast.sae.formats.checkpoint import Checkpoint
+from fga_fast.sae.formats.options import Options
+from fga_fast.sae.formats.overcomplete import dictionary, linear_encoder
+from fga_fast.sae.formats.scope import check_tokens, describe, residual_layer, warn_unnamed
+from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
+
+NAME = "visaebench"
+TAKES = ("threshold", "decoder_norm", "pre_mean", "pre_scale")
+CONFIGS = ("config.json", "config.yaml", "config.yml")
+
+_THRESHOLDS = ("_running_threshold", "running_threshold", "jump_thresholds")
+_SECTIONS = ("sae", "sae_config", "model", "training", "data", "cfg", "config")
+_KINDS = {
+    "batchtopk": "batch_topk",
+    "jumprelu": "jumprelu",
+    "jump": "jumprelu",
+    "topk": "topk",
+    "relu": "relu",
+    "standard": "relu",
+    "vanilla": "relu",
+}
+
+
+def matches(found: Checkpoint) -> bool:
+    """Whether the tensors are those of visaebench: its own names, or overcomplete's with a threshold."""
+    if found.names >= {"encoder.weight", "decoder.weight"}:
+        return True
+    if not any(name.startswith("dictionary.") for name in found.names):
+        return False
+    return not found.names.isdisjoint(_THRESHOLDS) or "threshold" in _settings(found)[0]
+
+
+def load(found: Checkpoint, options: Options) -> SparseAutoencoder:
+    """Read an SAE of visaebench; see `SparseAutoencoder.from_pretrained`.
+
+    Raises:
+        ValueError: damaged files, settings missing or that cannot be used, or an SAE that cannot gate patches.
+    """
+    config, where = _settings(found)
+    check_tokens(config, where)
+    hook, layer = _scope(config, where)
+    if "decoder.weight" in found.names:
+        b_enc: Tensor | None
+        W_enc_t, W_dec, b_enc, b_dec = _own_names(found, where)
+    else:
+        W_enc_t, b_enc = linear_encoder(found, _THRESHOLDS)
+        W_dec = dictionary(found, options, W_enc_t)
+        b_dec = W_dec.new_zeros(W_dec.shape[1])
+    for names, size in ((("d_in", "d_model"), W_dec.shape[1]), (("d_sae", "n_features"), W_dec.shape[0])):
+        for name in names:
+            if config.get(name) not in (None, size):
+                raise ValueError(f"{where}: {name}: the weights have {size}, got {config[name]!r}")
+    activation, k, threshold = _activation(found, config, options, W_enc_t.dtype, where)
+    parameters = Parameters(
+        W_enc=W_enc_t.t(),
+        W_dec=W_dec,
+        b_dec=b_dec,
+        biases={} if b_enc is None else {"b_enc": b_enc},
+        activation=activation,
+        centred=False,
+        k=k,
+        threshold=threshold,
+        metadata=describe(NAME, found.weights.name, hook, layer, config.get("model_name", config.get("backbone"))),
+    )
+    return build(parameters, options, where)
+
+
+def _settings(found: Checkpoint) -> tuple[dict[str, Any], str]:
+    """The settings, those of known sections among them, and where they are from; empty if there are none."""
+    stored = found.config(*CONFIGS)
+    if stored is None and found.content is not None:
+        inner = found.content.get("config", found.content.get("cfg"))
+        stored = (dict(inner), f"{found.weights}: config") if isinstance(inner, dict) else None
+    if stored is None:
+        return {}, str(found.weights)
+    config, where = stored
+    merged: dict[str, Any] = {}
+    for section in _SECTIONS:
+        if isinstance(config.get(section), dict):
+            merged.update(config[section])
+    return {**merged, **config}, where
+
+
+def _own_names(found: Checkpoint, where: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    required = ("encoder.weight", "encoder.bias", "decoder.weight")
+    tensors = found.require(NAME, required, ("decoder.bias", *_THRESHOLDS))
+    encoder, bias = tensors["encoder.weight"], tensors["encoder.bias"]
+    features = bias.numel()
+    width = encoder.numel() // max(features, 1)
+    b_dec = tensors.get("decoder.bias", encoder.new_zeros(width))
+    W_enc_t = oriented("encoder.weight", encoder, features, width, where)
+    return W_enc_t, oriented("decoder.weight", tensors["decoder.weight"], features, width, where), bias, b_dec
+
+
+def _scope(config: dict[str, Any], where: str) -> tuple[str | None, int | None]:
+    hook = next((config[n] for n in ("hook", "hook_name", "hook_point", "layer_name") if n in config), None)
+    number = next(
+        (config[n] for n in ("layer", "hook_layer", "layer_idx", "layer_index", "block") if n in config), None
+    )
+    if isinstance(number, str):  # a module's path instead of a number
+        hook, number = hook or number, None
+    layer = number if type(number) is int and number >= 0 else None
+    if isinstance(hook, str):
+        named = residual_layer(hook, where)
+        return hook, layer if named is None else named
+    if layer is None:
+        warn_unnamed(where)
+    return None, layer
+
+
+def _activation(
+    found: Checkpoint, config: dict[str, Any], options: Options, dtype: torch.dtype, where: str
+) -> tuple[str, int | None, Tensor | None]:
+    stated = next((config[n] for n in ("architecture", "sae_type", "activation") if isinstance(config.get(n), str)), "")
+    kind = stated.lower().replace("_", "").replace("-", "").removesuffix("sae") or "batchtopk"
+    if kind not in _KINDS:
+        raise ValueError(f"{where}: architecture: expected one of {', '.join(_KINDS)}, got {stated!r}")
+    activation = _KINDS[kind]
+    k = next((config[n] for n in ("k", "top_k", "topk") if n in config), None)
+    k = k if type(k) is int and activation in ("topk", "batch_topk") else None
+    stored = next(iter(found.tensors(_THRESHOLDS).values()), None)
+    given = [value for value in (stored, config.get("threshold"), options.threshold) if value is not None]
+    if activation in ("relu", "topk"):
+        if stored is not None or options.threshold is not None:
+            raise ValueError(f"{where}: threshold: {stated!r} has none")
+        return activation, k, None
+    if not given:
+        raise ValueError(
+            f"{where}: threshold: expected one among the tensors ({', '.join(_THRESHOLDS)}) or the settings; pass "
+            "threshold=, the value from which codes are kept"
+        )
+    if options.threshold is not None and len(given) > 1:
+        raise ValueError(f"threshold: {where}: the checkpoint stores its own; leave it out")
+    value = given[0]
+    if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
+        raise ValueError(f"{where}: threshold: expected a number, got {value!r}")
+    return activation, k, reached(torch.as_tensor(value), dtype)

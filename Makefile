@@ -20,10 +20,10 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*.cpp csrc/*.c csrc/*.h csrc/*.txt csrc/cpu/* csrc/cuda/*)
 SANITIZED := build/sanitize/libfga_ops.so
-OP_TESTS := tests/test_attention.py tests/test_score.py tests/test_gate.py
+OP_TESTS := $(wildcard tests/test_attention*.py tests/test_score*.py tests/test_many_rows.py) tests/test_gate.py
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.c csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.h tests/native/*.cpp)
 
-.PHONY: help demo test check lint format bench sanitize wheel clean
+.PHONY: help demo test check lint format bench sanitize wheel clean op-tests
 .DELETE_ON_ERROR:
 
 help:
@@ -64,6 +64,10 @@ sanitize: $(INSTALLED)
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	FGA_FAST_LIBRARY=$(abspath $(SANITIZED)) $(PY) -m pytest -p no:cacheprovider --capture=sys $(OP_TESTS)
+
+# The operators' tests, which need torch, pytest and hypothesis only
+op-tests:
+	@printf '%s\n' $(OP_TESTS)
 
 wheel: $(INSTALLED)
 	$(PY) -m pip --disable-pip-version-check wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

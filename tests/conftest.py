@@ -1,7 +1,12 @@
-"""Shared by all tests: a fixed seed, and the rule that conformance is never skipped where its numbers are."""
+"""Shared by all tests: a fixed seed, and the rules on what may be skipped.
+
+Conformance is never skipped where its numbers are. Where the environment variable CI is set, no test is skipped because
+a library is missing: CI installs them all.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -56,14 +61,33 @@ def random_sae() -> Callable[..., Any]:
     return build
 
 
+def _not_skipped(report: Any, path: Any) -> None:
+    """Makes a failure of a skip that must not be."""
+    if not report.skipped:
+        return
+    if path.name == "test_conformance.py" and conformance.required():
+        report.outcome = "failed"
+        report.longrepr = f"conformance test skipped although {conformance.folder()} exists: {report.longrepr}"
+    elif os.environ.get("CI") and "could not import" in str(report.longrepr):
+        report.outcome = "failed"
+        report.longrepr = f"skipped for a missing library, but CI must have all of them: {report.longrepr}"
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    if report.skipped and item.path.name == "test_conformance.py" and conformance.required():
-        report.outcome = "failed"
-        report.longrepr = f"conformance test skipped although {conformance.folder()} exists: {report.longrepr}"
+    _not_skipped(report, item.path)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    _not_skipped(report, collector.path)
     return report
 
 

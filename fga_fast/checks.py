@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -105,47 +105,6 @@ def check_images(images: Tensor, layout: ModelLayout, like: Tensor) -> None:
         raise ValueError(f"images: expected dtype {like.dtype} like the model, got {images.dtype}; convert with .to()")
     if images.device != like.device:
         raise ValueError(f"images: expected device {like.device} like the model, got {images.device}; move with .to()")
-
-
-def resolve_targets(
-    targets: int | Sequence[int] | Tensor | None,  # [B]
-    logits: Tensor,  # [B, classes]
-) -> Tensor:
-    """The explained class of each image, int64 [B]; None is the predicted class, an int the same class for all."""
-    batch, classes = logits.shape
-    if targets is None:
-        return logits.detach().argmax(-1)
-    if hasattr(targets, "__array__") and not isinstance(targets, Tensor):  # NumPy's arrays and numbers
-        targets = torch.as_tensor(targets)
-    if isinstance(targets, (int, Sequence)):
-        none = not isinstance(targets, int) and len(targets) == 0
-        try:
-            targets = torch.tensor(targets, dtype=torch.int64 if none else None)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"targets: expected an int or a flat list of ints, one an image: {error}") from error
-    if not isinstance(targets, Tensor):
-        raise TypeError(f"targets: expected None, an int or integers [B], got {type(targets).__name__}")
-    if targets.dtype == torch.bool or targets.is_floating_point() or targets.is_complex():
-        raise TypeError(f"targets: expected integer class indices, got dtype {targets.dtype}")
-    targets = targets.to(device=logits.device, dtype=torch.int64)
-    if targets.dim() == 0:
-        targets = targets.expand(batch)
-    if targets.shape != (batch,):
-        raise ValueError(
-            f"targets: expected one class an image, shape [{batch}], got {list(targets.shape)}; for several targets of "
-            "an image repeat the image"
-        )
-    if batch and not 0 <= int(targets.min()) <= int(targets.max()) < classes:
-        raise ValueError(f"targets: expected classes 0 to {classes - 1}, got {targets.tolist()}")
-    return targets.clone(memory_format=torch.contiguous_format)  # the caller may change theirs, or be in inference mode
-
-
-def check_logits(logits: object) -> Tensor:
-    """The model's output, if it is logits [B, classes]."""
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"model: expected logits [B, classes] from images, got {found}; wrap it in a module that does")
-    return logits
 
 
 def check_finite(

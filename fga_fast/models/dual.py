@@ -1,7 +1,7 @@
 """Dual encoders: an image tower and a text tower whose features are compared (CLIP, SigLIP).
 
-Read against open_clip 3.3 (`model.CLIP`, `model.CustomTextCLIP`) and transformers 5 (`CLIPModel`, `MetaClip2Model`,
-`SiglipModel`). Neither is imported: their classes are recognised by name and defining module.
+Read against open_clip 3.3 (`model.CLIP`, `model.CustomTextCLIP`) and transformers 5 (`CLIPModel`, `SiglipModel`). Neither
+is imported: their classes are recognised by name and defining module.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _OPEN_CLIP = ("CLIP", "CustomTextCLIP")
-_TRANSFORMERS = ("CLIPModel", "MetaClip2Model", "SiglipModel")
+_TRANSFORMERS = ("CLIPModel", "SiglipModel")
 _IMAGE_PARTS = ("visual", "vision_model", "visual_projection")  # the rest of a dual encoder's weights are of its text
 
 MAX_PROMPTS = 4096  # distinct ones in a call and in the cache: 12 MiB of features at width 768

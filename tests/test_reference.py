@@ -98,6 +98,29 @@ def test_relevance_by_hand() -> None:
     gradient = torch.tensor([[[[4.0, -4.0]], [[2.0, 6.0]]]])
     # head 0: relu(1, -3) = (1, 0); head 1: (1, 3); mean: (1, 1.5)
     assert attention_relevance(probabilities, gradient).tolist() == [[[1.0, 1.5]]]
+    # without the relu: head 0 (1, -3), head 1 (1, 3)
+    assert attention_relevance(probabilities, gradient, signed=True).tolist() == [[[1.0, 0.0]]]
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (2, 1, 5, 5), (1, 2, 1, 5)])
+def test_attention_backward_with_a_bias_and_signed(shape: tuple[int, ...]) -> None:
+    """Gradients of autograd through the biased softmax; the row through the maps themselves."""
+    q, k, v = random_qkv(2, 5, 5)
+    bias, image = torch.randn(shape).double(), torch.tensor([1, 0, 1])
+    out, probabilities = attention(
+        q[image], k[image], v[image], 0.7, bias[image] if len(shape) == 4 and shape[0] == 2 else bias
+    )
+    grad_out, row = torch.randn_like(out), torch.rand(3, 5).double()
+    want = torch.autograd.grad(out, (q, k, v), grad_out, retain_graph=True)
+    (d_probabilities,) = torch.autograd.grad(out, probabilities, grad_out)
+    for signed in (False, True):
+        *gradients, got = attention_backward(
+            grad_out, row, None, q, k, v, image, 0.7, residual=True, bias=bias, signed=signed
+        )
+        for gradient, expected in zip(gradients, want, strict=True):
+            torch.testing.assert_close(torch.zeros_like(expected).index_add(0, image, gradient), expected)
+        matrix = attention_relevance(probabilities, d_probabilities, signed)
+        torch.testing.assert_close(got, row + (row.unsqueeze(1) @ matrix).squeeze(1))
 
 
 def test_residual_needs_as_many_queries_as_keys() -> None:

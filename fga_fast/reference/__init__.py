@@ -9,6 +9,7 @@ from __future__ import annotations
 from fga_fast.reference.attention import attention, attention_backward, attention_relevance, relevance_dtype
 from fga_fast.reference.explain import ReferenceResult, explain
 from fga_fast.reference.gate import gate
+from fga_fast.reference.input_x_gradient import input_x_gradient
 from fga_fast.reference.rollout import gate_columns, pooled_row, rollout
 from fga_fast.reference.score import contributions, score, top_features
 
@@ -21,6 +22,7 @@ __all__ = [
     "explain",
     "gate",
     "gate_columns",
+    "input_x_gradient",
     "pooled_row",
     "relevance_dtype",
     "rollout",

@@ -301,7 +301,7 @@ class Explanation:
 def label(target: int, *names: Sequence[str] | Mapping[int, str] | None) -> str:
     """What a column of `logits` is called, in at most 24 characters; the first of `names` that knows it wins."""
     if target < 0:
-        return "function of the logits"
+        return "function"
     for known in names:
         try:
             if known is not None:

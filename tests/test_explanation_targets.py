@@ -114,7 +114,7 @@ def test_repr_names_targets() -> None:
     assert "targets [dog, a photo of an owl on a …], gated" in repr(explanation)
     assert "from block 2" in repr(explanation)
     computed = replace(explanation, targets=torch.tensor([-1, -1]), names=None)
-    assert "targets [function of the logits, function of the logits]" in repr(computed)
+    assert "targets [function, function]" in repr(computed)
     assert "targets [1, 9]" in repr(replace(explanation, targets=torch.tensor([1, 9]), names=None))
     assert len(repr(full(400, 5))) < 350
 
@@ -142,7 +142,7 @@ def test_rows_of_figures_are_named() -> None:
     assert labels(explanation.plot(picture, class_names=["tom"])) == ["tom", "a photo of an owl on a …", "hen"]
     assert labels(replace(explanation, names=None).plot(picture)) == ["class 0", "class 2", "class 5"]
     computed = replace(explanation, targets=torch.full((1, 3), -1))
-    assert labels(computed.plot(picture)) == ["function of the logits"] * 3
+    assert labels(computed.plot(picture)) == ["function"] * 3
 
 
 def test_signed_figures_have_zero_in_the_middle() -> None:

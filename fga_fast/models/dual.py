@@ -1,7 +1,7 @@
 """Dual encoders: an image tower and a text tower whose features are compared (CLIP, SigLIP).
 
-Read against open_clip 3.3 (`model.CLIP`, `model.CustomTextCLIP`) and transformers 5 (`CLIPModel`, `SiglipModel`). Neither
-is imported: their classes are recognised by name and defining module.
+Read against open_clip 3.3 (`model.CLIP`, `model.CustomTextCLIP`) and transformers 5 (`CLIPModel`, `SiglipModel`).
+Neither is imported: their classes are recognised by name and defining module.
 """
 
 from __future__ import annotations

@@ -242,15 +242,15 @@ def _rolled_out(
 ) -> Tensor:
     """Relevance [B, P] of the patches for the pooled vector: its row of `R = (I + Cbar_{L-1}) ... (I + Cbar_start)`."""
     layout, maps = record.layout, []
+    dtype = record.dtype  # a model may compute its maps in another one than its own
     for block in range(start, len(layout.blocks)):
-        relevance = attention_relevance(record.maps[block], gradients.maps[block], signed)  # [B, N, N]
-        relevance = relevance.to(record.dtype)  # a model may compute its maps in another dtype than its own
+        relevance = attention_relevance(record.maps[block].to(dtype), gradients.maps[block], signed)  # [B, N, N]
         if block in gates:
             relevance = gate_columns(relevance, gates[block], layout.prefix_tokens)
         maps.append(relevance)
     pool = None
     if record.pool is not None and gradients.pool is not None:
-        pool = attention_relevance(record.pool, gradients.pool, signed).to(record.dtype)  # [B, 1, tokens]
+        pool = attention_relevance(record.pool.to(dtype), gradients.pool, signed)  # [B, 1, tokens]
     row = pooled_row(rollout(maps), layout, pool)
     return row[:, layout.prefix_tokens :].contiguous()
 

@@ -1,4 +1,4 @@
-"""Layouts of the supported families, read from tiny random models, and models that are refused by name."""
+"""Layouts of timm's VisionTransformer in all its settings, and towers inside wrappers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from torch import Tensor, nn
 from fga_fast.models import ModelLayout, active_randomness, find_layout
 
 timm = pytest.importorskip("timm")
-from timm.layers import AttentionPoolLatent, DiffAttention  # noqa: E402 - after importorskip
 from timm.models.deit import VisionTransformerDistilled  # noqa: E402
 from timm.models.vision_transformer import (  # noqa: E402
     ParallelScalingBlock,
-    ParallelThingsBlock,
     ResPostBlock,
     VisionTransformer,
 )
@@ -49,6 +47,8 @@ def summary(layout: ModelLayout) -> tuple[int, str, tuple[int, int]]:
             {"global_pool": "avg", "pool_include_prefix": True}, (1, "average", (0, 7)), id="avg-over-all-tokens"
         ),
         pytest.param({"block_fn": ParallelScalingBlock}, (1, "token", (0, 1)), id="parallel-mlp"),
+        pytest.param({"dynamic_img_size": True}, (1, "token", (0, 1)), id="several-image-sizes"),
+        pytest.param({"dynamic_img_size": True, "dynamic_img_pad": True}, (1, "token", (0, 1)), id="padded-images"),
         pytest.param({"block_fn": ResPostBlock}, (1, "token", (0, 1)), id="post-norm"),
     ],
 )
@@ -156,139 +156,6 @@ def test_a_tower_beside_a_refused_one(tiny_vit: Build) -> None:
         find_layout(Wrapper(tiny_vit(), swin))
 
 
-@pytest.mark.parametrize(
-    ("name", "class_name", "reason"),
-    [
-        ("swin_tiny_patch4_window7_224", "SwinTransformer", "windowed attention"),
-        ("swinv2_tiny_window8_256", "SwinTransformerV2", "windowed attention"),
-        ("twins_svt_small", "Twins", "windowed attention"),
-        ("davit_tiny", "DaVit", "windowed attention"),
-        ("coatnet_0_rw_224", "MaxxVit", "hierarchical"),
-        ("samvit_base_patch16", "VisionTransformerSAM", "windowed attention"),
-        ("gcvit_xxtiny", "GlobalContextVit", "windowed attention"),
-        ("nest_tiny", "Nest", "windowed attention"),
-        ("pvt_v2_b0", "PyramidVisionTransformerV2", "hierarchical"),
-        ("mvitv2_tiny", "MultiScaleVit", "hierarchical"),
-        ("hiera_tiny_224", "Hiera", "hierarchical"),
-        ("pit_ti_224", "PoolingVisionTransformer", "hierarchical"),
-        ("levit_128s", "LevitDistilled", "hierarchical"),
-        ("coat_tiny", "CoaT", "hierarchical"),
-        ("efficientformer_l1", "EfficientFormer", "hierarchical"),
-        ("tiny_vit_5m_224", "TinyVit", "hierarchical"),
-        ("xcit_nano_12_p16_224", "Xcit", "cross-covariance"),
-        ("cait_xxs24_224", "Cait", "talking-heads"),
-        ("volo_d1_224", "VOLO", "outlook attention"),
-        ("convit_tiny", "ConVit", "gated positional"),
-        ("crossvit_tiny_240", "CrossVit", "two branches"),
-        ("tnt_s_legacy_patch16_224", "TNT", "nested"),
-        ("vit_relpos_small_patch16_224", "VisionTransformerRelPos", "relative-position"),
-    ],
-)
-def test_refused_architecture(name: str, class_name: str, reason: str) -> None:
-    with torch.device("meta"):
-        model = timm.create_model(name)
-    with pytest.raises(ValueError, match=f"{class_name} cannot be explained: .*{reason}"):
-        find_layout(model)
-
-
-@pytest.mark.parametrize(
-    ("settings", "reason"),
-    [
-        ({"global_pool": "max"}, "max pooling"),
-        ({"global_pool": "avgmax"}, "maximum"),
-        ({"global_pool": ""}, "returns every token"),
-        ({"global_pool": "prr"}, "'prr' pooling"),
-        ({"dynamic_img_size": True}, "dynamic_img_size=True"),
-        ({"dynamic_img_pad": True}, "dynamic_img_pad=True"),
-        ({"attn_layer": DiffAttention}, "'blocks.0.attn' is a DiffAttention"),
-        ({"attn_layer": "diff"}, "differential attention"),
-        ({"block_fn": ParallelThingsBlock}, "several attentions side by side"),
-    ],
-)
-def test_refused_settings(tiny_vit: Build, settings: dict[str, object], reason: str) -> None:
-    with pytest.raises(ValueError, match=f"VisionTransformer cannot be explained: .*{reason}"):
-        find_layout(tiny_vit(**settings))
-
-
-def test_refused_without_the_tapped_call(tiny_vit: Build) -> None:
-    model = tiny_vit()
-    model.blocks[1].attn.fused_attn = False
-    with pytest.raises(ValueError, match=r"'blocks.1.attn' has fused_attn=False .*set_fused_attn\(True\)"):
-        find_layout(model)
-
-
-def test_refused_gradient_checkpointing(tiny_vit: Build) -> None:
-    model = tiny_vit()
-    model.set_grad_checkpointing()
-    with pytest.raises(ValueError, match=r"gradient checkpointing .*set_grad_checkpointing\(False\)"):
-        find_layout(model)
-
-
-def test_patch_drop_is_refused_only_while_active(tiny_vit: Build) -> None:
-    model = tiny_vit(patch_drop_rate=0.5)
-    assert find_layout(model).patches == 6
-    with pytest.raises(ValueError, match=r"patch drop is active .*model.eval\(\)"):
-        find_layout(model.train())
-
-
-def test_distilled_training_is_refused(tiny_vit: Build) -> None:
-    model = tiny_vit(VisionTransformerDistilled).train()
-    model.set_distilled_training()
-    with pytest.raises(ValueError, match="two logits in distilled training"):
-        find_layout(model)
-
-
-def test_several_latent_queries_are_refused(tiny_vit: Build) -> None:
-    model = tiny_vit(global_pool="map")
-    model.attn_pool = AttentionPoolLatent(16, num_heads=2, latent_len=3)
-    with pytest.raises(ValueError, match="3 latent queries; expected 1"):
-        find_layout(model)
-    model.attn_pool = AttentionPoolLatent(16, num_heads=2, pool_type="")
-    with pytest.raises(ValueError, match="returns a sequence"):
-        find_layout(model)
-    model.attn_pool = nn.Identity()
-    with pytest.raises(ValueError, match="its attention pooling is a Identity"):
-        find_layout(model)
-
-
-class RegistersLast(VisionTransformer):
-    def _pos_embed(self, x: Tensor) -> Tensor:  # [B, P, C]
-        return super()._pos_embed(x).roll(-1, dims=1)
-
-
-class Normalised(VisionTransformer):
-    def forward(self, x: Tensor) -> Tensor:  # [B, 3, H, W]
-        return super().forward(x * 2 - 1)
-
-
-def test_a_subclass_may_change_the_input_but_not_the_token_order(tiny_vit: Build) -> None:
-    assert find_layout(tiny_vit(Normalised)).prefix_tokens == 1
-    with pytest.raises(ValueError, match=r"RegistersLast replaces VisionTransformer._pos_embed.*after the patches"):
-        find_layout(tiny_vit(RegistersLast))
-
-
-def test_no_tower_and_no_module() -> None:
-    with pytest.raises(ValueError, match="no supported vision transformer found in Linear"):
-        find_layout(nn.Linear(3, 4))
-    with pytest.raises(ValueError, match="no supported vision transformer found in ResNet"):
-        find_layout(timm.create_model("resnet18"))
-    with pytest.raises(TypeError, match=r"expected a torch.nn.Module .*got function"):
-        find_layout(lambda images: images)  # type: ignore[arg-type]
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-def test_torchvision_and_torchscript_are_refused_by_name(tiny_vit: Build) -> None:
-    torchvision = pytest.importorskip("torchvision")
-    model = torchvision.models.VisionTransformer(
-        image_size=32, patch_size=16, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=16
-    )
-    with pytest.raises(ValueError, match=r"comes from torchvision, whose nn.MultiheadAttention is not tapped"):
-        find_layout(model)
-    traced = torch.jit.trace(nn.Sequential(nn.Linear(2, 2)), torch.ones(1, 2))
-    with pytest.raises(ValueError, match="TorchScript"):
-        find_layout(traced)
-
-
 def test_looking_changes_nothing(tiny_vit: Build) -> None:
     model = tiny_vit(global_pool="map").train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -307,8 +174,18 @@ def test_active_randomness(tiny_vit: Build) -> None:
     assert "patch_drop" in found
     assert "head_drop" not in found
     assert active_randomness(nn.Dropout(0.5)) == ["Dropout"]
+    assert active_randomness(nn.MultiheadAttention(4, 2, dropout=0.1)) == ["MultiheadAttention"]
+    assert active_randomness(nn.MultiheadAttention(4, 2)) == []
 
 
-def test_the_package_does_not_import_timm() -> None:
-    code = "import sys, fga_fast.models; sys.exit('timm' in sys.modules)"
+def test_rotary_embeddings_that_are_shifted_in_training_are_random() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("vit_small_patch16_dinov3", depth=1, rope_shift_coords=0.5)
+    assert active_randomness(model.train()) == ["rope"]
+    assert active_randomness(model.eval()) == []
+
+
+def test_the_package_does_not_import_model_libraries() -> None:
+    libraries = "{'timm', 'transformers', 'open_clip', 'torchvision', 'captum', 'huggingface_hub'}"
+    code = f"import sys, fga_fast, fga_fast.models; sys.exit(bool({libraries} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

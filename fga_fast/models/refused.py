@@ -26,7 +26,7 @@ REFUSED: dict[str, dict[str, str]] = {
         **dict.fromkeys(("PyramidVisionTransformerV2", "MultiScaleVit", "Hiera", "HieraDet"), _HIERARCHICAL),
         **dict.fromkeys(("PoolingVisionTransformer", "CoaT", "MaxxVit", "Levit", "LevitDistilled"), _HIERARCHICAL),
         **dict.fromkeys(("EfficientVit", "EfficientVitMsra", "EfficientFormer", "TinyVit"), _HIERARCHICAL),
-        **dict.fromkeys(("EfficientFormerV2", "NextViT", "VisionTransformerMobile", "MetaFormer"), _HIERARCHICAL),
+        **dict.fromkeys(("EfficientFormerV2", "NextViT", "MetaFormer", "EfficientVitLarge", "FastVit"), _HIERARCHICAL),
         "Xcit": _NOT_PLAIN + "cross-covariance attention mixes channels instead of tokens",
         "Cait": _NOT_PLAIN
         + "talking-heads projections mix the attention maps of different heads before and after softmax",

@@ -10,12 +10,16 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-CHOSEN = "test_head_widths or test_lengths or test_sixteen_bits or test_activations or test_dense_and_gathered or ties"
+FILES = ("test_attention", "test_attention_bias", "test_attention_flags", "test_score", "test_score_signed")
+CHOSEN = (
+    "test_head_widths or test_lengths or test_sixteen_bits or test_activations or test_dense_and_gathered or ties "
+    "or test_bias_shapes or test_padding or test_signed or test_what_is_not_needed or test_scores"
+)
 
 
 @pytest.mark.parametrize("isa", ("baseline", "avx2"))
 def test_op_tests_pass_with_lesser_instructions(isa: str) -> None:
-    files = [str(HERE / "test_attention.py"), str(HERE / "test_score.py")]
+    files = [str(HERE / f"{name}.py") for name in FILES]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", CHOSEN, *files]
     ran = subprocess.run(
         command, env={**os.environ, "FGA_FAST_ISA": isa}, capture_output=True, text=True, check=False, cwd=HERE.parent

@@ -59,7 +59,7 @@ def attention(
     _library.load()
     _library.require_cpu("attention", q)
     out, lse, carried, port = torch.ops.fga_fast.attention(
-        q, k, v, carrier, _four_dims(bias), scale, gated, residual, signed, constant_map
+        q, k, v, carrier, _placed("attention", bias, q), scale, gated, residual, signed, constant_map
     )
     return out, lse, carried, port
 
@@ -100,14 +100,19 @@ def attention_backward(
     _library.load()
     _library.require_cpu("attention_backward", q)
     dq, dk, dv, row_out = torch.ops.fga_fast.attention_backward(
-        grad_out, row, gate, q, k, v, _four_dims(bias), out, lse, image, scale, residual, signed, need_qk, need_v
-    )
+        grad_out, row, gate, q, k, v, _placed("attention_backward", bias, q), out, lse, image, scale, residual, signed,
+        need_qk, need_v,
+    )  # fmt: skip
     return dq, dk, dv, row_out
 
 
-def _four_dims(bias: Tensor | None) -> Tensor | None:
-    """Leading dims of size 1, as broadcasting has it; the op itself wants to be told which dim is which."""
-    return None if bias is None else bias[(None,) * (4 - bias.dim())]
+def _placed(op: str, bias: Tensor | None, q: Tensor) -> Tensor | None:
+    """The bias with leading dims of size 1, as broadcasting has it; the op wants to be told which dim is which."""
+    if bias is None:
+        return None
+    if bias.device != q.device:
+        raise RuntimeError(f"{op}: bias is on {bias.device}, expected {q.device} like q; move it there")
+    return bias[(None,) * (4 - bias.dim())]
 
 
 def _token_major(like: Tensor, shape: tuple[Any, ...]) -> Tensor:

@@ -25,11 +25,9 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, y: Tensor, dims: tuple[int, ...], eps: float, centred: bool
+        ctx: Any, x: Tensor, y: Tensor, inverse: Tensor, weight: Tensor | None, dims: tuple[int, ...], centred: bool
     ) -> Tensor:
-        wide = x.double() if x.dtype == torch.float64 else x.float()
-        square = wide.var(dims, unbiased=False, keepdim=True) if centred else wide.square().mean(dims, keepdim=True)
-        ctx.save_for_backward((square + eps).rsqrt(), *([] if weight is None else [weight]))
+        ctx.save_for_backward(inverse, *([] if weight is None else [weight]))
         ctx.dims, ctx.centred, ctx.dtype = dims, centred, x.dtype
         return y.view_as(y)
 
@@ -48,7 +46,7 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, limit: float) -> Tensor:
-        ctx.save_for_backward(torch.where(x == 0, limit, y / x))
+        ctx.save_for_backward((y / x).nan_to_num_(nan=limit))  # 0 / 0; other NaN is in y, where it is found
         return y.view_as(y)
 
     @staticmethod
@@ -72,7 +70,7 @@ class Conservative:
             F.normalize: self._normalize,
             F.glu: self._glu,
         }
-        limits = {F.gelu: 0.5, F.silu: 0.5, F.hardswish: 0.5, F.mish: 0.6}  # of act(z) / z at 0
+        limits: dict[Function, float] = {F.gelu: 0.5, F.silu: 0.5, F.hardswish: 0.5, F.mish: 0.6}  # of act(z) / z at 0
         self.handlers |= {act: self._activation(limit) for act, limit in limits.items()}
         # Factors of activations, scales and norms that a model writes out itself.
         for name in ("sigmoid", "tanh", "erf", "rsqrt", "norm"):
@@ -92,8 +90,11 @@ class Conservative:
         bias: Tensor | None = None, eps: float = 1e-5, *rest: Any,
     ) -> Tensor:  # fmt: skip
         with torch.no_grad():
-            y = function(input, normalized_shape, weight, bias, eps, *rest)
-        return _norm(input, normalized_shape, weight, y, eps, centred=True)
+            shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+            # Autocast lets layer_norm compute in float32, and does not know this form of it.
+            wide = input.float() if torch.is_autocast_enabled(input.device.type) else input
+            y, _, inverse = torch.native_layer_norm(wide, shape, weight, bias, eps)
+        return _norm(input, y, inverse, weight, len(shape), centred=True)
 
     def _rms_norm(
         self, function: Function, input: Tensor, normalized_shape: Any, weight: Tensor | None = None,
@@ -101,7 +102,11 @@ class Conservative:
     ) -> Tensor:  # fmt: skip
         with torch.no_grad():
             y = function(input, normalized_shape, weight, eps)
-        return _norm(input, normalized_shape, weight, y, torch.finfo(input.dtype).eps if eps is None else eps, False)
+            count = 1 if isinstance(normalized_shape, int) else len(normalized_shape)
+            wide = input.to(torch.float64 if input.dtype == torch.float64 else torch.float32)
+            square = wide.square().mean(tuple(range(-count, 0)), keepdim=True)
+            inverse = (square + (torch.finfo(input.dtype).eps if eps is None else eps)).rsqrt()
+        return _norm(input, y, inverse, weight, count, centred=False)
 
     def _activation(self, limit: float) -> Function:
         def handler(function: Function, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -119,7 +124,8 @@ class Conservative:
     def _normalize(
         self, _function: Function, input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: None = None
     ) -> Tensor:
-        return input / input.norm(p, dim, keepdim=True).clamp_min(eps).detach()
+        length: Tensor = torch.linalg.vector_norm(input, p, dim, keepdim=True)
+        return input / length.clamp_min(eps).detach()
 
     def _glu(self, _function: Function, input: Tensor, dim: int = -1) -> Tensor:
         carrying, gate = input.chunk(2, dim)
@@ -140,8 +146,8 @@ class Conservative:
         return function(*factors, **kwargs)
 
 
-def _norm(x: Tensor, shape: Any, weight: Tensor | None, y: Tensor, eps: float, centred: bool) -> Tensor:
-    count = 1 if isinstance(shape, int) else len(shape)
+def _norm(x: Tensor, y: Tensor, inverse: Tensor, weight: Tensor | None, count: int, centred: bool) -> Tensor:
+    """y, whose gradient is that of a norm over the last `count` dimensions with the constant scale 1 / inverse."""
     dims = tuple(range(-count, 0))
-    out: Tensor = _Norm.apply(x, weight, y, dims, eps, centred)  # type: ignore[no-untyped-call]
+    out: Tensor = _Norm.apply(x, y, inverse, weight, dims, centred)  # type: ignore[no-untyped-call]
     return out

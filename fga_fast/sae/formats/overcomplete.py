@@ -74,9 +74,9 @@ def linear_encoder(found: Checkpoint, others: tuple[str, ...]) -> tuple[Tensor, 
         ValueError: an encoder that is not linear, or tensors (other than ``others``) that are not known.
     """
     where = found.weights
-    for part, kind in (("mlp_blocks", "MLP"), ("attention_blocks", "attention"), ("resnet_blocks", "ResNet")):
+    for part, kind in (("mlp_blocks", "an MLP"), ("attention_blocks", "an attention"), ("resnet_blocks", "a ResNet")):
         if any(name.startswith(f"encoder.{part}") for name in found.names):
-            raise ValueError(f"{where}: encoder: an {kind} encoder is not linear and is not supported")
+            raise ValueError(f"{where}: encoder: {kind} encoder is not linear and is not supported")
     if "Q" in found.names:
         raise ValueError(f"{where}: Q: the quantised codes of a QSAE are not supported")
     stem = next((stem for stem in _LINEAR if f"{stem}.weight" in found.names), None)

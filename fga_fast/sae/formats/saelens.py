@@ -82,7 +82,7 @@ def _architecture(config: dict[str, Any], found: Checkpoint, where: str) -> str:
             f"{where}: architecture: {architecture!r} is a transcoder, whose decoder writes to another space; it "
             "cannot gate patches"
         )
-    if architecture not in _NEEDS:
+    if not isinstance(architecture, str) or architecture not in _NEEDS:
         raise ValueError(
             f"{where}: architecture: expected one of {', '.join(map(repr, _NEEDS))}, got {architecture!r}"
             + ("; save the trained SAE for inference, as jumprelu" if "batchtopk" in str(architecture) else "")
@@ -94,7 +94,7 @@ def _architecture(config: dict[str, Any], found: Checkpoint, where: str) -> str:
             f"{where}: activation_fn: expected 'relu' or 'topk', got {config['activation_fn']!r}, whose codes cannot "
             "be represented"
         )
-    return str(architecture)
+    return architecture
 
 
 def _scope(config: dict[str, Any], where: str) -> tuple[str | None, int | None]:

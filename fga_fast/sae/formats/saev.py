@@ -78,7 +78,7 @@ def _activation(header: dict[str, Any], config: dict[str, Any], where: str) -> t
     entry = config.get("activation")
     if isinstance(entry, dict):
         name, params = entry.get("cls"), entry.get("params")
-    elif header.get("schema") == 1 and header.get("cls") in _ACTIVATIONS:
+    elif header.get("schema") == 1 and str(header.get("cls")) in _ACTIVATIONS:
         name, params = header["cls"], config
     else:
         name, params = ("Relu", None) if entry is None else (entry, None)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import pickletools
 import re
+import struct
 import threading
 import zipfile
 from pathlib import Path
@@ -134,7 +135,7 @@ def _read_pickle(path: Path, content: bytes | None) -> bytes:
     else:
         size, start = len(content), content[: len(_ZIP_START)]
     # An archive's table is found from its end, so anything could stand before it; torch.load looks at the start.
-    if start != _ZIP_START or not zipfile.is_zipfile(_source(path, content)):
+    if start != _ZIP_START:
         raise ValueError(
             f"{path}: not an archive of torch.save (truncated, or written by torch < 1.6 or by another tool); "
             "load it where you trust it and save it again with torch.save"
@@ -150,7 +151,7 @@ def _read_pickle(path: Path, content: bytes | None) -> bytes:
                 got = pickles[0].file_size
                 raise ValueError(f"{path}: oversized pickle: expected at most {MAX_PICKLE_BYTES} bytes, got {got}")
             return archive.read(pickles[0])
-    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError) as error:
+    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, struct.error) as error:
         raise ValueError(f"{path}: truncated or damaged archive ({error})") from error
 
 

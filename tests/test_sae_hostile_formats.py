@@ -1,0 +1,327 @@
+"""Files of every format that try to run code, exhaust memory, lie or are cut short: refused, and nothing runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import formats_overcomplete as overcomplete
+import formats_saelens as saelens
+import formats_saev as saev
+import formats_sparsify as sparsify
+import formats_visaebench as visaebench
+import pytest
+import torch
+from formats import RunsOnLoad, touch
+from formats_case import C, F, bounded_memory
+from safetensors.torch import load_file, save_file
+
+from fga_fast.sae import SparseAutoencoder
+from fga_fast.sae.formats.json_config import MAX_JSON_BYTES
+from fga_fast.sae.formats.safetensors_file import MAX_HEADER_BYTES
+
+OPTIONS: dict[str, dict[str, Any]] = {"overcomplete": {"activation": "relu"}}
+
+
+def write_pickled(name: str, folder: Path, state: Any) -> Path:
+    """``state`` as a file of one of the formats that torch.save writes."""
+    if name == "saev":
+        return saev.write(folder / "sae.pt", state, saev.header(5))
+    if name == "overcomplete":
+        return overcomplete.write(folder / "sae.pt", state)
+    return visaebench.write(folder / "sae.pt", state, visaebench.settings())
+
+
+def state_of(name: str) -> dict[str, Any]:
+    if name == "overcomplete":
+        return overcomplete.encoder() | overcomplete.dictionary()[0]
+    return saev.tensors() if name == "saev" else visaebench.tensors()
+
+
+PICKLED = ("saev", "overcomplete", "visaebench")
+STORED: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "saelens": (lambda f: saelens.case(f).path, "sae_weights.safetensors"),
+    "sparsify": (lambda f: sparsify.case(f).path, "sae.safetensors"),
+    "visaebench": (lambda f: visaebench.own(f, "model.safetensors").path, "model.safetensors"),
+    "overcomplete": (lambda f: overcomplete.case(f, name="model.safetensors").path.parent, "model.safetensors"),
+}
+
+
+def refused(path: Path, name: str = "", message: str = "") -> str:
+    """The message of a refusal that allocated nothing large."""
+    with bounded_memory(), pytest.raises(ValueError) as caught:
+        SparseAutoencoder.from_pretrained(path, **OPTIONS.get(name, {}))
+    assert message in str(caught.value) and "allocate" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_memory_bound_bites() -> None:
+    with bounded_memory(), pytest.raises(RuntimeError, match="allocate"):
+        torch.empty(20_000_000_000, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("allow", [False, True])
+@pytest.mark.parametrize("place", ["tensor", "key", "wrapped", "whole file"])
+@pytest.mark.parametrize("name", PICKLED)
+def test_no_code_runs(tmp_path: Path, name: str, place: str, allow: bool) -> None:
+    marker = tmp_path / "marker"
+    (tmp_path / "sae").mkdir()
+    for number, bad in enumerate(
+        (
+            RunsOnLoad(os.system, f"touch {marker}"),
+            RunsOnLoad(eval, f"open({str(marker)!r}, 'w')"),
+            RunsOnLoad(touch, str(marker)),
+        )
+    ):
+        state: Any = state_of(name)
+        if place == "tensor":
+            state[next(iter(state))] = bad
+        elif place == "key":
+            state[bad] = torch.zeros(1)
+        elif place == "wrapped":
+            state = {"state_dict": state, "config": bad}
+        else:
+            state = bad
+        path = write_pickled(name, tmp_path / "sae", state)
+        with pytest.raises(ValueError, match=r"refused without running it: it refers to [\w.]+, which is not a tensor"):
+            SparseAutoencoder.from_pretrained(path, allow_pickled_config=allow, **OPTIONS.get(name, {}))
+        assert not marker.exists(), number
+
+
+def test_those_files_are_armed(tmp_path: Path) -> None:
+    path = write_pickled("saev", tmp_path, saev.tensors() | {"b_dec": RunsOnLoad(touch, str(tmp_path / "marker"))})
+    with path.open("rb") as file:
+        file.readline()
+        torch.load(file, weights_only=False)
+    assert (tmp_path / "marker").exists()
+
+
+def test_whole_modules_are_refused(tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(C, F), tmp_path / "sae.pt")
+    assert "it refers to torch.nn.modules.linear.Linear" in refused(tmp_path / "sae.pt")
+
+
+@pytest.mark.parametrize("name", PICKLED)
+def test_truncated_pickled(tmp_path: Path, name: str) -> None:
+    (tmp_path / "sae").mkdir()
+    file = tmp_path / "sae" / "sae.pt"
+    write_pickled(name, tmp_path / "sae", state_of(name))
+    data = file.read_bytes()
+    for keep in (0, 1, 30, len(data) // 2, len(data) - 5):
+        file.write_bytes(data[:keep])
+        assert "truncated" in refused(file, name)
+
+
+@pytest.mark.parametrize("name", PICKLED)
+def test_flipped_bytes_never_do_more_than_fail(tmp_path: Path, name: str) -> None:
+    (tmp_path / "sae").mkdir()
+    file = tmp_path / "sae" / "sae.pt"
+    write_pickled(name, tmp_path / "sae", state_of(name))
+    data, generator, failures = file.read_bytes(), torch.Generator().manual_seed(1), 0
+    for _ in range(100):
+        at = int(torch.randint(len(data), (1,), generator=generator))
+        file.write_bytes(data[:at] + bytes([data[at] ^ 0x55]) + data[at + 1 :])
+        try:
+            SparseAutoencoder.from_pretrained(file, **OPTIONS.get(name, {}))
+        except ValueError:  # any other exception fails the test; a flipped weight may pass
+            failures += 1
+    assert failures > 0
+
+
+@pytest.mark.parametrize("name", PICKLED)
+def test_tensors_that_claim_more_than_is_stored(tmp_path: Path, name: str) -> None:
+    state = state_of(name)
+    first = next(iter(state))
+    state[first] = torch.zeros(1, dtype=torch.float64).expand(50_000, 50_000)
+    (tmp_path / "sae").mkdir()
+    path = write_pickled(name, tmp_path / "sae", state)
+    refused(path, name, f"{first}: claims 20000000000 bytes, the file stores 8")
+
+
+@pytest.mark.parametrize("name", PICKLED)
+def test_storages_that_claim_more_than_is_stored(tmp_path: Path, name: str) -> None:
+    (tmp_path / "sae").mkdir()
+    file = tmp_path / "sae" / "sae.pt"
+    write_pickled(name, tmp_path / "sae", state_of(name))
+    data = file.read_bytes()
+    start = data.index(b"PK\x03\x04")
+    inner = tmp_path / "inner.zip"
+    inner.write_bytes(data[start:])
+    with zipfile.ZipFile(inner) as archive:
+        entries = [(entry, archive.read(entry)) for entry in archive.namelist()]
+    with zipfile.ZipFile(inner, "w") as archive:
+        for entry, content in entries:
+            archive.writestr(entry, content[:8] if "/data/" in entry else content)
+    file.write_bytes(data[:start] + inner.read_bytes())
+    refused(file, name, "damaged or refused by torch.load")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.zeros(C, F, dtype=torch.int64), "W_enc: expected a dense floating-point tensor, got torch.int64"),
+        ([[0.0] * F] * C, "W_enc: expected a dense floating-point tensor, got list"),
+        (torch.zeros(C, F + 1, dtype=torch.float64), "W_enc: expected shape [6, 10] or [10, 6]"),
+        (torch.zeros(C, F, 1, dtype=torch.float64), "W_enc: expected shape [6, 10] or [10, 6]"),
+        (torch.zeros(C, F, dtype=torch.float32), "W_dec: expected dtype torch.float32 (that of W_enc)"),
+        (torch.full((C, F), float("nan"), dtype=torch.float64), "W_enc: holds NaN or Inf (60 of 60 elements"),
+        (torch.zeros(0, dtype=torch.float64), "W_enc: expected shape"),
+    ],
+)
+def test_wrong_tensors(tmp_path: Path, value: Any, message: str) -> None:
+    refused(write_pickled("saev", tmp_path, saev.tensors() | {"W_enc": value}), message=message)
+
+
+@pytest.mark.parametrize("name", ["b_enc", "b_dec"])
+def test_empty_biases(tmp_path: Path, name: str) -> None:
+    head = saev.header(5)
+    head["cfg"] = {"activation": head["cfg"]["activation"]}
+    state = saev.tensors() | {name: torch.zeros(0).double()}
+    refused(saev.write(tmp_path / "sae.pt", state, head), message="W_enc: expected shape")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"{" * (MAX_JSON_BYTES + 10), "oversized header: expected one line of JSON of at most 1048576 bytes"),
+        (b'{"schema": 5', "truncated header"),
+        (b'{"schema": 5\n', "header: not valid JSON"),
+        (b"{" * 100_000 + b"\n", "header: not valid JSON"),
+        (b'{"a": ' * 100_000 + b"\n", "header: not valid JSON"),
+        (b'{"schema": ' + b"9" * 100_000 + b"}\n", "header: not valid JSON"),
+        (b'{"schema": NaN}\n', "header: not valid JSON"),
+        (b'{"\xff": 1}\n', "header: not valid JSON"),
+    ],
+)
+def test_saev_headers(tmp_path: Path, line: bytes, message: str) -> None:
+    if b"\n" in line:
+        path = saev.write(tmp_path / "sae.pt", saev.tensors(), line)
+    else:
+        path = tmp_path / "sae.pt"
+        path.write_bytes(line)
+    refused(path, message=message)
+
+
+def test_bytes_before_an_archive(tmp_path: Path) -> None:
+    """An archive's table is found from its end; what torch.load reads from the start must be that archive."""
+    path = overcomplete.write(tmp_path / "sae.pt", state_of("overcomplete"))
+    path.write_bytes(b"\x80\x02}q\x00." + path.read_bytes())
+    refused(path, "overcomplete", "not an archive of torch.save")
+    path = saev.write(tmp_path / "saev.pt", saev.tensors(), json.dumps(saev.header(5)).encode() + b"\n\x80\x02}.")
+    refused(path, message="not an archive of torch.save")
+    data = saev.write(tmp_path / "saev.pt", saev.tensors(), saev.header(5)).read_bytes()
+    start = data.index(b"PK\x03\x04")
+    path.write_bytes(data[:start] + b"PK\x03\x04" + data[start:])
+    refused(path, message="does not start where its table of contents says")
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_safetensors_that_lie(tmp_path: Path, name: str) -> None:
+    make, file_name = STORED[name]
+    folder = make(tmp_path / "sae")
+    weights = folder / file_name
+    data = weights.read_bytes()
+    for keep in (0, 7, 8, 60, len(data) // 2, len(data) - 1):
+        weights.write_bytes(data[:keep])
+        refused(folder, name)
+    for length in (MAX_HEADER_BYTES + 1, 2**40, 2**64 - 1):
+        weights.write_bytes(struct.pack("<Q", length) + data[8:])
+        assert f"oversized header: expected at most {MAX_HEADER_BYTES} bytes, got {length}" in refused(folder, name)
+    length = struct.unpack("<Q", data[:8])[0]
+    for change, message in HEADER_CHANGES:
+        header = json.loads(data[8 : 8 + length])
+        change(header[min(n for n in header if n.endswith(("weight", "W_enc")))])
+        new = json.dumps(header).encode()
+        weights.write_bytes(struct.pack("<Q", len(new)) + new + data[8 + length :])
+        assert message in refused(folder, name)
+
+
+HEADER_CHANGES: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
+    (lambda entry: entry.update(shape=[10**9, 10**9]), "bytes, the file stores"),
+    (lambda entry: entry.update(shape=[10**30]), "bytes, the file stores"),
+    (lambda entry: entry.update(shape=[-6, -10]), "expected a shape of whole numbers, got [-6, -10]"),
+    (lambda entry: entry.update(shape="6x10"), "expected a shape of whole numbers, got '6x10'"),
+    (lambda entry: entry.update(dtype="I64"), "expected a dense floating-point tensor, got 'I64'"),
+    (lambda entry: entry.update(dtype=["F64"]), "expected a dense floating-point tensor, got ['F64']"),
+    (lambda entry: entry.update(data_offsets=[0, 10**12]), "not a readable safetensors file"),
+]
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_nan_in_safetensors(tmp_path: Path, name: str) -> None:
+    make, file_name = STORED[name]
+    folder = make(tmp_path / "sae")
+    tensors = load_file(folder / file_name)
+    for tensor in tensors:
+        broken = {n: t.clone() for n, t in tensors.items()}
+        broken[tensor].view(-1)[-1] = float("nan")
+        save_file(broken, folder / file_name)
+        assert "holds NaN or Inf" in refused(folder, name)
+
+
+@pytest.mark.parametrize("value", [None, [], {}, "x", "", True, -1, 0, 1.5, 10**300, ["topk"], {"k": 3}])
+def test_settings_of_any_type_are_read_or_refused(tmp_path: Path, value: Any) -> None:
+    """ValueError or an SAE, for every setting of every format; any other exception fails the test."""
+    outcomes = []
+    for name, default in (
+        ("saelens", saelens.settings()),
+        ("sparsify", sparsify.settings()),
+        ("visaebench", visaebench.settings()),
+    ):
+        known = {"k", "hook_name", "hook", "activation_fn", "activation_fn_kwargs", "hook_head_index", "normalize"}
+        for setting in {*default, *known, "rescale_acts_by_decoder_norm", "tokens", "model", "metadata", "sae"}:
+            config = default | {setting: value}
+            folder = tmp_path / name
+            if name == "saelens":
+                saelens.write(folder, saelens.tensors(), config)
+            elif name == "sparsify":
+                sparsify.write(folder, sparsify.tensors(), config)
+            else:
+                visaebench.write(folder / "sae.pt", visaebench.tensors(), config)
+            outcomes.append(attempt(folder))
+    for setting in ("schema", "cfg", "cls", "tokens"):
+        outcomes.append(attempt(saev.write(tmp_path / "a.pt", saev.tensors(), saev.header(5) | {setting: value})))
+        outcomes.append(attempt(saev.write(tmp_path / "a.pt", saev.tensors(), saev.header(1) | {setting: value})))
+    for setting in ("cls", "params"):
+        head = saev.header(5, "TopK")
+        head["cfg"]["activation"][setting] = value
+        outcomes.append(attempt(saev.write(tmp_path / "a.pt", saev.tensors(), head)))
+    assert set(outcomes) == {True, False}
+
+
+def attempt(path: Path) -> bool:
+    try:
+        SparseAutoencoder.from_pretrained(path)
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "threshold: !!python/object/apply:os.system ['touch marker']\n",
+        "a: &a [1]\nb: &b [*a, *a]\nthreshold: *b\n",
+        "threshold: [1, 2]\n",
+        "threshold:\n  nested: 1\n",
+        "threshold\n",
+        "\x00",
+        "",
+        "threshold: .inf\n",
+    ],
+)
+def test_yaml_is_plain_scalars(tmp_path: Path, text: str) -> None:
+    refused(visaebench.write(tmp_path / "sae" / "model.safetensors", visaebench.tensors(), text), message="threshold")
+    assert not Path("marker").exists()
+
+
+def test_yaml_of_a_wrong_size_or_encoding(tmp_path: Path) -> None:
+    folder = visaebench.write(tmp_path / "sae" / "model.safetensors", visaebench.tensors(), "#" * (MAX_JSON_BYTES + 1))
+    refused(folder, message="expected a settings file of at most 1048576 bytes, got 1048577")
+    (folder / "config.yaml").write_bytes(b"threshold: \xff\xfe\n")
+    refused(folder, message="not valid YAML")

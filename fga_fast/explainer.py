@@ -167,17 +167,14 @@ class Explainer:
     def _reference(self, images: Tensor, targets: Targets) -> Explanation:
         from fga_fast import reference
 
-        import inspect  # SHIM
-        shim = dict(layout=self.layout, readout=self.readout, method=self.method, backward=self.backward, start_layer=self.start_layer, signed=self.signed,
-            per_block=self.per_block, top_features=self.top_features)
         found = reference.explain(
-            self.model, images, targets, self.saes, self.gate, **{k: v for k, v in shim.items() if k in inspect.signature(reference.explain).parameters}
+            self.model, images, targets, self.saes, self.gate, layout=self.layout, readout=self.readout,
+            method=self.method, backward=self.backward, start_layer=self.start_layer, signed=self.signed,
+            per_block=self.per_block, top_features=self.top_features,
         )  # fmt: skip
         checks.check_finite(found.relevance, "the relevance", self.model, images, self.saes)
-        answer = Answer(found.logits, found.targets, getattr(found, "values", found.relevance), getattr(found, "names", None))  # SHIM
-        return self._result(
-            images, answer, found.relevance, found.scores, found.gates, found.features, getattr(found, "blocks", None)
-        )  # fmt: skip
+        answer = Answer(found.logits, found.targets, found.values, found.names)
+        return self._result(images, answer, found.relevance, found.scores, found.gates, found.features, found.blocks)
 
     def _empty(self, images: Tensor, targets: Targets) -> Explanation:
         """No images, no explanations; one blank image tells how many classes there are."""
@@ -207,7 +204,7 @@ class Explainer:
             image_size=(images.shape[-2], images.shape[-1]), scores=dict(sorted(scores.items())),
             gates=dict(sorted(gates.items())), features=dict(sorted(features.items())),
             backend=self.backend + (f" ({self._backend_reason})" if self._backend_reason else ""),
-            **{k: v for k, v in dict(values=answer.values.detach(), names=answer.names, blocks=blocks, start_layer=self.start_layer).items() if k in Explanation.__dataclass_fields__},  # SHIM
+            values=answer.values.detach(), names=answer.names, blocks=blocks, start_layer=self.start_layer,
         )  # fmt: skip
 
     def _without_saes(self, backend: Backend) -> Explainer:

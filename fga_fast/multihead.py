@@ -96,7 +96,7 @@ def _mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, heads: int)
     """The two masks as one that broadcasts to [B, H, Nq, N]; nn.MultiheadAttention has made both additive."""
     mask = attn_mask
     if mask is not None and mask.dim() == 3:
-        mask = mask.unflatten(0, (-1, heads))
+        mask = mask.view(-1, heads, *mask.shape[1:])
     if key_padding_mask is not None:
         padding = key_padding_mask[:, None, None, :]
         mask = padding if mask is None else mask + padding

@@ -51,14 +51,14 @@ class Gating:
 
     def __call__(self, x: Tensor, g: Tensor, inverse: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         prefix = self.prefix_tokens
+        if prefix:  # a slice of everything is an alias, for which vmap has no rule
+            x, g = x[:, prefix:], g[:, prefix:]
         found = ops.score(
-            x[:, prefix:], g[:, prefix:], self.sae, self.gate.mode,
+            x, g, self.sae, self.gate.mode,
             permutation=self.permutation, top_features=self.top_features,
         )  # fmt: skip
-        scores, features = (
-            found.scores,
-            [value.to(torch.float64) if i % 2 == 0 else value for i, value in enumerate(found[1:])],
-        )
+        scores, *features = found
+        features[0], features[2] = features[0].to(torch.float64), features[2].to(torch.float64)  # the indices
         if inverse is not None and self.gate.mode != "activation_only":  # the other scores are linear in g
             scores = scores * inverse.unsqueeze(-1)
             features[1], features[3] = features[1] * inverse[..., None, None], features[3] * inverse.unsqueeze(-1)

@@ -103,10 +103,12 @@ def _columns(
         return paint(relevance, explanation.grid, grey, colormap, 0.55, signed).flatten(0, relevance.dim() - 2)
 
     if explanation.ungated is not None and explanation.gates:
-        columns.append(("TransMM", painted(explanation.ungated)))
+        columns.append(("ungated" if signed else "TransMM", painted(explanation.ungated)))
     for layer, gate in sorted(explanation.gates.items()):
         columns.append((f"gate, block {layer}", gate.detach().float().log().reshape(-1, *explanation.grid)))
-    columns.append(("FGA" if explanation.gates else "TransMM", painted(explanation.relevance)))
+    # Neither name is meant for relevance with a sign.
+    method = "relevance" if signed else "FGA" if explanation.gates else "TransMM"
+    columns.append((method, painted(explanation.relevance)))
     return columns
 
 

@@ -149,14 +149,17 @@ def test_signed_figures_have_zero_in_the_middle() -> None:
     pytest.importorskip("matplotlib")
     explanation = full(2, 2, signed=True)
     assert explanation.ungated is not None
-    explanation.relevance[0, 0] = torch.tensor([-1.0, 3.0] * 6)
+    explanation.relevance[0, 0] = torch.tensor([-3.0, 1.0] * 6)
     explanation.relevance[0, 1] = 0.0
     figure = explanation.plot(torch.zeros(2, 3, 24, 32), colormap="gray")
     ticks = [[tick.get_text() for tick in axes.get_xticklabels()] for axes in figure.axes]
+    titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
+    assert titles == ["image", "ungated", "gate, block 2", "gate, block 5", "relevance"]
     assert ["against", "0", "for"] in ticks and ["low", "high relevance"] not in ticks
     panels = [axes for axes in figure.axes if axes.images and axes.images[0].get_array().ndim == 3]
     results = [axes.images[0].get_array() for axes in panels if axes.get_ylabel() == ""]
     # The map of zeros: the middle grey at the 55 % that the colours weigh over a black picture.
     assert any(int(shown.min()) == int(shown.max()) == round(0.5 * 0.55 * 255) for shown in results)
+    assert any((int(shown.min()), int(shown.max())) == (0, round((0.5 + 1 / 6) * 0.55 * 255)) for shown in results)
     unsigned = full(2, 2).plot(torch.zeros(2, 3, 24, 32))
     assert ["low", "high relevance"] in [[t.get_text() for t in axes.get_xticklabels()] for axes in unsigned.axes]

@@ -49,8 +49,8 @@ def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
     yield Subject(model, found)
 
 
-def explain(explainer: Explainer, images: Tensor) -> None:
-    explanation = explainer(images)
+def explain(explainer: Explainer, images: Tensor, targets: Tensor | None = None) -> None:
+    explanation = explainer(images, targets)
     if not all(bool(scores.any()) for scores in explanation.scores.values()):
         raise RuntimeError("all scores are zero: nothing was measured")
 
@@ -93,6 +93,27 @@ def test_explanation(
     for name, work in reference.items():
         row = timed(blank, f"reference {name}", slow.result(name), levels.get(name))
         record(replace(row, ratio_to_reference=1.0, peak_bytes=peak_bytes(work)))
+
+
+def test_settings(subject: Subject, scale: Scale, race: Callable[..., Race], record: Callable[[Row], None]) -> None:
+    """Several targets of one image, and the other method and backward rule."""
+    images, targets = subjects.images(1), torch.arange(8)[None]
+    plain = partial(forward, subject.model, images)
+    saes, active = subject.saes[f"relu {LEVELS[0]}"]
+    model = partial(Explainer, subject.model, backend="native")
+    conservative = partial(model, backward="conservative")
+    works: dict[str, Work] = {
+        "TransMM, 8 targets": partial(explain, model(), images, targets),
+        f"FGA relu {LEVELS[0]}, 8 targets": partial(explain, model(saes), images, targets),
+        "TransMM, conservative": partial(explain, conservative(), images),
+        "input x gradient, exact": partial(explain, model(method="input_x_gradient"), images),
+        "input x gradient, conservative": partial(explain, conservative(method="input_x_gradient"), images),
+    }
+    fast = race(plain, works, seconds=30.0)
+    blank = Row("explainer", "", 1, 197, threads=torch.get_num_threads())
+    for name, work in works.items():
+        row = timed(blank, name, fast.result(name), active if "FGA" in name else None)
+        record(replace(row, peak_bytes=peak_bytes(work)))
 
 
 def timed(blank: Row, name: str, timing: Timing, L0: float | None = None) -> Row:

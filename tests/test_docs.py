@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import re
 import socket
 from pathlib import Path
@@ -125,3 +127,17 @@ def test_what_the_patches_do_not_explain_the_biases_do(run: Any) -> None:
     explainer = Explainer(model, layout=ran.names["layout"], method="input_x_gradient", backward="conservative")
     e = explainer(ran.names["images"])
     torch.testing.assert_close(e.relevance.sum(1), e.values)
+
+
+def test_names_and_settings_of_the_readme_exist() -> None:
+    text = (PAGE.parent.parent / "README.md").read_text(encoding="utf-8")
+    adapters = set(re.findall(r"fga_fast\.integrations\.(\w+)\.(\w+)", text))
+    assert len(adapters) == 3
+    for module, name in adapters:
+        if module == "captum":
+            pytest.importorskip("captum")
+        assert callable(getattr(importlib.import_module(f"fga_fast.integrations.{module}"), name))
+    section = text[text.index("## Targets") : text.index("## Sparse autoencoders")]
+    settings = set(re.findall(r"`(?:Explainer\(model, )?(\w+)=", section)) - {"targets"}
+    assert settings >= {"method", "backward", "start_layer", "signed", "per_block", "class_names", "tokenizer"}
+    assert settings <= set(inspect.signature(Explainer).parameters)

@@ -147,11 +147,31 @@ def test_refused_by_name(form: Any, message: str) -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+class UnreadPool(nn.Module):
+    """A head that runs an attention pool and throws its output away."""
+
+    def __init__(self, model: OwnViT) -> None:
+        super().__init__()
+        self.pool, self.query, self.head = model.pool, model.query, model.head
+
+    def forward(self, pooled: Tensor) -> Tensor:  # [B, C]
+        self.pool(self.query.expand(len(pooled), -1, -1), pooled[:, None].expand(-1, TOKENS, -1))
+        return self.head(pooled)  # type: ignore[no-any-return]
+
+
 def test_a_layout_that_promises_another_pooling_is_refused() -> None:
     for model, pooling in ((own_vit(), "attention"), (own_vit(pool="sdpa"), "token")):
         layout = ModelLayout(blocks=tuple(model.layers), prefix_tokens=1, grid=(2, 3), pooling=pooling)
         with pytest.raises(TapeError, match=f"'{pooling}' pooling, but (none|one) was found"):
             explain(model, images(), None, {}, Gate(), layout=layout)
+
+
+@pytest.mark.parametrize("backward", ["exact", "conservative"])
+def test_a_pool_that_the_classifier_does_not_read_is_left_alone(backward: Any) -> None:
+    model = own_vit()
+    want = explained(model, backward=backward)
+    model.head = UnreadPool(model)
+    assert_same(explained(model, backward=backward), want)
 
 
 def test_a_block_that_returns_no_tokens_is_refused() -> None:

@@ -73,10 +73,7 @@ def activation(limit: float) -> Function:
 
 
 def constant(func: Function, *args: Any, **kwargs: Any) -> Any:
-    """`f(x).detach()`, for the factors that a model multiplies by or divides by itself.
-
-    1 / sqrt of a mean of squares (RMSNorm), |x| (feature normalisation).
-    """
+    """`[f(x)].detach()`, where the model itself writes `x * f(x)` (RMSNorm) or `x / f(x)` (feature normalisation)."""
     return func(*args, **kwargs).detach()
 
 

@@ -1,5 +1,15 @@
 """The whole explanation in plain PyTorch: record maps and residual streams, differentiate, multiply, gate, roll out.
 
+Equations, with y the explained value and blocks l numbered in forward order from s, `start_layer`:
+
+    method "rollout":           Cbar_l = mean_h relu(A_l * dA_l), dA_l = d y / d A_l; without the relu if `signed`
+                                R = (I + Cbar_{L-1}) ... (I + Cbar_s), whose row for the pooled vector is the relevance
+    method "input_x_gradient":  x . d y / d x, x the input of block s
+
+At blocks with an autoencoder, `w_l = base ** tanh(slope * z(s_l))` with s_l the score of x_l and `g_l = d y / d x_l` at
+the patches. It multiplies the patch columns of Cbar_l, or the patches' x . g. All gradients are the model's own, or
+those of the conservative backward pass (reference/conservative.py).
+
 Memory grows with L * H * N^2 and P * F; use it to check numbers, not to explain many images.
 """
 
@@ -16,11 +26,11 @@ from fga_fast import checks
 from fga_fast.explanation import TopFeatures
 from fga_fast.gate import Gate
 from fga_fast.models.layout import ModelLayout, find_layout
-from fga_fast.readout import Readout, Targets
+from fga_fast.readout import Answer, Readout, Targets
 from fga_fast.reference.attention import attention_relevance
 from fga_fast.reference.gate import gate as gate_of
 from fga_fast.reference.input_x_gradient import gated, input_x_gradient
-from fga_fast.reference.recording import Recording, check_recording, recording
+from fga_fast.reference.recording import Recording, check_pool, check_recording, recording
 from fga_fast.reference.rollout import gate_columns, pooled_row, rollout
 from fga_fast.reference.score import contributions, score
 from fga_fast.reference.score import top_features as strongest
@@ -88,42 +98,29 @@ def explain(
     top_features: int = 0,
     given_gates: Mapping[int, Tensor] | None = None,  # block -> [B, P] or [B, K, P]
 ) -> ReferenceResult:
-    """Explain one or K targets an image with full attention maps.
-
-    Equations of "rollout", for every block l (numbered from the first): `Cbar_l = mean_h relu(A_l * dA_l)`; at blocks
-    with an autoencoder the patch columns of Cbar_l are multiplied by `w_l = base ** tanh(slope * z(s_l))`, with `s_l`
-    the score of x_l and `g_l = d y / d x_l` at the patches; `R = (I + Cbar_L) ... (I + Cbar_1)`; the relevance is R's
-    row for the pooled vector, at the patches. Of "input_x_gradient": `x_0 . g_0 * prod_l w_l` at the patches, x_0 the
-    first block's input.
+    """Explain one or K targets an image with full attention maps, by the equations of this module.
 
     Args:
-        model: module from images to logits [B, classes] with one supported tower (`find_layout`). Its parameters,
-            their gradients and flags are left as they are; hooks are on it during the call only and do nothing in
-            other threads.
+        model: module from images to logits [B, classes], or what `readout` runs. Its parameters, their gradients and
+            flags are left as they are; hooks are on it during the call only and do nothing in other threads.
         images: in the model's dtype and on its device.
-        targets: what is explained for each image, one ([B]) or K ([B, K]); see `Readout.answer`. None: the predicted
-            class; an int: the same class for all.
+        targets: what is explained for each image, [B] or [B, K]; see `Readout.answer`. None: the predicted class.
         saes: block -> autoencoder of the residual stream after that block; empty: the ungated method (TransMM).
         gate: score mode, base and slope.
         layout: where the model's blocks and tokens are; None: `find_layout(model)`.
         readout: how the model's output answers the targets; None: `Readout(model)`.
-        method: "rollout" or "input_x_gradient".
-        backward: "exact", or "conservative" (reference/conservative.py).
-        start_layer: first block that takes part; x_0 is then this block's input.
-        signed: roll out `Cbar_l = mean_h (A_l * dA_l)`, which keeps negative evidence.
+        method, backward, start_layer, signed: the explanation's kind, see above.
         per_block: also report the relevance for every start_layer from the given one on.
         top_features: k > 0 reports the k strongest features a patch and an image at every block with an autoencoder.
-        given_gates: gates that take the place of those computed from the scores, at blocks that have an autoencoder;
-            for checking another implementation's rollout apart from its scores.
+        given_gates: gates in place of those computed from the scores, at blocks that have an autoencoder; for checking
+            another implementation's rollout apart from its scores.
 
     Returns:
         `ReferenceResult`, detached.
 
     Raises:
-        ValueError: an unsupported model, logits that are not [B, classes], a block that does not exist or is below
-            start_layer, an autoencoder of another width, targets of the wrong shape or out of range, `top_features` for
-            mode "no_sae", an unknown method or backward pass.
-        TypeError: targets that are no integers.
+        ValueError, TypeError: an unsupported model or output, targets or autoencoders that do not fit, a block that
+            does not exist or is below `start_layer`, `top_features` for mode "no_sae", an unknown method or backward.
     """
     layout = find_layout(model) if layout is None else layout
     settings = _Settings(
@@ -132,24 +129,31 @@ def explain(
     _check(settings, backward, layout)
     checks.check_eval(model)
     checks.check_saes(saes, layout, next((layout.tower or model).parameters()))
-    readout = Readout(model) if readout is None else readout
     with torch.inference_mode(False), torch.enable_grad():
-        with recording(layout, images, backward == "conservative") as record:
-            # The graph hangs on the images, so that frozen models work and parameters stay out of it.
-            output = readout.run(images.detach().clone().requires_grad_())
-            check_recording(record)
-            checks.check_finite(output.detach(), "the logits", model, images)
-            answer = readout.answer(targets, output)
-        if not answer.values.requires_grad:
-            raise ValueError(
-                "model: its logits carry no gradient; its forward must not run under torch.no_grad(), and a callable "
-                "target must not detach them"
-            )
+        record, answer = _forward(readout or Readout(model), images, targets, layout, backward == "conservative")
         # Where the caller has autocast on, it is for the model: relevance is not computed in 16 bit.
         with torch.autocast(images.device.type, enabled=False):
             parts = _explain_values(record, answer.values, settings)
-    logits, values = answer.logits.detach(), answer.values.detach()
-    return ReferenceResult(logits, answer.targets, values, *parts, answer.names)
+    return ReferenceResult(answer.logits.detach(), answer.targets, answer.values.detach(), *parts, answer.names)
+
+
+def _forward(
+    readout: Readout, images: Tensor, targets: Targets, layout: ModelLayout, conservative: bool
+) -> tuple[Recording, Answer]:
+    """The model's answer, attached to the graph of everything that was recorded on the way."""
+    with recording(layout, images, conservative) as record:
+        # The graph hangs on the images, so that frozen models work and parameters stay out of it.
+        output = readout.run(images.detach().clone().requires_grad_())
+        check_recording(record)
+        checks.check_finite(output.detach(), "the logits", readout.model, images)
+        answer = readout.answer(targets, output)
+    if not answer.values.requires_grad:
+        raise ValueError(
+            "model: its logits carry no gradient; its forward must not run under torch.no_grad(), and a callable "
+            "target must not detach them"
+        )
+    check_pool(record, answer.values)
+    return record, answer
 
 
 def _explain_values(record: Recording, values: Tensor, settings: _Settings) -> _Parts:  # values [B] or [B, K]
@@ -249,7 +253,7 @@ def _rolled_out(
             relevance = gate_columns(relevance, gates[block], layout.prefix_tokens)
         maps.append(relevance)
     pool = None
-    if record.pool is not None and gradients.pool is not None:
+    if layout.pooling == "attention" and record.pool is not None and gradients.pool is not None:
         pool = attention_relevance(record.pool.to(dtype), gradients.pool, signed)  # [B, 1, tokens]
     row = pooled_row(rollout(maps), layout, pool)
     return row[:, layout.prefix_tokens :].contiguous()

@@ -243,7 +243,7 @@ def check_recording(record: Recording) -> None:
     """The forward pass must have been the one that the layout promised.
 
     Raises:
-        TapeError: a block without attention, attention over other tokens, or a pool where none was expected.
+        TapeError: a block that did not run or without attention, or attention over other tokens.
     """
     layout = record.layout
     for index, block in enumerate(layout.blocks):
@@ -261,9 +261,21 @@ def check_recording(record: Recording) -> None:
                 f"model: expected attention over {layout.tokens} tokens of {record.images} images in {name}, got a map "
                 f"of shape {list(shape)}"
             )
-    if (record.pool is not None) != (layout.pooling == "attention"):
-        found = "none" if record.pool is None else "one"
+
+
+def check_pool(record: Recording, values: Tensor) -> None:  # values [B] or [B, K]
+    """What `values` were pooled by must be what the layout says.
+
+    Raises:
+        TapeError: no attention pool was seen where one is expected, or the values read one where none is.
+    """
+    pooling, used = record.layout.pooling, False
+    if record.pool is not None:  # some models run a pool that their classifier does not read
+        gradients = torch.autograd.grad(values.sum(), record.pool, retain_graph=True, allow_unused=True)
+        used = gradients[0] is not None
+    if used != (pooling == "attention"):
+        found = "one was found" if used else "none was found"
         raise TapeError(
-            f"model: '{layout.pooling}' pooling, but {found} was found of an attention with one query over the pooled "
-            "tokens after the blocks; check the layout's pooling and pooled"
+            f"model: '{pooling}' pooling, but {found} of an attention with one query over the pooled tokens after the "
+            "blocks; check the layout's pooling and pooled"
         )

@@ -29,6 +29,7 @@ class Family:
 
     name: str  # as in the table
     library: str  # key of LIBRARIES
+    model: str  # class or model name in that library
     make: Callable[[], nn.Module]
     image_size: tuple[int, int]
     grid: tuple[int, int]

@@ -16,8 +16,8 @@ _SMALL: dict[str, Any] = {
 _TEXT: dict[str, Any] = {**_SMALL, "vocab_size": 50, "max_position_embeddings": 8, "projection_dim": 24}
 _IDS: dict[str, int] = {"bos_token_id": 48, "eos_token_id": 49, "pad_token_id": 0}
 _BOTH = (
-    "its logits read the class token and the mean of the patches; the class token's row is taken "
-    '(`pooling="average"` explains the patches\' half)'
+    "its logits read the class token and the mean of the patches, and no single row of the rollout stands for both; "
+    "the class token's row is taken, a layout with `pooling=\"average\"` explains the patches' half"
 )
 
 
@@ -55,9 +55,8 @@ def family(
         return classifier(model, config, attention, **{"image_size": size, "patch_size": patch, **settings})
 
     grid = (size[0] // patch, size[1] // patch)
-    return Family(
-        name, "Hugging Face", make, size, grid, prefix, pooling, pooled, attention, note, reads_more, resized, prompts
-    )
+    flags = {"note": note, "reads_more": reads_more, "resized": resized, "prompts": prompts}
+    return Family(name, "Hugging Face", model, make, size, grid, prefix, pooling, pooled, attention, **flags)
 
 
 def both(*args: Any, **settings: Any) -> list[Family]:

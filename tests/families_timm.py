@@ -29,7 +29,9 @@ def family(
         built = create(model, resized or size, **settings)
         return eager(built) if attention == "eager" else built
 
-    return Family(name, "timm", make, size, grid, prefix, pooling, pooled, attention, note, resized=resized is not None)
+    return Family(
+        name, "timm", model, make, size, grid, prefix, pooling, pooled, attention, note, resized=resized is not None
+    )
 
 
 FAMILIES = [
@@ -58,6 +60,8 @@ FAMILIES = [
     family("EVA-02", "eva02_tiny_patch14_224", (56, 42), 1, "average", patch=14),
     family("EVA-02", "eva02_tiny_patch14_224", (56, 42), 1, "average", patch=14, attention="eager"),
     family("EVA-02 CLIP tower", "eva02_base_patch16_clip_224", (64, 48), 1, "token"),
+    family("Sapiens2, grouped queries", "vit_base_patch16_sapiens2", (64, 48), 9, "token", embed_dim=64, num_heads=4,
+           num_kv_heads=2),
     family("BEiT", "beit_base_patch16_224", (64, 48), 1, "average"),
     family("BEiT v2, class token", "beitv2_base_patch16_224", (48, 64), 1, "token", global_pool="token"),
     family("BEiT v2, class token", "beitv2_base_patch16_224", (48, 64), 1, "token", global_pool="token",

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from families import CLASSES, Family
 from torch import nn
 
-_ATTENTION = "MultiheadAttention"
-_PROMPTS = ("a cat", "a dog")
 
-
-def open_clip_tower(size: tuple[int, int], **settings: Any) -> nn.Module:
+def open_clip_tower(**settings: Any) -> nn.Module:
     from open_clip.transformer import VisionTransformer
 
     sizes = {"patch_size": 16, "width": 48, "layers": 3, "heads": 3, "mlp_ratio": 2.0, "output_dim": 24}
-    return VisionTransformer(image_size=size, **{**sizes, **settings})  # type: ignore[arg-type]
+    return VisionTransformer(image_size=(48, 64), **{**sizes, **settings})  # type: ignore[arg-type]
 
 
-def sequence_first(size: tuple[int, int]) -> nn.Module:
+def sequence_first() -> nn.Module:
     """A tower whose blocks hand over [N, B, C], as all of them did before open_clip had batch_first."""
     from open_clip.transformer import Transformer
 
-    tower: Any = open_clip_tower(size)
+    tower: Any = open_clip_tower()
     tower.transformer = Transformer(48, 3, 3, mlp_ratio=2.0, batch_first=False)
     return tower
 
@@ -59,28 +58,35 @@ def torchvision_stem() -> nn.Module:
     return torchvision_vit(conv_stem_configs=[ConvStemConfig(8, 3, 4), ConvStemConfig(12, 3, 4)])
 
 
-def tower(name: str, pooling: str, pooled: tuple[int, int], attention: str = _ATTENTION, **settings: Any) -> Family:
-    return Family(
-        name, "open_clip", lambda: open_clip_tower((48, 64), **settings), (48, 64), (3, 4), 1, pooling, pooled,
-        attention,
-    )  # fmt: skip
+def family(
+    library: str, name: str, model: str, make: Callable[[], nn.Module], pooling: str = "token",
+    pooled: tuple[int, int] = (0, 1), attention: str = "MultiheadAttention", *, size: tuple[int, int] = (48, 64),
+    prompts: bool = False,
+) -> Family:  # fmt: skip
+    grid = (size[0] // 16, size[1] // 16)
+    asked = ("a cat", "a dog") if prompts else ()
+    return Family(name, library, model, make, size, grid, 1, pooling, pooled, attention, prompts=asked)
+
+
+def tower(
+    name: str, pooling: str, pooled: tuple[int, int], attention: str = "MultiheadAttention", **settings: Any
+) -> Family:
+    make = functools.partial(open_clip_tower, **settings)
+    return family("open_clip", name, "VisionTransformer", make, pooling, pooled, attention)
 
 
 FAMILIES = [
-    Family("CLIP with text", "open_clip", open_clip_vit, (48, 64), (3, 4), 1, "token", (0, 1), _ATTENTION,
-           prompts=_PROMPTS),
-    Family("CLIP with text, CustomTextCLIP", "open_clip", lambda: open_clip_vit("CustomTextCLIP", pool_type="avg"),
-           (48, 64), (3, 4), 1, "average", (1, 13), _ATTENTION, prompts=_PROMPTS),
-    Family("CLIP with text, timm tower", "open_clip", open_clip_timm, (160, 160), (10, 10), 1, "token", (0, 1),
-           prompts=_PROMPTS),
+    family("open_clip", "CLIP with text", "CLIP", open_clip_vit, prompts=True),
+    family("open_clip", "CLIP with text, patches averaged", "CustomTextCLIP",
+           lambda: open_clip_vit("CustomTextCLIP", pool_type="avg"), "average", (1, 13), prompts=True),
+    family("open_clip", "CLIP with text, timm tower", "CustomTextCLIP, TimmModel", open_clip_timm, attention="fused",
+           size=(160, 160), prompts=True),
     tower("CLIP tower", "token", (0, 1)),
     tower("CLIP tower, patches averaged", "average", (1, 13), pool_type="avg", final_ln_after_pool=True),
     tower("CLIP tower, attention pool", "attention", (0, 13), attentional_pool=True, attn_pooler_queries=1,
           attn_pooler_heads=2),
     tower("CLIP tower, q/k norm", "token", (0, 1), "fused", qk_norm=True, scale_heads=True),
-    Family("CLIP tower, sequence first", "open_clip", lambda: sequence_first((48, 64)), (48, 64), (3, 4), 1, "token",
-           (0, 1), _ATTENTION),
-    Family("ViT", "torchvision", torchvision_vit, (48, 48), (3, 3), 1, "token", (0, 1), _ATTENTION),
-    Family("ViT, convolutional stem", "torchvision", torchvision_stem, (48, 48), (3, 3), 1, "token", (0, 1),
-           _ATTENTION),
+    family("open_clip", "CLIP tower, sequence first", "VisionTransformer", sequence_first),
+    family("torchvision", "ViT", "vit_b_16, vit_l_32, ...", torchvision_vit, size=(48, 48)),
+    family("torchvision", "ViT, convolutional stem", "VisionTransformer", torchvision_stem, size=(48, 48)),
 ]  # fmt: skip

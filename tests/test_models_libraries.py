@@ -30,7 +30,7 @@ def built(library: str, name: str) -> nn.Module:
         ("Hugging Face", "ViT", "vit"),
         ("Hugging Face", "DINOv2, classifier", "dinov2"),
         ("open_clip", "CLIP with text", "visual"),
-        ("open_clip", "CLIP with text, CustomTextCLIP", "visual"),
+        ("open_clip", "CLIP with text, patches averaged", "visual"),
         ("open_clip", "CLIP with text, timm tower", "visual.trunk"),
     ],
 )

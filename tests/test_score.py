@@ -13,7 +13,7 @@ from torch import Tensor
 from fga_fast import ops, reference
 from fga_fast.sae import SparseAutoencoder
 
-ACTIVATIONS = ("relu", "topk", "batch_topk", "jumprelu", "gated")
+ACTIVATIONS = ("relu", "topk", "topk_signed", "batch_topk", "jumprelu", "gated")
 PATCHES = (1, 2, 17, 50, 197, 201, 257, 577, 1025)
 EXACT = {torch.float64: 1e-11, torch.float32: 1e-4}
 
@@ -29,7 +29,7 @@ def make_sae(
 ) -> SparseAutoencoder:  # fmt: skip
     """`shift` moves the encoder bias, so that many (positive) or few (negative) features fire."""
     more: dict[str, Any] = {}
-    if activation == "topk":
+    if activation in ("topk", "topk_signed"):
         more["k"] = k
     if activation in ("jumprelu", "batch_topk"):
         more["threshold"] = torch.rand(features, dtype=dtype) if activation == "jumprelu" else 0.7

@@ -13,12 +13,11 @@ from fga_fast.sae import SparseAutoencoder
 def signed_sae(
     width: int = 12, features: int = 70, k: int = 5, shift: float = 0.0, dtype: torch.dtype = torch.float64
 ) -> SparseAutoencoder:
-    sae = SparseAutoencoder(
+    return SparseAutoencoder(
         torch.randn(width, features, dtype=dtype) / width**0.5, torch.randn(features, dtype=dtype) + shift,
-        torch.randn(features, width, dtype=dtype), torch.randn(width, dtype=dtype), activation="topk", k=k,
+        torch.randn(features, width, dtype=dtype), torch.randn(width, dtype=dtype),
+        activation="topk_signed", k=k,
     )  # fmt: skip
-    sae.activation = "topk_signed"
-    return sae
 
 
 def contributions(x: Tensor, g: Tensor, sae: SparseAutoencoder, k: int) -> Tensor:
@@ -37,8 +36,8 @@ def test_scores(k: int, shift: float, dtype: torch.dtype) -> None:
     x, g = torch.randn(2, 2, 150, 12, dtype=dtype).unbind(0)
     sae = signed_sae(k=k, shift=shift, dtype=dtype)
     want = contributions(x, g, sae, k).sum(-1)
-    torch.testing.assert_close(ops.score(x, g, sae).scores, want, rtol=1e-4 if dtype == torch.float32 else 1e-10,
-                               atol=1e-3 if dtype == torch.float32 else 1e-9)  # fmt: skip
+    rtol, atol = (1e-4, 1e-3) if dtype == torch.float32 else (1e-10, 1e-9)
+    torch.testing.assert_close(ops.score(x, g, sae).scores, want, rtol=rtol, atol=atol)
 
 
 def test_dictionary_of_several_tiles_and_the_strongest_features() -> None:
@@ -66,9 +65,13 @@ def test_relu_is_what_makes_the_difference() -> None:
 def test_ties_below_zero_go_to_the_lowest_feature() -> None:
     features, width = 40, 4
     sae = SparseAutoencoder(
-        -torch.ones(width, features), None, torch.eye(features)[:, :width].contiguous(), torch.zeros(width), "topk", k=3
+        -torch.ones(width, features),
+        None,
+        torch.eye(features)[:, :width].contiguous(),
+        torch.zeros(width),
+        "topk_signed",
+        k=3,
     )
-    sae.activation = "topk_signed"
     x, g = torch.ones(1, 20, width), torch.tensor([1.0, 10.0, 100.0, 1000.0]).expand(1, 20, width)
     assert ops.score(x, g, sae).scores.tolist() == [[-4 * 111.0] * 20]
 

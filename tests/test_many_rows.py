@@ -62,7 +62,8 @@ def attention_call(**flags: bool) -> Callable[..., tuple[Tensor, ...]]:
 )  # fmt: skip
 def test_any_mix_of_batched_arguments(batched: tuple[str, ...], last: bool) -> None:
     images, rows, count = 2, 3, 4
-    arguments, dims = [], []
+    arguments: list[Tensor] = []
+    dims: list[int | None] = []
     for name, t in {**attention_arguments(images, rows), "image": torch.tensor([1, 0, 1])}.items():
         if name not in batched:
             arguments, dims = [*arguments, t], [*dims, None]

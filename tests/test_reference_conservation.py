@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from families import LIBRARIES, Family, layout_of, registry, tokenize
 from torch import Tensor, nn
 
-from fga_fast.models import find_layout
+from fga_fast.models import ModelLayout, find_layout
+from fga_fast.readout import Readout
 from fga_fast.reference.explain import differentiate
 from fga_fast.reference.recording import recording
 
@@ -132,37 +134,54 @@ def draw(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def errors(model: nn.Module, dtype: torch.dtype, conservative: bool) -> list[float]:
-    """Per block, the largest relative error of tokens and bias terms together against the logit."""
-    model = model.to(dtype)
-    images = torch.randn(2, 3, 32, 48, dtype=dtype, requires_grad=True)
+class Read(nn.Module):
+    """A model with what is read from it, logits or features."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any = None) -> None:
+        super().__init__()
+        self.model, self.readout = model, Readout(model, tokenizer=tokenizer)
+
+    def forward(self, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, classes] or [B, E]
+        return self.readout.run(images)
+
+
+def errors(model: Read, images: Tensor, layout: ModelLayout, conservative: bool) -> list[float]:
+    """Per block, the relative error of tokens and bias terms together against the largest logit."""
     # Plain tensors: the recording takes parameters for constants.
     state = {name: value.detach().clone() for name, value in model.named_parameters()}
-    biases = {name: value.requires_grad_() for name, value in state.items() if name.endswith("bias")}
-    with recording(find_layout(model), images, conservative) as record:
-        logits = torch.func.functional_call(model, state, (images,))
+    biases = {name: value.requires_grad_() for name, value in state.items() if "bias" in name.split(".")[-1]}
+    settings: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    with recording(layout, images, conservative) as record:
+        logits = torch.func.functional_call(model, state, (images.clone().requires_grad_(),))
     found = []
-    for y, image in zip(logits.gather(1, logits.abs().argmax(1, keepdim=True))[:, 0], range(2), strict=True):
+    for y in logits.gather(1, logits.abs().argmax(1, keepdim=True))[:, 0]:
         gradients = differentiate(y, record, {})
-        everywhere = torch.autograd.grad(y, list(biases.values()), retain_graph=True, materialize_grads=True)
+        everywhere = torch.autograd.grad(y, list(biases.values()), **settings)
         for block, x in record.inputs.items():
             g = gradients.inputs[block]
             # Bias terms before x act through x only; what they contribute is contained in x . g.
-            before = torch.autograd.grad(
-                x, list(biases.values()), g, retain_graph=True, allow_unused=True, materialize_grads=True
-            )
-            after = sum(
-                (bias * (whole - part)).sum()
-                for bias, whole, part in zip(biases.values(), everywhere, before, strict=True)
-            )
-            found.append(float(((x * g).sum() + after - y).detach().abs() / y.detach().abs()))
-            assert (x * g)[image].abs().sum() > 0
+            before = torch.autograd.grad(x, list(biases.values()), g, **settings)
+            after = [b * (whole - part) for b, whole, part in zip(biases.values(), everywhere, before, strict=True)]
+            total = (x * g).sum() + torch.stack([contribution.sum() for contribution in after]).sum()
+            found.append(float((total - y).detach().abs() / y.detach().abs()))
     return found
 
 
 def check(model: nn.Module, dtype: torch.dtype) -> None:
-    assert max(errors(model, dtype, conservative=True)) < TOLERANCE[dtype]
-    assert max(errors(model, dtype, conservative=False)) > FAR_OFF
+    read, images = Read(model.to(dtype)), torch.randn(2, 3, 32, 48, dtype=dtype)
+    layout = find_layout(model)
+    assert max(errors(read, images, layout, conservative=True)) < TOLERANCE[dtype]
+    assert max(errors(read, images, layout, conservative=False)) > FAR_OFF
+
+
+@pytest.mark.parametrize("family", [pytest.param(family, id=family.id) for family in registry()])
+def test_every_supported_family(family: Family) -> None:
+    pytest.importorskip(LIBRARIES[family.library])
+    model = family.build().double()
+    read = Read(model, tokenize if family.prompts else None).eval()
+    images, layout = family.images().double(), layout_of(family, model)
+    assert max(errors(read, images, layout, conservative=True)) < TOLERANCE[torch.float64]
+    assert max(errors(read, images, layout, conservative=False)) > FAR_OFF
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -186,7 +205,8 @@ def test_gated_mlps_however_they_are_written(tiny_vit: Build, act: type[nn.Modul
     for block in model.blocks:
         block.mlp = Gated(act(), PRODUCTS[product], 16)
     if act is nn.Sigmoid and product in ("mul_", "*="):  # overwrites what the exact backward pass needs
-        assert max(errors(model.eval(), torch.float64, conservative=True)) < TOLERANCE[torch.float64]
+        read, images = Read(model.double().eval()), torch.randn(2, 3, 32, 48).double()
+        assert max(errors(read, images, find_layout(model), conservative=True)) < TOLERANCE[torch.float64]
     else:
         check(model.eval(), torch.float64)
 

@@ -59,6 +59,35 @@ def test_saved_as_our_own_format_it_stays_the_same(tmp_path: Path, name: str, ca
     assert repr(back) == repr(sae)
 
 
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_the_callers_surroundings_do_not_matter(tmp_path: Path, name: str, case: str) -> None:
+    """Another default device, inference mode, or weights that were saved while they required a gradient."""
+    truth = made(name, case, tmp_path)
+    expected = SparseAutoencoder.from_pretrained(truth.path, **truth.options).encode(activations())
+    with torch.device("meta"), torch.inference_mode():
+        sae = SparseAutoencoder.from_pretrained(truth.path, **truth.options)
+    assert torch.equal(sae.encode(activations()), expected)
+    assert not any(buffer.is_inference() or buffer.requires_grad for buffer in sae.buffers())
+
+
+def test_the_state_dict_of_a_module(tmp_path: Path) -> None:
+    """What users save: an OrderedDict with a `_metadata` attribute, of parameters."""
+
+    class Sae(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for key, value in formats_saev.tensors().items():
+                self.register_parameter(key, torch.nn.Parameter(value))
+
+    truth = formats_saev.case(tmp_path / "sae")
+    module = Sae()
+    for state in (module.state_dict(), dict(module.named_parameters())):
+        formats_saev.write(truth.path, state, formats_saev.header(5))
+        sae = SparseAutoencoder.from_pretrained(truth.path)
+        torch.testing.assert_close(sae.encode(activations()), truth.codes(activations()), rtol=1e-10, atol=1e-11)
+        assert not any(buffer.requires_grad for buffer in sae.buffers())
+
+
 @pytest.mark.parametrize(("name", "case"), [(name, next(iter(maker.CASES))) for name, maker in MAKERS.items()])
 def test_a_file_is_as_good_as_its_folder(tmp_path: Path, name: str, case: str) -> None:
     truth = made(name, case, tmp_path)

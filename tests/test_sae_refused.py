@@ -139,8 +139,9 @@ def test_sparsify_folders_of_other_hook_points(tmp_path: Path, name: str) -> Non
 
 VISAEBENCH_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"threshold": ...}, "threshold: expected one among the tensors (_running_threshold, running_threshold, jump_"),
-    ({"threshold": "high"}, "threshold: expected a number, got 'high'"),
-    ({"threshold": True}, "threshold: expected a number, got True"),
+    ({"threshold": "high"}, "threshold: expected a number or a tensor, got 'high'"),
+    ({"threshold": True}, "threshold: expected a number or a tensor, got True"),
+    ({"threshold": 10**400}, "threshold: expected a number of a usual size"),
     ({"architecture": "matching_pursuit"}, "architecture: expected one of batchtopk, jumprelu"),
     ({"architecture": "topk", "k": ...}, "k: activation 'topk' needs the number of features"),
     ({"hook": "blocks.11.attn"}, "hook: expected the residual stream after a block"),
@@ -186,6 +187,8 @@ OVERCOMPLETE_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"activation": "topk"}, "k: activation 'topk' needs the number of features"),
     ({"activation": "batch_topk"}, "threshold: activation 'batch_topk' needs one"),
+    ({"activation": "batch_topk", "threshold": "0.1"}, "threshold: expected a number or a tensor, got '0.1'"),
+    ({"activation": "batch_topk", "threshold": float("inf")}, "threshold: holds NaN or Inf"),
     ({"activation": "relu", "threshold": 0.1}, "threshold: belongs to activation 'batch_topk'"),
     ({"activation": "relu", "decoder_norm": "l3"}, "decoder_norm: expected one of 'l2', 'max_l2', 'l1'"),
 ]
@@ -226,6 +229,12 @@ def test_transcoder_weights_are_refused_by_their_names(tmp_path: Path) -> None:
     refused(sparsify.write(tmp_path / "s", sparsify.tensors() | skip, sparsify.settings()), "W_skip: a transcoder's")
     without = {name: value for name, value in sparsify.tensors().items() if name != "W_dec"}
     refused(sparsify.write(tmp_path / "n", without, sparsify.settings()), "tensors missing: W_dec; not known: none")
+
+
+def test_formats_that_look_alike(tmp_path: Path) -> None:
+    """Weights of another library with names that overlap are refused, and its names are told."""
+    state = visaebench.tensors(bias=False) | {"b_dec": draw(C, seed=1), "k": torch.tensor(3)}
+    refused(visaebench.write(tmp_path / "ae.pt", state, None), "not known: b_dec, k; an SAE of visaebench holds")
 
 
 def test_square_weights_are_ambiguous(tmp_path: Path) -> None:

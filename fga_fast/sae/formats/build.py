@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fga_fast.sae.checks import DTYPES
+from fga_fast.sae.checks import DTYPES, check_finite
 from fga_fast.sae.folding import folded_centring
 from fga_fast.sae.formats.options import Options
 from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
@@ -56,7 +56,7 @@ def build(parameters: Parameters, options: Options, where: str) -> SparseAutoenc
             p = _in_stream(widened(p), options)
         threshold = p.threshold
         if isinstance(threshold, Tensor):
-            threshold = threshold.to(p.W_enc.dtype).reshape(() if threshold.numel() == 1 else (-1,))
+            threshold = threshold.to(p.W_enc).reshape(() if threshold.numel() == 1 else (-1,))
         return SparseAutoencoder(
             p.W_enc, p.biases.get("b_enc"), p.W_dec, p.b_dec, p.activation, p.k, threshold, p.normalize,
             b_gate=p.biases.get("b_gate"), r_mag=p.r_mag, b_mag=p.biases.get("b_mag"), metadata=p.metadata,
@@ -97,9 +97,18 @@ def unit_decoder(p: Parameters) -> Parameters:
     )
 
 
-def reached(threshold: Tensor, dtype: torch.dtype) -> Tensor:
-    """The threshold t' with ``z > t'`` exactly where ``z >= threshold``: the next smaller number of ``dtype``."""
-    value = threshold.to(dtype)
+def reached(threshold: object, dtype: torch.dtype) -> Tensor:
+    """The threshold t' with ``z > t'`` exactly where ``z >= threshold``: the next smaller number of ``dtype``.
+
+    Raises:
+        ValueError: not a number or a tensor of numbers, or NaN or Inf.
+    """
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float, Tensor)):
+        raise ValueError(f"threshold: expected a number or a tensor, got {threshold!r}")
+    if isinstance(threshold, int) and abs(threshold) > 1 << 62:  # no tensor takes it
+        raise ValueError("threshold: expected a number of a usual size, got a larger one")
+    value = torch.as_tensor(threshold, dtype=dtype, device="cpu")
+    check_finite("threshold", value)
     return torch.nextafter(value, torch.full_like(value, -torch.inf))
 
 
@@ -162,7 +171,7 @@ def check_stored(name: str, value: object, where: object) -> Tensor:
     claimed, stored = value.numel() * value.element_size(), value.untyped_storage().nbytes()
     if claimed > stored:
         raise ValueError(f"{where}: {name}: claims {claimed} bytes, the file stores {stored}")
-    return value
+    return value.detach()
 
 
 def oriented(name: str, value: Tensor, rows: int, columns: int, where: object) -> Tensor:

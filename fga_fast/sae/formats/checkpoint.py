@@ -116,12 +116,16 @@ def open_checkpoint(path: Path, options: Options) -> Checkpoint | None:
     with weights.open("rb") as file:
         if file.read(1) == b"{":
             return _with_header(path, weights)
-    return _archive(Checkpoint(path, weights, "torch", frozenset()), None, options)
+    return _archive(Checkpoint(path, weights, "torch", frozenset()), None, options.allow_pickled_config)
 
 
-def _archive(found: Checkpoint, archive: bytes | None, options: Options | None) -> Checkpoint:
+def _archive(found: Checkpoint, archive: bytes | None, allow_pickled_config: bool) -> Checkpoint:
     classes = config_classes(found.weights, archive)
-    if classes and (options is None or not options.allow_pickled_config):
+    if classes and archive is not None:
+        raise ValueError(
+            f"{found.weights}: refused without running it: it refers to {classes[0]}, which is not a tensor"
+        )
+    if classes and not allow_pickled_config:
         raise ValueError(
             f"{found.weights}: holds its configuration as a pickled object ({classes[0]}), which is refused by "
             "default; pass allow_pickled_config=True to read that object as plain settings (no code of the file is run)"
@@ -145,7 +149,7 @@ def _with_header(path: Path, weights: Path) -> Checkpoint:
             )
         header = parse_json(line, f"{weights}: header")
         archive = file.read()
-    return _archive(Checkpoint(path, weights, "saev", frozenset(), header=header), archive, None)
+    return _archive(Checkpoint(path, weights, "saev", frozenset(), header=header), archive, False)
 
 
 def _weights_file(path: Path) -> Path | None:

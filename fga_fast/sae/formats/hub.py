@@ -9,7 +9,6 @@ from fga_fast.sae.formats.paths import check_subfolder
 
 # Weights and settings of the formats that are read. No pickles of whole objects, and no scripts.
 _PATTERNS = ("*.safetensors", "*.pt", "cfg.json", "config.json", "config.yaml", "config.yml")
-_IGNORED = ("*sparsity*",)
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
@@ -48,7 +47,7 @@ def fetch(repository: str, revision: str | None = None, subfolder: str | None = 
         revision=revision,
         allow_patterns=[folder + pattern for pattern in _PATTERNS],
         # A pattern's star also stands for slashes, so folders below are left out by name.
-        ignore_patterns=[f"{folder}*/*", *_IGNORED],
+        ignore_patterns=[f"{folder}*/*", f"{folder}*sparsity*"],
     )
     found = Path(snapshot) / folder
     if not found.is_dir() or not any(found.iterdir()):

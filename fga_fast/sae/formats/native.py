@@ -44,13 +44,8 @@ def matches(path: Path) -> bool:
 
     Folders of EleutherAI's sparsify name their weights alike, and their settings ``cfg.json``.
     """
-    folder = path.parent if path.is_file() else path
     weights = path if path.is_file() else path / WEIGHTS
-    return weights.name == WEIGHTS and weights.exists() and ((folder / CONFIG).exists() or not _sparsify(folder))
-
-
-def _sparsify(folder: Path) -> bool:
-    return (folder / "cfg.json").exists()
+    return weights.name == WEIGHTS and weights.exists() and not weights.with_name("cfg.json").exists()
 
 
 def save(sae: SparseAutoencoder, path: str | os.PathLike[str]) -> Path:

@@ -208,8 +208,7 @@ def _activation(found: Checkpoint, options: Options, dtype: torch.dtype) -> tupl
             f"{options.activation!r}; codes found by iteration (matching pursuit) or quantised are not supported"
         )
     if options.activation == "batch_topk" and options.threshold is not None:
-        threshold = torch.as_tensor(options.threshold)
-        return "batch_topk", reached(threshold, dtype)
+        return "batch_topk", reached(options.threshold, dtype)
     if options.threshold is not None:
         raise ValueError(f"threshold: belongs to activation 'batch_topk', got it with {options.activation!r}")
     return options.activation, None

@@ -107,11 +107,13 @@ def _scope(config: dict[str, Any], where: str) -> tuple[str | None, int | None]:
             f"{where}: reshape_activations: expected 'none', got {config['reshape_activations']!r}, an SAE of the "
             "attention heads' outputs, which cannot gate patches of the residual stream"
         )
-    hook = config.get("hook_name")
+    hook, number = config.get("hook_name"), config.get("hook_layer")
+    layer = number if type(number) is int and number >= 0 else None
     if not isinstance(hook, str):
         warn_unnamed(where)
-        return None, None
-    return hook, residual_layer(hook, where)
+        return None, layer
+    named = residual_layer(hook, where)
+    return hook, layer if named is None else named
 
 
 def _normalisation(config: dict[str, Any], options: Options, where: str) -> str | None:

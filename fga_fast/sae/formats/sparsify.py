@@ -27,7 +27,7 @@ _HOOK = re.compile(r"(?:[\w.]*\.)?(?:layers?|blocks?|resblocks|h)\.\d{1,4}(?:\.[
 
 def matches(found: Checkpoint) -> bool:
     """Whether the tensors are those of sparsify."""
-    return found.names >= {"encoder.weight", "b_dec"}
+    return found.names >= {"encoder.weight", "b_dec"} and "decoder.weight" not in found.names
 
 
 def load(found: Checkpoint, options: Options) -> SparseAutoencoder:

@@ -148,7 +148,7 @@ def _activation(
         )
     if options.threshold is not None and len(given) > 1:
         raise ValueError(f"threshold: {where}: the checkpoint stores its own; leave it out")
-    value = given[0]
-    if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
-        raise ValueError(f"{where}: threshold: expected a number, got {value!r}")
-    return activation, k, reached(torch.as_tensor(value), dtype)
+    try:
+        return activation, k, reached(given[0], dtype)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error

@@ -1,4 +1,4 @@
-"""Vision towers of Hugging Face transformers: ViT, DeiT, CLIP, SigLIP, DINOv2 with and without registers, DINOv3.
+"""Vision towers of Hugging Face transformers: ViT, DeiT, BEiT, CLIP and its kin, SigLIP, DINOv2 and DINOv3.
 
 Each is found alone, in its `...ForImageClassification` model and in dual encoders (CLIPModel, SiglipModel). Read
 against transformers 5; the names of 4 are known too. transformers is never imported.
@@ -25,10 +25,18 @@ _TOWERS: dict[str, int] = {
     "ViTModel": 1,
     "ViTMSNModel": 1,
     "DeiTModel": 2,
+    "BeitModel": 1,
+    "Data2VecVisionModel": 1,
     "CLIPVisionModel": 1,
-    "CLIPVisionTransformer": 1,  # inside CLIPVisionModel in transformers 4
+    "CLIPVisionTransformer": 1,  # inside CLIPVisionModel in transformers 4, and so on
+    "MetaClip2VisionModel": 1,
+    "MetaClip2VisionTransformer": 1,
+    "ChineseCLIPVisionModel": 1,
+    "ChineseCLIPVisionTransformer": 1,
+    "AltCLIPVisionModel": 1,
+    "AltCLIPVisionTransformer": 1,
     "SiglipVisionModel": 0,
-    "SiglipVisionTransformer": 0,  # inside SiglipVisionModel in transformers 4
+    "SiglipVisionTransformer": 0,
     "Dinov2Model": 1,
     "Dinov2WithRegistersModel": 1,
     "DINOv3ViTModel": 1,
@@ -42,6 +50,7 @@ _HEADS: dict[str, tuple[Pooling, int, int | None]] = {
     "DeiTForImageClassification": ("token", 0, 1),
     "DeiTForImageClassificationWithTeacher": ("average", 0, 2),  # the mean of two heads, one a token
     "CLIPForImageClassification": ("average", 1, None),
+    "MetaClip2ForImageClassification": ("average", 1, None),
     "SiglipForImageClassification": ("average", 0, None),
     "Dinov2ForImageClassification": ("token", 0, 1),
     "Dinov2WithRegistersForImageClassification": ("token", 0, 1),
@@ -70,6 +79,9 @@ def read_layout(module: nn.Module, image_size: tuple[int, int] | None = None) ->
         ValueError: the tower is configured in a way that cannot be explained.
     """
     tower = next(part for part in module.modules() if is_tower(part) and not class_of(part, _HEADS, _PACKAGE))
+    owner = next(cls for cls in type(tower).__mro__ if "forward" in vars(cls))
+    if not owner.__module__.startswith(_PACKAGE):
+        raise cannot(tower, f"{owner.__name__} replaces its forward, so which tokens are patches is not known")
     config = attribute(tower, "config")
     _check_attention(tower, config)
     size = pair(config.image_size if image_size is None else image_size, tower, "image_size")
@@ -115,6 +127,8 @@ def _pooling(module: nn.Module, tower: nn.Module, prefix: int, tokens: int) -> t
     if head is not None:
         pooling, start, stop = _HEADS[head]
         return pooling, (start, tokens if stop is None else stop)
+    if getattr(attribute(tower, "config"), "use_mean_pooling", False):  # BEiT
+        return "average", (prefix, tokens)
     if prefix > 0:
         return "token", (0, 1)
     if getattr(tower, "head", None) is not None:  # SigLIP's probe: one query over all tokens

@@ -19,7 +19,7 @@ from fga_fast.models.refused import reason as refusal
 
 SUPPORTED = (
     "timm's plain ViTs (ViT, DeiT, DINOv2, DINOv3, EVA-02, BEiT, CLIP, SigLIP, PE), open_clip's image towers, Hugging "
-    "Face's ViT, DeiT, CLIP, SigLIP, DINOv2 and DINOv3, and torchvision's VisionTransformer"
+    "Face's ViT, DeiT, BEiT, CLIP, SigLIP, DINOv2 and DINOv3, and torchvision's VisionTransformer"
 )
 Pooling = Literal["token", "average", "attention"]
 
@@ -164,10 +164,10 @@ def find_layout(model: nn.Module, image_size: tuple[int, int] | None = None) -> 
     """Layout of the one supported vision transformer inside `model`.
 
     Supported: timm's plain ViTs (ViT, DeiT, DeiT III, DINOv2, DINOv3, EVA-02, BEiT, CLIP and SigLIP towers,
-    Perception Encoder), the image towers of open_clip, Hugging Face's ViT, DeiT, CLIP, SigLIP, DINOv2 and DINOv3, and
-    torchvision's VisionTransformer. The tower may be the model itself or sit anywhere inside it; text towers of dual
-    encoders do not count. What a wrapper of your own does with the tower's output is not looked at: the pooling is the
-    library's own.
+    Perception Encoder), the image towers of open_clip, Hugging Face's ViT, DeiT, BEiT, CLIP, SigLIP, DINOv2 and
+    DINOv3, and torchvision's VisionTransformer. The tower may be the model itself or sit anywhere inside it; text
+    towers of dual encoders do not count. What a wrapper of your own does with the tower's output is not looked at: the
+    pooling is the library's own.
 
     Args:
         model: any module from images [B, channels, height, width] to logits [B, classes].

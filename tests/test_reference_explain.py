@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -275,3 +276,22 @@ def test_a_forward_without_gradients_is_refused(tiny_vit: Build) -> None:
 
     with pytest.raises(ValueError, match=r"carry no gradient.*torch.no_grad\(\)"):
         explain(Silent(tiny_vit().double()), torch.randn(IMAGES).double(), None, {}, Gate())
+
+
+@pytest.mark.parametrize("backward", ["exact", "conservative"])
+def test_other_threads_may_use_the_model_meanwhile(tiny_vit: Build, backward: Any) -> None:
+    model, images = tiny_vit(), torch.randn(IMAGES)
+    want = explain(model, images, None, {}, Gate(), backward=backward)
+    plain, seen = model(images), []
+
+    def interleave(module: nn.Module, inputs: Any) -> None:
+        if threading.current_thread() is threading.main_thread() and not seen:
+            thread = threading.Thread(target=lambda: seen.append(model(images)))
+            thread.start()
+            thread.join()
+
+    handle = model.blocks[1].mlp.register_forward_pre_hook(interleave)
+    got = explain(model, images, None, {}, Gate(), backward=backward)
+    handle.remove()
+    assert torch.equal(got.relevance, want.relevance)
+    assert torch.equal(seen[0], plain)

@@ -27,7 +27,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fga_fast import checks, ops, settings
+from fga_fast import backends, checks, settings
+from fga_fast.backends import Backend
 from fga_fast.explanation import Explanation
 from fga_fast.gate import Gate
 from fga_fast.models.layout import ModelLayout, find_layout
@@ -35,8 +36,6 @@ from fga_fast.readout import Answer, Readout, Targets
 from fga_fast.records import Gating
 from fga_fast.sae import SparseAutoencoder
 from fga_fast.tape import Tape
-
-Backend = Literal["auto", "native", "triton", "reference"]
 
 
 class Explainer:
@@ -53,8 +52,9 @@ class Explainer:
             that enter the first block, signed, multiplied by the gates of all blocks with an SAE.
         backward: "exact", the model's own gradient; or "conservative", for which norms, activations' gates and
             attention maps are constants, so that contributions add up to the logit (see docs/conservative.md).
-        backend: "native" kernels (CPU), "reference" (plain PyTorch, any device) or "auto", which takes native where it
-            can; the result's `backend` says which ran, and why if not native. "triton" has no kernels in this version.
+        backend: "native" kernels (CPU), "composite" (PyTorch's operators in chunks, any device), "reference" (textbook
+            PyTorch, any device) or "auto", which takes native where it can, else composite; the result's `backend` says
+            which ran, and why if not native. "triton" has no kernels in this version.
         top_features: report the k strongest features a patch and an image at every gated block.
         ungated: also explain without gates (TransMM), for the result's `ungated` and for `plot`. A second explanation
             without SAEs: about one more forward and backward pass.
@@ -101,7 +101,8 @@ class Explainer:
         self.saes = {int(layer): sae for layer, sae in sorted((saes or {}).items())}
         settings.check(self)
         self.readout = Readout(model, class_names, tokenizer)
-        self.backend, self._backend_reason = choose_backend(backend, self._parameter().device)
+        self._choice = backends.choose(backend, self._parameter().device)
+        self.backend = self._choice.name
         self._ungated = self._without_saes(backend) if ungated and self.saes else None
         self._permutations = {
             layer: self.gate.decoder_permutation(sae.d_sae, sae.device) for layer, sae in self.saes.items()
@@ -130,19 +131,21 @@ class Explainer:
             images = images.clone() if images.is_inference() else images.detach()
             if len(images) == 0:
                 return self._empty(images, targets)
-            e = self._reference(images, targets) if self.backend == "reference" else self._native(images, targets)
+            stages = self._choice.stages
+            e = self._reference(images, targets) if stages is None else self._explain(images, targets, stages)
         if self._ungated is not None:
             e.ungated = self._ungated(images, targets).relevance
         return e
 
-    def _native(self, images: Tensor, targets: Targets) -> Explanation:
+    def _explain(self, images: Tensor, targets: Targets, stages: backends.Stages) -> Explanation:
         prefix = self.layout.prefix_tokens
         tape = Tape(
             self.layout,
             {
-                layer: Gating(sae, self.gate, self._permutations[layer], prefix, self.top_features)
+                layer: Gating(sae, self.gate, self._permutations[layer], prefix, self.top_features, stages)
                 for layer, sae in self.saes.items()
             },
+            stages.attention,
             method=self.method, conservative=self.backward == "conservative", signed=self.signed,
             start_layer=self.start_layer, per_block=self.per_block,
         )  # fmt: skip
@@ -203,7 +206,7 @@ class Explainer:
             relevance=relevance, logits=answer.logits, targets=answer.targets, grid=self.layout.grid,
             image_size=(images.shape[-2], images.shape[-1]), scores=dict(sorted(scores.items())),
             gates=dict(sorted(gates.items())), features=dict(sorted(features.items())),
-            backend=self.backend + (f" ({self._backend_reason})" if self._backend_reason else ""),
+            backend=str(self._choice),
             values=answer.values.detach(), names=answer.names, blocks=blocks, start_layer=self.start_layer,
         )  # fmt: skip
 
@@ -240,33 +243,3 @@ def _gated_map(contribution: Tensor, gates: Mapping[int, Tensor], first: int) ->
 def explain(model: nn.Module, images: Tensor, targets: Targets = None, **settings: Any) -> Explanation:
     """One call for one explanation: `Explainer(model, **settings)(images, targets)`. See `Explainer` for all of it."""
     return Explainer(model, **settings)(images, targets)
-
-
-def choose_backend(backend: Backend, device: torch.device) -> tuple[str, str]:
-    """The backend that will run on `device`, and the reason where "auto" could not take the native one.
-
-    Raises:
-        ValueError: unknown name.
-        RuntimeError: an explicit choice cannot run here; an explicit choice never falls back.
-    """
-    if backend not in ("auto", "native", "triton", "reference"):
-        raise ValueError(f"backend: expected auto, native, triton or reference, got {backend!r}")
-    if backend == "reference":
-        return backend, ""
-    if backend == "triton":
-        raise RuntimeError('backend: there are no Triton kernels in this version; use "auto", "native" or "reference"')
-    reason = ""
-    if device.type != "cpu":
-        reason = f"native kernels for a whole explanation run on the CPU only, the model is on {device}"
-        if device.type == "cuda" and ops.cuda_error():
-            reason += f"; the CUDA object did not load: {ops.cuda_error()}"
-    else:
-        try:
-            ops.load()
-        except ops.NativeLibraryError as error:
-            reason = str(error)
-    if not reason:
-        return "native", ""
-    if backend == "native":
-        raise RuntimeError(f"backend: native cannot run: {reason}")
-    return "reference", reason

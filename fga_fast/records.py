@@ -6,15 +6,17 @@ taps.py) and fills them when the gradient comes by.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from fga_fast import ops
 from fga_fast.explanation import TopFeatures
 from fga_fast.gate import Gate
 from fga_fast.sae import SparseAutoencoder
+
+if TYPE_CHECKING:
+    from fga_fast.backends import Stages
 
 
 class Record(Protocol):
@@ -35,10 +37,11 @@ class Gating:
     """
 
     def __init__(
-        self, sae: SparseAutoencoder, gate: Gate, permutation: Tensor | None, prefix_tokens: int, top_features: int
-    ) -> None:
+        self, sae: SparseAutoencoder, gate: Gate, permutation: Tensor | None, prefix_tokens: int, top_features: int,
+        stages: Stages,
+    ) -> None:  # fmt: skip
         self.sae, self.gate, self.permutation = sae, gate, permutation
-        self.prefix_tokens, self.top_features = prefix_tokens, top_features
+        self.prefix_tokens, self.top_features, self.stages = prefix_tokens, top_features, stages
 
     def slots(self, carrier: Tensor) -> tuple[Tensor, ...]:
         batch, patches, k = len(carrier), carrier.shape[1] - self.prefix_tokens, self.top_features
@@ -53,7 +56,7 @@ class Gating:
         prefix = self.prefix_tokens
         if prefix:  # a slice of everything is an alias, for which vmap has no rule
             x, g = x[:, prefix:], g[:, prefix:]
-        found = ops.score(
+        found = self.stages.score(
             x, g, self.sae, self.gate.mode,
             permutation=self.permutation, top_features=self.top_features,
         )  # fmt: skip
@@ -62,7 +65,7 @@ class Gating:
         if inverse is not None and self.gate.mode != "activation_only":  # the other scores are linear in g
             scores = scores * inverse.unsqueeze(-1)
             features[1], features[3] = features[1] * inverse[..., None, None], features[3] * inverse.unsqueeze(-1)
-        gates = ops.gate(scores, self.gate.base, self.gate.slope)
+        gates = self.stages.gate(scores, self.gate.base, self.gate.slope)
         recorded = (scores, gates, *(features if self.top_features else ()))
         return torch.cat([gates.new_ones(len(x), prefix), gates], dim=1), recorded
 

@@ -30,6 +30,8 @@ from fga_fast.multihead import open_multi_head_attention
 from fga_fast.records import Contribution, Record
 from fga_fast.taps import linear_of_few_rows, tap_map, tap_stream
 
+Attention = Callable[..., tuple[Tensor, Tensor | None, Tensor, Tensor]]  # see `ops.attention`
+
 _thread = threading.local()
 
 _SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
@@ -52,6 +54,7 @@ class Tape(TorchFunctionMode):
     Args:
         layout: where the model's blocks are and which tokens it pools.
         records: for each block with an SAE, what turns (x_l, g_l) into gates.
+        attention: the backend's tapped attention.
         method: "rollout", or "input_x_gradient" for x . g at the tokens that enter a block.
         conservative: the model's non-linear factors are constants of the backward pass (conservative.py).
         signed: relevance maps keep their negative part.
@@ -64,11 +67,12 @@ class Tape(TorchFunctionMode):
     """
 
     def __init__(
-        self, layout: ModelLayout, records: Mapping[int, Record], *, method: str = "rollout",
+        self, layout: ModelLayout, records: Mapping[int, Record], attention: Attention = ops.attention, *,
+        method: str = "rollout",
         conservative: bool = False, signed: bool = False, start_layer: int = 0, per_block: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
-        self._layout, self._records = layout, records
+        self._layout, self._records, self._attention = layout, records, attention
         self._rollout, self._signed, self._start_layer, self._per_block = (
             method == "rollout", signed, start_layer, per_block,
         )  # fmt: skip
@@ -212,7 +216,7 @@ class Tape(TorchFunctionMode):
             self._ports[self._block] = self._start_of_relevance()
             mask = {} if attn_mask is None else {"attn_mask": attn_mask.to(query.dtype)}
             return function(query, key, value, scale=scale, **mask)
-        out, _, carrier, port = ops.attention(
+        out, _, carrier, port = self._attention(
             query, key, value, self._carrier_in(), scale=query.shape[-1] ** -0.5 if scale is None else scale,
             **({} if attn_mask is None else {"bias": attn_mask}),
             gated=self._rollout, residual=self._block is not None,

@@ -123,7 +123,10 @@ def _fashion_subject() -> Subject:
     from fga_fast.assets import fashion_config, fashion_model, fashion_saes
 
     config, model = fashion_config(), fashion_model()
-    preprocess = Preprocess(find_layout(model).image_size, tuple(config.mean), tuple(config.std))
+    size = find_layout(model).image_size
+    if size is None:
+        raise ValueError("the fashion demo model: its layout has no image size; reinstall the package")
+    preprocess = Preprocess(size, tuple(config.mean), tuple(config.std))
     return Subject(
         "the fashion demo model", model, preprocess, fashion_saes(), config.class_names, True, config.gate_base
     )

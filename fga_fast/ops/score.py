@@ -70,7 +70,7 @@ def score(
     if mode in ("gradient_only", "no_sae"):
         if top_features:
             raise ValueError(f'top_features: mode {mode!r} has no feature contributions; use mode "combined"')
-        return _without_codes(x, g, sae, mode, image)
+        return without_codes(x, g, sae, mode, image)
     _library.load()
     _library.require_cpu("score", x)
     return Score(
@@ -82,7 +82,7 @@ def score(
     )  # fmt: skip
 
 
-def _without_codes(x: Tensor, g: Tensor, sae: SparseAutoencoder, mode: str, image: Tensor | None) -> Score:
+def without_codes(x: Tensor, g: Tensor, sae: SparseAutoencoder, mode: str, image: Tensor | None) -> Score:
     """The two controls without codes: sum_k h_tk = g_t . (sum_k D_k), and g_t . x_t."""
     dtype = _library.statistic_dtype(x.dtype)
     other = sae.dec_sum if mode == "gradient_only" else (x if image is None else x[image])

@@ -6,6 +6,7 @@ respect to it, f [., P, F] the codes of a sparse autoencoder, D [F, C] its decod
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fga_fast.explanation import TopFeatures
@@ -96,7 +97,7 @@ def top_features(
 ) -> TopFeatures:
     """The k features with the largest absolute contribution, per patch and per image (summed over its patches).
 
-    Equal strength is ordered by the lower feature index.
+    Equal strength is ordered by the lower feature index; the index is -1 where fewer than k features contribute.
 
     Returns:
         `TopFeatures`, contributions with their sign and in the dtype of `contribution`.
@@ -113,4 +114,5 @@ def top_features(
 def _strongest(contribution: Tensor, k: int) -> tuple[Tensor, Tensor]:
     # A stable sort keeps equal strengths in the order of their indices; torch.topk promises no order.
     order = contribution.abs().sort(dim=-1, descending=True, stable=True).indices[..., :k]
-    return order, contribution.gather(-1, order)
+    value = contribution.gather(-1, order)
+    return torch.where(value == 0, -1, order), value

@@ -1,0 +1,67 @@
+"""Feature scores in PyTorch's operators, a chunk of patches at a time: one dense encoder product, and then, for codes
+of few features, the decoder rows of these alone, else a second product.
+
+Works on K targets at once (vmap): only the gradient is then batched, and codes are computed once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fga_fast.ops.score import Score, without_codes
+from fga_fast.sae import SparseAutoencoder
+
+# Elements of one chunk's codes [rows, F], and of the decoder rows [rows, k, C] gathered for top-k codes.
+_CHUNK = 1 << 25
+
+
+def score(
+    x: Tensor,  # [B, P, C]
+    g: Tensor,  # [B, P, C]
+    sae: SparseAutoencoder,
+    mode: str = "combined",
+    *,
+    permutation: Tensor | None = None,  # [F]
+    top_features: int = 0,
+) -> Score:
+    """As `ops.score`, for one gradient an image."""
+    if mode in ("gradient_only", "no_sae"):
+        return without_codes(x, g, sae, mode, None)
+    batch, patches, _ = x.shape
+    rows = max(1, _CHUNK // max(1, sae.d_sae * (1 + bool(top_features))))
+    parts, found = [], []
+    image_total: Tensor | float = 0.0
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    W_dec = sae.W_dec if permutation is None else sae.W_dec[permutation]
+    per_image = max(1, rows // max(1, batch))
+    for first in range(0, patches, per_image):
+        count = min(per_image, patches - first)
+        codes = sae.encode(x[:, first : first + count]).to(dtype)  # [B, rows, F]
+        gradient = g.narrow(-2, first, count)
+        if mode == "activation_only":
+            contributions = codes if top_features else None
+            parts.append(codes.sum(-1))
+        elif top_features:
+            contributions = codes * (gradient @ W_dec.t().to(gradient.dtype)).to(dtype)
+            parts.append(contributions.sum(-1))
+        else:
+            contributions = None
+            parts.append(((codes.to(W_dec.dtype) @ W_dec).to(dtype) * gradient.to(dtype)).sum(-1))
+        if contributions is not None:
+            found.append(_strongest(contributions, top_features))
+            image_total = image_total + contributions.sum(-2)
+    scores = torch.cat(parts, -1) if parts else x.new_zeros(batch, patches, dtype=dtype)
+    if not top_features or not found:
+        empty = scores.new_zeros(*scores.shape, 0)
+        return Score(scores, empty.long(), empty, empty[..., 0, :].long(), empty[..., 0, :])
+    assert isinstance(image_total, Tensor)
+    index, value = (torch.cat(piece, -2) for piece in zip(*found, strict=True))
+    return Score(scores, index, value, *_strongest(image_total, top_features))
+
+
+def _strongest(contributions: Tensor, k: int) -> tuple[Tensor, Tensor]:  # [..., F] -> [..., k] twice
+    """The k largest in magnitude, signed, ties to the lowest feature; index -1 where fewer contribute."""
+    order = contributions.abs().sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    value = contributions.gather(-1, order)
+    return torch.where(value == 0, -1, order), value

@@ -63,6 +63,11 @@ def in_place(a: Tensor, b: Tensor) -> Tensor:
     return a
 
 
+def in_place_of_the_other(a: Tensor, b: Tensor) -> Tensor:
+    b.mul_(a)
+    return b
+
+
 def augmented(a: Tensor, b: Tensor) -> Tensor:
     a *= b
     return a
@@ -74,7 +79,7 @@ PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "torch.mul": torch.mul,
     "mul_": in_place,
     "*=": augmented,
-    "b.mul_(a)": lambda a, b: b.mul_(a),
+    "b.mul_(a)": in_place_of_the_other,
     "scaled": lambda a, b: 2 * a * b,
 }
 

@@ -118,7 +118,11 @@ RULES: dict[Function, Function] = {
 ACTIVATIONS = (F.gelu, F.silu, F.hardswish, F.mish)
 # What a composed activation multiplies z by: QuickGELU z * sigmoid(1.702 z), GELU z * (1 + erf(z / sqrt(2))) / 2 and
 # its tanh form. In blocks only: where a head's output is a sigmoid or tanh, a constant would leave no gradient.
-GATES = (torch.sigmoid, Tensor.sigmoid, torch.tanh, Tensor.tanh, torch.erf, Tensor.erf, F.hardsigmoid)
+GATES = (
+    *(torch.sigmoid, Tensor.sigmoid, torch.special.expit, F.hardsigmoid),
+    *(torch.tanh, Tensor.tanh),
+    *(torch.erf, Tensor.erf, torch.special.erf),
+)
 # x * y, 2 * x and x *= y arrive as Tensor.mul and Tensor.mul_ too.
 PRODUCTS = (torch.mul, Tensor.mul, torch.multiply, Tensor.multiply)
 PRODUCTS_IN_PLACE = (Tensor.mul_, Tensor.multiply_)

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fga_fast.atomic import check_writable_folder
+from fga_fast.backends import BACKENDS
 from fga_fast.cli import report
 from fga_fast.cli.subject import Subject, load_subject
 from fga_fast.explanation import Explanation
@@ -53,7 +55,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="classes to explain (default: likeliest)",
     )
     parser.add_argument("--out", type=Path, default=Path("fga-fast-out"), metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--backend", choices=("auto", "native", "triton", "reference"), default="auto")
+    parser.add_argument("--backend", choices=BACKENDS, default="auto")
+    parser.add_argument("--method", choices=("rollout", "input_x_gradient"), default="rollout")
+    parser.add_argument("--backward", choices=("exact", "conservative"), default="exact")
+    parser.add_argument(
+        "--start-layer", type=int, default=0, metavar="L", help="explain from this block on (default: %(default)s)"
+    )
+    parser.add_argument("--signed", action="store_true", help="keep what speaks against the class")
     parser.add_argument("--base", type=float, help="gates lie in [1/BASE, BASE] (default: 10; the demo's own: 2)")
     parser.add_argument(
         "--top-features", type=int, default=5, metavar="K", help="features listed (default: %(default)s)"
@@ -149,10 +157,12 @@ def _build(subject: Subject, args: argparse.Namespace) -> _Explainers:
 
     # Features can only be listed where there are autoencoders.
     listed = args.top_features if subject.saes else 0
-    gated = Explainer(
-        subject.model, saes=subject.saes, gate=Gate(base=args.base), backend=args.backend, top_features=listed
-    )
-    return _Explainers(gated, Explainer(subject.model, backend=args.backend) if subject.saes else None)
+    plain = partial(
+        Explainer, subject.model, method=args.method, backward=args.backward, backend=args.backend,
+        start_layer=args.start_layer, signed=args.signed,
+    )  # fmt: skip
+    gated = plain(saes=subject.saes, gate=Gate(base=args.base), top_features=listed)
+    return _Explainers(gated, plain() if subject.saes else None)
 
 
 def _progress(paths: list[Path]) -> Any:

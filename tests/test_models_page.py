@@ -23,7 +23,7 @@ def test_the_tables_are_up_to_date() -> None:
     spec.loader.exec_module(script)
     text = PAGE.read_text(encoding="utf-8")
     assert script.render(text) == text, "run python scripts/models_table.py"
-    assert "**" not in script.supported([])
+    assert "| **" not in text  # what the script writes for an error over the bound
 
 
 def test_the_example_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:

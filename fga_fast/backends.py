@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from fga_fast import composite, ops
+from fga_fast import composite, ops, triton_kernels
 
 Backend = Literal["auto", "native", "triton", "composite", "reference"]
 BACKENDS = ("auto", "native", "triton", "composite", "reference")
@@ -40,8 +40,12 @@ class Choice(NamedTuple):
         return self.name + (f" ({self.reason})" if self.reason else "")
 
 
-def choose(backend: Backend, device: torch.device) -> Choice:
-    """The backend that will run on `device`.
+# Whether the kernels for CUDA have run on a device and have rows in benchmarks/results; until then `auto` leaves them.
+CUDA_MEASURED = False
+
+
+def choose(backend: Backend, device: torch.device, dtype: torch.dtype = torch.float32) -> Choice:
+    """The backend that will run on `device` for a model of `dtype`.
 
     Raises:
         ValueError: unknown name.
@@ -53,25 +57,39 @@ def choose(backend: Backend, device: torch.device) -> Choice:
         return Choice(backend, None)
     if backend == "composite":
         return Choice(backend, COMPOSITE)
-    if backend == "triton":
-        raise RuntimeError('backend: there are no Triton kernels in this version; use "auto", "native" or "composite"')
-    reason = _obstacle(device)
-    if not reason:
-        return Choice("native", NATIVE)
-    if backend == "native":
-        raise RuntimeError(f"backend: native cannot run: {reason}")
+    wanted = "native" if backend == "auto" else backend
+    stages = _stages(wanted, device, dtype)
+    if isinstance(stages, Stages) and (device.type == "cpu" or CUDA_MEASURED or backend != "auto"):
+        return Choice(wanted, stages)
+    reason = stages if isinstance(stages, str) else "the CUDA kernels have not been measured on a device yet"
+    if backend != "auto":
+        raise RuntimeError(f"backend: {backend} cannot run: {reason}")
     return Choice("composite", COMPOSITE, reason)
 
 
-def _obstacle(device: torch.device) -> str:
-    """Why native kernels cannot explain on this device; "" if they can."""
+def _stages(wanted: str, device: torch.device, dtype: torch.dtype) -> Stages | str:
+    """The implementations of "native" or "triton" on a device, or why there are none."""
     if device.type == "cpu":
+        if wanted == "triton":
+            return f"Triton kernels run on CUDA devices only, the model is on {device}"
         try:
             ops.load()
         except ops.NativeLibraryError as error:
             return str(error)
-        return ""
-    reason = f"native kernels for a whole explanation run on the CPU only, the model is on {device}"
-    if device.type == "cuda" and ops.cuda_error():
-        reason += f"; the CUDA object did not load: {ops.cuda_error()}"
-    return reason
+        return NATIVE
+    if device.type != "cuda":
+        return f"native and Triton kernels run on CPU and CUDA devices only, the model is on {device}"
+    if dtype == torch.float64:
+        return "kernels for CUDA compute in float32, bfloat16 and float16, the model is float64"
+    try:
+        kernels = triton_kernels.load()
+    except ImportError as error:
+        return f"the Triton kernels do not load: {error}"
+    if wanted == "triton":
+        return Stages(composite.attention, kernels.score, kernels.gate)
+    if ops.cuda_error():
+        return f"the CUDA object did not load: {ops.cuda_error()}"
+    for op in ("attention", "attention_backward", "gate"):
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fga_fast::{op}", "CUDA"):
+            return f"this build of fga_fast has no CUDA kernel for {op}; build it with FGA_FAST_CUDA=1"
+    return Stages(ops.attention, kernels.score, ops.gate)

@@ -101,7 +101,7 @@ class Explainer:
         self.saes = {int(layer): sae for layer, sae in sorted((saes or {}).items())}
         settings.check(self)
         self.readout = Readout(model, class_names, tokenizer)
-        self._choice = backends.choose(backend, self._parameter().device)
+        self._choice = backends.choose(backend, self._parameter().device, self._parameter().dtype)
         self.backend = self._choice.name
         self._ungated = self._without_saes(backend) if ungated and self.saes else None
         self._permutations = {

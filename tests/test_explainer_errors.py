@@ -103,7 +103,7 @@ def test_bad_settings(tiny_vit: Build) -> None:
         ({"signed": 1}, "signed: expected True or False, got 1"),
         ({"layout": "timm"}, "layout: expected a ModelLayout, got str"),
         ({"layout": find_layout(tiny_vit())}, r"layout: blocks\[0\] \(Block\) is no module inside the model"),
-        ({"backend": "fast"}, "backend: expected auto, native, triton or reference, got 'fast'"),
+        ({"backend": "fast"}, "backend: expected auto, native, triton, composite or reference, got 'fast'"),
         ({"top_features": 41, "saes": {1: sae_for(model)}}, "top_features: expected 0 to 40"),
         ({"top_features": 2}, "top_features: got 2, but there are no SAEs"),
         ({"top_features": 2.5}, "top_features: expected an int, got float"),
@@ -116,7 +116,7 @@ def test_bad_settings(tiny_vit: Build) -> None:
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             Explainer(model, **settings)  # type: ignore[arg-type]
-    with pytest.raises(RuntimeError, match="no Triton kernels in this version"):
+    with pytest.raises(RuntimeError, match="triton cannot run: Triton kernels run on CUDA devices only"):
         Explainer(model, backend="triton")
     for settings, message in (
         ({"base": 0.0}, "base"), ({"base": float("inf")}, "base"), ({"slope": float("nan")}, "slope"),

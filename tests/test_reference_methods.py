@@ -138,15 +138,15 @@ def test_start_layer_explains_the_last_blocks_alone(
 
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_per_block_is_every_start_layer(averaging: Any, random_sae: Build, method: Any, signed: bool) -> None:
+def test_per_block_is_every_start_layer(averaging: Any, saes: Any, method: Any, signed: bool) -> None:
     settings = {"method": method, "signed": signed}
-    sae = {2: random_sae("relu")}
-    result = explain(averaging, images(), 1, sae, Gate(), per_block=True, **settings)
+    result = explain(averaging, images(), 1, saes, Gate(), per_block=True, **settings)
     assert result.blocks is not None
     assert result.blocks.shape == (2, 3, 6)
     assert torch.equal(result.blocks[:, 0], result.relevance)
     for start in range(3):
-        alone = explain(averaging, images(), 1, sae, Gate(), start_layer=start, **settings)
+        left = {block: sae for block, sae in saes.items() if block >= start}
+        alone = explain(averaging, images(), 1, left, Gate(), start_layer=start, **settings)
         assert alone.blocks is None
         torch.testing.assert_close(result.blocks[:, start], alone.relevance, rtol=1e-12, atol=1e-14)
 

@@ -18,10 +18,12 @@ YAML = f"""\
 sae:
   architecture: batchtopk   # the default
   k: 4
+  d_sae: {F}
   optimizer:
     lr: 1e-3
     threshold: 99
-  d_sae: {F}
+    d_sae: 99
+  d_in: {C}
 layer: 11
 threshold: {THRESHOLD}
 backbone: 'some-vit'

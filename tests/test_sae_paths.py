@@ -210,11 +210,11 @@ def test_one_folder_is_downloaded(hub: Hub) -> None:
     sae = load("org/saes", download=True, revision="v1.0", subfolder="layers/7")
     assert hub.fetched == ["layers/7/cfg.json", "layers/7/sae_weights.safetensors"] and hub.revision == "v1.0"
     assert torch.equal(sae.W_dec, saelens.tensors()["W_dec"]) and sae.metadata["layer"] == "7"
+    load("org/saes", download=True)
+    assert hub.fetched == ["cfg.json", "sae_weights.safetensors"] and hub.revision is None
     shutil.move(hub.files / "layers", hub.files / "sparsity_7")  # a folder's name decides nothing
     load("org/saes", download=True, subfolder="sparsity_7/8")
     assert hub.fetched == ["sparsity_7/8/cfg.json", "sparsity_7/8/sae_weights.safetensors"]
-    load("org/saes", download=True)
-    assert hub.fetched == ["cfg.json", "sae_weights.safetensors"] and hub.revision is None
 
 
 def test_what_the_hub_does_not_have(hub: Hub) -> None:

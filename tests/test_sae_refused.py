@@ -322,6 +322,9 @@ def test_hooks_that_nobody_knows_are_logged(tmp_path: Path, caplog: pytest.LogCa
         assert residual_layer("my_favourite_place", "here") is None
         config = saelens.settings(metadata=...)
         sae = SparseAutoencoder.from_pretrained(saelens.write(tmp_path / "sae", saelens.tensors(), config))
+        config = saelens.settings(metadata={"hook_name": "my_favourite_place", "hook_layer": 4})
+        placed = SparseAutoencoder.from_pretrained(saelens.write(tmp_path / "placed", saelens.tensors(), config))
     assert "hook 'my_favourite_place' is not known" in caplog.text
     assert "does not say which activations the SAE was trained on" in caplog.text
     assert "layer" not in sae.metadata and "hook" not in sae.metadata
+    assert (placed.metadata["layer"], placed.metadata["hook"]) == ("4", "my_favourite_place")

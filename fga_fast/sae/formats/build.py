@@ -51,7 +51,7 @@ def build(parameters: Parameters, options: Options, where: str) -> SparseAutoenc
     try:
         p = parameters
         if not p.centred and bool((p.b_dec != 0).any()):
-            p = _centred(widened(p))
+            p = _uncentred(widened(p))
         if options.pre_mean is not None or options.pre_scale is not None:
             p = _in_stream(widened(p), options)
         threshold = p.threshold
@@ -112,14 +112,14 @@ def reached(threshold: object, dtype: torch.dtype) -> Tensor:
     return torch.nextafter(value, torch.full_like(value, -torch.inf))
 
 
-def _centred(p: Parameters) -> Parameters:
+def _uncentred(p: Parameters) -> Parameters:
     centring = folded_centring(p.W_enc.t(), p.b_dec)  # [F]
     dtype = p.W_enc.dtype
     added = {"b_enc": centring, "b_gate": centring}
     if p.r_mag is not None:
         added["b_mag"] = centring * p.r_mag.double().exp()
     biases = {name: (bias.double() + added[name]).to(dtype) for name, bias in p.biases.items()}
-    return replace(p, biases=biases, centred=True)
+    return replace(p, biases=biases)
 
 
 def _in_stream(p: Parameters, options: Options) -> Parameters:

@@ -3,7 +3,7 @@
 Tensors: W_enc [C, F], b_enc [F], W_dec [F, C], b_dec [C]; batch top-k adds activation.threshold [].
 
     z = x W_enc + b_enc    (files without "schema" in their header: (x - b_dec) W_enc + b_enc)
-    relu(z); top-k: the k largest z, which may be negative; batch top-k: z where z > max(threshold, 0)
+    relu(z); top-k: the k largest z, which may be negative; batch top-k: relu(z) where z > threshold
 
 What was done to the activations before (a mean subtracted, a scale divided out) is not in the file: the caller gives
 pre_mean and pre_scale.
@@ -101,7 +101,7 @@ def _threshold(tensors: dict[str, Tensor], options: Options, activation: str, wh
             raise ValueError(f"threshold: {where}: the file stores its own; leave it out")
         if stored.numel() != 1:
             raise ValueError(f"{where}: {_THRESHOLD}: expected one number, got shape {list(stored.shape)}")
-        return stored.clamp(min=0)
+        return stored
     if options.threshold is None:
         raise ValueError(
             f"{where}: activation: BatchTopK without {_THRESHOLD} chose its codes by whole batches; pass threshold=, "

@@ -45,9 +45,10 @@ class _Gate(torch.autograd.Function):
     """y = x * (act(x) / x) with the second factor constant; `limit` is its value at 0."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, limit: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, act: Callable[[Tensor], Tensor], limit: float) -> Tensor:
+        y = act(x)  # made here, so that it is no view and the model may change it in place
         ctx.save_for_backward((y / x).nan_to_num_(nan=limit))  # 0 / 0; other NaN is in y, where it is found
-        return y.view_as(y)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -62,22 +63,26 @@ class Conservative:
         # Outputs of activations, which a product with something else makes the gate of a gated MLP. Kept here so that
         # no other tensor takes their ids, for one block at a time (see `forget`).
         self._activations: dict[int, Tensor] = {}
+        self.in_block = False  # set by the tape
         self.handlers: dict[Function, Function] = {
             F.layer_norm: self._layer_norm,
             torch.layer_norm: self._layer_norm,
             F.rms_norm: self._rms_norm,
             torch.rms_norm: self._rms_norm,
             F.normalize: self._normalize,
+            F.cosine_similarity: self._cosine,
             F.glu: self._glu,
         }
         limits: dict[Function, float] = {F.gelu: 0.5, F.silu: 0.5, F.hardswish: 0.5, F.mish: 0.6}  # of act(z) / z at 0
         self.handlers |= {act: self._activation(limit) for act, limit in limits.items()}
         # Factors of activations, scales and norms that a model writes out itself.
-        for name in ("sigmoid", "tanh", "erf", "rsqrt", "norm"):
+        for name in ("rsqrt", "norm"):
             self.handlers |= dict.fromkeys((getattr(torch, name), getattr(Tensor, name)), self._constant)
+        self.handlers |= dict.fromkeys((torch.linalg.vector_norm, torch.linalg.norm), self._constant)
+        for name in ("sigmoid", "tanh", "erf"):
+            self.handlers |= dict.fromkeys((getattr(torch, name), getattr(Tensor, name)), self._constant_in_blocks)
         others = (F.sigmoid, F.tanh, torch.special.erf, torch.special.expit, F.hardsigmoid)
-        norms = (torch.linalg.vector_norm, torch.linalg.norm)
-        self.handlers |= dict.fromkeys((*others, *norms), self._constant)
+        self.handlers |= dict.fromkeys(others, self._constant_in_blocks)
         products = (torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__)
         self.handlers |= dict.fromkeys((*products, Tensor.mul_, Tensor.__imul__), self._product)
 
@@ -110,9 +115,11 @@ class Conservative:
 
     def _activation(self, limit: float) -> Function:
         def handler(function: Function, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            with torch.no_grad():
-                y = function(input.clone() if kwargs.get("inplace") else input, *args, **kwargs)
-            out: Tensor = _Gate.apply(input, y, limit)  # type: ignore[no-untyped-call]
+            def act(x: Tensor) -> Tensor:
+                y: Tensor = function(x.clone() if kwargs.get("inplace") else x, *args, **kwargs)
+                return y
+
+            out: Tensor = _Gate.apply(input, act, limit)  # type: ignore[no-untyped-call]
             self._activations[id(out)] = out
             return out
 
@@ -121,29 +128,43 @@ class Conservative:
     def _constant(self, function: Function, *args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs).detach()
 
+    def _constant_in_blocks(self, function: Function, *args: Any, **kwargs: Any) -> Any:
+        """A head that ends in a sigmoid or tanh would have no gradient left."""
+        return function(*args, **kwargs).detach() if self.in_block else function(*args, **kwargs)
+
     def _normalize(
         self, _function: Function, input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: None = None
     ) -> Tensor:
         length: Tensor = torch.linalg.vector_norm(input, p, dim, keepdim=True)
         return input / length.clamp_min(eps).detach()
 
+    def _cosine(self, _function: Function, x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+        lengths = [torch.linalg.vector_norm(x, 2, dim, keepdim=True).clamp_min(eps).detach() for x in (x1, x2)]
+        cosines: Tensor = (x1 / lengths[0] * (x2 / lengths[1])).sum(dim)
+        return cosines
+
     def _glu(self, _function: Function, input: Tensor, dim: int = -1) -> Tensor:
         carrying, gate = input.chunk(2, dim)
         return carrying * gate.sigmoid().detach()
 
     def _product(self, function: Function, input: Any, other: Any, **kwargs: Any) -> Any:
-        factors = [input, other]
-        acts = [isinstance(factor, Tensor) and id(factor) in self._activations for factor in factors]
-        if acts[0] != acts[1]:
-            gate, carrying = factors if acts[0] else factors[::-1]
-            if isinstance(carrying, Tensor) and carrying.requires_grad:
-                if function is Tensor.mul_ and acts[0]:
-                    raise ValueError(
-                        "model: an activation is multiplied in place (mul_), which hides the gate of a gated MLP from "
-                        'backward="conservative"; write the product as a * b, or use backward="exact"'
-                    )
-                return gate.detach() * carrying
-        return function(*factors, **kwargs)
+        """`act(a) * b` in a gated MLP with a constant act(a); any other product as it is."""
+        tensors = [factor for factor in (input, other) if isinstance(factor, Tensor)]
+        acts = [id(factor) in self._activations for factor in (input, other)]
+        carrying = [isinstance(factor, Tensor) and factor.requires_grad for factor in (input, other)]
+        if acts[0] and carrying[1] and input is not other:
+            if function not in (Tensor.mul_, Tensor.__imul__):
+                return function(input.detach(), other, **kwargs)
+            del self._activations[id(input)]
+            return input.copy_(input.detach().clone() * other)
+        if acts[1] and carrying[0] and input is not other:
+            return function(input, other.detach(), **kwargs)
+        out = function(input, other, **kwargs)
+        # Still an activation: 2 * act(a), and one that is written out, as z times a constant of the tokens' own shape.
+        written_out = len(tensors) == 2 and input.dim() > 2 and input.shape == other.shape and sum(carrying) == 1
+        if written_out or (any(acts) and len(tensors) == 1):
+            self._activations[id(out)] = out
+        return out
 
 
 def _norm(x: Tensor, y: Tensor, inverse: Tensor, weight: Tensor | None, count: int, centred: bool) -> Tensor:

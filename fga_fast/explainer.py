@@ -92,6 +92,7 @@ class Explainer:
     ) -> None:
         self.model = model
         self.layout = find_layout(model) if layout is None else layout
+        self._found, self._pooling_checked = layout is None, False
         settings.check_layout(self.layout, model)
         self.method, self.backward, self.gate = method, backward, Gate() if gate is None else gate
         self.start_layer, self.signed, self.per_block = start_layer, signed, per_block
@@ -125,22 +126,26 @@ class Explainer:
             TypeError, ValueError: images, targets or model do not fit, or hold NaN or Inf; the message says which.
         """
         checks.check_eval(self.model)
-        checks.check_images(images, self.layout, self._parameter())
+        layout = self._layout_for(images)
+        checks.check_images(images, layout, self._parameter())
         checks.check_saes(self.saes, self.layout, self._parameter())  # either may have been moved since
         with torch.inference_mode(False):
             images = images.clone() if images.is_inference() else images.detach()
             if len(images) == 0:
-                return self._empty(images, targets)
+                return self._empty(images, layout, targets)
             stages = self._choice.stages
-            e = self._reference(images, targets) if stages is None else self._explain(images, targets, stages)
+            if stages is None:
+                e = self._reference(images, layout, targets)
+            else:
+                e = self._explain(images, layout, targets, stages)
         if self._ungated is not None:
             e.ungated = self._ungated(images, targets).relevance
         return e
 
-    def _explain(self, images: Tensor, targets: Targets, stages: backends.Stages) -> Explanation:
-        prefix = self.layout.prefix_tokens
+    def _explain(self, images: Tensor, layout: ModelLayout, targets: Targets, stages: backends.Stages) -> Explanation:
+        prefix = layout.prefix_tokens
         tape = Tape(
-            self.layout,
+            layout,
             {
                 layer: Gating(sae, self.gate, self._permutations[layer], prefix, self.top_features, stages)
                 for layer, sae in self.saes.items()
@@ -153,6 +158,9 @@ class Explainer:
             output = self.readout.run(images)
             checks.check_finite(output.detach(), "the logits", self.model, images)
             answer = self.readout.answer(targets, output)
+        if not self._pooling_checked:
+            settings.warn_of_other_pooling(tape.last_stream, answer.values, layout)
+            self._pooling_checked = True
         found = tape.backward(answer.values, self.target_chunk)
         read = {layer: Gating.read(slots) for layer, slots in found.recorded.items()}
         gates = {layer: gates for layer, (_, gates, _) in read.items()}
@@ -162,30 +170,32 @@ class Explainer:
         relevance = blocks[self.start_layer]
         checks.check_finite(relevance, "the relevance", self.model, images, self.saes)
         return self._result(
-            images, answer, relevance, {layer: scores for layer, (scores, _, _) in read.items()}, gates,
+            images, layout, answer, relevance, {layer: scores for layer, (scores, _, _) in read.items()}, gates,
             {layer: features for layer, (_, _, features) in read.items() if features is not None},
             torch.stack(list(blocks.values()), dim=-2) if self.per_block else None,
         )  # fmt: skip
 
-    def _reference(self, images: Tensor, targets: Targets) -> Explanation:
+    def _reference(self, images: Tensor, layout: ModelLayout, targets: Targets) -> Explanation:
         from fga_fast import reference
 
         found = reference.explain(
-            self.model, images, targets, self.saes, self.gate, layout=self.layout, readout=self.readout,
+            self.model, images, targets, self.saes, self.gate, layout=layout, readout=self.readout,
             method=self.method, backward=self.backward, start_layer=self.start_layer, signed=self.signed,
             per_block=self.per_block, top_features=self.top_features,
         )  # fmt: skip
         checks.check_finite(found.relevance, "the relevance", self.model, images, self.saes)
         answer = Answer(found.logits, found.targets, found.values, found.names)
-        return self._result(images, answer, found.relevance, found.scores, found.gates, found.features, found.blocks)
+        return self._result(
+            images, layout, answer, found.relevance, found.scores, found.gates, found.features, found.blocks
+        )
 
-    def _empty(self, images: Tensor, targets: Targets) -> Explanation:
+    def _empty(self, images: Tensor, layout: ModelLayout, targets: Targets) -> Explanation:
         """No images, no explanations; one blank image tells how many classes there are."""
         with torch.no_grad():
             output = self.readout.run(images.new_zeros(1, *images.shape[1:]))[:0]
             answer = self.readout.answer(targets, output)
         dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
-        none = images.new_zeros(*answer.targets.shape, self.layout.patches, dtype=dtype)
+        none = images.new_zeros(*answer.targets.shape, layout.patches, dtype=dtype)
         slots = [none, none]
         if self.top_features:
             patch = none.new_zeros(*none.shape, self.top_features)
@@ -194,16 +204,17 @@ class Explainer:
         maps = dict.fromkeys(self.saes, none)
         depth = len(self.layout.blocks) - self.start_layer
         return self._result(
-            images, answer, none, maps, dict(maps), {} if features is None else dict.fromkeys(self.saes, features),
+            images, layout, answer, none, maps, dict(maps),
+            {} if features is None else dict.fromkeys(self.saes, features),
             none.new_zeros(*none.shape[:-1], depth, none.shape[-1]) if self.per_block else None,
         )  # fmt: skip
 
     def _result(
-        self, images: Tensor, answer: Answer, relevance: Tensor, scores: dict[int, Tensor], gates: dict[int, Tensor],
-        features: dict[int, Any], blocks: Tensor | None,
+        self, images: Tensor, layout: ModelLayout, answer: Answer, relevance: Tensor, scores: dict[int, Tensor],
+        gates: dict[int, Tensor], features: dict[int, Any], blocks: Tensor | None,
     ) -> Explanation:  # fmt: skip
         return Explanation(
-            relevance=relevance, logits=answer.logits, targets=answer.targets, grid=self.layout.grid,
+            relevance=relevance, logits=answer.logits, targets=answer.targets, grid=layout.grid,
             image_size=(images.shape[-2], images.shape[-1]), scores=dict(sorted(scores.items())),
             gates=dict(sorted(gates.items())), features=dict(sorted(features.items())),
             backend=str(self._choice),
@@ -215,8 +226,18 @@ class Explainer:
             self.model, method=self.method, backward=self.backward, backend=backend, layout=self.layout,
             start_layer=self.start_layer, signed=self.signed, target_chunk=self.target_chunk,
         )  # fmt: skip
-        plain.readout = self.readout
+        plain.readout, plain._found, plain._pooling_checked = self.readout, self._found, True
         return plain
+
+    def _layout_for(self, images: Tensor) -> ModelLayout:
+        """The layout, for a tower that takes several sizes the one for images of this size."""
+        size = tuple(images.shape[-2:]) if isinstance(images, Tensor) else None
+        if not self._found or size is None or len(size) != 2 or self.layout.image_size in (None, size):
+            return self.layout
+        try:
+            return find_layout(self.model, (int(size[0]), int(size[1])))
+        except ValueError:  # it takes one size; the check of the images says which
+            return self.layout
 
     def _parameter(self) -> nn.Parameter:
         """Any parameter of the explained tower; what dtype and device are asked of."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fga_fast.gate import Gate
 from fga_fast.models.layout import ModelLayout
@@ -76,3 +77,23 @@ def _check_count(name: str, value: object, least: int, most: int | None, of: str
     if value < least or (most is not None and value > most):
         wanted = f"at least {least}" if most is None else f"{least} to {most} ({of})"
         raise ValueError(f"{name}: expected {wanted}, got {value}")
+
+
+def warn_of_other_pooling(stream: Tensor | None, values: Tensor, layout: ModelLayout) -> None:
+    """Says so where the values depend on other tokens of the last residual stream than the layout's pooled ones.
+
+    That is how a wrong `ModelLayout` shows, and a wrapper that pools the tower's tokens itself.
+    """
+    if stream is None or layout.pooling == "attention" or not (stream.requires_grad and values.requires_grad):
+        return
+    (g,) = torch.autograd.grad(values.sum(), stream, retain_graph=True, materialize_grads=True)
+    read = (g != 0).flatten(2).any(-1).any(1 if layout.tokens_first else 0)  # [N]
+    first, last = layout.pooled
+    others = [token for token in read.nonzero().flatten().tolist() if not first <= token < last]
+    if others:
+        logger.warning(
+            "the explained value depends on %d token(s) of the last residual stream besides the pooled ones %d to %d "
+            "(first: token %d), so the rollout starts from the wrong place or from a part only; if the model pools "
+            "otherwise than %s does, pass layout=ModelLayout(...) that says how",
+            len(others), first, last - 1, others[0], type(layout.tower).__name__ if layout.tower else "the layout",
+        )  # fmt: skip

@@ -94,7 +94,7 @@ class Tape(TorchFunctionMode):
         self._rows: dict[int, Tensor] = {}  # block -> [B, N] dummy whose gradient is the relevance that enters it
         self._slots: dict[int, tuple[Tensor, ...]] = {}
         self._scales: list[Tensor] = []  # [B], one for every tap on a residual stream
-        self._last: Tensor | None = None  # [B, N, C] last residual stream
+        self.last_stream: Tensor | None = None  # [B, N, C] last residual stream
         self._half = False  # something computes in float16, whose gradients need a loss scale
 
     @contextmanager
@@ -132,7 +132,7 @@ class Tape(TorchFunctionMode):
         graph = Graph(*self._ends(), inputs, list(ports.values()))
         if self._half:
             graph.pool = ports.get(None)
-            graph.last, graph.tokens_first, graph.scales = self._last, self._layout.tokens_first, self._scales
+            graph.last, graph.tokens_first, graph.scales = self.last_stream, self._layout.tokens_first, self._scales
         found = iter(differentiate(graph, values, chunk))
         rows = {block: next(found) for block in self._rows}
         recorded = {block: tuple(next(found) for _ in slots) for block, slots in self._slots.items()}
@@ -175,6 +175,7 @@ class Tape(TorchFunctionMode):
         if func in self._handlers and (self._block is not None or self._at_pool()):
             return self._handlers[func](func, *args, **kwargs)
         if self._conservative is not None and func in self._conservative.handlers:
+            self._conservative.in_block = self._block is not None
             return self._conservative.handlers[func](func, *args, **kwargs)
         return func(*args, **kwargs)
 
@@ -329,7 +330,7 @@ class Tape(TorchFunctionMode):
             if index in self._records:
                 x = self._tap_output(index, x)
             if index == self._last_block:
-                self._last = x
+                self.last_stream = x
             return x if rest is None else (x, *rest)
 
         return hook

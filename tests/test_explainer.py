@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from explaining import PIXELS, Build, sae_for
 from torch import Tensor, nn
 
 from fga_fast import Explainer, Explanation, Gate, explain
+from fga_fast.models.layout import find_layout
 
 
 def agree(got: Explanation, want: Explanation, tolerance: float) -> None:
@@ -210,3 +212,41 @@ def test_repr_helps(tiny_vit: Build) -> None:
     model = tiny_vit()
     text = repr(Explainer(model, {1: sae_for(model)}))
     assert "VisionTransformer" in text and "1: 40 features" in text and "native" in text
+
+
+def test_a_tower_that_takes_several_sizes(tiny_vit: Build) -> None:
+    """The grid is that of the images that came; a tower of one size refuses others."""
+    model = tiny_vit(dynamic_img_size=True)
+    explainer = Explainer(model, {1: sae_for(model)}, backend="native", ungated=True)
+    for height, width in ((32, 48), (48, 64)):
+        e = explainer(torch.randn(2, 3, height, width), 1)
+        want = Explainer(model, {1: sae_for(model)}, backend="reference")(torch.randn(2, 3, height, width), 1)
+        assert e.grid == want.grid == (height // 16, width // 16)
+        assert e.heatmap().shape == (2, height, width)
+        assert e.ungated is not None and e.ungated.shape == e.relevance.shape
+    with pytest.raises(ValueError, match=r"images: expected shape \[B, 3, 32, 48\]"):
+        Explainer(tiny_vit(), backend="native")(torch.randn(2, 3, 48, 64))
+
+
+class OwnPooling(nn.Module):
+    """Averages the tower's patches, which the tower itself would not."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower, self.head = tower, nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.tower.forward_features(x)[:, 1:].mean(1))  # type: ignore[operator,no-any-return]
+
+
+def test_a_wrapper_that_pools_otherwise_is_noticed(tiny_vit: Build, caplog: pytest.LogCaptureFixture) -> None:
+    model, images = OwnPooling(tiny_vit()), torch.randn(2, *PIXELS)
+    Explainer(model, backend="native")(images)
+    assert "besides the pooled ones 0 to 0 (first: token 1)" in caplog.text
+    caplog.clear()
+    layout = dataclasses.replace(find_layout(model), pooling="average", pooled=None)
+    e = Explainer(model, layout=layout, backend="native")
+    e(images)
+    Explainer(tiny_vit(), backend="native")(images)
+    Explainer(tiny_vit(global_pool="map"), backend="native")(images)
+    assert caplog.text == ""

@@ -18,6 +18,8 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "attention pooling": {"global_pool": "map", "class_token": False},
     "registers, q/k norm": {"reg_tokens": 4, "qk_norm": True, "pre_norm": True},
 }
+GATED = ("silu", "gelu", "method", "glu", "scaled", "written out", "in place", "into the other")
+PARTS = ("quick", "tanh", "relu", "rms", "rms module", *GATED)
 METHODS = [(m, b) for m in ("rollout", "input_x_gradient") for b in ("exact", "conservative")]
 
 
@@ -57,6 +59,10 @@ class Gated(nn.Module):
             "gelu": lambda: b * F.gelu(a),
             "method": lambda: F.silu(a).mul(b),
             "glu": lambda: F.glu(x, -1),
+            "scaled": lambda: 2 * F.silu(a) * b,
+            "written out": lambda: a * torch.sigmoid(1.702 * a) * b,
+            "in place": lambda: F.silu(a).mul_(b),
+            "into the other": lambda: b.clone().mul_(F.silu(a)),
         }[self.kind]()
         return self.out(hidden)  # type: ignore[no-any-return]
 
@@ -96,7 +102,7 @@ def test_depth_and_sign(tiny_vit: Build, method: Any, backward: Any, start_layer
 
 
 @pytest.mark.parametrize("method", ("rollout", "input_x_gradient"))
-@pytest.mark.parametrize("part", ("quick", "tanh", "rms", "rms module", "silu", "gelu", "method", "glu", "relu"))
+@pytest.mark.parametrize("part", PARTS)
 def test_conservative_parts(tiny_vit: Build, part: str, method: Any) -> None:
     model = tiny_vit()
     for block in model.blocks:  # type: ignore[union-attr]
@@ -113,8 +119,8 @@ def test_conservative_parts(tiny_vit: Build, part: str, method: Any) -> None:
     agree(model, {1: sae_for(model)}, images, method=method, backward="conservative")
 
 
-class Cosine(nn.Module):
-    """A zero-shot head: cosines of the tower's output with fixed vectors."""
+class Head(nn.Module):
+    """Cosines of the tower's output with fixed vectors, as zero-shot heads have it; or probabilities."""
 
     def __init__(self, tower: nn.Module, how: str) -> None:
         super().__init__()
@@ -123,14 +129,18 @@ class Cosine(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.tower(x)
+        if self.how == "sigmoid":
+            return y.sigmoid()  # type: ignore[no-any-return]
+        if self.how == "cosine":
+            return F.cosine_similarity(y[:, None], self.text[None], dim=-1)  # type: ignore[index]
         y = F.normalize(y, dim=-1) if self.how == "normalize" else y / y.norm(dim=-1, keepdim=True)
         return 10 * y @ self.text.t()  # type: ignore[operator,no-any-return]
 
 
-@pytest.mark.parametrize("how", ("normalize", "norm"))
-def test_conservative_cosine(tiny_vit: Build, how: str) -> None:
+@pytest.mark.parametrize("how", ("normalize", "norm", "cosine", "sigmoid"))
+def test_conservative_heads(tiny_vit: Build, how: str) -> None:
     images = torch.randn(2, *PIXELS, dtype=torch.float64)
-    model = Cosine(tiny_vit().double(), how)
+    model = Head(tiny_vit().double(), how)
     agree(model, {}, images, method="input_x_gradient", backward="conservative")
 
 

@@ -53,6 +53,12 @@ def check(explainer: Explainer) -> None:
                 f"saes[{layer}]: would gate nothing, since start_layer={explainer.start_layer} leaves block {layer} "
                 "out; lower start_layer or leave the SAE out"
             )
+        told = explainer.saes[layer].metadata.get("layer", str(layer))
+        if told.isdecimal() and int(told) != layer:
+            logger.warning(
+                "saes[%d]: its checkpoint says it was trained on block %s; explained_variance tells whether it fits here",
+                layer, told,
+            )  # fmt: skip
     _check_top_features(explainer)
     if explainer.method == "rollout" and explainer.layout.pooling == "token" and last in explainer.saes:
         logger.warning("the SAE after the last block gates nothing: only the class token is read there")

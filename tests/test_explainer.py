@@ -250,3 +250,11 @@ def test_a_wrapper_that_pools_otherwise_is_noticed(tiny_vit: Build, caplog: pyte
     Explainer(tiny_vit(), backend="native")(images)
     Explainer(tiny_vit(global_pool="map"), backend="native")(images)
     assert caplog.text == ""
+
+
+def test_an_sae_of_another_block_is_noticed(tiny_vit: Build, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_vit()
+    Explainer(model, {1: sae_for(model, metadata={"layer": "1"}), 0: sae_for(model, metadata={"layer": "0"})})
+    assert caplog.text == ""
+    Explainer(model, {1: sae_for(model, metadata={"layer": "2"})})
+    assert "saes[1]: its checkpoint says it was trained on block 2" in caplog.text

@@ -56,7 +56,7 @@ def check(explainer: Explainer) -> None:
         told = explainer.saes[layer].metadata.get("layer", str(layer))
         if told.isdecimal() and int(told) != layer:
             logger.warning(
-                "saes[%d]: its checkpoint says it was trained on block %s; explained_variance tells whether it fits here",
+                "saes[%d]: its checkpoint says it was trained on block %s; sae.self_check tells whether it fits here",
                 layer, told,
             )  # fmt: skip
     _check_top_features(explainer)

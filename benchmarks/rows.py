@@ -41,6 +41,10 @@ class Row:
     ratio_to_plain: float | None = None
     ratio_to_reference: float | None = None
     peak_bytes: int | None = None
+    images_per_s: float | None = None
+    flops: float | None = None
+    bytes: float | None = None
+    share: float | None = None
     note: str = ""
 
 

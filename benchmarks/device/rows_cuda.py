@@ -1,111 +1,79 @@
-"""Rows on a CUDA device: plain forward, the reference on the device, and the gate kernel. `rows_cuda.py OUT_FOLDER`.
+"""All rows of a CUDA device: ceilings, stages, whole explanations, memory. `rows_cuda.py OUT_FOLDER`.
 
-STATUS: has never run. In this version the fast path of a whole explanation is CPU code, so what can be measured on a
-device is the reference (the "before" of kernels to come) and the one CUDA kernel there is.
+STATUS: has never run on a device. `rows_cuda.py OUT_FOLDER --rehearse` runs the same code at toy sizes on the CPU.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import subjects
+import chart
+import explanation_rows
+import kernel_rows
+from device import Ceilings, Device, measure_ceilings
 from rows import Row, environment, slug, table, write_csv
-from timing import Race, Timing
 
-from fga_fast import Explainer, ops, reference
-
-ROUNDS = 7
-GATE_CALLS = 50  # calls a timing
+from fga_fast import backends
 
 
-def peak_of(work: Callable[[], object]) -> int:
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    work()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def raced(baseline: Callable[[], object], contestants: Mapping[str, Callable[[], object]]) -> Race:
-    race = Race(baseline, contestants, torch.cuda.synchronize)
-    race.warm_up()
-    for _ in range(ROUNDS):
-        race.round()
-    return race
-
-
-def timed(blank: Row, name: str, timing: Timing, calls: int = 1) -> Row:
-    return replace(blank, name=name, rounds=timing.rounds, median_s=timing.median / calls, min_s=timing.minimum / calls)
-
-
-def gate_rows() -> list[Row]:
-    rows = []
-    for images, patches in ((1, 196), (32, 196), (32, 4096)):
-        scores = torch.randn(images, patches, device="cuda")
-        torch.testing.assert_close(ops.gate(scores), reference.gate(scores, 10.0, 1.0))
-
-        def repeat(gate: Callable[..., object], scores: torch.Tensor = scores) -> None:
-            for _ in range(GATE_CALLS):
-                gate(scores, 10.0, 1.0)
-
-        race = raced(partial(repeat, reference.gate), {"native": partial(repeat, ops.gate)})
-        blank = Row("gate", "", images, patches)
-        rows.append(replace(timed(blank, "reference", race.baseline(), GATE_CALLS), ratio_to_reference=1.0))
-        native = race.result("native")
-        rows.append(replace(timed(blank, "native", native, GATE_CALLS), ratio_to_reference=native.ratio))
-    return rows
-
-
-def explanation_rows() -> list[Row]:
-    model = subjects.vit()
+def stages_here(device: Device) -> dict[str, backends.Stages]:
+    """The backends that load on this device; one that does not is said and left out."""
     found = {}
-    for block, x in subjects.streams(model, (9, 10), subjects.images(2)).items():
-        found[block] = subjects.Dictionary(x, 49_152, seed=block).relu(1700)
-    model.cuda()
-    saes = {block: sae.cuda() for block, (sae, _) in found.items()}
-    L0 = sum(active for _, active in found.values()) / len(found)
-    rows = []
-    for batch in (1, 8):
-        images = subjects.images(batch).cuda()
-
-        @torch.no_grad()
-        def forward(images: torch.Tensor = images) -> torch.Tensor:
-            logits: torch.Tensor = model(images)
-            return logits
-
-        ways = {
-            "reference TransMM": partial(Explainer(model, backend="reference"), images),
-            "reference FGA relu 1700": partial(Explainer(model, saes, backend="reference"), images),
-        }
-        race = raced(forward, ways)
-        blank = Row("explainer", "", batch, 197)
-        row = timed(blank, "forward", race.baseline())
-        rows.append(replace(row, ratio_to_forward=1.0, peak_bytes=peak_of(forward)))
-        for name, work in ways.items():
-            timing = race.result(name)
-            row = replace(timed(blank, name, timing), ratio_to_forward=timing.ratio, ratio_to_reference=1.0)
-            rows.append(replace(row, L0=L0 if "FGA" in name else None, peak_bytes=peak_of(work)))
-    return rows
+    for name in ("native", "triton", "composite"):
+        try:
+            choice = backends.choose(name, torch.device(device.kind), torch.bfloat16)
+        except RuntimeError as problem:
+            print(f"{name}: {problem}", flush=True)
+            continue
+        if choice.stages is not None:
+            found[name] = choice.stages
+    return found
 
 
-def main() -> None:
-    device = torch.cuda.get_device_name()
-    common = environment(f"{device}, CUDA {torch.version.cuda}")
-    rows = explanation_rows() + gate_rows()
-    path = Path(sys.argv[1]) / f"gpu-{slug(device)}.csv"
-    write_csv(path, rows, common)
+def ceiling_rows(ceilings: Ceilings) -> Iterator[Row]:
+    yield Row("ceiling", "copy", 1, 0, "", note=f"{ceilings.copy / 1e12:.2f} TB/s read and written")
+    for dtype, rate in ceilings.matmul.items():
+        name = str(dtype).removeprefix("torch.")
+        yield Row("ceiling", "matmul", 1, 0, name, note=f"{rate / 1e12:.0f} TFLOP/s")
+
+
+def all_rows(device: Device) -> Iterator[Row]:
+    stages = stages_here(device)
+    ceilings = measure_ceilings(device)
+    yield from ceiling_rows(ceilings)
+    yield from kernel_rows.gate_rows(device, ceilings, stages)
+    yield from kernel_rows.attention_rows(device, ceilings, stages)
+    yield from kernel_rows.score_rows(device, ceilings, stages)
+    yield from explanation_rows.rows(device, explanation_rows.build(device), list(stages))
+    yield from explanation_rows.memory_rows(device, list(stages))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--rehearse", action="store_true", help="toy sizes on the CPU")
+    args = parser.parse_args()
+    device = Device("cpu" if args.rehearse else "cuda", args.rehearse)
+    common = environment(device.name if args.rehearse else f"{device.name}, CUDA {torch.version.cuda}")
+    path = args.out / f"gpu-{slug(device.name)}.csv"
+    rows: list[Row] = []
+    for row in all_rows(device):
+        rows.append(row)
+        write_csv(path, rows, common)  # after each, so that a run that is cut short leaves what it has
+    (args.out / f"gpu-{slug(device.name)}.svg").write_text(chart.draw(rows, device.name), encoding="utf-8")
     print(table(rows))
-    print(f"{len(rows)} rows in {path}")
+    bad = [row for row in rows if row.note.startswith(("WRONG", "FAILED"))]
+    print(f"{len(rows)} rows in {path}, {len(bad)} of them wrong or failed")
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

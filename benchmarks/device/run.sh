@@ -45,31 +45,28 @@ if ! FGA_FAST_CUDA=1 step build 240 "$python" setup.py build_ext --inplace; then
   exit 1
 fi
 
-step cuda-gate 60 env FGA_FAST_REQUIRE_CUDA=1 "$python" -m pytest -q -p no:cacheprovider tests/test_gate_cuda.py
+export FGA_FAST_REQUIRE_CUDA=1
 
-if "$python" -c 'import hypothesis' 2>/dev/null; then
-  step op-tests 120 "$python" -m pytest -q -p no:cacheprovider tests/test_gate.py tests/test_attention.py tests/test_score.py
-else
-  step op-tests 120 "$python" -m pytest -q -p no:cacheprovider tests/test_attention.py
-  skip op-tests "test_gate.py, test_score.py: no hypothesis here"
-fi
+# Operators and whole explanations on the device, against the reference in float64 on the CPU.
+step cuda-tests 150 "$python" -m pytest -q -p no:cacheprovider tests/test_gate_cuda.py tests/test_attention_cuda.py \
+  tests/test_kernels_cuda.py tests/test_explainer_cuda.py
 
 if [[ -n ${FGA_FAST_CONFORMANCE:-} ]]; then
-  step conformance 120 "$python" -m pytest -q -p no:cacheprovider tests/test_conformance.py
+  step conformance 120 "$python" -m pytest -q -p no:cacheprovider tests/test_conformance_cuda.py
 else
   skip conformance "FGA_FAST_CONFORMANCE is not set"
 fi
 
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
-    step "$tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      "$python" -m pytest -q -p no:cacheprovider tests/test_gate_cuda.py -k small
+    step "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      "$python" -m pytest -q -p no:cacheprovider tests/test_gate_cuda.py tests/test_attention_cuda.py -k small
   done
 else
   skip sanitizer "compute-sanitizer is not on PATH"
 fi
 
-step rows 150 "$python" benchmarks/device/rows_cuda.py "$out"
+step rows 300 "$python" benchmarks/device/rows_cuda.py "$out"
 cat "$logs/rows.log"
 
 printf '\n'

@@ -1,0 +1,96 @@
+"""The device that is measured, and how: events around calls, peaks of its allocator, the two ceilings.
+
+`cpu` stands for a rehearsal: the same script on a machine without a GPU, at toy sizes, to see that it runs.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where everything runs.
+
+    Attributes:
+        kind: "cuda", or "cpu" for a rehearsal.
+        small: toy sizes.
+    """
+
+    kind: str
+    small: bool
+
+    @property
+    def name(self) -> str:
+        return torch.cuda.get_device_name() if self.kind == "cuda" else "rehearsal"
+
+    def synchronise(self) -> None:
+        if self.kind == "cuda":
+            torch.cuda.synchronize()
+
+    def seconds(self, work: Work, rounds: int = 30, warm_up: int = 5) -> tuple[float, float]:
+        """Median and fastest time of one call."""
+        for _ in range(warm_up):
+            work()
+        times = [self._once(work) for _ in range(1 if self.small else rounds)]
+        return statistics.median(times), min(times)
+
+    def _once(self, work: Work) -> float:
+        if self.kind != "cuda":
+            start = time.perf_counter()
+            work()
+            return time.perf_counter() - start
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3
+
+    def peak_bytes(self, work: Work) -> int | None:
+        """Most memory in tensors during the call, above that before it."""
+        if self.kind != "cuda":
+            return None
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the device reached here: bytes a second of a copy, operations a second of a matrix product."""
+
+    copy: float
+    matmul: dict[torch.dtype, float]
+
+    def share(self, seconds: float, flops: float, moved: float, dtype: torch.dtype) -> float:
+        """Time that the ceilings allow over the time taken; 1 is the ceiling."""
+        return max(flops / self.matmul[dtype], moved / self.copy) / seconds
+
+
+def measure_ceilings(device: Device) -> Ceilings:
+    """A copy of a gibibyte (read and written) and products of square matrices, in the dtypes that are measured."""
+    elements = 2**20 if device.small else 2**29
+    source = torch.randn(elements, device=device.kind).bfloat16()
+    target = torch.empty_like(source)
+    copied, _ = device.seconds(lambda: target.copy_(source))
+    side = 256 if device.small else 8192
+    rates = {}
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        a, b = (torch.randn(side, side, device=device.kind).to(dtype) for _ in range(2))
+        taken, _ = device.seconds(lambda a=a, b=b: a @ b)  # type: ignore[misc]
+        rates[dtype] = 2 * side**3 / taken
+    return Ceilings(2 * source.numel() * source.element_size() / copied, rates)

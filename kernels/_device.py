@@ -1,0 +1,96 @@
+"""What kernels share: device functions, and how a kernel reaches its device. Has never run on a device."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Triton decides when it decorates a kernel, so the variable must be set before this module is imported.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def check_device(op: str, tensor: Tensor) -> None:
+    """Raises RuntimeError for a tensor that no kernel can reach from here."""
+    if not (tensor.is_cuda or tensor.device.type == "meta" or (INTERPRETED and tensor.device.type == "cpu")):
+        raise RuntimeError(
+            f"{op}: Triton kernels run on CUDA devices, got a tensor on {tensor.device}; move it there or use another "
+            "backend"
+        )
+
+
+def on(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Launches inside run on the tensor's device, in its current stream."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def capability(tensor: Tensor) -> tuple[int, int]:
+    """Compute capability of the tensor's device; that of a Hopper GPU in the interpreter."""
+    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (9, 0)
+
+
+@triton.jit
+def product(
+    a,  # [A] pointers to rows of C contiguous elements
+    b,  # [B] pointers to rows of C contiguous elements
+    C,
+    A: tl.constexpr, B: tl.constexpr, BLOCK_C: tl.constexpr, EVEN_C: tl.constexpr, PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Inner products of every row of a with every row of b, float32 [A, B]."""
+    column = tl.arange(0, BLOCK_C)
+    a_at = a[:, None] + column[None, :]
+    b_at = b[None, :] + column[:, None]
+    sums = tl.zeros((A, B), dtype=tl.float32)
+    for c in range(0, C, BLOCK_C):
+        if EVEN_C:
+            left = tl.load(a_at)
+            right = tl.load(b_at)
+        else:
+            left = tl.load(a_at, mask=column[None, :] < C - c, other=0.0)
+            right = tl.load(b_at, mask=column[:, None] < C - c, other=0.0)
+        if INTERPRET:  # the interpreter's product of bfloat16 is wrong
+            left = left.to(tl.float32)
+            right = right.to(tl.float32)
+        sums = tl.dot(left, right, sums, input_precision=PRECISION)
+        a_at += BLOCK_C
+        b_at += BLOCK_C
+    return sums
+
+
+@triton.jit
+def activate(pre, feature, bias, theta, scale, mag_bias, ACTIVATION: tl.constexpr):
+    """Products [A, B] of tokens and encoder columns to codes; "select" leaves pre-activations. NaN stays NaN.
+
+    Written as "zero where not above" so that NaN, which compares false, is not taken for an inactive feature.
+    """
+    z = pre + tl.load(bias + feature).to(tl.float32)[None, :]
+    if ACTIVATION == "gated":
+        magnitude = pre * tl.load(scale + feature).to(tl.float32)[None, :]
+        magnitude += tl.load(mag_bias + feature).to(tl.float32)[None, :]
+        z = tl.where(z <= 0, 0.0, tl.where(magnitude <= 0, 0.0, magnitude))
+    elif ACTIVATION == "threshold":
+        least = tl.load(theta + feature).to(tl.float32)
+        z = tl.where(z <= tl.where(least > 0, least, 0.0)[None, :], 0.0, z)
+    elif ACTIVATION == "relu":
+        z = tl.where(z <= 0, 0.0, z)
+    return z
+
+
+@triton.jit
+def ordered(value):
+    """uint32 keys in the order of float32 values: -0 equals 0, NaN is the largest, no key is 0."""
+    bits = tl.where(value == 0, 0.0, value).to(tl.uint32, bitcast=True)
+    key = tl.where((bits >> 31) != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+    return tl.where(value != value, 0xFFFFFFFF, key)
+
+
+@triton.jit
+def unordered(key):
+    """The float32 value of a key of `ordered`."""
+    bits = tl.where((key >> 31) != 0, key & 0x7FFFFFFF, key ^ 0xFFFFFFFF)
+    return bits.to(tl.float32, bitcast=True)

@@ -1,0 +1,227 @@
+"""Score: how much of what an SAE finds present at a patch is also influential. Has never run on a device.
+
+Registers the operator `fga_fast::triton_score`, brings its arguments into the form the kernels want, and takes the
+dense route (score_dense.py) or the sparse one (score_topk.py). The equations are those of fga_fast/reference/score.py.
+No result is read back by the host, so a call can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fga_fast.ops import _library
+from fga_fast.ops.score import MODES, Score, without_codes
+
+from ._device import INTERPRETED, check_device, on
+from .score_dense import Problem, dense
+
+if TYPE_CHECKING:
+    from fga_fast.sae import SparseAutoencoder
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_KINDS = {"topk": "select", "topk_signed": "select", "jumprelu": "threshold", "batch_topk": "threshold"}
+
+
+def score(
+    x: Tensor,  # [B, P, C]
+    g: Tensor,  # [M, P, C]
+    sae: SparseAutoencoder,
+    mode: str = "combined",
+    *,
+    image: Tensor | None = None,  # [M]
+    permutation: Tensor | None = None,  # [F]
+    top_features: int = 0,
+) -> Score:
+    """As `ops.score`, on a CUDA device. float32, float16 and bfloat16; sums and scores are float32.
+
+    float32 products are plain float32 unless torch was told that TensorFloat32 is precise enough
+    (`torch.set_float32_matmul_precision("high")`). Indices outside their range fail a device-side assertion.
+
+    Raises:
+        ValueError: unknown mode, or arguments that do not belong to it.
+        RuntimeError: shapes, dtypes (float64 among them) or devices do not fit; the message names the argument.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+    if (permutation is None) == (mode == "shuffled"):
+        raise ValueError(f'permutation: expected for mode "shuffled" and for no other, got mode {mode!r}')
+    if mode in ("gradient_only", "no_sae"):
+        if top_features:
+            raise ValueError(f'top_features: mode {mode!r} has no feature contributions; use mode "combined"')
+        return without_codes(x, g, sae, mode, image)
+    check_device("score", x)
+    return Score(
+        *torch.ops.fga_fast.triton_score(
+            x, g, image, sae.W_enc.t(), sae.bias, sae.W_dec, sae.theta, sae.gate_scale, sae.mag_bias, permutation,
+            sae.activation, sae.normalize or "", "activation_only" if mode == "activation_only" else "combined",
+            sae.k or 0, top_features,
+        )
+    )  # fmt: skip
+
+
+@triton.jit
+def _normalise(x, to, P, C, x_image, x_patch, EPSILON: tl.constexpr, CENTRE: tl.constexpr, BLOCK: tl.constexpr):
+    """One token to (x - mean) / (unbiased std + epsilon), or to norm sqrt(C); a zero token stays zero."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < C
+    at = x + token // P * x_image + token % P * x_patch + column
+    row = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    if CENTRE:
+        row = tl.where(inside, row - tl.sum(row, axis=0) / C, 0.0)
+        row = row / (tl.sqrt(tl.sum(row * row, axis=0) / (C - 1)) + EPSILON)
+    else:
+        norm = tl.sqrt(tl.sum(row * row, axis=0) / C)
+        row = row / tl.where(norm == 0, 1.0, norm)
+    tl.store(to + token * C + column, row, mask=inside)
+
+
+def _normalised(x: Tensor, kind: str, dtype: torch.dtype) -> Tensor:  # [B, P, C]
+    """Tokens as the encoder wants them, in its dtype, rows contiguous. Statistics are float32."""
+    x = x if x.stride(2) == 1 else x.contiguous()
+    if not kind:
+        return x.to(dtype)
+    to = torch.empty(x.shape, dtype=dtype, device=x.device)
+    images, patches, width = x.shape
+    with on(x):
+        _normalise[(images * patches,)](
+            x, to, patches, width, x.stride(0), x.stride(1), EPSILON=1e-5, CENTRE=kind == "layer_norm",
+            BLOCK=triton.next_power_of_2(width),
+        )  # fmt: skip
+    return to
+
+
+def _check(
+    x: Tensor, g: Tensor, image: Tensor | None, W_enc_t: Tensor, W_dec: Tensor, permutation: Tensor | None,
+    top_features: int,
+) -> None:  # fmt: skip
+    def shape(name: str, tensor: Tensor, *want: int) -> None:
+        if list(tensor.shape) != list(want):
+            raise RuntimeError(f"score: {name} must have shape {list(want)}, got {list(tensor.shape)}")
+
+    if x.ndim != 3 or g.ndim != 3:
+        raise RuntimeError(f"score: x and g must be [B, P, C] and [M, P, C], got {list(x.shape)} and {list(g.shape)}")
+    features, width = W_enc_t.shape
+    shape("x", x, len(x), x.shape[1], width)
+    shape("W_dec", W_dec, features, width)
+    rows = len(x) if image is None else len(image)
+    shape("g", g, rows, x.shape[1], width)
+    for name, tensor in (("x", x), ("the dictionary", W_enc_t)):
+        if tensor.dtype not in DTYPES:
+            raise RuntimeError(
+                f"score: {name} must be float32, float16 or bfloat16 in Triton kernels, got "
+                f'{str(tensor.dtype).removeprefix("torch.")}; use backend="composite" for float64'
+            )
+    if W_enc_t.dtype not in (x.dtype, torch.float32):
+        raise RuntimeError(f"score: the dictionary must be {x.dtype} like x, or float32, got {W_enc_t.dtype}")
+    for name, index, count in (("image", image, len(x)), ("permutation", permutation, features)):
+        if index is None:
+            continue
+        if index.ndim != 1 or index.dtype != torch.int64:
+            raise RuntimeError(f"score: {name} must be int64 with one dim, got {index.dtype} {list(index.shape)}")
+        torch._assert_async(
+            ((index >= 0) & (index < count)).all(), f"score: {name} must be within 0 to {count - 1} everywhere"
+        )
+    if permutation is not None:
+        shape("permutation", permutation, features)
+    for name, other in (("g", g), ("the dictionary", W_enc_t), ("image", image), ("permutation", permutation)):
+        if other is not None and other.device != x.device:
+            raise RuntimeError(f"score: {name} must be on {x.device} like x, got {other.device}")
+    if not 0 <= top_features <= features:
+        raise RuntimeError(f"score: top_features must be 0 to {features} (the features), got {top_features}")
+
+
+def _problem(
+    x: Tensor, g: Tensor, image: Tensor | None, W_enc_t: Tensor, bias: Tensor, W_dec: Tensor, theta: Tensor | None,
+    gate_scale: Tensor | None, mag_bias: Tensor | None, permutation: Tensor | None, activation: str, normalize: str,
+    mode: str,
+) -> Problem:  # fmt: skip
+    dtype = W_enc_t.dtype
+    start = order = gradient = None
+    if mode == "combined":
+        gradient = g.to(dtype)
+        gradient = gradient if gradient.stride(2) == 1 else gradient.contiguous()
+        if image is not None:
+            ordered, order = image.sort(stable=True)
+            start = torch.searchsorted(ordered, torch.arange(len(x) + 1, device=x.device))
+    return Problem(
+        _normalised(x, normalize, dtype), gradient, start, order, W_enc_t.contiguous(), bias, W_dec.contiguous(),
+        theta, gate_scale, mag_bias, None if permutation is None else permutation.contiguous(),
+        _KINDS.get(activation, activation),
+    )  # fmt: skip
+
+
+def _run(
+    x: Tensor, g: Tensor, image: Tensor | None, W_enc_t: Tensor, bias: Tensor, W_dec: Tensor, theta: Tensor | None,
+    gate_scale: Tensor | None, mag_bias: Tensor | None, permutation: Tensor | None, activation: str, normalize: str,
+    mode: str, k: int, top_features: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    _check(x, g, image, W_enc_t, W_dec, permutation, top_features)
+    if g.numel() == 0 or x.numel() == 0:
+        return tuple(
+            t.fill_(-1) if t.dtype == torch.int64 else t.zero_()
+            for t in _fake(
+                x, g, image, W_enc_t, bias, W_dec, theta, gate_scale, mag_bias, permutation, activation, normalize,
+                mode, k, top_features,
+            )
+        )  # fmt: skip
+    problem = _problem(
+        x, g, image, W_enc_t, bias, W_dec, theta, gate_scale, mag_bias, permutation, activation, normalize, mode
+    )
+    outputs = dense(problem, top_features)
+    if mode == "activation_only" and image is not None:
+        outputs = tuple(t[image] for t in outputs)
+    if not top_features:
+        outputs += _fake(
+            x, g, image, W_enc_t, bias, W_dec, theta, gate_scale, mag_bias, permutation, activation, normalize, mode,
+            k, 0,
+        )[1:]  # fmt: skip
+    return outputs
+
+
+def _fake(
+    x: Tensor, g: Tensor, image: Tensor | None, W_enc_t: Tensor, bias: Tensor, W_dec: Tensor, theta: Tensor | None,
+    gate_scale: Tensor | None, mag_bias: Tensor | None, permutation: Tensor | None, activation: str, normalize: str,
+    mode: str, k: int, top_features: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    rows, patches, _ = g.shape
+    per_patch, per_image = (rows, patches, top_features), (rows, top_features)
+    return (
+        x.new_empty((rows, patches), dtype=torch.float32),
+        x.new_empty(per_patch, dtype=torch.int64),
+        x.new_empty(per_patch, dtype=torch.float32),
+        x.new_empty(per_image, dtype=torch.int64),
+        x.new_empty(per_image, dtype=torch.float32),
+    )
+
+
+def _vmap(
+    info: Any, in_dims: tuple[int | None, ...], x: Tensor, g: Tensor, image: Tensor | None, *rest: Any
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """One call for all K: the codes of images that every k shares are computed once."""
+    if any(dim is not None for dim in in_dims[3:]):
+        raise ValueError("score: vmap over a dictionary or a permutation is not possible; call score once for each")
+    count, apart = info.batch_size, in_dims[0] is not None
+    if apart:
+        x = _library.fold(x, in_dims[0], count)
+    images = len(x) // count if apart else len(x)
+    image = _library.fold_image(image, in_dims[2], x, count, images, apart)
+    outputs = torch.ops.fga_fast.triton_score(x, _library.fold(g, in_dims[1], count), image, *rest)
+    return tuple(_library.unfold(t, count) for t in outputs), (0,) * len(outputs)
+
+
+torch.library.define(
+    "fga_fast::triton_score",
+    "(Tensor x, Tensor g, Tensor? image, Tensor W_enc_t, Tensor bias, Tensor W_dec, Tensor? theta, Tensor? gate_scale, "
+    "Tensor? mag_bias, Tensor? permutation, str activation, str normalize, str mode, int k, int top_features) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.impl("fga_fast::triton_score", ("cpu", "cuda") if INTERPRETED else "cuda", _run)
+torch.library.register_fake("fga_fast::triton_score", _fake)
+torch.library.register_vmap("fga_fast::triton_score", _vmap)
+_library.refuse_gradient("triton_score")

@@ -1,0 +1,196 @@
+"""Dense route of the score: two tensor-core products a tile, multiplied and reduced over features. Has never run on a
+device.
+
+A program takes a tile of tokens and a tile of features. It makes the codes f = act(x E + b) of the tile in registers,
+then for each target of these images the feature gradients h = g D^T, multiplies, sums over its features, and writes the
+sum to a workspace [feature tiles, M, P]; a second reduction adds the feature tiles up in fixed order, so that the same
+input gives the same bits. Codes are made once for all targets of an image.
+
+Programs are numbered so that those running together share a few tiles of weights, which are read from memory once, and
+a group of token tiles that stays in the L2 cache. Cost: `_tiling.dense_cost`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _tiling
+from ._device import INTERPRETED, activate, capability, on, product
+
+
+class Problem(NamedTuple):
+    """One call, as the kernels want it: every tensor in the dictionary's dtype, rows contiguous."""
+
+    x: Tensor  # [B, P, C], normalised
+    g: Tensor | None  # [M, P, C]; None scores the codes alone, one row an image
+    start: Tensor | None  # [B + 1] int64, where the rows of an image begin in `order`; None: row m is image m
+    order: Tensor | None  # [M] int64, rows of g by image
+    W_enc_t: Tensor  # [F, C]
+    bias: Tensor  # [F]
+    W_dec: Tensor  # [F, C]
+    theta: Tensor | None  # [F]
+    gate_scale: Tensor | None  # [F]
+    mag_bias: Tensor | None  # [F]
+    permutation: Tensor | None  # [F] int64
+    kind: str  # "relu", "threshold", "gated" or "select"
+
+    @property
+    def rows(self) -> int:
+        """M, the rows of the result."""
+        return len(self.x) if self.g is None else len(self.g)
+
+
+@triton.jit
+def _emit(
+    contribution,  # [T, F] float32, 0 beyond the dictionary
+    m, p, inside, feature, feature_tile, first_feature, token_tile, M, P, F, tiles, top,
+    partial, top_value, top_index, totals, TOP: tl.constexpr,
+):  # fmt: skip
+    """Writes the sums of one tile, and its strongest features."""
+    row = m * P + p
+    tl.store(partial + feature_tile.to(tl.int64) * M * P + row, tl.sum(contribution, axis=1), mask=inside)
+    if TOP:
+        column = feature - first_feature
+        total = tl.sum(tl.where(inside[:, None], contribution, 0.0), axis=0)
+        where = (token_tile.to(tl.int64) * M + tl.max(tl.where(inside, m, 0), axis=0)) * F
+        tl.store(totals + where + column, total, mask=column < F)
+        size = tl.abs(contribution)
+        # The next strongest is the largest behind the last in the order (size falling, feature rising).
+        last_size = tl.full((size.shape[0],), float("inf"), tl.float32)
+        last_feature = tl.full((size.shape[0],), -1, tl.int32)
+        for i in range(top):
+            behind = (size < last_size[:, None]) | ((size == last_size[:, None]) & (feature > last_feature[:, None]))
+            last_size = tl.max(tl.where(behind, size, -1.0), axis=1)
+            chosen = behind & (size == last_size[:, None])
+            last_feature = tl.min(tl.where(chosen, feature, 0x7FFFFFFF), axis=1)
+            value = tl.sum(tl.where(chosen & (feature == last_feature[:, None]), contribution, 0.0), axis=1)
+            at = (row * tiles + feature_tile) * top + i
+            tl.store(top_value + at, value, mask=inside)
+            tl.store(top_index + at, last_feature, mask=inside)
+
+
+@triton.jit
+def _dense(
+    x, g, start, order, encoder, decoder, bias, theta, scale, mag_bias, permutation,
+    partial, top_value, top_index, totals,
+    P, C, F, M, x_image, x_patch, g_row, g_patch,
+    span, tiles_per_span, token_tiles, feature_tiles, first_feature, top,
+    ACTIVATION: tl.constexpr, GRADIENT: tl.constexpr, GROUPED: tl.constexpr, SHUFFLED: tl.constexpr, TOP: tl.constexpr,
+    EVEN_C: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """One tile of tokens, all in one span of `span` tokens (the batch, or an image), and one tile of features."""
+    program = tl.program_id(0)
+    first_tile = program // (GROUP * feature_tiles) * GROUP
+    group = tl.minimum(token_tiles - first_tile, GROUP)
+    within = program % (GROUP * feature_tiles)
+    token_tile = first_tile + within % group
+    feature_tile = within // group
+
+    # Rows beyond the span or the dictionary read the last one again and are not counted.
+    t = token_tile % tiles_per_span * BLOCK_T + tl.arange(0, BLOCK_T)
+    inside = t < span
+    token = (token_tile // tiles_per_span).to(tl.int64) * span + tl.minimum(t, span - 1)
+    b = token // P
+    p = token % P
+    feature = first_feature + feature_tile * BLOCK_F + tl.arange(0, BLOCK_F)
+    known = tl.minimum(feature, F - 1)
+    pre = product(x + b * x_image + p * x_patch, encoder + known.to(tl.int64) * C, C,
+                  BLOCK_T, BLOCK_F, BLOCK_C, EVEN_C, PRECISION, INTERPRET)  # fmt: skip
+    codes = activate(pre, known, bias, theta, scale, mag_bias, ACTIVATION)
+    codes = tl.where((feature < F)[None, :], codes, 0.0)
+    if not GRADIENT:
+        _emit(codes, b, p, inside, feature, feature_tile, first_feature, token_tile % tiles_per_span, M, P,
+              feature_tiles * BLOCK_F, feature_tiles, top, partial, top_value, top_index, totals, TOP)  # fmt: skip
+    else:
+        rows = known.to(tl.int64)
+        if SHUFFLED:
+            rows = tl.load(permutation + known)
+        rows = decoder + rows * C
+        most = 1
+        if GROUPED:
+            begin = tl.load(start + b)
+            count = tl.load(start + b + 1) - begin
+            most = tl.max(tl.where(inside, count, 0), axis=0)
+        for j in range(most):
+            m = b
+            mine = inside
+            if GROUPED:
+                mine = inside & (j < count)
+                m = tl.load(order + begin + j, mask=mine, other=0)
+            h = product(g + m * g_row + p * g_patch, rows, C,
+                        BLOCK_T, BLOCK_F, BLOCK_C, EVEN_C, PRECISION, INTERPRET)  # fmt: skip
+            _emit(codes * h, m, p, mine, feature, feature_tile, first_feature, token_tile % tiles_per_span, M, P,
+                  feature_tiles * BLOCK_F, feature_tiles, top, partial, top_value, top_index, totals, TOP)  # fmt: skip
+
+
+def dense(problem: Problem, top: int) -> tuple[Tensor, ...]:
+    """Scores [M, P], and for top > 0 index and contribution of the strongest features, [M, P, top] and [M, top]."""
+    images, patches, width = problem.x.shape
+    features, rows = len(problem.W_enc_t), problem.rows
+    tile = _tiling.tile("dense", problem.x.dtype, capability(problem.x), images * patches, top > 0)
+    span = patches if top else images * patches
+    per_span = triton.cdiv(span, tile.tokens)
+    feature_tiles = triton.cdiv(features, tile.features)
+    step = _tiling.tiles_a_launch(tile, feature_tiles, rows * patches, per_span * rows, top)
+    new = problem.x.new_empty
+    scores = problem.x.new_zeros(rows, patches, dtype=torch.float32)
+    found = new((rows, patches, 0), dtype=torch.int32), new((rows, patches, 0), dtype=torch.float32)
+    totals = []
+    for first in range(0, feature_tiles, step):
+        count = min(step, feature_tiles - first)
+        partial = new((count, rows, patches), dtype=torch.float32)
+        value = new((rows, patches, count * top), dtype=torch.float32)
+        index = torch.empty_like(value, dtype=torch.int32)
+        total = new((per_span if top else 0, rows, count * tile.features), dtype=torch.float32)
+        _launch(problem, tile, span, first * tile.features, count, top, (partial, value, index, total))
+        scores += partial.sum(0)
+        if top:
+            found = strongest(torch.cat((found[0], index), -1), torch.cat((found[1], value), -1), top)
+            totals.append(total.sum(0))
+    if not top:
+        return (scores,)
+    total = torch.cat(totals, -1)[:, :features]
+    every = torch.arange(features, dtype=torch.int32, device=total.device).expand(total.shape)
+    of_image = strongest(every, total, top)
+    return (scores, found[0].long(), found[1], of_image[0].long(), of_image[1])
+
+
+def strongest(index: Tensor, value: Tensor, top: int) -> tuple[Tensor, Tensor]:  # [..., n] twice -> [..., top] twice
+    """The entries largest in magnitude, equal ones in the order they came in; index -1 where nothing contributes."""
+    order = value.abs().sort(dim=-1, descending=True, stable=True).indices[..., :top]
+    value = value.gather(-1, order)
+    return torch.where(value == 0, -1, index.gather(-1, order)), value
+
+
+def _launch(
+    problem: Problem, tile: _tiling.Tile, span: int, first_feature: int, feature_tiles: int, top: int,
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> None:  # fmt: skip
+    x, g, W = problem.x, problem.g, problem.W_enc_t
+    per_span = triton.cdiv(span, tile.tokens)
+    token_tiles = per_span * (x.shape[0] * x.shape[1] // span)
+    unused = problem.bias  # a pointer for arguments that the compiled variant does not read
+
+    def given(tensor: Tensor | None) -> Tensor:
+        return unused if tensor is None else tensor
+
+    with on(x):
+        _dense[(token_tiles * feature_tiles,)](
+            x, given(g), given(problem.start), given(problem.order), W, problem.W_dec, problem.bias,
+            given(problem.theta), given(problem.gate_scale), given(problem.mag_bias), given(problem.permutation),
+            *outputs,
+            x.shape[1], x.shape[2], len(W), problem.rows, x.stride(0), x.stride(1),
+            *((0, 0) if g is None else (g.stride(0), g.stride(1))),
+            span, per_span, token_tiles, feature_tiles, first_feature, top,
+            ACTIVATION=problem.kind, GRADIENT=g is not None, GROUPED=problem.start is not None,
+            SHUFFLED=problem.permutation is not None, TOP=top > 0, EVEN_C=x.shape[2] % tile.width == 0,
+            PRECISION=_tiling.precision(x.dtype), INTERPRET=INTERPRETED,
+            BLOCK_T=tile.tokens, BLOCK_F=tile.features, BLOCK_C=tile.width, GROUP=_tiling.GROUP,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip

@@ -3,6 +3,8 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <optional>
+#include <string>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -13,10 +15,17 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include "checks.h"
+#include "cuda/attention_relevance.h"
 #include "cuda/gate.h"
 
 namespace {
 
+using fga::check_rank;
+using fga::check_shape;
+using fga::check_type;
+using fga::name_of;
+using fga::shape_of;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -49,8 +58,154 @@ Tensor gate(const Tensor& scores /* [M, P] */, double base, double slope) {
   return gates;
 }
 
+constexpr const char* kRelevance = "attention_relevance";
+
+std::string capability(int32_t device) {
+  int major = 0, minor = 0;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess)
+    return "unknown";
+  return std::to_string(major) + "." + std::to_string(minor);
+}
+
+fga::cuda::NumberType number_type(const Tensor& q) {
+  switch (q.scalar_type()) {
+    case ScalarType::BFloat16: return fga::cuda::NumberType::bf16;
+    case ScalarType::Half: return fga::cuda::NumberType::half;
+    case ScalarType::Float: return fga::cuda::NumberType::float32;
+    default:
+      STD_TORCH_CHECK(false, kRelevance, ": q must be float32, bfloat16 or float16 on CUDA, got ",
+                      name_of(q.scalar_type()), " of shape ", shape_of(q), " on a device of compute capability ",
+                      capability(q.get_device_index()), R"(; use backend="composite" for float64)");
+  }
+}
+
+// Kernels read 16 bytes at a time: a tensor they cannot read so is copied, any usual layout of q, k, v is not.
+Tensor readable(const Tensor& t) {
+  constexpr int64_t kBytes = 16;
+  const int64_t per_read = kBytes / static_cast<int64_t>(t.element_size());
+  const auto aligned = [](const Tensor& x) { return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % kBytes == 0; };
+  bool usable = t.stride(3) == 1 && aligned(t);
+  for (int64_t dim = 0; dim < 3; ++dim) usable = usable && (t.size(dim) == 1 || t.stride(dim) % per_read == 0);
+  if (usable) return t;
+  const Tensor dense = torch::stable::contiguous(t);
+  return aligned(dense) ? dense : torch::stable::clone(dense);
+}
+
+fga::cuda::HeadTensor heads_of(const Tensor& t) {
+  return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+fga::cuda::LogitBias bias_of(const std::optional<Tensor>& bias, const Tensor& q, const Tensor& k) {
+  if (!bias) return {};
+  check_rank(kRelevance, "bias", *bias, 4, "broadcastable to [B, H, Nq, N]");
+  const std::string want = shape_of({q.size(0), q.size(1), q.size(2), k.size(2)});
+  for (int64_t dim = 0; dim < 4; ++dim)
+    STD_TORCH_CHECK(bias->size(dim) == 1 || bias->size(dim) == (dim == 3 ? k.size(2) : q.size(dim)), kRelevance,
+                    ": bias must be broadcastable to ", want, ", got shape ", shape_of(*bias));
+  STD_TORCH_CHECK(bias->scalar_type() == q.scalar_type() || bias->scalar_type() == ScalarType::Float, kRelevance,
+                  ": bias must be ", name_of(q.scalar_type()), " or float32, got ", name_of(bias->scalar_type()));
+  const auto stride = [&](int64_t dim) { return bias->size(dim) == 1 ? 0 : bias->stride(dim); };
+  return {bias->const_data_ptr(), stride(0), stride(1), stride(2), stride(3), bias->scalar_type() == ScalarType::Float};
+}
+
+struct Relevance {
+  const Tensor &grad_out, &row;
+  const std::optional<Tensor>& gate;
+  const Tensor &q, &k, &v;
+  const std::optional<Tensor>& bias;
+  const Tensor& lse;
+  const std::optional<Tensor>& image;
+};
+
+void check_relevance(const Relevance& t, bool residual) {
+  check_rank(kRelevance, "q", t.q, 4, "[B, H, Nq, D]");
+  check_rank(kRelevance, "k", t.k, 4, "[B, H, N, D]");
+  check_rank(kRelevance, "grad_out", t.grad_out, 4, "[M, H, Nq, D]");
+  const int64_t rows = t.grad_out.size(0), heads = t.q.size(1), queries = t.q.size(2), width = t.q.size(3);
+  const int64_t keys = t.k.size(2);
+  check_shape(kRelevance, "k", t.k, {t.q.size(0), heads, keys, width});
+  check_shape(kRelevance, "v", t.v, {t.q.size(0), heads, keys, width});
+  check_shape(kRelevance, "grad_out", t.grad_out, {rows, heads, queries, width});
+  check_shape(kRelevance, "lse", t.lse, {t.q.size(0), heads, queries});
+  check_shape(kRelevance, "row", t.row, {rows, queries});
+  for (auto [name, tensor] : {std::pair{"k", &t.k}, {"v", &t.v}, {"grad_out", &t.grad_out}})
+    check_type(kRelevance, name, *tensor, t.q.scalar_type());
+  check_type(kRelevance, "lse", t.lse, ScalarType::Float);
+  check_type(kRelevance, "row", t.row, ScalarType::Float);
+  if (t.gate) {
+    check_shape(kRelevance, "gate", *t.gate, {rows, keys});
+    check_type(kRelevance, "gate", *t.gate, ScalarType::Float);
+  }
+  if (t.image) {
+    check_shape(kRelevance, "image", *t.image, {rows});
+    check_type(kRelevance, "image", *t.image, ScalarType::Long);
+  }
+  STD_TORCH_CHECK(t.image || rows == t.q.size(0), kRelevance, ": grad_out has ", rows, " rows for ", t.q.size(0),
+                  " images; give image [M] to say which row belongs to which");
+  STD_TORCH_CHECK(!residual || queries == keys, kRelevance, ": residual needs as many queries as keys, got ", queries,
+                  " and ", keys);
+  for (const Tensor* tensor : {&t.k, &t.v, &t.grad_out, &t.lse, &t.row, t.gate ? &*t.gate : &t.q,
+                               t.image ? &*t.image : &t.q, t.bias ? &*t.bias : &t.q})
+    STD_TORCH_CHECK(tensor->is_cuda() && tensor->get_device_index() == t.q.get_device_index(), kRelevance,
+                    ": all tensors must be on the CUDA device of q");
+}
+
+// -> row_out [M, N]; allocates it and a workspace of 4 M H N bytes
+Tensor attention_relevance(const Tensor& grad_out, const Tensor& row, const std::optional<Tensor>& gate,
+                           const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& bias,
+                           const Tensor& lse, const std::optional<Tensor>& image, double scale, bool residual,
+                           bool is_signed) {
+  check_relevance({grad_out, row, gate, q, k, v, bias, lse, image}, residual);
+  const auto type = number_type(q);
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  const Tensor query = readable(q), key = readable(k), value = readable(v), gradient = readable(grad_out);
+  const Tensor statistics = torch::stable::contiguous(lse), arriving = torch::stable::contiguous(row);
+  const auto dense = [](const std::optional<Tensor>& t) {
+    return t ? std::optional<Tensor>(torch::stable::contiguous(*t)) : std::nullopt;
+  };
+  const std::optional<Tensor> factors = dense(gate), images = dense(image);
+  const int64_t rows = grad_out.size(0), heads = q.size(1), keys = k.size(2);
+  Tensor messages = torch::stable::new_empty(row, {rows, heads, keys});
+  Tensor row_out = torch::stable::new_empty(row, {rows, keys});
+  const fga::cuda::AttentionRelevance work = {type,
+                                              heads_of(query),
+                                              heads_of(key),
+                                              heads_of(value),
+                                              heads_of(gradient),
+                                              bias_of(bias, q, k),
+                                              static_cast<const float*>(statistics.const_data_ptr()),
+                                              static_cast<const float*>(arriving.const_data_ptr()),
+                                              factors ? static_cast<const float*>(factors->const_data_ptr()) : nullptr,
+                                              images ? static_cast<const int64_t*>(images->const_data_ptr()) : nullptr,
+                                              static_cast<float*>(messages.mutable_data_ptr()),
+                                              static_cast<float*>(row_out.mutable_data_ptr()),
+                                              rows,
+                                              q.size(0),
+                                              heads,
+                                              q.size(2),
+                                              keys,
+                                              static_cast<int>(q.size(3)),
+                                              static_cast<float>(scale),
+                                              residual,
+                                              is_signed};
+  if (rows == 0 || keys == 0) return row_out;
+  STD_TORCH_CHECK(fga::cuda::fits(work), kRelevance, ": head width must be a multiple of 8 up to ",
+                  fga::cuda::kWidestHead, " and rows x heads x keys / 64 below 2^31, got q ", shape_of(q), " k ",
+                  shape_of(k), " grad_out ", shape_of(grad_out), " of ", name_of(q.scalar_type()),
+                  " on a device of compute capability ", capability(q.get_device_index()),
+                  R"(; use backend="composite")");
+  const cudaStream_t stream = current_stream(q.get_device_index());
+  fga::cuda::attention_messages(work, stream);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  fga::cuda::attention_combine(work, stream);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return row_out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fga_fast, CUDA, m) {
   m.impl("gate", TORCH_BOX(&gate));
+  m.impl("attention_relevance", TORCH_BOX(&attention_relevance));
 }

@@ -63,6 +63,7 @@ def library() -> ctypes.CDLL:
             build(Path(built))
         loaded = ctypes.CDLL(built)
     loaded.emulated_attention_relevance.restype = ctypes.c_char_p
+    loaded.emulated_shared_bytes.restype = ctypes.c_int64
     if loaded.emulated_attention_relevance_bytes() != ctypes.sizeof(AttentionRelevance):
         raise RuntimeError("AttentionRelevance is not laid out here as in csrc/cuda/attention_relevance.h")
     return loaded

@@ -64,7 +64,8 @@ struct Settings {
   bool copies_at_once = false;
 };
 inline Settings settings;
-inline std::string failure;  // of the last kernel; empty if it ran through
+inline std::string failure;                // of the last kernel; empty if it ran through
+inline std::size_t most_shared_bytes = 0;  // that any launch so far asked for
 
 constexpr int kLanes = 32;
 constexpr std::size_t kStackBytes = 256 * 1024;
@@ -371,6 +372,7 @@ inline unsigned char* dynamic_shared() {
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, std::size_t shared_bytes, cudaStream_t,
             const Arguments&... arguments) {
+  on_host::most_shared_bytes = std::max(on_host::most_shared_bytes, shared_bytes);
   on_host::Block b;
   b.threads.resize(threads);
   b.size.x = threads;

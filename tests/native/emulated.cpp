@@ -18,6 +18,13 @@ const char* emulated_attention_relevance(const fga::cuda::AttentionRelevance* a)
   return on_host::failure.c_str();
 }
 
+// Shared memory of the largest launch since the last call.
+int64_t emulated_shared_bytes() {
+  const auto most = static_cast<int64_t>(on_host::most_shared_bytes);
+  on_host::most_shared_bytes = 0;
+  return most;
+}
+
 int emulated_attention_relevance_bytes() {
   return sizeof(fga::cuda::AttentionRelevance);
 }

@@ -75,6 +75,7 @@ class Conservative:
         }
         limits: dict[Function, float] = {F.gelu: 0.5, F.silu: 0.5, F.hardswish: 0.5, F.mish: 0.6}  # of act(z) / z at 0
         self.handlers |= {act: self._activation(limit) for act, limit in limits.items()}
+        self.handlers |= dict.fromkeys((F.relu, torch.relu, Tensor.relu), self._relu)
         # Factors of activations, scales and norms that a model writes out itself.
         for name in ("rsqrt", "norm"):
             self.handlers |= dict.fromkeys((getattr(torch, name), getattr(Tensor, name)), self._constant)
@@ -124,6 +125,12 @@ class Conservative:
             return out
 
         return handler
+
+    def _relu(self, function: Function, *args: Any, **kwargs: Any) -> Tensor:
+        """Its gate is 0 or 1, constant as it is; it is only remembered, for the gated MLPs that it may open."""
+        out: Tensor = function(*args, **kwargs)
+        self._activations[id(out)] = out
+        return out
 
     def _constant(self, function: Function, *args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs).detach()

@@ -18,7 +18,7 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "attention pooling": {"global_pool": "map", "class_token": False},
     "registers, q/k norm": {"reg_tokens": 4, "qk_norm": True, "pre_norm": True},
 }
-GATED = ("silu", "gelu", "method", "glu", "scaled", "written out", "in place", "into the other")
+GATED = ("silu", "gelu", "method", "relu gate", "glu", "scaled", "written out", "in place", "into the other")
 PARTS = ("quick", "tanh", "relu", "rms", "rms module", *GATED)
 METHODS = [(m, b) for m in ("rollout", "input_x_gradient") for b in ("exact", "conservative")]
 
@@ -58,6 +58,7 @@ class Gated(nn.Module):
             "silu": lambda: F.silu(a) * b,
             "gelu": lambda: b * F.gelu(a),
             "method": lambda: F.silu(a).mul(b),
+            "relu gate": lambda: a.relu() * b,
             "glu": lambda: F.glu(x, -1),
             "scaled": lambda: 2 * F.silu(a) * b,
             "written out": lambda: a * torch.sigmoid(1.702 * a) * b,
@@ -157,6 +158,22 @@ def test_contributions_add_up_to_the_logit(tiny_vit: Build, backward: Any, conse
     assert e.blocks is not None and e.values is not None
     sums = e.blocks.sum(-1)  # [B, K, L]
     assert bool(((sums - e.values[..., None]).abs() <= 1e-5 * e.blocks.abs().sum(-1)).all()) == conserved
+
+
+@pytest.mark.parametrize("kind", GATED)
+def test_gated_mlps_conserve(tiny_vit: Build, kind: str) -> None:
+    model = tiny_vit(qkv_bias=False, class_token=False, global_pool="avg")
+    for block in model.blocks:  # type: ignore[union-attr]
+        block.mlp = Gated(16, kind)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.startswith(("patch", "pos")) and name.endswith("bias"):
+                parameter.zero_()
+    e = Explainer(
+        model.double().eval(), backward="conservative", method="input_x_gradient", backend="native", per_block=True
+    )(torch.randn(2, *PIXELS, dtype=torch.float64), 1)
+    assert e.blocks is not None and e.values is not None
+    torch.testing.assert_close(e.blocks.sum(-1), e.values[:, None].expand(2, 3), rtol=1e-9, atol=1e-12)
 
 
 def test_gates_multiply_the_map(tiny_vit: Build) -> None:

@@ -77,6 +77,12 @@ def constant(func: Function, *args: Any, **kwargs: Any) -> Any:
     return func(*args, **kwargs).detach()
 
 
+def exact(func: Function, *args: Any, **kwargs: Any) -> Tensor:
+    """`y = max(z, 0)`, whose gate is 0 or 1 and so constant as it is; known for the gated MLPs it may open."""
+    out: Tensor = func(*args, **kwargs)
+    return out
+
+
 def normalize(
     func: Function, input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Tensor | None = None
 ) -> Tensor:
@@ -105,6 +111,9 @@ RULES: dict[Function, Function] = {
     F.silu: activation(0.5),
     F.hardswish: activation(0.5),
     F.mish: activation(0.6),  # tanh(log(2))
+    F.relu: exact,
+    torch.relu: exact,
+    Tensor.relu: exact,
     torch.rsqrt: constant,
     Tensor.rsqrt: constant,
     torch.norm: constant,
@@ -115,7 +124,7 @@ RULES: dict[Function, Function] = {
     F.cosine_similarity: cosine_similarity,
     F.glu: glu,
 }
-ACTIVATIONS = (F.gelu, F.silu, F.hardswish, F.mish)
+ACTIVATIONS = (F.gelu, F.silu, F.hardswish, F.mish, F.relu, torch.relu, Tensor.relu)
 # What a composed activation multiplies z by: QuickGELU z * sigmoid(1.702 z), GELU z * (1 + erf(z / sqrt(2))) / 2 and
 # its tanh form. In blocks only: where a head's output is a sigmoid or tanh, a constant would leave no gradient.
 GATES = (

@@ -33,6 +33,7 @@ class Tile(NamedTuple):
     width: int  # step of the inner loop
     warps: int
     stages: int
+    fused: bool = True  # both products of a program in one loop, where it has one target
 
 
 class Cost(NamedTuple):
@@ -42,18 +43,36 @@ class Cost(NamedTuple):
     bytes: int
 
 
-# (generation, kind of product, kernel) -> tile. Accumulators of 128 x 128 float32 take 64 registers of each of 256
-# threads, the codes kept beside them 64 more: small enough for ptxas to keep everything in registers.
+# (generation, kind of product, kernel) -> tile: what ptxas keeps in registers, and what fits in shared memory (163 KB on
+# 8.0, 99 KB on its successors, 227 KB on 9.0 and 10.0). A program on Hopper and Blackwell holds two accumulators of
+# 128 x 128 float32, 128 registers of each of its 256 threads, and three stages of four 16 KB operands.
 _TILES: dict[tuple[int, str, str], Tile] = {
-    (8, "half", "dense"): Tile(128, 128, 32, 8, 4),
-    (8, "tf32", "dense"): Tile(64, 128, 32, 8, 3),
-    (8, "ieee", "dense"): Tile(32, 64, 16, 4, 3),
+    (8, "half", "dense"): Tile(128, 128, 32, 8, 4, fused=False),
+    (8, "tf32", "dense"): Tile(128, 128, 32, 8, 3, fused=False),
     (9, "half", "dense"): Tile(128, 128, 64, 8, 3),
     (9, "tf32", "dense"): Tile(128, 128, 32, 8, 3),
-    (9, "ieee", "dense"): Tile(32, 64, 16, 4, 3),
     (10, "half", "dense"): Tile(128, 128, 64, 8, 3),
     (10, "tf32", "dense"): Tile(128, 128, 32, 8, 3),
-    (10, "ieee", "dense"): Tile(32, 64, 16, 4, 3),
+    (8, "half", "top"): Tile(64, 128, 32, 8, 3, fused=False),
+    (8, "tf32", "top"): Tile(64, 128, 32, 8, 3, fused=False),
+    (9, "half", "top"): Tile(64, 128, 64, 8, 3),
+    (9, "tf32", "top"): Tile(64, 128, 32, 8, 3),
+    (10, "half", "top"): Tile(64, 128, 64, 8, 3),
+    (10, "tf32", "top"): Tile(64, 128, 32, 8, 3),
+    (8, "half", "encode"): Tile(128, 128, 32, 8, 4),
+    (8, "tf32", "encode"): Tile(128, 128, 32, 8, 3),
+    (9, "half", "encode"): Tile(128, 256, 64, 8, 3),
+    (9, "tf32", "encode"): Tile(128, 128, 32, 8, 4),
+    (10, "half", "encode"): Tile(128, 256, 64, 8, 3),
+    (10, "tf32", "encode"): Tile(128, 128, 32, 8, 4),
+} | {
+    (generation, "ieee", kernel): tile
+    for generation in (8, 9, 10)
+    for kernel, tile in {
+        "dense": Tile(64, 64, 16, 8, 2, fused=False),
+        "top": Tile(64, 64, 16, 8, 2, fused=False),
+        "encode": Tile(64, 128, 16, 8, 2),
+    }.items()
 }
 
 GROUP = 32  # token tiles whose rows of x and g share the L2 cache: 12.6 MB at 128 tokens, width 768, 16 bits
@@ -70,27 +89,66 @@ def precision(dtype: object) -> str:
 
 
 def product_kind(dtype: object) -> str:
-    """"half", "tf32" or "ieee": the row of the table of tiles."""
+    """ "half", "tf32" or "ieee": the row of the table of tiles."""
     import torch
 
     return precision(dtype) if dtype == torch.float32 else "half"
 
 
-def tile(kernel: str, dtype: object, capability: tuple[int, int], tokens: int, top: bool) -> Tile:
-    """The tile of a kernel ("dense" or "encode").
+def tile(kernel: str, dtype: object, capability: tuple[int, int], top: bool) -> Tile:
+    """The tile of a kernel.
 
     Args:
         kernel: "dense" or "encode".
         dtype: torch dtype of the dictionary.
-        capability: compute capability of the device.
-        tokens: images times patches.
+        capability: compute capability of the device. Those without tiles of their own get the smallest, of 8.0.
         top: whether the strongest features are wanted too.
     """
-    generation = max(g for g, _, _ in _TILES if g <= max(8, capability[0]))
-    return _TILES[generation, product_kind(dtype), kernel]
+    generation = capability[0] if capability[0] in (9, 10) else 8
+    return _TILES[generation, product_kind(dtype), "top" if kernel == "dense" and top else kernel]
 
 
 def tiles_a_launch(tile: Tile, feature_tiles: int, row_patches: int, row_tiles: int, top: int) -> int:
     """Feature tiles of one launch, so that its workspace stays within `WORKSPACE`."""
     each = 4 * row_patches * (1 + 2 * top) + (4 * row_tiles * tile.features if top else 0)
     return max(1, min(feature_tiles, WORKSPACE // max(1, each)))
+
+
+def tokens_a_launch(tile: Tile, features: int, group: int, tokens: int) -> int:
+    """Tokens whose pre-activations one launch writes, so that its workspace stays within `WORKSPACE`."""
+    each = 4 * features + (4 * -(-features // group) if group > 0 else 4 * features)
+    return min(max(1, WORKSPACE // each // tile.tokens) * tile.tokens, max(1, tokens))
+
+
+def group_size(features: int, k: int) -> int:
+    """Features of a group in the first round of a selection; 0: one round will do; -1: too many, sort instead."""
+    if features <= LONGEST_SELECTION:
+        return 0
+    for size in (64, 16):
+        if k * size <= LONGEST_SELECTION and features <= size * LONGEST_SELECTION:
+            return size
+    return -1
+
+
+def select_warps(block: int) -> int:
+    """Warps that choose from `block` candidates: at most 32 of them a thread."""
+    return min(16, max(1, block // 512))
+
+
+def gathered_rows(block: int) -> int:
+    """Decoder rows of `block` columns that a program of 4 warps holds at a time."""
+    return max(1, min(16, 8192 // block))
+
+
+def route(activation: str, features: int, density: float | None, top: bool) -> str:
+    """ "dense" or "sparse".
+
+    Args:
+        activation: as `SparseAutoencoder.activation`.
+        features: F.
+        density: active features a token over F, if it was measured.
+        top: whether the strongest features are wanted; codes without a k then take the dense route.
+    """
+    if activation in ("topk", "topk_signed"):
+        return "sparse"
+    return "sparse" if density is not None and density < SPARSE_SHARE and not top else "dense"

@@ -17,8 +17,10 @@ from torch import Tensor
 from fga_fast.ops import _library
 from fga_fast.ops.score import MODES, Score, without_codes
 
+from . import _tiling
 from ._device import INTERPRETED, check_device, on
 from .score_dense import Problem, dense
+from .score_topk import sparse
 
 if TYPE_CHECKING:
     from fga_fast.sae import SparseAutoencoder
@@ -59,9 +61,17 @@ def score(
         *torch.ops.fga_fast.triton_score(
             x, g, image, sae.W_enc.t(), sae.bias, sae.W_dec, sae.theta, sae.gate_scale, sae.mag_bias, permutation,
             sae.activation, sae.normalize or "", "activation_only" if mode == "activation_only" else "combined",
-            sae.k or 0, top_features,
+            sae.k or 0, top_features, _density(sae),
         )
     )  # fmt: skip
+
+
+def _density(sae: SparseAutoencoder) -> float | None:
+    """Share of the dictionary that is active in a token, from the SAE's own record `metadata["l0"]`; None: unknown."""
+    try:
+        return float(sae.metadata["l0"]) / sae.d_sae
+    except (KeyError, ValueError):
+        return None
 
 
 @triton.jit
@@ -159,7 +169,7 @@ def _problem(
 def _run(
     x: Tensor, g: Tensor, image: Tensor | None, W_enc_t: Tensor, bias: Tensor, W_dec: Tensor, theta: Tensor | None,
     gate_scale: Tensor | None, mag_bias: Tensor | None, permutation: Tensor | None, activation: str, normalize: str,
-    mode: str, k: int, top_features: int,
+    mode: str, k: int, top_features: int, density: float | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     _check(x, g, image, W_enc_t, W_dec, permutation, top_features)
     if g.numel() == 0 or x.numel() == 0:
@@ -167,19 +177,25 @@ def _run(
             t.fill_(-1) if t.dtype == torch.int64 else t.zero_()
             for t in _fake(
                 x, g, image, W_enc_t, bias, W_dec, theta, gate_scale, mag_bias, permutation, activation, normalize,
-                mode, k, top_features,
+                mode, k, top_features, density,
             )
         )  # fmt: skip
     problem = _problem(
         x, g, image, W_enc_t, bias, W_dec, theta, gate_scale, mag_bias, permutation, activation, normalize, mode
     )
-    outputs = dense(problem, top_features)
+    features = len(W_enc_t)
+    share = k / features if activation.startswith("topk") else density
+    if _tiling.route(activation, features, share, top_features > 0 or problem.g is None) == "sparse":
+        kept = k if activation.startswith("topk") else 0
+        outputs = sparse(problem, kept, activation == "topk_signed", top_features)
+    else:
+        outputs = dense(problem, top_features)
     if mode == "activation_only" and image is not None:
         outputs = tuple(t[image] for t in outputs)
     if not top_features:
         outputs += _fake(
             x, g, image, W_enc_t, bias, W_dec, theta, gate_scale, mag_bias, permutation, activation, normalize, mode,
-            k, 0,
+            k, 0, density,
         )[1:]  # fmt: skip
     return outputs
 
@@ -187,7 +203,7 @@ def _run(
 def _fake(
     x: Tensor, g: Tensor, image: Tensor | None, W_enc_t: Tensor, bias: Tensor, W_dec: Tensor, theta: Tensor | None,
     gate_scale: Tensor | None, mag_bias: Tensor | None, permutation: Tensor | None, activation: str, normalize: str,
-    mode: str, k: int, top_features: int,
+    mode: str, k: int, top_features: int, density: float | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     rows, patches, _ = g.shape
     per_patch, per_image = (rows, patches, top_features), (rows, top_features)
@@ -218,7 +234,7 @@ def _vmap(
 torch.library.define(
     "fga_fast::triton_score",
     "(Tensor x, Tensor g, Tensor? image, Tensor W_enc_t, Tensor bias, Tensor W_dec, Tensor? theta, Tensor? gate_scale, "
-    "Tensor? mag_bias, Tensor? permutation, str activation, str normalize, str mode, int k, int top_features) -> "
+    "Tensor? mag_bias, Tensor? permutation, str activation, str normalize, str mode, int k, int top_features, float? density) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.impl("fga_fast::triton_score", ("cpu", "cuda") if INTERPRETED else "cuda", _run)

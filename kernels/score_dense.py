@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _tiling
-from ._device import INTERPRETED, activate, capability, on, product
+from ._device import INTERPRETED, activate, capability, on, product, two_products
 
 
 class Problem(NamedTuple):
@@ -81,7 +81,7 @@ def _dense(
     P, C, F, M, x_image, x_patch, g_row, g_patch,
     span, tiles_per_span, token_tiles, feature_tiles, first_feature, top,
     ACTIVATION: tl.constexpr, GRADIENT: tl.constexpr, GROUPED: tl.constexpr, SHUFFLED: tl.constexpr, TOP: tl.constexpr,
-    EVEN_C: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+    FUSED: tl.constexpr, EVEN_C: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One tile of tokens, all in one span of `span` tokens (the batch, or an image), and one tile of features."""
@@ -95,35 +95,39 @@ def _dense(
     # Rows beyond the span or the dictionary read the last one again and are not counted.
     t = token_tile % tiles_per_span * BLOCK_T + tl.arange(0, BLOCK_T)
     inside = t < span
-    token = (token_tile // tiles_per_span).to(tl.int64) * span + tl.minimum(t, span - 1)
-    b = token // P
-    p = token % P
+    token = token_tile // tiles_per_span * span + tl.minimum(t, span - 1)
+    b = (token // P).to(tl.int64)
+    p = (token % P).to(tl.int64)
     feature = first_feature + feature_tile * BLOCK_F + tl.arange(0, BLOCK_F)
     known = tl.minimum(feature, F - 1)
-    pre = product(x + b * x_image + p * x_patch, encoder + known.to(tl.int64) * C, C,
-                  BLOCK_T, BLOCK_F, BLOCK_C, EVEN_C, PRECISION, INTERPRET)  # fmt: skip
+    x += b * x_image + p * x_patch
+    encoder += known.to(tl.int64) * C
+    rows = known.to(tl.int64)
+    if SHUFFLED:
+        rows = tl.load(permutation + known)
+    decoder += rows * C
+    if FUSED:
+        pre, h = two_products(x, encoder, g + b * g_row + p * g_patch, decoder, C,
+                              BLOCK_T, BLOCK_F, BLOCK_C, EVEN_C, PRECISION, INTERPRET)  # fmt: skip
+    else:
+        pre = product(x, encoder, C, BLOCK_T, BLOCK_F, BLOCK_C, EVEN_C, PRECISION, INTERPRET)
     codes = activate(pre, known, bias, theta, scale, mag_bias, ACTIVATION)
     codes = tl.where((feature < F)[None, :], codes, 0.0)
-    if not GRADIENT:
+    if not GROUPED:
+        if FUSED:
+            codes *= h
+        elif GRADIENT:
+            codes *= product(g + b * g_row + p * g_patch, decoder, C,
+                             BLOCK_T, BLOCK_F, BLOCK_C, EVEN_C, PRECISION, INTERPRET)  # fmt: skip
         _emit(codes, b, p, inside, feature, feature_tile, first_feature, token_tile % tiles_per_span, M, P,
               feature_tiles * BLOCK_F, feature_tiles, top, partial, top_value, top_index, totals, TOP)  # fmt: skip
     else:
-        rows = known.to(tl.int64)
-        if SHUFFLED:
-            rows = tl.load(permutation + known)
-        rows = decoder + rows * C
-        most = 1
-        if GROUPED:
-            begin = tl.load(start + b)
-            count = tl.load(start + b + 1) - begin
-            most = tl.max(tl.where(inside, count, 0), axis=0)
-        for j in range(most):
-            m = b
-            mine = inside
-            if GROUPED:
-                mine = inside & (j < count)
-                m = tl.load(order + begin + j, mask=mine, other=0)
-            h = product(g + m * g_row + p * g_patch, rows, C,
+        begin = tl.load(start + b)
+        count = tl.load(start + b + 1) - begin
+        for j in range(tl.max(tl.where(inside, count, 0), axis=0)):
+            mine = inside & (j < count)
+            m = tl.load(order + begin + j, mask=mine, other=0)
+            h = product(g + m * g_row + p * g_patch, decoder, C,
                         BLOCK_T, BLOCK_F, BLOCK_C, EVEN_C, PRECISION, INTERPRET)  # fmt: skip
             _emit(codes * h, m, p, mine, feature, feature_tile, first_feature, token_tile % tiles_per_span, M, P,
                   feature_tiles * BLOCK_F, feature_tiles, top, partial, top_value, top_index, totals, TOP)  # fmt: skip
@@ -133,7 +137,7 @@ def dense(problem: Problem, top: int) -> tuple[Tensor, ...]:
     """Scores [M, P], and for top > 0 index and contribution of the strongest features, [M, P, top] and [M, top]."""
     images, patches, width = problem.x.shape
     features, rows = len(problem.W_enc_t), problem.rows
-    tile = _tiling.tile("dense", problem.x.dtype, capability(problem.x), images * patches, top > 0)
+    tile = _tiling.tile("dense", problem.x.dtype, capability(problem.x), top > 0)
     span = patches if top else images * patches
     per_span = triton.cdiv(span, tile.tokens)
     feature_tiles = triton.cdiv(features, tile.features)
@@ -189,7 +193,8 @@ def _launch(
             *((0, 0) if g is None else (g.stride(0), g.stride(1))),
             span, per_span, token_tiles, feature_tiles, first_feature, top,
             ACTIVATION=problem.kind, GRADIENT=g is not None, GROUPED=problem.start is not None,
-            SHUFFLED=problem.permutation is not None, TOP=top > 0, EVEN_C=x.shape[2] % tile.width == 0,
+            SHUFFLED=problem.permutation is not None, TOP=top > 0, FUSED=tile.fused and g is not None and problem.start is None,
+            EVEN_C=x.shape[2] % tile.width == 0,
             PRECISION=_tiling.precision(x.dtype), INTERPRET=INTERPRETED,
             BLOCK_T=tile.tokens, BLOCK_F=tile.features, BLOCK_C=tile.width, GROUP=_tiling.GROUP,
             num_warps=tile.warps, num_stages=tile.stages,

@@ -10,9 +10,6 @@ stay in the L2 cache.
 
 from __future__ import annotations
 
-import functools
-import json
-import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,8 +40,8 @@ class Cost(NamedTuple):
     bytes: int
 
 
-# (generation, kind of product, kernel) -> tile: what ptxas keeps in registers, and what fits in shared memory (163 KB on
-# 8.0, 99 KB on its successors, 227 KB on 9.0 and 10.0). A program on Hopper and Blackwell holds two accumulators of
+# (generation, kind of product, kernel) -> tile: what ptxas keeps in registers, and what fits in shared memory (163 KB
+# on 8.0, 99 KB on its successors, 227 KB on 9.0 and 10.0). A program on Hopper and Blackwell holds two accumulators of
 # 128 x 128 float32, 128 registers of each of its 256 threads, and three stages of four 16 KB operands.
 _TILES: dict[tuple[int, str, str], Tile] = {
     (8, "half", "dense"): Tile(128, 128, 32, 8, 4, fused=False),

@@ -234,8 +234,8 @@ def _vmap(
 torch.library.define(
     "fga_fast::triton_score",
     "(Tensor x, Tensor g, Tensor? image, Tensor W_enc_t, Tensor bias, Tensor W_dec, Tensor? theta, Tensor? gate_scale, "
-    "Tensor? mag_bias, Tensor? permutation, str activation, str normalize, str mode, int k, int top_features, float? density) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? mag_bias, Tensor? permutation, str activation, str normalize, str mode, int k, int top_features, "
+    "float? density) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.impl("fga_fast::triton_score", ("cpu", "cuda") if INTERPRETED else "cuda", _run)
 torch.library.register_fake("fga_fast::triton_score", _fake)

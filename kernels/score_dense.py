@@ -135,7 +135,7 @@ def _dense(
 
 def dense(problem: Problem, top: int) -> tuple[Tensor, ...]:
     """Scores [M, P], and for top > 0 index and contribution of the strongest features, [M, P, top] and [M, top]."""
-    images, patches, width = problem.x.shape
+    images, patches, _ = problem.x.shape
     features, rows = len(problem.W_enc_t), problem.rows
     tile = _tiling.tile("dense", problem.x.dtype, capability(problem.x), top > 0)
     span = patches if top else images * patches
@@ -193,7 +193,8 @@ def _launch(
             *((0, 0) if g is None else (g.stride(0), g.stride(1))),
             span, per_span, token_tiles, feature_tiles, first_feature, top,
             ACTIVATION=problem.kind, GRADIENT=g is not None, GROUPED=problem.start is not None,
-            SHUFFLED=problem.permutation is not None, TOP=top > 0, FUSED=tile.fused and g is not None and problem.start is None,
+            SHUFFLED=problem.permutation is not None, TOP=top > 0,
+            FUSED=tile.fused and g is not None and problem.start is None,
             EVEN_C=x.shape[2] % tile.width == 0,
             PRECISION=_tiling.precision(x.dtype), INTERPRET=INTERPRETED,
             BLOCK_T=tile.tokens, BLOCK_F=tile.features, BLOCK_C=tile.width, GROUP=_tiling.GROUP,

@@ -10,10 +10,13 @@ relevance is not linear in it, so its inverse travels along the gate ports.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 _LARGEST = 2.0**14  # first try of a loss scale: the largest power of two with room to spare in float16
 _AIM = 2.0**4  # wanted size of the largest gradient at the last residual stream; leaves 2^11 for growth on the way
@@ -76,7 +79,29 @@ def _gradients(graph: Graph, values: Tensor, ones: Tensor, scale: Tensor | None,
     if scale is not None:
         outputs += graph.scales
         seeds += [(1 / scale).to(port.dtype) for port in graph.scales]
-    return list(torch.autograd.grad(outputs, graph.inputs, seeds, retain_graph=retain, is_grads_batched=batched))
+    return _grad(outputs, graph.inputs, seeds, batched, retain)
+
+
+def _grad(
+    outputs: list[Tensor], inputs: list[Tensor], seeds: list[Tensor], batched: bool, retain: bool
+) -> list[Tensor]:
+    """`torch.autograd.grad`; `batched` for K seeds of each output at once, one by one where the model's own functions
+    cannot do that (hooks and autograd functions of its own that look at values).
+    """
+    if not batched:
+        return list(torch.autograd.grad(outputs, inputs, seeds, retain_graph=retain))
+    try:
+        # Retained, so that there is a graph to go back to; it is gone with the last reference to it.
+        return list(torch.autograd.grad(outputs, inputs, seeds, retain_graph=True, is_grads_batched=True))
+    except RuntimeError as error:
+        if "vmap" not in str(error) and "atching rule" not in str(error):
+            raise
+        logger.warning("targets are differentiated one by one, since the model's gradients do not batch: %s", error)
+    rows = [
+        torch.autograd.grad(outputs, inputs, [seed[k] for seed in seeds], retain_graph=True)
+        for k in range(len(seeds[0]))
+    ]
+    return [torch.stack(found) for found in zip(*rows, strict=True)]
 
 
 def _scaled(ones: Tensor, scale: Tensor) -> Tensor:
@@ -88,12 +113,12 @@ def _choose_scale(graph: Graph, last: Tensor, values: Tensor, ones: Tensor) -> T
     """Loss scale of each row, [B] or [K, B]: powers of two that bring the gradient at `last` to about `_AIM`."""
     rows = ones.shape[:1] if values.dim() == 1 else ones.shape[:2]
     scale = torch.full(rows, _LARGEST, dtype=torch.float32, device=values.device)
-    pool = graph.pool
-    ones_at_pool = None if pool is None else torch.ones_like(pool).expand(*rows[: len(rows) - 1], *pool.shape)
     for _ in range(_TRIES):
-        seed = _scaled(ones, scale)
-        ends = ([values], [seed]) if pool is None else ([values, pool], [seed, ones_at_pool])
-        (g,) = torch.autograd.grad(ends[0], last, ends[1], retain_graph=True, is_grads_batched=values.dim() == 2)
+        outputs, seeds = [values], [_scaled(ones, scale)]
+        if graph.pool is not None:
+            outputs.append(graph.pool)
+            seeds.append(torch.ones_like(graph.pool).expand(*rows[:-1], *graph.pool.shape))
+        (g,) = _grad(outputs, [last], seeds, values.dim() == 2, retain=True)
         largest = g.float().abs().amax((-1, -3 if graph.tokens_first else -2))
         if bool(torch.isfinite(largest).all()):
             break

@@ -21,24 +21,29 @@ Function = Callable[..., Any]
 
 
 class _Norm(torch.autograd.Function):
-    """y = (x - mean) / scale * weight + bias with a constant scale; without the mean for RMSNorm."""
+    """y = (x - mean) / scale * weight + bias with a constant scale; without the mean for RMSNorm.
+
+    `norm` computes y and 1 / scale from x. It is called here, so that y is no view and may be changed in place.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, y: Tensor, inverse: Tensor, weight: Tensor | None, dims: tuple[int, ...], centred: bool
-    ) -> Tensor:
+        ctx: Any, x: Tensor, norm: Callable[[Tensor], tuple[Tensor, Tensor]], weight: Tensor | None,
+        dims: tuple[int, ...], centred: bool,
+    ) -> Tensor:  # fmt: skip
+        y, inverse = norm(x)
         ctx.save_for_backward(inverse, *([] if weight is None else [weight]))
         ctx.dims, ctx.centred, ctx.dtype = dims, centred, x.dtype
-        return y.view_as(y)
+        return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         inverse, *weight = ctx.saved_tensors
         g = grads[0].to(inverse.dtype)
         g = (g * weight[0] if weight else g) * inverse
         if ctx.centred:
             g = g - g.mean(ctx.dims, keepdim=True)
-        return g.to(ctx.dtype), None, None, None, None, None
+        return g.to(ctx.dtype), None, None, None, None
 
 
 class _Gate(torch.autograd.Function):
@@ -80,10 +85,13 @@ class Conservative:
         for name in ("rsqrt", "norm"):
             self.handlers |= dict.fromkeys((getattr(torch, name), getattr(Tensor, name)), self._constant)
         self.handlers |= dict.fromkeys((torch.linalg.vector_norm, torch.linalg.norm), self._constant)
-        for name in ("sigmoid", "tanh", "erf"):
+        # sqrt and std: of a LayerNorm that divides by them.
+        for name in ("sigmoid", "tanh", "erf", "sqrt", "std"):
             self.handlers |= dict.fromkeys((getattr(torch, name), getattr(Tensor, name)), self._constant_in_blocks)
         others = (F.sigmoid, F.tanh, torch.special.erf, torch.special.expit, F.hardsigmoid)
         self.handlers |= dict.fromkeys(others, self._constant_in_blocks)
+        quotients = (torch.div, torch.true_divide, Tensor.div, Tensor.true_divide, Tensor.__truediv__)
+        self.handlers |= dict.fromkeys(quotients, self._quotient)
         products = (torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__)
         self.handlers |= dict.fromkeys((*products, Tensor.mul_, Tensor.__imul__), self._product)
 
@@ -93,26 +101,32 @@ class Conservative:
 
     def _layer_norm(
         self, function: Function, input: Tensor, normalized_shape: Any, weight: Tensor | None = None,
-        bias: Tensor | None = None, eps: float = 1e-5, *rest: Any,
+        bias: Tensor | None = None, eps: float = 1e-5, *_: Any, **__: Any,
     ) -> Tensor:  # fmt: skip
-        with torch.no_grad():
-            shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-            # Autocast lets layer_norm compute in float32, and does not know this form of it.
-            wide = input.float() if torch.is_autocast_enabled(input.device.type) else input
-            y, _, inverse = torch.native_layer_norm(wide, shape, weight, bias, eps)
-        return _norm(input, y, inverse, weight, len(shape), centred=True)
+        shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+        # On CUDA autocast lets layer_norm compute in float32, and does not know this form of it.
+        cast = input.is_cuda and torch.is_autocast_enabled("cuda") and input.dtype != torch.float64
+
+        def norm(x: Tensor) -> tuple[Tensor, Tensor]:
+            w, b = (t.float() if cast and t is not None else t for t in (weight, bias))
+            y, _, inverse = torch.native_layer_norm(x.float() if cast else x, shape, w, b, eps)
+            return y, inverse
+
+        return _norm(input, norm, weight, len(shape), centred=True)
 
     def _rms_norm(
         self, function: Function, input: Tensor, normalized_shape: Any, weight: Tensor | None = None,
         eps: float | None = None,
     ) -> Tensor:  # fmt: skip
-        with torch.no_grad():
-            y = function(input, normalized_shape, weight, eps)
-            count = 1 if isinstance(normalized_shape, int) else len(normalized_shape)
-            wide = input.to(torch.float64 if input.dtype == torch.float64 else torch.float32)
+        count = 1 if isinstance(normalized_shape, int) else len(normalized_shape)
+
+        def norm(x: Tensor) -> tuple[Tensor, Tensor]:
+            wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
             square = wide.square().mean(tuple(range(-count, 0)), keepdim=True)
-            inverse = (square + (torch.finfo(input.dtype).eps if eps is None else eps)).rsqrt()
-        return _norm(input, y, inverse, weight, count, centred=False)
+            inverse = (square + (torch.finfo(x.dtype).eps if eps is None else eps)).rsqrt()
+            return function(x, normalized_shape, weight, eps), inverse
+
+        return _norm(input, norm, weight, count, centred=False)
 
     def _activation(self, limit: float) -> Function:
         def handler(function: Function, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -121,6 +135,8 @@ class Conservative:
                 return y
 
             out: Tensor = _Gate.apply(input, act, limit)  # type: ignore[no-untyped-call]
+            if kwargs.get("inplace"):
+                out = input.copy_(out)  # the model may go on with either name
             self._activations[id(out)] = out
             return out
 
@@ -154,6 +170,13 @@ class Conservative:
         carrying, gate = input.chunk(2, dim)
         return carrying * gate.sigmoid().detach()
 
+    def _quotient(self, function: Function, input: Any, other: Any, **kwargs: Any) -> Any:
+        """An activation divided by a number is still one."""
+        out = function(input, other, **kwargs)
+        if id(input) in self._activations and not isinstance(other, Tensor):
+            self._activations[id(out)] = out
+        return out
+
     def _product(self, function: Function, input: Any, other: Any, **kwargs: Any) -> Any:
         """`act(a) * b` in a gated MLP with a constant act(a); any other product as it is."""
         tensors = [factor for factor in (input, other) if isinstance(factor, Tensor)]
@@ -174,8 +197,9 @@ class Conservative:
         return out
 
 
-def _norm(x: Tensor, y: Tensor, inverse: Tensor, weight: Tensor | None, count: int, centred: bool) -> Tensor:
-    """y, whose gradient is that of a norm over the last `count` dimensions with the constant scale 1 / inverse."""
-    dims = tuple(range(-count, 0))
-    out: Tensor = _Norm.apply(x, y, inverse, weight, dims, centred)  # type: ignore[no-untyped-call]
+def _norm(
+    x: Tensor, norm: Callable[[Tensor], tuple[Tensor, Tensor]], weight: Tensor | None, count: int, centred: bool
+) -> Tensor:
+    """What `norm` computes, with the gradient of a norm over the last `count` dimensions with a constant scale."""
+    out: Tensor = _Norm.apply(x, norm, weight, tuple(range(-count, 0)), centred)  # type: ignore[no-untyped-call]
     return out

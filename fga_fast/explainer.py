@@ -102,11 +102,11 @@ class Explainer:
         self.saes = {int(layer): sae for layer, sae in sorted((saes or {}).items())}
         settings.check(self)
         self.readout = Readout(model, class_names, tokenizer)
-        self._choice = backends.choose(backend, self._parameter().device, self._parameter().dtype)
-        self.backend = self._choice.name
+        self._wanted: Backend = backend
+        self._choose()  # now, so that a choice that cannot run is said here
         self._ungated = self._without_saes(backend) if ungated and self.saes else None
         self._permutations = {
-            layer: self.gate.decoder_permutation(sae.d_sae, sae.device) for layer, sae in self.saes.items()
+            layer: self.gate.decoder_permutation(sae.d_sae, torch.device("cpu")) for layer, sae in self.saes.items()
         }
 
     def __call__(self, images: Tensor, targets: Targets = None) -> Explanation:
@@ -131,10 +131,10 @@ class Explainer:
         checks.check_saes(self.saes, self.layout, self._parameter())  # either may have been moved since
         with torch.inference_mode(False):
             images = images.clone() if images.is_inference() else images.detach()
+            stages = self._choose().stages
             if len(images) == 0:
-                return self._empty(images, layout, targets)
-            stages = self._choice.stages
-            if stages is None:
+                e = self._empty(images, layout, targets)
+            elif stages is None:
                 e = self._reference(images, layout, targets)
             else:
                 e = self._explain(images, layout, targets, stages)
@@ -159,7 +159,7 @@ class Explainer:
             checks.check_finite(output.detach(), "the logits", self.model, images)
             answer = self.readout.answer(targets, output)
         if not self._pooling_checked:
-            settings.warn_of_other_pooling(tape.last_stream, answer.values, layout)
+            settings.warn_of_other_pooling(tape, answer.values, layout)
             self._pooling_checked = True
         found = tape.backward(answer.values, self.target_chunk)
         read = {layer: Gating.read(slots) for layer, slots in found.recorded.items()}
@@ -217,7 +217,7 @@ class Explainer:
             relevance=relevance, logits=answer.logits, targets=answer.targets, grid=layout.grid,
             image_size=(images.shape[-2], images.shape[-1]), scores=dict(sorted(scores.items())),
             gates=dict(sorted(gates.items())), features=dict(sorted(features.items())),
-            backend=str(self._choice),
+            backend=str(self._choose()),
             values=answer.values.detach(), names=answer.names, blocks=blocks, start_layer=self.start_layer,
         )  # fmt: skip
 
@@ -228,6 +228,15 @@ class Explainer:
         )  # fmt: skip
         plain.readout, plain._found, plain._pooling_checked = self.readout, self._found, True
         return plain
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend that runs where the model is."""
+        return self._choose().name
+
+    def _choose(self) -> backends.Choice:
+        """The backend for the model's device and dtype, both of which may have changed since the last call."""
+        return backends.choose(self._wanted, self._parameter().device, self._parameter().dtype)
 
     def _layout_for(self, images: Tensor) -> ModelLayout:
         """The layout, for a tower that takes several sizes the one for images of this size."""

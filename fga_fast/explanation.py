@@ -52,7 +52,8 @@ class Explanation:
         grid: patches (rows, columns); P = rows * columns, row by row.
         image_size: (height, width) of the model's input in pixels.
         scores, gates: per gated layer, like `relevance`; gates lie in [1/base, base].
-        backend: what computed it: "native" or "reference", with the reason in brackets where "auto" fell back.
+        backend: what computed it: "native", "triton", "composite" or "reference", with the reason in brackets where
+            "auto" could not take native kernels.
         ungated: like `relevance` but without gates (TransMM), if it was computed.
         features: per gated layer the strongest SAE features, if they were asked for.
         values: like `targets`, the explained numbers: a logit, a difference of two, a cosine, a function's value.

@@ -57,8 +57,8 @@ class Gate:
         if self.mode != "shuffled":
             return None
         if self.permutation is None:
-            generator = torch.Generator().manual_seed(self.seed)
-            return torch.randperm(features, generator=generator).to(device)
+            generator = torch.Generator("cpu").manual_seed(self.seed)  # the same on every device
+            return torch.randperm(features, generator=generator, device="cpu").to(device)
         permutation = self.permutation.to(device=device, dtype=torch.int64)
         if permutation.shape != (features,) or not torch.equal(
             permutation.sort().values, torch.arange(features, device=device)

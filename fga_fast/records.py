@@ -40,7 +40,8 @@ class Gating:
         self, sae: SparseAutoencoder, gate: Gate, permutation: Tensor | None, prefix_tokens: int, top_features: int,
         stages: Stages,
     ) -> None:  # fmt: skip
-        self.sae, self.gate, self.permutation = sae, gate, permutation
+        self.sae, self.gate = sae, gate
+        self.permutation = None if permutation is None else permutation.to(sae.device)
         self.prefix_tokens, self.top_features, self.stages = prefix_tokens, top_features, stages
 
     def slots(self, carrier: Tensor) -> tuple[Tensor, ...]:

@@ -22,8 +22,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fga_fast import ops
+from fga_fast import composite, ops
 from fga_fast.backward import Graph, differentiate
+from fga_fast.block_io import (
+    TapeError,
+    check_attention,
+    replace_input,
+    stream_of,
+    unseen_attention,
+    with_stream,
+)  # fmt: skip
 from fga_fast.conservative import Conservative
 from fga_fast.models.layout import ModelLayout
 from fga_fast.multihead import open_multi_head_attention
@@ -35,10 +43,7 @@ Attention = Callable[..., tuple[Tensor, Tensor | None, Tensor, Tensor]]  # see `
 _thread = threading.local()
 
 _SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
-
-
-class TapeError(ValueError):
-    """The model's attention cannot be tapped; the message says what was found and what to do."""
+_ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
 
 
 class Found(NamedTuple):
@@ -81,7 +86,6 @@ class Tape(TorchFunctionMode):
         self._handlers: dict[Callable[..., Any], Callable[..., Any]] = {
             F.scaled_dot_product_attention: self._attend,
             F.multi_head_attention_forward: self._open,
-            F.dropout: self._dropout,
             **dict.fromkeys(_SOFTMAX, self._softmax),
         }
         self._block: int | None = None  # block that is running; None between and after blocks
@@ -95,6 +99,7 @@ class Tape(TorchFunctionMode):
         self._slots: dict[int, tuple[Tensor, ...]] = {}
         self._scales: list[Tensor] = []  # [B], one for every tap on a residual stream
         self.last_stream: Tensor | None = None  # [B, N, C] last residual stream
+        self.outside: list[Tensor] = []  # outputs of attention after the blocks that is not the layout's pool
         self._half = False  # something computes in float16, whose gradients need a loss scale
 
     @contextmanager
@@ -118,6 +123,10 @@ class Tape(TorchFunctionMode):
                 handle.remove()
             _thread.tape = outer
             self._detached.clear()
+            self._handlers.clear()  # bound methods, which would keep the tape and its graph in a cycle
+            if self._conservative is not None:
+                self._conservative.forget()
+            self._conservative = None
 
     def backward(self, values: Tensor, chunk: int = 8) -> Found:
         """Differentiates the explained values, to be called after `attached`.
@@ -168,12 +177,16 @@ class Tape(TorchFunctionMode):
         for name, value in kwargs.items():
             if type(value) is nn.Parameter:
                 kwargs = {**kwargs, name: self._detach(value)}
+        if func is F.dropout:
+            return self._dropout(func, *args, **kwargs)
         if not self._explaining():
             return func(*args, **kwargs)
-        if func is F.linear and self._block == self._last_block:
+        if func is F.linear and self._block == self._last_block and self._layout.pooling == "token":
             return linear_of_few_rows(*args, **kwargs)
         if func in self._handlers and (self._block is not None or self._at_pool()):
             return self._handlers[func](func, *args, **kwargs)
+        if func in _ATTENTION:
+            return self._outside(func(*args, **kwargs))
         if self._conservative is not None and func in self._conservative.handlers:
             self._conservative.in_block = self._block is not None
             return self._conservative.handlers[func](func, *args, **kwargs)
@@ -217,18 +230,24 @@ class Tape(TorchFunctionMode):
             self._ports[self._block] = self._start_of_relevance()
             mask = {} if attn_mask is None else {"attn_mask": attn_mask.to(query.dtype)}
             return function(query, key, value, scale=scale, **mask)
-        out, _, carrier, port = self._attention(
-            query, key, value, self._carrier_in(), scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        # Kernels take one head width and relevance in the attention's own precision, which may not be the model's.
+        attention = self._attention if value.shape[-1] == query.shape[-1] else composite.attention
+        carrier = self._carrier_in()
+        out, _, carried, port = attention(
+            query, key, value, carrier.to(torch.float64 if query.dtype == torch.float64 else torch.float32),
+            scale=query.shape[-1] ** -0.5 if scale is None else scale,
             **({} if attn_mask is None else {"bias": attn_mask}),
             gated=self._rollout, residual=self._block is not None,
             signed=self._signed, constant_map=self._conservative is not None,
         )  # fmt: skip
-        self._pass_on(carrier, port)
+        self._pass_on(carried.to(carrier.dtype), port.to(carrier.dtype))
         return out
 
     def _softmax(self, function: Callable[..., Tensor], input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Taps the attention maps of a model that computes them itself; other softmaxes pass."""
         maps: Tensor = function(input, *args, **kwargs)
+        if not torch.is_grad_enabled():  # a look at the maps, for a log
+            return maps
         assert self._start is not None
         images, tokens = len(self._start), self._keys()
         dim = kwargs.get("dim", args[0] if args else None)
@@ -252,6 +271,16 @@ class Tape(TorchFunctionMode):
     def _open(self, _function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self:  # its projections and its attention are to be seen
             return open_multi_head_attention(*args, **kwargs)
+
+    def _outside(self, output: Any) -> Any:
+        """Attention that the layout does not know of: wrong between blocks, after them a matter of who reads it."""
+        if self._finished < len(self._layout.blocks):
+            raise TapeError(
+                f"model: attention runs between block {self._finished - 1} and block {self._finished} of the layout, "
+                "where relevance would pass it by; list all blocks, in forward order"
+            )
+        self.outside.append(output[0] if isinstance(output, tuple) else output)
+        return output
 
     def _dropout(self, function: Callable[..., Any], input: Tensor, p: float = 0.5, training: bool = True,
                  inplace: bool = False) -> Any:  # fmt: skip
@@ -281,7 +310,7 @@ class Tape(TorchFunctionMode):
     # -- what the hooks see ------------------------------------------------------------------------------------
 
     def _entering(self, index: int) -> Callable[..., Any]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
             if getattr(_thread, "tape", None) is not self:
                 return None
             if index != self._finished:
@@ -291,27 +320,19 @@ class Tape(TorchFunctionMode):
             self._block = index
             if self._rollout or not (index == self._start_layer or (self._per_block and index > self._start_layer)):
                 return None
-            return self._tap_input(index, args, kwargs)
+            return self._tap_input(index, args, kwargs or {})
 
         return hook
 
     def _tap_input(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The block's tokens, through a tap that takes x . g."""
-        record = Contribution()
-        slots = tuple(slot.requires_grad_() for slot in record.slots(self._start_of_relevance().detach()))
-
-        def tapped(x: Tensor) -> Tensor:
-            out, scale = tap_stream(x, None, record, slots, self._layout.tokens_first)
-            self._scales.append(scale)
-            return out
-
+        """The block's arguments, with its tokens through a tap that takes x . g."""
+        start, record = self._start_of_relevance(), Contribution()
+        x, replaced = replace_input((args, kwargs), self.last_stream, self._layout, len(start), self._where())
+        slots = tuple(slot.requires_grad_() for slot in record.slots(start.detach()))
+        out, scale = tap_stream(x, None, record, slots, self._layout.tokens_first)
+        self._scales.append(scale)
         self._rows[index] = slots[0]
-        if args and isinstance(args[0], Tensor):
-            return (tapped(args[0]), *args[1:]), kwargs
-        for name, value in kwargs.items():
-            if isinstance(value, Tensor) and value.dim() == 3:
-                return args, {**kwargs, name: tapped(value)}
-        raise TapeError(f"model: block {index} is called without a tensor of tokens [B, N, C]")
+        return replaced(out)
 
     def _leaving(self, index: int) -> Callable[[nn.Module, Any, Any], Any]:
         def hook(module: nn.Module, _inputs: Any, output: Any) -> Any:
@@ -321,17 +342,13 @@ class Tape(TorchFunctionMode):
             if self._conservative is not None:
                 self._conservative.forget()
             if index < self._start_layer:
+                self.last_stream = output[0] if isinstance(output, tuple) else output
                 return None
             if index not in self._ports:
-                raise TapeError(self._unseen(index, module))
-            x, rest = (output[0], output[1:]) if isinstance(output, tuple) and output else (output, None)
-            if not isinstance(x, Tensor) or x.dim() != 3:
-                raise TapeError(f"model: block {index} returned {type(output).__name__}, expected a tensor [B, N, C]")
-            if index in self._records:
-                x = self._tap_output(index, x)
-            if index == self._last_block:
-                self.last_stream = x
-            return x if rest is None else (x, *rest)
+                raise TapeError(unseen_attention(f"block {index} ({type(module).__name__})", self._layout))
+            x = stream_of(output, f"block {index} ({type(module).__name__})")
+            self.last_stream = self._tap_output(index, x) if index in self._records else x
+            return None if self.last_stream is x else with_stream(output, self.last_stream)
 
         return hook
 
@@ -359,29 +376,8 @@ class Tape(TorchFunctionMode):
         where = self._where()
         if self._block in self._ports:
             raise TapeError(f"model: {where} calls attention more than once; expected one call a block")
-        if len(query) != 4 or len(key) < 3 or query[1] != key[1]:
-            raise TapeError(
-                f"model: attention in {where} must have queries and keys [B, H, N, D] with as many heads, got "
-                f"{tuple(query)} and {tuple(key)}"
-            )
-        assert self._start is not None
-        if query[0] != len(self._start):
-            raise TapeError(
-                f"model: attention in {where} sees a batch of {query[0]} for {len(self._start)} images; a model that "
-                "makes several views of an image cannot be explained as a whole, explain the views one by one"
-            )
-        if query[2] != self._queries() or key[2] != self._keys():
-            raise TapeError(
-                f"model: attention in {where} has {query[2]} queries and {key[2]} keys, expected {self._queries()} "
-                f"and {self._keys()} ({self._layout.prefix_tokens} prefix tokens and a {self._layout.grid[0]} x "
-                f"{self._layout.grid[1]} grid); windowed attention and dropped patches cannot be explained"
-            )
-
-    def _unseen(self, index: int, module: nn.Module) -> str:
-        return (
-            f"model: block {index} ({type(module).__name__}) ran without an attention that could be seen: neither "
-            "torch.nn.functional.scaled_dot_product_attention, nor nn.MultiheadAttention, nor a softmax over "
-            f"[B, H, {self._layout.tokens}, {self._layout.tokens}]; use an implementation that calls one of them"
+        check_attention(
+            query, key, (len(self._start_of_relevance()), self._queries(), self._keys()), self._layout, where
         )
 
     def _check_complete(self, values: Tensor) -> None:

@@ -243,7 +243,11 @@ def likeness(target: Embedding, output: Tensor) -> Answer:  # [B, E]
 
 def computed(function: Callable[[Tensor], Tensor], output: Tensor, names: tuple[str, ...] | None) -> Answer:
     """The answer to a function of the output [B, classes]: what it returns, checked."""
-    values: Any = function(output.clone())  # a copy, since the function may work in place
+    # A copy, since the function may work in place; and out of sight of the modes that watch the model, which would take
+    # the function's own norms and activations for the model's.
+    copy = output.clone()
+    with torch._C.DisableTorchFunction():
+        values: Any = function(copy)
     batch, name = len(output), getattr(function, "__name__", type(function).__name__)
     if not isinstance(values, Tensor) or not values.is_floating_point():
         got = str(values.dtype) if isinstance(values, Tensor) else type(values).__name__

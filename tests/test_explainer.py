@@ -242,7 +242,7 @@ class OwnPooling(nn.Module):
 def test_a_wrapper_that_pools_otherwise_is_noticed(tiny_vit: Build, caplog: pytest.LogCaptureFixture) -> None:
     model, images = OwnPooling(tiny_vit()), torch.randn(2, *PIXELS)
     Explainer(model, backend="native")(images)
-    assert "besides the pooled ones 0 to 0 (first: token 1)" in caplog.text
+    assert "depends on 6 token(s) of the last residual stream besides the pooled ones, such as 1" in caplog.text
     caplog.clear()
     layout = dataclasses.replace(find_layout(model), pooling="average", pooled=None)
     e = Explainer(model, layout=layout, backend="native")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fga_fast.gate import Gate
 from fga_fast.models.layout import ModelLayout
 from fga_fast.reference import ReferenceResult, explain
-from fga_fast.tape import TapeError
+from fga_fast.block_io import TapeError
 
 Build = Callable[..., Any]
 

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Elements of one chunk's map [B, H, rows, N]: large enough for full speed, small beside a model's activations.
-_CHUNK = 1 << 24
+# Elements of one chunk's map [B, H, rows, N], for each of the targets that are differentiated together: large enough
+# for full speed, small beside a model's activations.
+_CHUNK = 1 << 22
 
 
 def attention(
@@ -64,7 +65,7 @@ class _Attention(torch.autograd.Function):
         if ctx.gated and gate is None:
             raise RuntimeError("attention: no gate arrived at the port of an attention called with gated=True")
         if grad_out is None:
-            grad_out = torch.zeros_like(q)
+            grad_out = q.new_zeros(*q.shape[:-1], v.shape[-1])
         if row is None:
             row = q.new_zeros(len(q), q.shape[2], dtype=ctx.dtype)
         rows = max(1, _CHUNK // max(1, q.shape[0] * q.shape[1] * k.shape[2]))

@@ -12,8 +12,8 @@ from torch import Tensor
 from fga_fast.ops.score import Score, without_codes
 from fga_fast.sae import SparseAutoencoder
 
-# Elements of one chunk's codes [rows, F], and of the decoder rows [rows, k, C] gathered for top-k codes.
-_CHUNK = 1 << 25
+# Elements of one chunk's codes [rows, F]; with top features, contributions are as many for each target.
+_CHUNK = 1 << 24
 
 
 def score(
@@ -37,13 +37,13 @@ def score(
     per_image = max(1, rows // max(1, batch))
     for first in range(0, patches, per_image):
         count = min(per_image, patches - first)
-        codes = sae.encode(x[:, first : first + count]).to(dtype)  # [B, rows, F]
+        codes = sae.encode(x[:, first : first + count].to(sae.dtype)).to(dtype)  # [B, rows, F]
         gradient = g.narrow(-2, first, count)
         if mode == "activation_only":
             contributions = codes if top_features else None
             parts.append(codes.sum(-1))
         elif top_features:
-            contributions = codes * (gradient @ W_dec.t().to(gradient.dtype)).to(dtype)
+            contributions = codes * (gradient.to(W_dec.dtype) @ W_dec.t()).to(dtype)
             parts.append(contributions.sum(-1))
         else:
             contributions = None

@@ -38,7 +38,7 @@ def load() -> None:
     except (ImportError, OSError) as error:
         raise NativeLibraryError(
             f"the compiled library of fga_fast does not load: {error}. Build it with `pip install .` in the project's "
-            'folder, or use backend="reference"'
+            'folder, or use backend="composite"'
         ) from error
     if torch.version.cuda is not None and not override:
         try:
@@ -66,7 +66,7 @@ def require_cpu(op: str, tensor: Tensor) -> None:
     reason = f" (the CUDA object did not load: {cuda_error()})" if cuda_error() else ""
     raise RuntimeError(
         f"{op}: native kernels run on the CPU in this version, got a tensor on {tensor.device}{reason}; "
-        'use backend="reference" there or move the tensors to the CPU'
+        'use backend="composite" there or move the tensors to the CPU'
     )
 
 

@@ -130,10 +130,12 @@ ACTIVATIONS = (F.gelu, F.silu, F.hardswish, F.mish, F.relu, torch.relu, Tensor.r
 GATES = (
     *(torch.sigmoid, Tensor.sigmoid, torch.special.expit, F.hardsigmoid),
     *(torch.tanh, Tensor.tanh),
+    *(torch.sqrt, Tensor.sqrt, torch.std, Tensor.std),  # of a LayerNorm that is written out
     *(torch.erf, Tensor.erf, torch.special.erf),
 )
 # x * y, 2 * x and x *= y arrive as Tensor.mul and Tensor.mul_ too.
 PRODUCTS = (torch.mul, Tensor.mul, torch.multiply, Tensor.multiply)
+QUOTIENTS = (torch.div, Tensor.div, torch.true_divide, Tensor.true_divide, Tensor.__truediv__)
 PRODUCTS_IN_PLACE = (Tensor.mul_, Tensor.multiply_)
 
 
@@ -161,6 +163,10 @@ class ConservativeMode(TorchFunctionMode):
         kwargs = {name: _without_gradient(value) for name, value in (kwargs or {}).items()}
         if func in PRODUCTS or func in PRODUCTS_IN_PLACE:
             return self._multiply(func, *args, **kwargs)
+        if func in QUOTIENTS and self._is_activated(args[0]) and not isinstance(args[1], Tensor):
+            out = func(*args, **kwargs)  # an activation divided by a number is still one
+            self._activated[id(out)] = out
+            return out
         if func in GATES and self._block is not None:
             return constant(func, *args, **kwargs)
         if func not in RULES:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fga_fast import checks
+from fga_fast.block_io import TapeError
 from fga_fast.explanation import TopFeatures
 from fga_fast.gate import Gate
 from fga_fast.models.layout import ModelLayout, find_layout
@@ -266,6 +267,8 @@ def _contributed(
     start: int,
 ) -> Tensor:
     """Relevance [B, P]: `x . g` at the input of block `start`, times the gates of the blocks from there on."""
+    if start not in record.inputs:
+        raise TapeError(record.unknown_inputs[start])
     x, g = record.batch_first(record.inputs[start]), record.batch_first(gradients.inputs[start])
     contribution = input_x_gradient(x, g)[:, record.layout.prefix_tokens :]
     return gated(contribution, [gates[block] for block in gates if block >= start])

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fga_fast.block_io import TapeError, replace_input, stream_of, with_stream
 from fga_fast.models.layout import ModelLayout
 from fga_fast.multihead import open_multi_head_attention
 from fga_fast.reference.attention import attention, relevance_dtype
 from fga_fast.reference.conservative import ConservativeMode
-from fga_fast.tape import TapeError
 
 _SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 _DROPOUT = (F.dropout, torch.dropout)
@@ -40,6 +40,8 @@ class Recording:
     inputs: dict[int, Tensor] = field(default_factory=dict)  # block -> x_{l-1}, its input, [B, N, C] or [N, B, C]
     streams: dict[int, Tensor] = field(default_factory=dict)  # block -> x_l, its output, likewise
     pool: Tensor | None = None  # [B, H, 1, tokens], the attention pool's A
+    unknown_inputs: dict[int, str] = field(default_factory=dict)  # block -> why its input could not be told
+    last: Tensor | None = None  # what the block that ended last handed on
     block: int | None = None  # block that is running; None between, before and after blocks
     finished: int = 0  # blocks that have run
 
@@ -167,17 +169,6 @@ class _AttentionMode(TorchFunctionMode):
             raise TapeError(f"model: dropout {p} is active in {self.record.where()}; call model.eval() first")
 
 
-def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    values = args[:1] or tuple(kwargs.values())[:1]
-    return values[0] if values and isinstance(values[0], Tensor) else None
-
-
-def _replace_first(args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor) -> tuple[Any, dict[str, Any]]:
-    if args:
-        return (value, *args[1:]), kwargs
-    return args, {**kwargs, next(iter(kwargs)): value}
-
-
 def _hooks(record: Recording, index: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """What happens before and after a block.
 
@@ -185,28 +176,25 @@ def _hooks(record: Recording, index: int) -> tuple[Callable[..., Any], Callable[
     """
     owner = threading.get_ident()  # the hooks are on a shared model; in other threads they must do nothing
 
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         if threading.get_ident() != owner:
             return None
         record.block = index
-        x = _first_tensor(args, kwargs)
-        if x is None:
+        try:
+            x, replaced = replace_input((args, kwargs or {}), record.last, record.layout, record.images, record.where())
+        except TapeError as error:  # which matters to those who ask for the inputs only
+            record.unknown_inputs[index] = str(error)
             return None
         record.inputs[index] = x.clone()
-        return _replace_first(args, kwargs, record.inputs[index].clone())
+        return replaced(record.inputs[index].clone())
 
     def leave(module: nn.Module, args: Any, output: Any) -> Any:
         if threading.get_ident() != owner:
             return None
         record.block, record.finished = None, index + 1
-        x = output[0] if isinstance(output, tuple) else output
-        if not isinstance(x, Tensor) or x.dim() != 3:
-            raise TapeError(
-                f"model: block {index} ({type(module).__name__}) returned {type(output).__name__}, expected the "
-                "residual stream [B, N, C] or a tuple that starts with it"
-            )
-        record.streams[index] = x
-        return (x.clone(), *output[1:]) if isinstance(output, tuple) else x.clone()
+        record.streams[index] = stream_of(output, f"block {index} ({type(module).__name__})")
+        record.last = record.streams[index].clone()
+        return with_stream(output, record.last)
 
     return enter, leave
 

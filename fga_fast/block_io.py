@@ -34,7 +34,7 @@ def replace_input(
         TapeError: none of the arguments has the shape [B, N, C], or several have.
     """
     args, kwargs = arguments
-    named = [*enumerate(args), *kwargs.items()]
+    named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     found = [name for name, value in named if value is tokens and tokens is not None]
     if not found:
         found = [name for name, value in named if _is_stream(value, layout, images)]

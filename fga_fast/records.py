@@ -54,6 +54,11 @@ class Gating:
         return *maps, index[0], value[0], index[1], value[1]
 
     def __call__(self, x: Tensor, g: Tensor, inverse: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if x.shape[-1] != self.sae.d_model:
+            raise ValueError(
+                f"saes: one for a residual stream of width {self.sae.d_model} is used where the model's has width "
+                f"{x.shape[-1]}; use an SAE trained on this model"
+            )
         prefix = self.prefix_tokens
         if prefix:  # a slice of everything is an alias, for which vmap has no rule
             x, g = x[:, prefix:], g[:, prefix:]

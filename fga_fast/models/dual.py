@@ -37,7 +37,9 @@ class DualEncoder:
     """Features of images and texts of one dual encoder, and the logits it computes from them.
 
     Text features are kept for every prompt seen, the `MAX_PROMPTS` used last, and computed anew when a weight of the
-    text tower was changed, moved or converted. Several threads may use one object.
+    text tower was changed in place, replaced, moved or converted. A change that PyTorch does not count (through
+    `weight.data`, as some merges of adapters do) is not seen: make a new explainer after one. Several threads may use
+    one object.
 
     Args:
         model: for which `library_of` is not empty.

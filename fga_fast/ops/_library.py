@@ -48,6 +48,8 @@ def load() -> None:
             logger.info("CUDA kernels not loaded: %s", error)
     for op in ("attention", "score", "gate"):
         importlib.import_module(f"fga_fast.ops.{op}").register()
+    if torch._C._dispatch_has_kernel_for_dispatch_key("fga_fast::attention_relevance", "CUDA"):
+        importlib.import_module("fga_fast.ops.attention_cuda").register()
 
 
 def cuda_error() -> str:
@@ -59,14 +61,17 @@ def cuda_error() -> str:
     return str(_cuda_error) if _cuda_error else ""
 
 
-def require_cpu(op: str, tensor: Tensor) -> None:
+def require_kernel(op: str, tensor: torch.Tensor) -> None:
     """Refuses a tensor for whose device there is no native kernel, with the reason."""
-    if tensor.device.type == "cpu" or tensor.device.type == "meta":
+    device = tensor.device
+    if device.type in ("cpu", "meta"):
+        return
+    if device.type == "cuda" and torch._C._dispatch_has_kernel_for_dispatch_key(f"fga_fast::{op}", "CUDA"):
         return
     reason = f" (the CUDA object did not load: {cuda_error()})" if cuda_error() else ""
     raise RuntimeError(
-        f"{op}: native kernels run on the CPU in this version, got a tensor on {tensor.device}{reason}; "
-        'use backend="composite" there or move the tensors to the CPU'
+        f"{op}: this build has no native kernel for {device.type}, got a tensor on {device}{reason}; use "
+        'backend="composite" there or move the tensors to the CPU'
     )
 
 

@@ -57,7 +57,7 @@ def attention(
         ValueError: a gradient is wanted for `bias`.
     """
     _library.load()
-    _library.require_cpu("attention", q)
+    _library.require_kernel("attention", q)
     out, lse, carried, port = torch.ops.fga_fast.attention(
         q, k, v, carrier, _placed("attention", bias, q), scale, gated, residual, signed, constant_map
     )
@@ -98,7 +98,7 @@ def attention_backward(
         RuntimeError: shapes, dtypes or devices do not fit; the message names the argument.
     """
     _library.load()
-    _library.require_cpu("attention_backward", q)
+    _library.require_kernel("attention_backward", q)
     dq, dk, dv, row_out = torch.ops.fga_fast.attention_backward(
         grad_out, row, gate, q, k, v, _placed("attention_backward", bias, q), out, lse, image, scale, residual, signed,
         need_qk, need_v,

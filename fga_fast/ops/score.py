@@ -72,7 +72,7 @@ def score(
             raise ValueError(f'top_features: mode {mode!r} has no feature contributions; use mode "combined"')
         return without_codes(x, g, sae, mode, image)
     _library.load()
-    _library.require_cpu("score", x)
+    _library.require_kernel("score", x)
     return Score(
         *torch.ops.fga_fast.score(
             x, g, image, sae.W_enc.t(), sae.bias, sae.W_dec, sae.theta, sae.gate_scale, sae.mag_bias, permutation,

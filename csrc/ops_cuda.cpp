@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <tuple>
+#include <utility>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -58,8 +60,6 @@ Tensor gate(const Tensor& scores /* [M, P] */, double base, double slope) {
   return gates;
 }
 
-constexpr const char* kRelevance = "attention_relevance";
-
 std::string capability(int32_t device) {
   int major = 0, minor = 0;
   if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
@@ -68,14 +68,14 @@ std::string capability(int32_t device) {
   return std::to_string(major) + "." + std::to_string(minor);
 }
 
-fga::cuda::NumberType number_type(const Tensor& q) {
+fga::cuda::NumberType number_type(const char* op, const Tensor& q) {
   switch (q.scalar_type()) {
     case ScalarType::BFloat16: return fga::cuda::NumberType::bf16;
     case ScalarType::Half: return fga::cuda::NumberType::half;
     case ScalarType::Float: return fga::cuda::NumberType::float32;
     default:
-      STD_TORCH_CHECK(false, kRelevance, ": q must be float32, bfloat16 or float16 on CUDA, got ",
-                      name_of(q.scalar_type()), " of shape ", shape_of(q), " on a device of compute capability ",
+      STD_TORCH_CHECK(false, op, ": q must be float32, bfloat16 or float16 on CUDA, got ", name_of(q.scalar_type()),
+                      " of shape ", shape_of(q), " on a device of compute capability ",
                       capability(q.get_device_index()), R"(; use backend="composite" for float64)");
   }
 }
@@ -96,20 +96,21 @@ fga::cuda::HeadTensor heads_of(const Tensor& t) {
   return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-fga::cuda::LogitBias bias_of(const std::optional<Tensor>& bias, const Tensor& q, const Tensor& k) {
+fga::cuda::LogitBias bias_of(const char* op, const std::optional<Tensor>& bias, const Tensor& q, const Tensor& k) {
   if (!bias) return {};
-  check_rank(kRelevance, "bias", *bias, 4, "broadcastable to [B, H, Nq, N]");
+  check_rank(op, "bias", *bias, 4, "broadcastable to [B, H, Nq, N]");
   const std::string want = shape_of({q.size(0), q.size(1), q.size(2), k.size(2)});
   for (int64_t dim = 0; dim < 4; ++dim)
-    STD_TORCH_CHECK(bias->size(dim) == 1 || bias->size(dim) == (dim == 3 ? k.size(2) : q.size(dim)), kRelevance,
+    STD_TORCH_CHECK(bias->size(dim) == 1 || bias->size(dim) == (dim == 3 ? k.size(2) : q.size(dim)), op,
                     ": bias must be broadcastable to ", want, ", got shape ", shape_of(*bias));
-  STD_TORCH_CHECK(bias->scalar_type() == q.scalar_type() || bias->scalar_type() == ScalarType::Float, kRelevance,
+  STD_TORCH_CHECK(bias->scalar_type() == q.scalar_type() || bias->scalar_type() == ScalarType::Float, op,
                   ": bias must be ", name_of(q.scalar_type()), " or float32, got ", name_of(bias->scalar_type()));
   const auto stride = [&](int64_t dim) { return bias->size(dim) == 1 ? 0 : bias->stride(dim); };
   return {bias->const_data_ptr(), stride(0), stride(1), stride(2), stride(3), bias->scalar_type() == ScalarType::Float};
 }
 
-struct Relevance {
+// What both attention ops take.
+struct Arguments {
   const Tensor &grad_out, &row;
   const std::optional<Tensor>& gate;
   const Tensor &q, &k, &v;
@@ -118,89 +119,150 @@ struct Relevance {
   const std::optional<Tensor>& image;
 };
 
-void check_relevance(const Relevance& t, bool residual) {
-  check_rank(kRelevance, "q", t.q, 4, "[B, H, Nq, D]");
-  check_rank(kRelevance, "k", t.k, 4, "[B, H, N, D]");
-  check_rank(kRelevance, "grad_out", t.grad_out, 4, "[M, H, Nq, D]");
+void check_arguments(const char* op, const Arguments& t, bool residual) {
+  check_rank(op, "q", t.q, 4, "[B, H, Nq, D]");
+  check_rank(op, "k", t.k, 4, "[B, H, N, D]");
+  check_rank(op, "grad_out", t.grad_out, 4, "[M, H, Nq, D]");
   const int64_t rows = t.grad_out.size(0), heads = t.q.size(1), queries = t.q.size(2), width = t.q.size(3);
   const int64_t keys = t.k.size(2);
-  check_shape(kRelevance, "k", t.k, {t.q.size(0), heads, keys, width});
-  check_shape(kRelevance, "v", t.v, {t.q.size(0), heads, keys, width});
-  check_shape(kRelevance, "grad_out", t.grad_out, {rows, heads, queries, width});
-  check_shape(kRelevance, "lse", t.lse, {t.q.size(0), heads, queries});
-  check_shape(kRelevance, "row", t.row, {rows, queries});
+  check_shape(op, "k", t.k, {t.q.size(0), heads, keys, width});
+  check_shape(op, "v", t.v, {t.q.size(0), heads, keys, width});
+  check_shape(op, "grad_out", t.grad_out, {rows, heads, queries, width});
+  check_shape(op, "lse", t.lse, {t.q.size(0), heads, queries});
+  check_shape(op, "row", t.row, {rows, queries});
   for (auto [name, tensor] : {std::pair{"k", &t.k}, {"v", &t.v}, {"grad_out", &t.grad_out}})
-    check_type(kRelevance, name, *tensor, t.q.scalar_type());
-  check_type(kRelevance, "lse", t.lse, ScalarType::Float);
-  check_type(kRelevance, "row", t.row, ScalarType::Float);
+    check_type(op, name, *tensor, t.q.scalar_type());
+  check_type(op, "lse", t.lse, ScalarType::Float);
+  check_type(op, "row", t.row, ScalarType::Float);
   if (t.gate) {
-    check_shape(kRelevance, "gate", *t.gate, {rows, keys});
-    check_type(kRelevance, "gate", *t.gate, ScalarType::Float);
+    check_shape(op, "gate", *t.gate, {rows, keys});
+    check_type(op, "gate", *t.gate, ScalarType::Float);
   }
   if (t.image) {
-    check_shape(kRelevance, "image", *t.image, {rows});
-    check_type(kRelevance, "image", *t.image, ScalarType::Long);
+    check_shape(op, "image", *t.image, {rows});
+    check_type(op, "image", *t.image, ScalarType::Long);
   }
-  STD_TORCH_CHECK(t.image || rows == t.q.size(0), kRelevance, ": grad_out has ", rows, " rows for ", t.q.size(0),
+  STD_TORCH_CHECK(t.image || rows == t.q.size(0), op, ": grad_out has ", rows, " rows for ", t.q.size(0),
                   " images; give image [M] to say which row belongs to which");
-  STD_TORCH_CHECK(!residual || queries == keys, kRelevance, ": residual needs as many queries as keys, got ", queries,
-                  " and ", keys);
+  STD_TORCH_CHECK(!residual || queries == keys, op, ": residual needs as many queries as keys, got ", queries, " and ",
+                  keys);
   for (const Tensor* tensor : {&t.k, &t.v, &t.grad_out, &t.lse, &t.row, t.gate ? &*t.gate : &t.q,
                                t.image ? &*t.image : &t.q, t.bias ? &*t.bias : &t.q})
-    STD_TORCH_CHECK(tensor->is_cuda() && tensor->get_device_index() == t.q.get_device_index(), kRelevance,
+    STD_TORCH_CHECK(tensor->is_cuda() && tensor->get_device_index() == t.q.get_device_index(), op,
                     ": all tensors must be on the CUDA device of q");
 }
 
-// -> row_out [M, N]; allocates it and a workspace of 4 M H N bytes
+// The problem a kernel is given, and what keeps its memory alive.
+struct Prepared {
+  Tensor q, k, v, grad_out, lse, row, messages, row_out;
+  std::optional<Tensor> gate, image;
+  fga::cuda::AttentionRelevance work;
+};
+
+// Allocates row_out and a workspace of 4 M H N bytes.
+Prepared prepare(const char* op, const Arguments& t, double scale, bool residual, bool is_signed) {
+  const auto dense = [](const std::optional<Tensor>& x) {
+    return x ? std::optional<Tensor>(torch::stable::contiguous(*x)) : std::nullopt;
+  };
+  const auto type = number_type(op, t.q);
+  const int64_t rows = t.grad_out.size(0), heads = t.q.size(1), keys = t.k.size(2);
+  Prepared p = {readable(t.q),
+                readable(t.k),
+                readable(t.v),
+                readable(t.grad_out),
+                torch::stable::contiguous(t.lse),
+                torch::stable::contiguous(t.row),
+                torch::stable::new_empty(t.row, {rows, heads, keys}),
+                torch::stable::new_empty(t.row, {rows, keys}),
+                dense(t.gate),
+                dense(t.image),
+                {}};
+  p.work = {type,
+            heads_of(p.q),
+            heads_of(p.k),
+            heads_of(p.v),
+            heads_of(p.grad_out),
+            bias_of(op, t.bias, t.q, t.k),
+            static_cast<const float*>(p.lse.const_data_ptr()),
+            static_cast<const float*>(p.row.const_data_ptr()),
+            p.gate ? static_cast<const float*>(p.gate->const_data_ptr()) : nullptr,
+            p.image ? static_cast<const int64_t*>(p.image->const_data_ptr()) : nullptr,
+            static_cast<float*>(p.messages.mutable_data_ptr()),
+            static_cast<float*>(p.row_out.mutable_data_ptr()),
+            rows,
+            t.q.size(0),
+            heads,
+            t.q.size(2),
+            keys,
+            static_cast<int>(t.q.size(3)),
+            static_cast<float>(scale),
+            residual,
+            is_signed};
+  return p;
+}
+
+std::string described(const Arguments& t) {
+  return "got q " + shape_of(t.q) + " k " + shape_of(t.k) + " grad_out " + shape_of(t.grad_out) + " of " +
+         name_of(t.q.scalar_type()) + " on a device of compute capability " + capability(t.q.get_device_index());
+}
+
+// -> row_out [M, N]
 Tensor attention_relevance(const Tensor& grad_out, const Tensor& row, const std::optional<Tensor>& gate,
                            const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& bias,
                            const Tensor& lse, const std::optional<Tensor>& image, double scale, bool residual,
                            bool is_signed) {
-  check_relevance({grad_out, row, gate, q, k, v, bias, lse, image}, residual);
-  const auto type = number_type(q);
+  const char* op = "attention_relevance";
+  const Arguments arguments = {grad_out, row, gate, q, k, v, bias, lse, image};
+  check_arguments(op, arguments, residual);
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  const Tensor query = readable(q), key = readable(k), value = readable(v), gradient = readable(grad_out);
-  const Tensor statistics = torch::stable::contiguous(lse), arriving = torch::stable::contiguous(row);
-  const auto dense = [](const std::optional<Tensor>& t) {
-    return t ? std::optional<Tensor>(torch::stable::contiguous(*t)) : std::nullopt;
-  };
-  const std::optional<Tensor> factors = dense(gate), images = dense(image);
-  const int64_t rows = grad_out.size(0), heads = q.size(1), keys = k.size(2);
-  Tensor messages = torch::stable::new_empty(row, {rows, heads, keys});
-  Tensor row_out = torch::stable::new_empty(row, {rows, keys});
-  const fga::cuda::AttentionRelevance work = {type,
-                                              heads_of(query),
-                                              heads_of(key),
-                                              heads_of(value),
-                                              heads_of(gradient),
-                                              bias_of(bias, q, k),
-                                              static_cast<const float*>(statistics.const_data_ptr()),
-                                              static_cast<const float*>(arriving.const_data_ptr()),
-                                              factors ? static_cast<const float*>(factors->const_data_ptr()) : nullptr,
-                                              images ? static_cast<const int64_t*>(images->const_data_ptr()) : nullptr,
-                                              static_cast<float*>(messages.mutable_data_ptr()),
-                                              static_cast<float*>(row_out.mutable_data_ptr()),
-                                              rows,
-                                              q.size(0),
-                                              heads,
-                                              q.size(2),
-                                              keys,
-                                              static_cast<int>(q.size(3)),
-                                              static_cast<float>(scale),
-                                              residual,
-                                              is_signed};
-  if (rows == 0 || keys == 0) return row_out;
-  STD_TORCH_CHECK(fga::cuda::fits(work), kRelevance, ": head width must be a multiple of 8 up to ",
-                  fga::cuda::kWidestHead, " and rows x heads x keys / 64 below 2^31, got q ", shape_of(q), " k ",
-                  shape_of(k), " grad_out ", shape_of(grad_out), " of ", name_of(q.scalar_type()),
-                  " on a device of compute capability ", capability(q.get_device_index()),
-                  R"(; use backend="composite")");
+  const Prepared p = prepare(op, arguments, scale, residual, is_signed);
+  if (p.work.rows == 0 || p.work.keys == 0) return p.row_out;
+  STD_TORCH_CHECK(fga::cuda::fits(p.work), op, ": head width must be a multiple of 8 up to ", fga::cuda::kWidestHead,
+                  " and rows x heads x keys / 64 below 2^31, ", described(arguments), R"(; use backend="composite")");
   const cudaStream_t stream = current_stream(q.get_device_index());
-  fga::cuda::attention_messages(work, stream);
+  fga::cuda::attention_messages(p.work, stream);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  fga::cuda::attention_combine(work, stream);
+  fga::cuda::attention_combine(p.work, stream);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return row_out;
+  return p.row_out;
+}
+
+// [M, H, N, D] over token-major memory
+Tensor gradient_of(const Tensor& like, bool wanted, int64_t rows, int64_t tokens) {
+  if (!wanted) return torch::stable::new_empty(like, {0});
+  return torch::stable::transpose(torch::stable::new_empty(like, {rows, tokens, like.size(1), like.size(3)}), 1, 2);
+}
+
+// -> dq [M, H, Nq, D] and dk [M, H, N, D] (empty unless need_qk), dv [M, H, N, D], row_out [M, N]
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_gradients(
+    const Tensor& grad_out, const Tensor& row, const std::optional<Tensor>& gate, const Tensor& q, const Tensor& k,
+    const Tensor& v, const std::optional<Tensor>& bias, const Tensor& out, const Tensor& lse,
+    const std::optional<Tensor>& image, double scale, bool residual, bool is_signed, bool need_qk) {
+  const char* op = "attention_gradients";
+  const Arguments arguments = {grad_out, row, gate, q, k, v, bias, lse, image};
+  check_arguments(op, arguments, residual);
+  check_shape(op, "out", out, {q.size(0), q.size(1), q.size(2), q.size(3)});
+  check_type(op, "out", out, q.scalar_type());
+  STD_TORCH_CHECK(out.is_cuda() && out.get_device_index() == q.get_device_index(), op,
+                  ": out must be on the CUDA device of q");
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  const Prepared p = prepare(op, arguments, scale, residual, is_signed);
+  const Tensor forward = readable(out);
+  Tensor dq = gradient_of(q, need_qk, p.work.rows, p.work.queries),
+         dk = gradient_of(q, need_qk, p.work.rows, p.work.keys);
+  Tensor dv = gradient_of(q, true, p.work.rows, p.work.keys);
+  if (p.work.rows == 0 || p.work.keys == 0) return {dq, dk, dv, p.row_out};
+  const fga::cuda::AttentionGradients work = {
+      p.work, heads_of(forward), dq.mutable_data_ptr(), dk.mutable_data_ptr(), dv.mutable_data_ptr(), need_qk};
+  STD_TORCH_CHECK(fga::cuda::fits(work), op, ": takes bfloat16 and float16, head widths in steps of 8 up to ",
+                  fga::cuda::kWidestFusedHead, " and at most ", fga::cuda::kMostTokens, " queries and keys, ",
+                  described(arguments), "; use attention_relevance");
+  const cudaStream_t stream = current_stream(q.get_device_index());
+  fga::cuda::attention_gradients(work, stream);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  fga::cuda::attention_combine(p.work, stream);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return {dq, dk, dv, p.row_out};
 }
 
 }  // namespace
@@ -208,4 +270,5 @@ Tensor attention_relevance(const Tensor& grad_out, const Tensor& row, const std:
 STABLE_TORCH_LIBRARY_IMPL(fga_fast, CUDA, m) {
   m.impl("gate", TORCH_BOX(&gate));
   m.impl("attention_relevance", TORCH_BOX(&attention_relevance));
+  m.impl("attention_gradients", TORCH_BOX(&attention_gradients));
 }

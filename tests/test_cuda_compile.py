@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
-KERNELS = {"attention_relevance": 27, "gate": 2}  # entry points of each file
+KERNELS = {"attention_relevance": 27, "attention_gradients": 16, "gate": 2}  # entry points of each file
 
 
 class Compiled(NamedTuple):
@@ -88,25 +88,29 @@ def test_no_spills(compiled: dict[tuple[str, str], Compiled], stem: str, archite
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_blocks_on_a_multiprocessor(compiled: dict[tuple[str, str], Compiled], architecture: str) -> None:
-    """65,536 registers hold three blocks of 128 threads for 16-bit numbers, two for float32."""
+    """65,536 registers hold three blocks of 128 threads for 16-bit numbers, two for float32; one of 256 threads."""
     for name, kernel in compiled["attention_relevance", architecture].kernels.items():
         assert kernel["registers"] <= (255 if "5Float" in name else 168), name
+    for name, kernel in compiled["attention_gradients", architecture].kernels.items():
+        assert kernel["registers"] <= 255, name
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_tensor_cores(compiled: dict[tuple[str, str], Compiled], architecture: str) -> None:
-    """Every messages kernel multiplies on tensor cores in its own type and copies asynchronously."""
+@pytest.mark.parametrize("stem", ("attention_relevance", "attention_gradients"))
+def test_tensor_cores(compiled: dict[tuple[str, str], Compiled], stem: str, architecture: str) -> None:
+    """Every attention kernel multiplies on tensor cores in its own type and copies asynchronously."""
     tool = disassembler()
     if tool is None:
         pytest.skip("no cuobjdump, neither on PATH nor with Triton")
-    cubin = compiled["attention_relevance", architecture].cubin
+    cubin = compiled[stem, architecture].cubin
     text = subprocess.run([tool, "--dump-sass", cubin], capture_output=True, text=True, check=True).stdout
     functions = {part.split("\n", 1)[0].strip(): part for part in text.split("Function : ")[1:]}
-    messages = {name: code for name, code in functions.items() if "messages_kernel" in name}
-    assert len(messages) == KERNELS["attention_relevance"] - 1
-    for name, code in messages.items():
+    multiplying = {name: code for name, code in functions.items() if "combine_kernel" not in name}
+    assert len(multiplying) == KERNELS[stem] - (stem == "attention_relevance")
+    for name, code in multiplying.items():
         kind = "TF32" if "5Float" in name else "BF16" if "4Bf16" in name else "F32"
         products = re.findall(r"HMMA\.(\S+)", code)
         assert products and all(kind in product for product in products), (name, set(products))
         assert "LDGSTS" in code and "LDL" not in code and "STL" not in code, name
         assert "MUFU.EX2" in code, name
+        assert ("LDSM" in code) == (stem == "attention_gradients"), name

@@ -44,7 +44,7 @@ def test_the_cuda_object_registers_the_kernels() -> None:
         if os.environ.get("FGA_FAST_CUDA") == "1":
             raise
         pytest.skip(f"no CUDA object for this torch: {error}")
-    assert registered("gate") and registered("attention_relevance")
+    assert all(registered(op) for op in ("gate", "attention_relevance", "attention_gradients"))
 
 
 def test_attention_is_registered_for_cuda() -> None:
@@ -72,6 +72,10 @@ def test_fake_cuda_tensors(dtype: torch.dtype) -> None:
             grad_out, row, row, q, q, q, None, out, lse, image, 0.125, True, False, False, True
         )
         assert dq.shape == dk.shape == (0,) and dv.shape == (4, 3, 50, 64) and row_out.shape == (4, 50)
+        dq, dk, dv, row_out = torch.ops.fga_fast.attention_gradients(
+            grad_out, row, row, q, q, q, None, out, lse, image, 0.125, True, False, True
+        )
+        assert dq.shape == dk.shape == dv.shape == (4, 3, 50, 64) and dq.transpose(1, 2).is_contiguous()
         left = torch.ops.fga_fast.attention_relevance(
             grad_out, row, None, q, q, q, None, lse, image, 0.125, True, False
         )
@@ -172,6 +176,12 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, replacement in zip(ATEN, replacements, strict=True):
         monkeypatch.setattr(torch.ops.aten, name, replacement)
     monkeypatch.setattr(torch.ops.fga_fast, "attention_relevance", emulated.attention_relevance)
+    monkeypatch.setattr(torch.ops.fga_fast, "attention_gradients", emulated.attention_gradients)
+
+
+@pytest.fixture(params=("0", "1"), ids=("apart", "fused"))
+def fused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FGA_FAST_FUSED_ATTENTION", request.param)
 
 
 def run(
@@ -187,7 +197,7 @@ def run(
     )
 
 
-@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.usefixtures("on_cpu", "fused")
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32))
 @pytest.mark.parametrize("shape", (None, (1, 1, 1, 21), (2, 3, 21, 21), (2, 1, 21, 1)))
 @pytest.mark.parametrize("rows", (2, 5))
@@ -227,6 +237,18 @@ def test_layouts_that_kernels_cannot_read_are_copied() -> None:
     want = explicit(p, 0.25)
     torch.testing.assert_close(got[4].double(), want.row.double(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got[1].double(), want.dq, rtol=3e-2, atol=3e-2)
+
+
+def test_which_kernel_is_a_function_of_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def uses(tokens: int = 197, width: int = 64, dtype: torch.dtype = torch.bfloat16, need_v: bool = True) -> bool:
+        q = torch.empty(1, 1, tokens, width, dtype=dtype)
+        return attention_cuda.uses_fused(q, q, need_v)
+
+    monkeypatch.delenv("FGA_FAST_FUSED_ATTENTION", raising=False)
+    assert not uses()
+    monkeypatch.setenv("FGA_FAST_FUSED_ATTENTION", "1")
+    assert uses() and uses(256, 8) and not uses(257) and not uses(width=72)
+    assert not uses(dtype=torch.float32) and not uses(need_v=False)
 
 
 @pytest.mark.parametrize(("dtype", "width"), ((torch.float64, 64), (torch.float32, 12), (torch.bfloat16, 136)))

@@ -21,6 +21,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "attention_rows.h"
 #include "device.h"
 #include "number.h"
 
@@ -29,16 +30,11 @@ namespace {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kBlockBytes = 64;  // what four lanes read of a row at once
-constexpr int kChunkBytes = 16;  // what one lane reads
-constexpr int kChunksPerBlock = kBlockBytes / kChunkBytes;
-constexpr float kLog2e = 1.4426950408889634F;
 
 // Sizes that follow from the bytes of one head's row.
 template <int kBlocks>
 struct Tile {
   static constexpr int kRowBytes = kBlocks * kBlockBytes;
-  static constexpr int kChunks = kBlocks * kChunksPerBlock;
   static constexpr int kKeySteps = kBlocks <= 2 ? 2 : 1;  // times 16 keys a warp; limited by registers
   static constexpr int kKeys = kWarps * 16 * kKeySteps;
   static constexpr int kQueries = kBlocks <= 4 ? 64 : 32;  // limited by shared memory
@@ -51,52 +47,6 @@ struct alignas(16) Stage {
   float lse[Tile<kBlocks>::kQueries];
   float row[Tile<kBlocks>::kQueries];
 };
-
-// Where chunk c of row r lies in a tile. Lanes read the four chunks of a block from two rows at once; where rows are a
-// multiple of 128 bytes apart, every other row has its blocks swapped in pairs so that these lie in different banks.
-template <int kBlocks>
-__device__ __forceinline__ int chunk_offset(int r, int c) {
-  if constexpr (kBlocks % 2 == 0) c ^= (r & 1) * kChunksPerBlock;
-  return r * Tile<kBlocks>::kRowBytes + c * kChunkBytes;
-}
-
-template <class T>
-__device__ __forceinline__ const typename T::Bits* head_of(const HeadTensor& t, int64_t batch, int64_t head) {
-  return static_cast<const typename T::Bits*>(t.data) + batch * t.batch_stride + head * t.head_stride;
-}
-
-// The lane's part of 16 rows of K or V, zeros past the last key and past the head's width.
-template <class T, int kBlocks>
-__device__ __forceinline__ void load_keys(LeftBlock (&block)[kBlocks], const typename T::Bits* head, int64_t stride,
-                                          int64_t first, int64_t keys, int width, int lane) {
-  constexpr int kPerChunk = kChunkBytes / static_cast<int>(sizeof(typename T::Bits));
-  const int64_t upper = first + lane / 4, lower = upper + 8;
-#pragma unroll
-  for (int j = 0; j < kBlocks; ++j) {
-    const int column = (j * kChunksPerBlock + lane % 4) * kPerChunk;
-    const uint4 zero = {0, 0, 0, 0};
-    block[j].upper = block[j].lower = zero;
-    if (column < width && upper < keys)
-      block[j].upper = *reinterpret_cast<const uint4*>(head + upper * stride + column);
-    if (column < width && lower < keys)
-      block[j].lower = *reinterpret_cast<const uint4*>(head + lower * stride + column);
-  }
-}
-
-// Starts the copy of some rows of Q or dO into a tile; all threads of the block take part.
-template <class T, int kBlocks>
-__device__ __forceinline__ void copy_rows(unsigned char* tile, const typename T::Bits* head, int64_t stride,
-                                          int64_t first, int64_t queries, int width) {
-  constexpr int kChunks = Tile<kBlocks>::kChunks;
-  constexpr int kPerChunk = kChunkBytes / static_cast<int>(sizeof(typename T::Bits));
-#pragma unroll 4
-  for (int i = static_cast<int>(threadIdx.x); i < Tile<kBlocks>::kQueries * kChunks; i += kThreads) {
-    const int r = i / kChunks, c = i % kChunks;
-    const bool valid = first + r < queries && c * kPerChunk < width;
-    const auto* from = valid ? head + (first + r) * stride + c * kPerChunk : head;
-    copy_async<kChunkBytes>(tile + chunk_offset<kBlocks>(r, c), from, valid);
-  }
-}
 
 // The first tile of queries, from `tile` on, at which relevance arrives; the number of tiles if there is none. Every
 // warp looks for itself and finds the same.
@@ -126,22 +76,16 @@ template <class T, int kBlocks>
 __device__ __forceinline__ void copy_tile(Stage<kBlocks>& stage, const Work<T>& w, const AttentionRelevance& a,
                                           int64_t tile) {
   const int64_t first = tile * Tile<kBlocks>::kQueries;
-  copy_rows<T, kBlocks>(stage.q, w.q, a.q.token_stride, first, a.queries, a.width);
-  copy_rows<T, kBlocks>(stage.grad_out, w.grad_out, a.grad_out.token_stride, first, a.queries, a.width);
+  constexpr int kCount = Tile<kBlocks>::kQueries;
+  copy_rows<T, kBlocks>(stage.q, w.q, a.q.token_stride, first, kCount, a.queries, a.width, kThreads);
+  copy_rows<T, kBlocks>(stage.grad_out, w.grad_out, a.grad_out.token_stride, first, kCount, a.queries, a.width,
+                        kThreads);
   const int i = static_cast<int>(threadIdx.x);
   if (i < Tile<kBlocks>::kQueries) {
     const bool valid = first + i < a.queries;  // past the end: row 0, so that nothing is added
     copy_async<4>(&stage.lse[i], valid ? w.lse + first + i : w.lse, valid);
     copy_async<4>(&stage.row[i], valid ? w.row + first + i : w.row, valid);
   }
-}
-
-template <class T>
-__device__ float bias_at(const AttentionRelevance& a, int64_t offset, int64_t query, int64_t key) {
-  if (query >= a.queries || key >= a.keys) return 0.0F;
-  const int64_t i = offset + query * a.bias.query_stride + key * a.bias.key_stride;
-  if (a.bias.float32) return static_cast<const float*>(a.bias.data)[i];
-  return T::to_float(static_cast<const typename T::Bits*>(a.bias.data)[i]);
 }
 
 // Adds what the queries of one tile send to this warp's keys. sums[i][0 and 1] belong to keys g and g + 8 of step i.
@@ -177,26 +121,10 @@ __device__ __forceinline__ void add_messages(float (&sums)[Tile<kBlocks>::kKeySt
       for (int i = 0; i < kKeySteps; ++i) {
         float logit = s[i][e] * scale - lse;
         if constexpr (kBias)
-          logit += kLog2e * bias_at<T>(a, bias, first_query + query, first_key + 16 * i + lane / 4 + 8 * (e / 2));
+          logit += kLog2e * bias_at<T>(a.bias, bias, first_query + query, first_key + 16 * i + lane / 4 + 8 * (e / 2),
+                                       a.queries, a.keys);
         sums[i][e / 2] += row * max_or_nan(exp2_approximate(logit) * gradient[i][e], lowest);
       }
-    }
-  }
-}
-
-// Writes the messages of this warp's keys, from the four lanes that hold parts of each.
-template <int kKeySteps>
-__device__ __forceinline__ void write_messages(float* messages, const float (&sums)[kKeySteps][2], int64_t first_key,
-                                               int64_t keys, int lane) {
-#pragma unroll
-  for (int i = 0; i < kKeySteps; ++i) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float sum = sums[i][half];
-      sum += __shfl_xor_sync(kAllLanes, sum, 1);
-      sum += __shfl_xor_sync(kAllLanes, sum, 2);
-      const int64_t key = first_key + 16 * i + 8 * half + lane / 4;
-      if (lane % 4 == 0 && key < keys) messages[key] = sum;
     }
   }
 }

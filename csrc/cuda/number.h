@@ -27,6 +27,11 @@ struct Bf16 {
   static __device__ __forceinline__ void multiply(float (&c)[4], const LeftBlock& a, const uint4& b) {
     multiply_16bit<mma_bf16>(c, a, b);
   }
+  // c [16, 8] += a [16, 16] b [16, 8], operands as the tensor core has them.
+  static __device__ __forceinline__ void step(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    mma_bf16(c, a[0], a[1], a[2], a[3], b0, b1);
+  }
+  static __device__ __forceinline__ uint32_t pack(float low, float high) { return pack_bf16(low, high); }
 };
 
 struct Half {
@@ -36,6 +41,11 @@ struct Half {
   static __device__ __forceinline__ void multiply(float (&c)[4], const LeftBlock& a, const uint4& b) {
     multiply_16bit<mma_half>(c, a, b);
   }
+  // c [16, 8] += a [16, 16] b [16, 8], operands as the tensor core has them.
+  static __device__ __forceinline__ void step(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    mma_half(c, a[0], a[1], a[2], a[3], b0, b1);
+  }
+  static __device__ __forceinline__ uint32_t pack(float low, float high) { return pack_half(low, high); }
 };
 
 // float32 on tensor cores that multiply 11-bit significands: x = high + low, where high keeps the upper bits exactly

@@ -52,6 +52,17 @@ inline float float_of(uint32_t bits) {
 inline float bf16_to_float(uint16_t bits) {
   return float_of(uint32_t{bits} << 16);
 }
+inline uint16_t float_to_bf16(float x) {  // to the nearest, ties to even
+  const uint32_t bits = bits_of(x);
+  if (std::isnan(x)) return 0x7fff;
+  return static_cast<uint16_t>((bits + 0x7fffU + (bits >> 16 & 1U)) >> 16);
+}
+inline uint16_t float_to_half(float x) {
+  const auto half = static_cast<_Float16>(x);
+  uint16_t bits;
+  std::memcpy(&bits, &half, sizeof bits);
+  return bits;
+}
 inline float half_to_float(uint16_t bits) {
   _Float16 x;
   std::memcpy(&x, &bits, sizeof x);
@@ -332,6 +343,27 @@ inline void mma_tf32(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint3
       [&](on_host::Thread* lanes, int k, int column) { return seen(lanes[column * 4 + k % 4].in[4 + k / 4]); });
 }
 
+// ldmatrix.x4.trans: lane l names row l % 8 of matrix l / 8; register i of lane l gets the elements (2t, g), (2t + 1,
+// g) of matrix i, t = l % 4, g = l / 4.
+inline void load_transposed(uint32_t (&r)[4], const void* row) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) on_host::block->fail("load_transposed from an unaligned row");
+  std::memcpy(on_host::me().in, &row, sizeof row);
+  on_host::block->meet_warp("load_transposed", [] {
+    on_host::Thread* lanes = on_host::block->warp_of_current();
+    for (int lane = 0; lane < on_host::kLanes; ++lane)
+      for (int i = 0; i < 4; ++i) {
+        uint32_t pair = 0;
+        for (int half = 0; half < 2; ++half) {
+          const uint16_t* matrix_row;
+          std::memcpy(&matrix_row, lanes[i * 8 + lane % 4 * 2 + half].in, sizeof matrix_row);
+          pair |= uint32_t{matrix_row[lane / 4]} << (16 * half);
+        }
+        lanes[lane].out[i] = pair;
+      }
+  });
+  std::copy(std::begin(on_host::me().out), std::end(on_host::me().out), r);
+}
+
 template <int kBytes>
 void copy_async(void* shared, const void* global, bool valid) {
   if (reinterpret_cast<uintptr_t>(shared) % kBytes != 0 || reinterpret_cast<uintptr_t>(global) % kBytes != 0)
@@ -364,6 +396,12 @@ inline float max_or_nan(float a, float b) {
 }
 inline float half_to_float(uint16_t bits) {
   return on_host::half_to_float(bits);
+}
+inline uint32_t pack_bf16(float low, float high) {
+  return on_host::float_to_bf16(low) | uint32_t{on_host::float_to_bf16(high)} << 16;
+}
+inline uint32_t pack_half(float low, float high) {
+  return on_host::float_to_half(low) | uint32_t{on_host::float_to_half(high)} << 16;
 }
 inline unsigned char* dynamic_shared() {
   return on_host::block->shared.data();

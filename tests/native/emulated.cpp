@@ -1,6 +1,5 @@
-// The CUDA kernels compiled for the CPU, callable from Python through ctypes. See cuda_on_host.h.
-#define FGA_CUDA_ON_HOST
-#include "cuda/attention_relevance.cu"
+// The CUDA kernels (compiled beside this for the CPU) callable from Python through ctypes. See cuda_on_host.h.
+#include "cuda/attention_relevance.h"
 
 extern "C" {
 
@@ -18,6 +17,14 @@ const char* emulated_attention_relevance(const fga::cuda::AttentionRelevance* a)
   return on_host::failure.c_str();
 }
 
+const char* emulated_attention_gradients(const fga::cuda::AttentionGradients* a) {
+  on_host::failure.clear();
+  if (!fga::cuda::fits(*a)) return "does not fit";
+  fga::cuda::attention_gradients(*a, nullptr);
+  fga::cuda::attention_combine(a->relevance, nullptr);
+  return on_host::failure.c_str();
+}
+
 // Shared memory of the largest launch since the last call.
 int64_t emulated_shared_bytes() {
   const auto most = static_cast<int64_t>(on_host::most_shared_bytes);
@@ -25,7 +32,7 @@ int64_t emulated_shared_bytes() {
   return most;
 }
 
-int emulated_attention_relevance_bytes() {
-  return sizeof(fga::cuda::AttentionRelevance);
+int emulated_bytes() {
+  return sizeof(fga::cuda::AttentionGradients);
 }
 }

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 TUNED = Path(__file__).parent / "tuned"
 WORKSPACE = 1 << 28  # bytes that one launch may use beyond its outputs
-LONGEST_SELECTION = 16384  # values that one program chooses the k largest of, in registers
+LONGEST_SELECTION = 8192  # values that one program chooses the k largest of, in registers
 # Features a token below which gathering decoder rows beats a second product. Two products of a token take 4 C F
 # operations, one product and writing and reading its codes takes 2 C F and 12 F bytes, a gathered row 2 C bytes: at the
 # H100's ratio of operations to bytes these break even near this share of the dictionary. An estimate, not measured.
@@ -50,6 +50,12 @@ _TILES: dict[tuple[int, str, str], Tile] = {
     (9, "tf32", "dense"): Tile(128, 128, 32, 8, 3),
     (10, "half", "dense"): Tile(128, 128, 64, 8, 3),
     (10, "tf32", "dense"): Tile(128, 128, 32, 8, 3),
+    (8, "half", "targets"): Tile(128, 128, 32, 8, 4),
+    (8, "tf32", "targets"): Tile(128, 128, 32, 8, 3),
+    (9, "half", "targets"): Tile(128, 128, 64, 8, 4),
+    (9, "tf32", "targets"): Tile(128, 128, 32, 8, 4),
+    (10, "half", "targets"): Tile(64, 128, 64, 8, 4),
+    (10, "tf32", "targets"): Tile(64, 128, 32, 8, 4),
     (8, "half", "top"): Tile(64, 128, 32, 8, 3, fused=False),
     (8, "tf32", "top"): Tile(64, 128, 32, 8, 3, fused=False),
     (9, "half", "top"): Tile(64, 128, 64, 8, 3),
@@ -60,18 +66,20 @@ _TILES: dict[tuple[int, str, str], Tile] = {
     (8, "tf32", "encode"): Tile(128, 128, 32, 8, 3),
     (9, "half", "encode"): Tile(128, 256, 64, 8, 3),
     (9, "tf32", "encode"): Tile(128, 128, 32, 8, 4),
-    (10, "half", "encode"): Tile(128, 256, 64, 8, 3),
+    (10, "half", "encode"): Tile(128, 128, 64, 8, 4),
     (10, "tf32", "encode"): Tile(128, 128, 32, 8, 4),
 } | {
     (generation, "ieee", kernel): tile
     for generation in (8, 9, 10)
     for kernel, tile in {
         "dense": Tile(64, 64, 16, 8, 2, fused=False),
+        "targets": Tile(64, 64, 16, 8, 2),
         "top": Tile(64, 64, 16, 8, 2, fused=False),
         "encode": Tile(64, 128, 16, 8, 2),
     }.items()
 }
 
+UNALIGNED = Tile(32, 64, 16, 8, 2, fused=False)
 GROUP = 32  # token tiles whose rows of x and g share the L2 cache: 12.6 MB at 128 tokens, width 768, 16 bits
 
 
@@ -92,17 +100,17 @@ def product_kind(dtype: object) -> str:
     return precision(dtype) if dtype == torch.float32 else "half"
 
 
-def tile(kernel: str, dtype: object, capability: tuple[int, int], top: bool) -> Tile:
+def tile(kernel: str, dtype: object, capability: tuple[int, int], width: int) -> Tile:
     """The tile of a kernel.
 
     Args:
-        kernel: "dense" or "encode".
+        kernel: "dense", "targets" (several an image), "top" (with the strongest features, any targets) or "encode".
         dtype: torch dtype of the dictionary.
         capability: compute capability of the device. Those without tiles of their own get the smallest, of 8.0.
-        top: whether the strongest features are wanted too.
+        width: C. Rows that are no multiple of 16 cannot be read 16 bytes at a time and get a tile of their own.
     """
     generation = capability[0] if capability[0] in (9, 10) else 8
-    return _TILES[generation, product_kind(dtype), "top" if kernel == "dense" and top else kernel]
+    return _TILES[generation, product_kind(dtype), kernel] if width % 16 == 0 else UNALIGNED
 
 
 def tiles_a_launch(tile: Tile, feature_tiles: int, row_patches: int, row_tiles: int, top: int) -> int:
@@ -121,20 +129,25 @@ def group_size(features: int, k: int) -> int:
     """Features of a group in the first round of a selection; 0: one round will do; -1: too many, sort instead."""
     if features <= LONGEST_SELECTION:
         return 0
-    for size in (64, 16):
+    for size in (64, 32, 16):
         if k * size <= LONGEST_SELECTION and features <= size * LONGEST_SELECTION:
             return size
     return -1
 
 
 def select_warps(block: int) -> int:
-    """Warps that choose from `block` candidates: at most 32 of them a thread."""
-    return min(16, max(1, block // 512))
+    """Warps that choose from `block` candidates, 16 of them a thread."""
+    return min(32, max(1, block // 512))
 
 
 def gathered_rows(block: int) -> int:
-    """Decoder rows of `block` columns that a program of 4 warps holds at a time."""
+    """Decoder rows of `block` columns that a program holds at a time."""
     return max(1, min(16, 8192 // block))
+
+
+def gather_warps(block: int) -> int:
+    """Warps of a program that gathers decoder rows of `block` columns."""
+    return 8 if block > 1024 else 4
 
 
 def route(activation: str, features: int, density: float | None, top: bool) -> str:

@@ -91,9 +91,16 @@ def _normalise(x, to, P, C, x_image, x_patch, EPSILON: tl.constexpr, CENTRE: tl.
     tl.store(to + token * C + column, row, mask=inside)
 
 
+def _aligned(tensor: Tensor) -> Tensor:  # [., P, C]
+    """As it is if its rows can be read 16 bytes at a time, else copied. Prefix tokens cut off leave them so."""
+    image, patch, column = tensor.stride()
+    offset = tensor.storage_offset() * tensor.element_size()
+    return tensor if column == 1 and not (image % 16 or patch % 16 or offset % 16) else tensor.contiguous()
+
+
 def _normalised(x: Tensor, kind: str, dtype: torch.dtype) -> Tensor:  # [B, P, C]
     """Tokens as the encoder wants them, in its dtype, rows contiguous. Statistics are float32."""
-    x = x if x.stride(2) == 1 else x.contiguous()
+    x = _aligned(x)
     if not kind:
         return x.to(dtype)
     to = torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -154,8 +161,7 @@ def _problem(
     dtype = W_enc_t.dtype
     start = order = gradient = None
     if mode == "combined":
-        gradient = g.to(dtype)
-        gradient = gradient if gradient.stride(2) == 1 else gradient.contiguous()
+        gradient = _aligned(g.to(dtype))
         if image is not None:
             ordered, order = image.sort(stable=True)
             start = torch.searchsorted(ordered, torch.arange(len(x) + 1, device=x.device))

@@ -137,13 +137,14 @@ def dense(problem: Problem, top: int) -> tuple[Tensor, ...]:
     """Scores [M, P], and for top > 0 index and contribution of the strongest features, [M, P, top] and [M, top]."""
     images, patches, _ = problem.x.shape
     features, rows = len(problem.W_enc_t), problem.rows
-    tile = _tiling.tile("dense", problem.x.dtype, capability(problem.x), top > 0)
+    use = "top" if top else "dense" if problem.start is None else "targets"
+    tile = _tiling.tile(use, problem.x.dtype, capability(problem.x), problem.x.shape[2])
     span = patches if top else images * patches
     per_span = triton.cdiv(span, tile.tokens)
     feature_tiles = triton.cdiv(features, tile.features)
     step = _tiling.tiles_a_launch(tile, feature_tiles, rows * patches, per_span * rows, top)
     new = problem.x.new_empty
-    scores = problem.x.new_zeros(rows, patches, dtype=torch.float32)
+    scores = None
     found = new((rows, patches, 0), dtype=torch.int32), new((rows, patches, 0), dtype=torch.float32)
     totals = []
     for first in range(0, feature_tiles, step):
@@ -153,10 +154,12 @@ def dense(problem: Problem, top: int) -> tuple[Tensor, ...]:
         index = torch.empty_like(value, dtype=torch.int32)
         total = new((per_span if top else 0, rows, count * tile.features), dtype=torch.float32)
         _launch(problem, tile, span, first * tile.features, count, top, (partial, value, index, total))
-        scores += partial.sum(0)
+        scores = partial.sum(0) if scores is None else scores + partial.sum(0)
         if top:
             found = strongest(torch.cat((found[0], index), -1), torch.cat((found[1], value), -1), top)
             totals.append(total.sum(0))
+    if scores is None:  # cannot be: a dictionary has features
+        raise ValueError("dense: expected a dictionary with features, got one without")
     if not top:
         return (scores,)
     total = torch.cat(totals, -1)[:, :features]

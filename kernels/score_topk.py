@@ -27,7 +27,7 @@ from .score_dense import Problem, strongest
 @triton.jit
 def _encode(
     x, encoder, bias, theta, scale, mag_bias, codes, maxima,
-    P, C, F, x_image, x_patch, first_token, tokens, token_tiles, feature_tiles, groups,
+    P, C, F, x_image, x_patch, first_token, tokens, token_tiles, feature_tiles, group_count,
     ACTIVATION: tl.constexpr, GROUP_SIZE: tl.constexpr, EVEN_C: tl.constexpr, PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr,
@@ -52,8 +52,8 @@ def _encode(
         z = tl.where((feature < F)[None, :], z, float("-inf"))
         largest = tl.max(tl.reshape(z, (BLOCK_T, BLOCK_F // GROUP_SIZE, GROUP_SIZE)), axis=2)
         column = feature_tile * (BLOCK_F // GROUP_SIZE) + tl.arange(0, BLOCK_F // GROUP_SIZE)
-        mask = (t < tokens)[:, None] & (column < groups)[None, :]
-        tl.store(maxima + row[:, None] * groups + column[None, :], largest, mask=mask)
+        mask = (t < tokens)[:, None] & (column < group_count)[None, :]
+        tl.store(maxima + row[:, None] * group_count + column[None, :], largest, mask=mask)
 
 
 @triton.jit
@@ -180,7 +180,7 @@ def sparse(problem: Problem, k: int, signed: bool, top: int) -> tuple[Tensor, ..
     x, rows = problem.x, problem.rows
     images, patches, _ = x.shape
     features, tokens = len(problem.W_enc_t), images * patches
-    tile = _tiling.tile("encode", x.dtype, capability(x), False)
+    tile = _tiling.tile("encode", x.dtype, capability(x), x.shape[2])
     group = _tiling.group_size(features, k) if k else 0
     step = _tiling.tokens_a_launch(tile, features, group, tokens)
     scores = x.new_empty((rows, patches), dtype=torch.float32)
@@ -289,5 +289,5 @@ def _launch_gather(
             contributions, x.shape[1], x.shape[2], index.shape[1], g.stride(0), g.stride(1), first,
             COMPACTED=count is not None, GROUPED=problem.start is not None,
             SHUFFLED=problem.permutation is not None, TOP=contributions.shape[-1] > 0,
-            BLOCK_K=_tiling.gathered_rows(block), BLOCK_C=block, num_warps=4,
+            BLOCK_K=_tiling.gathered_rows(block), BLOCK_C=block, num_warps=_tiling.gather_warps(block),
         )  # fmt: skip

@@ -32,6 +32,7 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 def use_tiles(monkeypatch: pytest.MonkeyPatch, fused: bool = True, features: int = 32) -> None:
     small = {key: _tiling.Tile(16, 64 if key[2] == "encode" else features, 16, 4, 2, fused) for key in _tiling._TILES}
     monkeypatch.setattr(_tiling, "_TILES", small)
+    monkeypatch.setattr(_tiling, "UNALIGNED", _tiling.Tile(16, 64, 16, 4, 2, False))
 
 
 def close(got: ops.Score, x: Tensor, g: Tensor, sae: SparseAutoencoder, mode: str = "combined", **more: Any) -> bool:

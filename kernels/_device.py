@@ -33,6 +33,11 @@ def capability(tensor: Tensor) -> tuple[int, int]:
     return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (9, 0)
 
 
+def device_name(tensor: Tensor) -> str:
+    """Name of the tensor's device, under which measured tiles are kept; "" in the interpreter."""
+    return torch.cuda.get_device_name(tensor.device) if tensor.is_cuda else ""
+
+
 @triton.jit
 def product(
     a,  # [A] pointers to rows of C contiguous elements

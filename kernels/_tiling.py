@@ -10,8 +10,11 @@ stay in the L2 cache.
 
 from __future__ import annotations
 
+import functools
+import json
+import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 TUNED = Path(__file__).parent / "tuned"
 WORKSPACE = 1 << 28  # bytes that one launch may use beyond its outputs
@@ -100,7 +103,28 @@ def product_kind(dtype: object) -> str:
     return precision(dtype) if dtype == torch.float32 else "half"
 
 
-def tile(kernel: str, dtype: object, capability: tuple[int, int], width: int) -> Tile:
+@functools.cache
+def tuned(device: str) -> dict[str, Any]:
+    """What benchmarks/device/tune.py measured on a device of that name: "tiles" and "sparse_share"; {} if it never ran.
+
+    Raises:
+        ValueError: the file is not what the tuner writes.
+    """
+    path = TUNED / f"{slug(device)}.json"
+    if not device or not path.is_file():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict) or not isinstance(found.get("tiles"), dict):
+        raise ValueError(f"{path}: expected what benchmarks/device/tune.py writes; delete it or tune again")
+    return found | {"tiles": {name: Tile(*numbers) for name, numbers in found["tiles"].items()}}
+
+
+def slug(device: str) -> str:
+    """A device's name as a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def tile(kernel: str, dtype: object, capability: tuple[int, int], width: int, device: str = "") -> Tile:
     """The tile of a kernel.
 
     Args:
@@ -108,9 +132,13 @@ def tile(kernel: str, dtype: object, capability: tuple[int, int], width: int) ->
         dtype: torch dtype of the dictionary.
         capability: compute capability of the device. Those without tiles of their own get the smallest, of 8.0.
         width: C. Rows that are no multiple of 16 cannot be read 16 bytes at a time and get a tile of their own.
+        device: its name, for what was measured on it.
     """
-    generation = capability[0] if capability[0] in (9, 10) else 8
-    return _TILES[generation, product_kind(dtype), kernel] if width % 16 == 0 else UNALIGNED
+    if width % 16:
+        return UNALIGNED
+    kind = product_kind(dtype)
+    measured: Tile | None = tuned(device)["tiles"].get(f"{kind} {kernel}") if tuned(device) else None
+    return measured or _TILES[capability[0] if capability[0] in (9, 10) else 8, kind, kernel]
 
 
 def tiles_a_launch(tile: Tile, feature_tiles: int, row_patches: int, row_tiles: int, top: int) -> int:
@@ -150,15 +178,33 @@ def gather_warps(block: int) -> int:
     return 8 if block > 1024 else 4
 
 
-def route(activation: str, features: int, density: float | None, top: bool) -> str:
+def route(activation: str, density: float | None, top: bool, device: str = "") -> str:
     """ "dense" or "sparse".
 
     Args:
         activation: as `SparseAutoencoder.activation`.
-        features: F.
         density: active features a token over F, if it was measured.
         top: whether the strongest features are wanted; codes without a k then take the dense route.
+        device: its name, for the share measured on it.
     """
     if activation in ("topk", "topk_signed"):
         return "sparse"
-    return "sparse" if density is not None and density < SPARSE_SHARE and not top else "dense"
+    share = tuned(device).get("sparse_share", SPARSE_SHARE)
+    return "sparse" if density is not None and density < share and not top else "dense"
+
+
+def dense_cost(tokens: int, rows: int, width: int, features: int, size: int) -> Cost:
+    """Two products: codes of T tokens, gradients of R rows; both matrices, x, g and the scores move once."""
+    flops = 2 * width * features * (tokens + rows)
+    return Cost(flops, size * width * (tokens + rows + 2 * features) + 4 * rows)
+
+
+def encode_cost(tokens: int, width: int, features: int, size: int) -> Cost:
+    """One product; codes are written and read once."""
+    return Cost(2 * width * features * tokens, size * width * (tokens + features) + 8 * tokens * features)
+
+
+def gather_cost(tokens: int, rows: int, width: int, active: int, size: int) -> Cost:
+    """`active` decoder rows a token, and one product with each gradient; caches are not counted on."""
+    flops = 2 * width * (active * tokens + rows)
+    return Cost(flops, size * width * (active * tokens + rows) + 8 * active * tokens + 4 * rows)

@@ -18,7 +18,7 @@ from fga_fast.ops import _library
 from fga_fast.ops.score import MODES, Score, without_codes
 
 from . import _tiling
-from ._device import INTERPRETED, check_device, on
+from ._device import INTERPRETED, check_device, device_name, on
 from .score_dense import Problem, dense
 from .score_topk import sparse
 
@@ -191,7 +191,7 @@ def _run(
     )
     features = len(W_enc_t)
     share = k / features if activation.startswith("topk") else density
-    if _tiling.route(activation, features, share, top_features > 0 or problem.g is None) == "sparse":
+    if _tiling.route(activation, share, top_features > 0 or problem.g is None, device_name(x)) == "sparse":
         kept = k if activation.startswith("topk") else 0
         outputs = sparse(problem, kept, activation == "topk_signed", top_features)
     else:

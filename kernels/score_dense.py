@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _tiling
-from ._device import INTERPRETED, activate, capability, on, product, two_products
+from ._device import INTERPRETED, activate, capability, device_name, on, product, two_products
 
 
 class Problem(NamedTuple):
@@ -138,7 +138,7 @@ def dense(problem: Problem, top: int) -> tuple[Tensor, ...]:
     images, patches, _ = problem.x.shape
     features, rows = len(problem.W_enc_t), problem.rows
     use = "top" if top else "dense" if problem.start is None else "targets"
-    tile = _tiling.tile(use, problem.x.dtype, capability(problem.x), problem.x.shape[2])
+    tile = _tiling.tile(use, problem.x.dtype, capability(problem.x), problem.x.shape[2], device_name(problem.x))
     span = patches if top else images * patches
     per_span = triton.cdiv(span, tile.tokens)
     feature_tiles = triton.cdiv(features, tile.features)

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _tiling
-from ._device import INTERPRETED, activate, capability, on, ordered, product
+from ._device import INTERPRETED, activate, capability, device_name, on, ordered, product
 from .score_dense import Problem, strongest
 
 
@@ -180,7 +180,7 @@ def sparse(problem: Problem, k: int, signed: bool, top: int) -> tuple[Tensor, ..
     x, rows = problem.x, problem.rows
     images, patches, _ = x.shape
     features, tokens = len(problem.W_enc_t), images * patches
-    tile = _tiling.tile("encode", x.dtype, capability(x), x.shape[2])
+    tile = _tiling.tile("encode", x.dtype, capability(x), x.shape[2], device_name(x))
     group = _tiling.group_size(features, k) if k else 0
     step = _tiling.tokens_a_launch(tile, features, group, tokens)
     scores = x.new_empty((rows, patches), dtype=torch.float32)

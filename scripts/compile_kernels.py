@@ -88,12 +88,21 @@ class Report(NamedTuple):
         return [fault for fault, broken in found.items() if broken]
 
 
+def tuned_tiles(arch: int) -> Iterator[tuple[str, _tiling.Tile]]:
+    """Tiles that were measured on devices of this architecture."""
+    for path in sorted(_tiling.TUNED.glob("*.json")):
+        table = _tiling.tuned(path.stem)
+        if table["capability"][0] == arch // 10:
+            yield from table["tiles"].items()
+
+
 def with_products(arch: int, every: bool) -> Iterator[Variant]:
     """Variants of the kernels with matrix products."""
     kinds = {"half": ("bf16", "ieee"), "tf32": ("fp32", "tf32"), "ieee": ("fp32", "ieee")}
     tiles = {
         (kind, use, tile, True) for (generation, kind, use), tile in _tiling._TILES.items() if generation == arch // 10
     }
+    tiles |= {(*name.split(), tile, True) for name, tile in tuned_tiles(arch)}
     tiles |= {(kind, use, _tiling.UNALIGNED, False) for kind, use, *_ in tiles if every or kind == "ieee"}
     for kind, use, tile, aligned in sorted(tiles):
         dtype, precision = kinds[kind]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -63,11 +64,11 @@ def test_routes_and_workspaces() -> None:
     triton_kernels.load()
     from fga_fast.kernels import _tiling
 
-    assert _tiling.route("topk", 49152, None, True) == "sparse"
-    assert _tiling.route("relu", 49152, None, False) == "dense"
-    assert _tiling.route("relu", 49152, 1700 / 49152, False) == "dense"
-    assert _tiling.route("relu", 49152, 64 / 49152, False) == "sparse"
-    assert _tiling.route("relu", 49152, 64 / 49152, True) == "dense"
+    assert _tiling.route("topk", None, True) == "sparse"
+    assert _tiling.route("relu", None, False) == "dense"
+    assert _tiling.route("relu", 1700 / 49152, False) == "dense"
+    assert _tiling.route("relu", 64 / 49152, False) == "sparse"
+    assert _tiling.route("relu", 64 / 49152, True) == "dense"
     tile = _tiling.tile("encode", torch.bfloat16, (9, 0), 768)
     group = _tiling.group_size(49152, 64)
     assert group == 64 and _tiling.group_size(8192, 8192) == 0 and _tiling.group_size(49152, 4096) == -1
@@ -76,3 +77,37 @@ def test_routes_and_workspaces() -> None:
     dense = _tiling.tile("dense", torch.bfloat16, (9, 0), 768)
     assert _tiling.tiles_a_launch(dense, 384, 32 * 196, 0, 0) == 384
     assert 1 <= _tiling.tiles_a_launch(dense, 384, 10**6, 0, 0) * 4 * 10**6 <= _tiling.WORKSPACE
+
+
+def test_tiles_measured_on_a_device_are_taken_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    triton_kernels.load()
+    from fga_fast.kernels import _tiling
+
+    monkeypatch.setattr(_tiling, "TUNED", tmp_path)
+    table = {"tiles": {"half dense": [64, 64, 32, 4, 2, False]}, "sparse_share": 0.5}
+    (tmp_path / "some-gpu-9.json").write_text(json.dumps(table))
+    (tmp_path / "broken.json").write_text("[]")
+    tile, dtype = _tiling.tile, torch.bfloat16
+    assert tile("dense", dtype, (9, 0), 768, "Some GPU (9)") == _tiling.Tile(64, 64, 32, 4, 2, False)
+    assert tile("encode", dtype, (9, 0), 768, "Some GPU (9)") == tile("encode", dtype, (9, 0), 768)
+    assert tile("dense", dtype, (9, 0), 768, "Other GPU") == tile("dense", dtype, (9, 0), 768)
+    assert _tiling.route("relu", 0.4, False, "Some GPU (9)") == "sparse"
+    with pytest.raises(ValueError, match=r"broken\.json: expected what benchmarks/device/tune\.py writes"):
+        tile("dense", dtype, (9, 0), 768, "broken")
+
+
+def test_costs() -> None:
+    """Of 2 tokens with 3 rows, width 4, 5 features and 16 bits, counted by hand."""
+    triton_kernels.load()
+    from fga_fast.kernels import _tiling
+
+    assert _tiling.dense_cost(2, 3, 4, 5, 2) == (2 * 4 * 5 * 5, 2 * 4 * (2 + 3 + 10) + 12)
+    assert _tiling.encode_cost(2, 4, 5, 2) == (2 * 4 * 5 * 2, 2 * 4 * (2 + 5) + 80)
+    assert _tiling.gather_cost(2, 3, 4, 5, 2) == (2 * 4 * 13, 2 * 4 * 13 + 80 + 12)
+
+
+def test_the_tuner_runs() -> None:
+    command = [sys.executable, "benchmarks/device/tune.py", "--rehearse", "--kinds", "half"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "rehearsed: nothing written" in done.stdout and "other scores" not in done.stdout

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-SANITIZE = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined")
-KERNELS = ("attention_relevance", "attention_gradients")
+SANITIZE = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined")
+KERNELS = ("attention_relevance", "attention_gradients", "gate")
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 ORDERS = ("forward", "backward", "shuffled")
 Pointer, Long, Int, Bool = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_bool
@@ -44,13 +44,15 @@ class AttentionRelevance(ctypes.Structure):
     ]  # fmt: skip
 
 
-def build(path: Path, flags: Sequence[str] = ("-O2",)) -> None:
-    """Compiles the kernels for this machine's CPU into one shared object."""
-    native = ROOT / "tests" / "native"
+def build(path: Path, flags: Sequence[str] = ("-O2",), sources: Sequence[Path] | None = None) -> None:
+    """Compiles kernels, by default all, for this machine's CPU into one shared object."""
+    native, kernels = ROOT / "tests" / "native", ROOT / "csrc" / "cuda"
+    if sources is None:
+        sources = [native / "emulated.cpp", *(kernels / f"{stem}.cu" for stem in KERNELS)]
     warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-unknown-pragmas", "-Wno-clobbered"]
     command = [os.environ.get("CXX", "g++"), "-std=c++17", "-fPIC", "-shared", *warnings, *flags, "-DFGA_CUDA_ON_HOST"]
-    command += [f"-I{ROOT / 'csrc'}", f"-I{native}", "-o", str(path), "-x", "c++", str(native / "emulated.cpp")]
-    subprocess.run([*command, *(str(ROOT / "csrc" / "cuda" / f"{stem}.cu") for stem in KERNELS)], check=True)
+    command += [f"-I{ROOT / 'csrc'}", f"-I{native}", "-o", str(path), "-x", "c++", *map(str, sources)]
+    subprocess.run(command, check=True)
 
 
 class AttentionGradients(ctypes.Structure):
@@ -70,6 +72,8 @@ def library() -> ctypes.CDLL:
             build(Path(built))
         loaded = ctypes.CDLL(built)
     loaded.emulated_attention_relevance.restype = ctypes.c_char_p
+    loaded.emulated_gate.restype = ctypes.c_char_p
+    loaded.emulated_gate.argtypes = [Pointer, Pointer, Int, Long, Long, ctypes.c_double, ctypes.c_double]
     loaded.emulated_attention_gradients.restype = ctypes.c_char_p
     loaded.emulated_shared_bytes.restype = ctypes.c_int64
     if loaded.emulated_bytes() != ctypes.sizeof(AttentionGradients):
@@ -153,3 +157,23 @@ def attention_gradients(
     problem = AttentionGradients(relevance, head_tensor(out), dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), need_qk)
     run("emulated_attention_gradients", problem, order, copies_at_once)
     return (dq, dk, dv, row_out) if need_qk else (q.new_empty(0), q.new_empty(0), dv, row_out)
+
+
+def gate(scores: Tensor, base: float, slope: float, order: str = "forward") -> Tensor:  # [M, P]
+    """As the op `fga_fast::gate` on CUDA.
+
+    Raises:
+        RuntimeError: the kernel did something that a device would not forgive; the message says what.
+    """
+    gates = torch.full_like(scores, float("nan"))
+    library().emulated_settings(ORDERS.index(order), 0)
+    failure = (
+        library()
+        .emulated_gate(
+            scores.data_ptr(), gates.data_ptr(), int(scores.dtype == torch.float64), *scores.shape, base, slope
+        )
+        .decode()
+    )
+    if failure:
+        raise RuntimeError(failure)
+    return gates

@@ -180,6 +180,20 @@ def test_same_bits_in_any_order_of_threads(dtype: torch.dtype) -> None:
             assert torch.equal(check(p, order=order, copies_at_once=at_once), first)
 
 
+@pytest.mark.parametrize("blocks", (1, 2, 3, 4, 6, 8))
+def test_tiles_are_read_without_bank_conflicts(blocks: int) -> None:
+    """What eight lanes read at once lies in eight different groups of four banks, however a kernel reads a tile."""
+    at = emulated.library().emulated_chunk_offset
+    offsets = {(r, c): at(blocks, r, c) for r in range(64) for c in range(4 * blocks)}
+    assert sorted(offsets.values()) == [16 * i for i in range(64 * 4 * blocks)]
+    for r in range(0, 64, 8):
+        for c in range(0, 4 * blocks, 4):
+            for pair in range(r, r + 8, 2):  # four chunks of a block in two rows: left and right factors
+                assert len({offsets[row, c + t] % 128 for row in (pair, pair + 1) for t in range(4)}) == 8
+            for t in range(4):  # the same chunk of eight rows: transposed reads
+                assert len({offsets[row, c + t] % 128 for row in range(r, r + 8)}) == 8
+
+
 def test_what_does_not_fit_is_refused() -> None:
     p = sized(torch.float32, 4, 136, images=1)
     with pytest.raises(RuntimeError, match="does not fit"):
@@ -201,7 +215,7 @@ def test_under_sanitizers(tmp_path: Path) -> None:
         **os.environ, "FGA_FAST_EMULATED": str(built), "LD_PRELOAD": " ".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0", "UBSAN_OPTIONS": "print_stacktrace=1",
     }  # fmt: skip
-    files = [__file__, str(Path(__file__).with_name("test_cuda_emulated_gradients.py"))]
+    files = [str(path) for path in sorted(Path(__file__).parent.glob("test_cuda_emulated*.py"))]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys", "-k", "small", *files]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]

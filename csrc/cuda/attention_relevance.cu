@@ -222,7 +222,6 @@ void attention_messages(const AttentionRelevance& a, cudaStream_t stream) {
   if (a.type == NumberType::half) return launch_narrow<Half>(a, stream);
   if (a.width <= 32) return launch_messages<Float, 2>(a, stream);
   if (a.width <= 64) return launch_messages<Float, 4>(a, stream);
-  if (a.width <= 80) return launch_messages<Float, 5>(a, stream);
   if (a.width <= 96) return launch_messages<Float, 6>(a, stream);
   return launch_messages<Float, 8>(a, stream);
 }

@@ -126,22 +126,19 @@ void launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, st
   (void)cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-#endif  // FGA_CUDA_ON_HOST
-
 __device__ __forceinline__ uint32_t bits_of(float x) {
-#ifdef FGA_CUDA_ON_HOST
-  return on_host::bits_of(x);
-#else
   return __float_as_uint(x);
-#endif
+}
+__device__ __forceinline__ float float_of(uint32_t bits) {
+  return __uint_as_float(bits);
+}
+__device__ __forceinline__ uint64_t bits_of(double x) {
+  return static_cast<uint64_t>(__double_as_longlong(x));
+}
+__device__ __forceinline__ double double_of(uint64_t bits) {
+  return __longlong_as_double(static_cast<long long>(bits));  // NOLINT(google-runtime-int): the type it takes
 }
 
-__device__ __forceinline__ float float_of(uint32_t bits) {
-#ifdef FGA_CUDA_ON_HOST
-  return on_host::float_of(bits);
-#else
-  return __uint_as_float(bits);
-#endif
-}
+#endif  // FGA_CUDA_ON_HOST
 
 }  // namespace fga::cuda

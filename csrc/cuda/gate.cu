@@ -1,7 +1,7 @@
 // Robust gate on CUDA, one block per row of scores.
 //
-// STATUS: compiled for sm_80, sm_90a and sm_100, registered and inspected; never yet run on a device. It is used only
-// where the caller asks for backend="native".
+// STATUS: compiled for sm_80, sm_90a and sm_100, its arithmetic run on the CPU by an emulation of threads
+// (tests/native); it has never run on a device. Used only where the caller asks for backend="native".
 //
 // The lower median is found by radix selection, not by sorting: float bits are mapped to integers of the same order,
 // and each pass counts one byte of the keys that agree with the bytes found so far. Four passes over the row (eight in
@@ -11,6 +11,8 @@
 
 #include <algorithm>
 #include <cmath>
+
+#include "device.h"
 
 namespace fga::cuda {
 namespace {
@@ -34,11 +36,11 @@ struct FloatKey {
   using Bits = uint32_t;
   static constexpr Bits kSign = 0x80000000U;
   static __device__ Bits encode(float v) {
-    const Bits b = __float_as_uint(v);
+    const Bits b = bits_of(v);
     return (b & kSign) != 0 ? ~b : b | kSign;
   }
-  static __device__ float quiet_nan() { return __uint_as_float(0x7fc00000U); }
-  static __device__ float decode(Bits b) { return __uint_as_float((b & kSign) != 0 ? b & ~kSign : ~b); }
+  static __device__ float quiet_nan() { return float_of(0x7fc00000U); }
+  static __device__ float decode(Bits b) { return float_of((b & kSign) != 0 ? b & ~kSign : ~b); }
 };
 
 struct DoubleKey {
@@ -46,13 +48,11 @@ struct DoubleKey {
   using Bits = uint64_t;
   static constexpr Bits kSign = 0x8000000000000000ULL;
   static __device__ Bits encode(double v) {
-    const Bits b = static_cast<Bits>(__double_as_longlong(v));
+    const Bits b = bits_of(v);
     return (b & kSign) != 0 ? ~b : b | kSign;
   }
-  static __device__ double quiet_nan() { return __longlong_as_double(0x7ff8000000000000LL); }
-  static __device__ double decode(Bits b) {
-    return __longlong_as_double(static_cast<long long>((b & kSign) != 0 ? b & ~kSign : ~b));
-  }
+  static __device__ double quiet_nan() { return double_of(0x7ff8000000000000ULL); }
+  static __device__ double decode(Bits b) { return double_of((b & kSign) != 0 ? b & ~kSign : ~b); }
 };
 
 // Sum of the bins below this thread's, by a warp scan and a short sum over warps. Every thread of the block calls it.
@@ -61,7 +61,7 @@ __device__ Count exclusive_scan(Count own, Workspace& shared) {
   const int warp = static_cast<int>(threadIdx.x) >> 5;
   Count inclusive = own;
   for (int step = 1; step < 32; step *= 2) {
-    const Count other = __shfl_up_sync(0xffffffffU, inclusive, step);
+    const Count other = __shfl_up_sync(kAllLanes, inclusive, step);
     if (lane >= step) inclusive += other;
   }
   if (lane == 31) shared.warp_totals[warp] = inclusive;
@@ -131,8 +131,8 @@ void launch(const typename Key::Value* scores, typename Key::Value* gates, int64
             double slope, cudaStream_t stream) {
   using Value = typename Key::Value;
   const auto blocks = static_cast<unsigned>(std::min(rows, kMaxBlocks));
-  gate_kernel<Key><<<blocks, kThreads, 0, stream>>>(scores, gates, rows, patches, static_cast<Value>(base),
-                                                    static_cast<Value>(slope));
+  fga::cuda::launch(gate_kernel<Key>, blocks, kThreads, 0, stream, scores, gates, rows, patches,
+                    static_cast<Value>(base), static_cast<Value>(slope));
 }
 
 }  // namespace

@@ -1,7 +1,11 @@
 // The robust gate on CUDA: a plain function on device pointers, no torch header.
 #pragma once
 
+#ifdef FGA_CUDA_ON_HOST
+#include "cuda_on_host.h"
+#else
 #include <cuda_runtime.h>
+#endif
 
 #include <cstdint>
 

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from own_vit import FORMS, HEADS, IMAGES, TOKENS, OwnViT, own_vit
 from torch import Tensor, nn
 
+from fga_fast.block_io import TapeError
 from fga_fast.gate import Gate
 from fga_fast.models.layout import ModelLayout
 from fga_fast.reference import ReferenceResult, explain
-from fga_fast.block_io import TapeError
 
 Build = Callable[..., Any]
 

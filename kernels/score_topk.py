@@ -49,7 +49,7 @@ def _encode(
     row = t.to(tl.int64)
     tl.store(codes + row[:, None] * F + feature[None, :], z, mask=(t < tokens)[:, None] & (feature < F)[None, :])
     if GROUP_SIZE:
-        z = tl.where((feature < F)[None, :], z, float("-inf"))
+        # Columns beyond the dictionary repeat its last feature, whose group is the last that is kept.
         largest = tl.max(tl.reshape(z, (BLOCK_T, BLOCK_F // GROUP_SIZE, GROUP_SIZE)), axis=2)
         column = feature_tile * (BLOCK_F // GROUP_SIZE) + tl.arange(0, BLOCK_F // GROUP_SIZE)
         mask = (t < tokens)[:, None] & (column < group_count)[None, :]

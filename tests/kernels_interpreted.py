@@ -6,18 +6,20 @@ the interpreter cannot show: races between threads, bfloat16 products (cast up t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from test_score import ACTIVATIONS, check_top, copy_of, make_sae, relative, sample, truth
-from torch import Tensor
+from torch import Tensor, nn
 
-from fga_fast import ops, reference, triton_kernels
+from fga_fast import Explainer, backends, composite, ops, reference, triton_kernels
 from fga_fast.sae import SparseAutoencoder
 
 kernels = triton_kernels.load()
 from fga_fast.kernels import _tiling  # noqa: E402
+from fga_fast.kernels.score_topk import select  # noqa: E402
 
 FLOAT = torch.float32
 IMAGE = torch.tensor([1, 0, 1, 1])
@@ -148,6 +150,25 @@ def test_topk_ties_go_to_the_lowest_feature(monkeypatch: pytest.MonkeyPatch, lon
     assert kernels.score(x, g, sae).scores.tolist() == [[4 * 11.0 + 8 * 1000.0] * 2]
 
 
+def test_selection_orders_zeros_and_nan() -> None:
+    """NaN before all else whatever its sign, -0 and 0 equal, -inf last; listed by feature."""
+    nan = torch.tensor([-1], dtype=torch.int32).view(FLOAT)  # sign bit set
+    codes = torch.tensor([[-0.0, 0.0, 2.0, -3.0, float("-inf")], [1.0, 2.0, 3.0, 4.0, 5.0]])
+    codes[1, 3] = nan
+    kept = {1: ([2], [3]), 2: ([0, 2], [3, 4]), 3: ([0, 1, 2], [2, 3, 4]), 4: ([0, 1, 2, 3], [1, 2, 3, 4])}
+    for k, (first, second) in kept.items():
+        value, index = select(codes, codes, 0, k, False)
+        assert index.tolist() == [first, second]
+        torch.testing.assert_close(value, codes.gather(-1, index.long()), equal_nan=True, rtol=0, atol=0)
+
+
+def test_thresholds_below_zero_keep_no_negative_codes() -> None:
+    x, g = sample(2, 4, dtype=FLOAT)
+    sae = make_sae("relu", dtype=FLOAT)
+    low = SparseAutoencoder(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, "jumprelu", threshold=torch.linspace(-1, 1, 70))
+    assert close(kernels.score(x, g, low), x, g, low)
+
+
 @pytest.mark.parametrize("mode", ("combined", "shuffled"))
 def test_few_active_features_are_gathered(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     x, g = sample(2, 6, dtype=FLOAT, rows=4)
@@ -233,6 +254,21 @@ def test_targets_by_vmap() -> None:
         torch.testing.assert_close(one, torch.stack([each[i] for each in want]))
     scores = torch.randn(3, 2, 5)
     assert torch.equal(torch.vmap(kernels.gate)(scores), torch.stack([kernels.gate(each) for each in scores]))
+
+
+@pytest.mark.parametrize("targets", (None, [[0, 1, 3], [2, 2, 4]]))
+def test_whole_explanation(
+    monkeypatch: pytest.MonkeyPatch, tiny_vit: Callable[..., nn.Module], targets: list[list[int]] | None
+) -> None:
+    model, images = tiny_vit(), torch.randn(2, 3, 32, 48)
+    saes = {0: make_sae("relu", 16, 40, FLOAT), 1: make_sae("topk", 16, 40, FLOAT, normalize="layer_norm")}
+    want = Explainer(model, saes=saes, backend="reference", top_features=3)(images, targets=targets)
+    monkeypatch.setattr(backends, "COMPOSITE", backends.Stages(composite.attention, kernels.score, kernels.gate))
+    got = Explainer(model, saes=saes, backend="composite", top_features=3)(images, targets=targets)
+    torch.testing.assert_close(got.relevance, want.relevance, rtol=1e-4, atol=1e-4)
+    for layer in saes:
+        torch.testing.assert_close(got.scores[layer], want.scores[layer], rtol=1e-4, atol=1e-4)
+        assert torch.equal(got.features[layer].image_index, want.features[layer].image_index)
 
 
 def test_opcheck() -> None:

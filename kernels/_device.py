@@ -1,4 +1,8 @@
-"""What kernels share: device functions, and how a kernel reaches its device. Has never run on a device."""
+"""What kernels share: device functions, and how a kernel reaches its device. Has never run on a device.
+
+Triton compiles a kernel anew where an integer argument becomes 1 or a multiple of 16. Only widths and strides are left
+to that, because they decide how rows are read; counts are `do_not_specialize`: another batch is no other kernel.
+"""
 
 from __future__ import annotations
 

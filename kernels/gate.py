@@ -37,7 +37,7 @@ def _order_statistic(key, rank):
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def _gate(scores, gates, P, row_stride, column_stride, slope, log2_base, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)

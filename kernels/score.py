@@ -74,7 +74,7 @@ def _density(sae: SparseAutoencoder) -> float | None:
         return None
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def _normalise(x, to, P, C, x_image, x_patch, EPSILON: tl.constexpr, CENTRE: tl.constexpr, BLOCK: tl.constexpr):
     """One token to (x - mean) / (unbiased std + epsilon), or to norm sqrt(C); a zero token stays zero."""
     token = tl.program_id(0).to(tl.int64)

@@ -74,7 +74,9 @@ def _emit(
             tl.store(top_index + at, last_feature, mask=inside)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["P", "M", "span", "tiles_per_span", "token_tiles", "feature_tiles", "first_feature", "top"]
+)
 def _dense(
     x, g, start, order, encoder, decoder, bias, theta, scale, mag_bias, permutation,
     partial, top_value, top_index, totals,

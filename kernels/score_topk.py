@@ -24,7 +24,7 @@ from ._device import INTERPRETED, activate, capability, device_name, on, ordered
 from .score_dense import Problem, strongest
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "first_token", "tokens", "token_tiles", "feature_tiles", "group_count"])
 def _encode(
     x, encoder, bias, theta, scale, mag_bias, codes, maxima,
     P, C, F, x_image, x_patch, first_token, tokens, token_tiles, feature_tiles, group_count,
@@ -56,7 +56,7 @@ def _encode(
         tl.store(maxima + row[:, None] * group_count + column[None, :], largest, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k", "candidates"])
 def _select(
     values,  # [T, F]
     groups,  # [T, k] groups of features to choose from; not read without GROUP_SIZE
@@ -125,7 +125,7 @@ def _some_rows(
     return code, tl.load(decoder + row[:, None] * C + column[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "kept", "first_token"])
 def _gather(
     codes, index, count, g, start, order, decoder, permutation, scores, contributions,
     P, C, kept, g_row, g_patch, first_token,

@@ -49,7 +49,7 @@ POINTERS = {
     for name in names.split()
 } | dict.fromkeys(["x", "g", "encoder", "decoder", "bias", "theta", "scale", "mag_bias", "to"])
 # By 16, as they are for real models.
-DIVISIBLE = ["C", "F", "x_image", "x_patch", "g_row", "g_patch", "first_feature", "row_stride"]
+DIVISIBLE = ["C", "F", "x_image", "x_patch", "g_row", "g_patch", "row_stride"]
 
 
 class Variant(NamedTuple):

@@ -38,6 +38,13 @@ def test_every_tile_compiles_within_the_limits(arch: int) -> None:
     assert all(int(re.search(rf"(\d+) {instruction}", line)[1]) > 0 for line in sixteen_bit)  # type: ignore[index]
 
 
+def test_launches_bind_their_arguments() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels_bound.py"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
 def test_a_tile_that_does_not_fit_is_found() -> None:
     """128 x 256 accumulators twice are as much as the register file holds."""
     done = compile_kernels(

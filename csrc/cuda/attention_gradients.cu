@@ -59,8 +59,9 @@ constexpr std::size_t shared_bytes(int keys) {
 template <class T>
 struct Work {
   const typename T::Bits *q, *k, *v, *grad_out, *out;
-  int64_t row, head, bias;  // bias: offset of this image and head
-  float scale;              // NaN where the image does not exist
+  int row, head;
+  int64_t bias;  // offset of this image and head
+  float scale;   // NaN where the image does not exist
   int warps;
 };
 
@@ -122,11 +123,35 @@ __device__ __forceinline__ void add_product(float (&c)[kKeySteps][Width<kBlocks>
 #pragma unroll
   for (int pair = 0; pair < Width<kBlocks>::kTiles / 2; ++pair) {
     uint32_t b[4];
-    load_transposed(b, tile + chunk_offset<kBlocks>(first + lane % 16, 2 * pair + lane / 16));
+    load_transposed(b, tile + chunk_offset<kBlocks>(first + (lane & 8), lane & 7, 2 * pair + lane / 16));
 #pragma unroll
     for (int i = 0; i < kKeySteps; ++i) {
       T::step(c[i][2 * pair], a[i], b[0], b[1]);
       T::step(c[i][2 * pair + 1], a[i], b[2], b[3]);
+    }
+  }
+}
+
+// c [32 keys, 16 queries] += rows of K or V times rows of a tile of Q or dO, from row `first` on.
+template <class T, int kBlocks>
+__device__ __forceinline__ void multiply_rows(float (&c)[2][kKeySteps][4], const unsigned char* keys,
+                                              const unsigned char* tile, int first, int first_key, int lane) {
+#pragma unroll
+  for (int j = 0; j < kBlocks; ++j) {
+    const int chunk = j * kChunksPerBlock + lane % 4;
+    LeftBlock left[kKeySteps];
+#pragma unroll
+    for (int i = 0; i < kKeySteps; ++i) {
+      const unsigned char* upper = keys + chunk_offset<kBlocks>(first_key + 16 * i, lane / 4, chunk);
+      const unsigned char* lower = keys + chunk_offset<kBlocks>(first_key + 16 * i + 8, lane / 4, chunk);
+      left[i] = {*reinterpret_cast<const uint4*>(upper), *reinterpret_cast<const uint4*>(lower)};
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int at = chunk_offset<kBlocks>(first + 8 * half, lane / 4, chunk);
+      const uint4 right = *reinterpret_cast<const uint4*>(tile + at);
+#pragma unroll
+      for (int i = 0; i < kKeySteps; ++i) T::multiply(c[half][i], left[i], right);
     }
   }
 }
@@ -140,28 +165,8 @@ __device__ __forceinline__ void probabilities(uint32_t (&p)[kKeySteps][4], uint3
                                               const AttentionRelevance& r, int tile, int first, int first_key,
                                               int lane) {
   float s[2][kKeySteps][4] = {}, gradient[2][kKeySteps][4] = {};  // [16 keys, 8 queries] each
-#pragma unroll
-  for (int j = 0; j < kBlocks; ++j) {
-    LeftBlock k[kKeySteps], v[kKeySteps];
-#pragma unroll
-    for (int i = 0; i < kKeySteps; ++i) {
-      const int row = first_key + 16 * i + lane / 4, chunk = j * kChunksPerBlock + lane % 4;
-      const int upper = chunk_offset<kBlocks>(row, chunk), lower = chunk_offset<kBlocks>(row + 8, chunk);
-      k[i] = {*reinterpret_cast<const uint4*>(keys + upper), *reinterpret_cast<const uint4*>(keys + lower)};
-      v[i] = {*reinterpret_cast<const uint4*>(values + upper), *reinterpret_cast<const uint4*>(values + lower)};
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int at = chunk_offset<kBlocks>(first + 8 * half + lane / 4, j * kChunksPerBlock + lane % 4);
-      const uint4 q = *reinterpret_cast<const uint4*>(shared.q[stage] + at);
-      const uint4 grad_out = *reinterpret_cast<const uint4*>(shared.grad_out[stage] + at);
-#pragma unroll
-      for (int i = 0; i < kKeySteps; ++i) {
-        T::multiply(s[half][i], k[i], q);
-        T::multiply(gradient[half][i], v[i], grad_out);
-      }
-    }
-  }
+  multiply_rows<T, kBlocks>(s, keys, shared.q[stage], first, first_key, lane);
+  multiply_rows<T, kBlocks>(gradient, values, shared.grad_out[stage], first, first_key, lane);
   const float scale = w.scale * kLog2e, lowest = r.is_signed ? -INFINITY : 0.0F;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -193,7 +198,7 @@ __device__ __forceinline__ void write_scores(unsigned char* scores, const uint32
   for (int i = 0; i < kKeySteps; ++i) {
 #pragma unroll
     for (int part = 0; part < 4; ++part) {  // part % 2: keys + 8; part / 2: queries + 8
-      const int at = chunk_offset<kScoreBlocks>(first_key + 16 * i + 8 * (part % 2) + lane / 4, first / 8 + part / 2);
+      const int at = chunk_offset<kScoreBlocks>(first_key + 16 * i + 8 * (part % 2), lane / 4, first / 8 + part / 2);
       *reinterpret_cast<uint32_t*>(scores + at + lane % 4 * 4) = ds[i][part];
     }
   }
@@ -213,12 +218,12 @@ __device__ __forceinline__ void write_dq(const unsigned char* scores, const unsi
 #pragma unroll 2
     for (int key = 0; key < w.warps * kWarpKeys; key += 16) {
       uint32_t s[4];
-      load_transposed(s, scores + chunk_offset<kScoreBlocks>(key + lane / 16 * 8 + lane % 8, first / 8 + lane / 8 % 2));
+      load_transposed(s, scores + chunk_offset<kScoreBlocks>(key + lane / 16 * 8, lane & 7, first / 8 + lane / 8 % 2));
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
         uint32_t b[4];
         const int chunk = j * kChunksPerBlock + 2 * pair + lane / 16;
-        load_transposed(b, keys + chunk_offset<kBlocks>(key + lane % 16, chunk));
+        load_transposed(b, keys + chunk_offset<kBlocks>(key + (lane & 8), lane & 7, chunk));
         T::step(c[2 * pair], s, b[0], b[1]);
         T::step(c[2 * pair + 1], s, b[2], b[3]);
       }
@@ -268,7 +273,8 @@ __global__ void __launch_bounds__(kMostThreads, 1) gradients_kernel(const Attent
   unsigned char* values = keys + warps * kWarpKeys * Width<kBlocks>::kRowBytes;
   unsigned char* scores = values + warps * kWarpKeys * Width<kBlocks>::kRowBytes;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize, warp = static_cast<int>(threadIdx.x) / kWarpSize;
-  const int64_t row = blockIdx.x / static_cast<unsigned>(r.heads), head = blockIdx.x % static_cast<unsigned>(r.heads);
+  const int row = static_cast<int>(blockIdx.x / static_cast<unsigned>(r.heads));
+  const int head = static_cast<int>(blockIdx.x % static_cast<unsigned>(r.heads));
   const int64_t asked = r.image != nullptr ? r.image[row] : row;
   const bool known = asked >= 0 && asked < r.images;
   const int64_t image = known ? asked : 0;

@@ -54,11 +54,11 @@ template <int kQueries>
 __device__ int64_t next_tile(const float* row, int64_t queries, int64_t tile, int lane) {
   const int64_t tiles = (queries + kQueries - 1) / kQueries;
   for (; tile < tiles; ++tile) {
+    const float* of_tile = row + tile * kQueries;
+    const int64_t left = queries - tile * kQueries;
     bool arrives = false;
-    for (int i = lane; i < kQueries; i += kWarpSize) {
-      const int64_t query = tile * kQueries + i;
-      arrives = arrives || (query < queries && row[query] != 0.0F);
-    }
+#pragma unroll
+    for (int i = lane; i < kQueries; i += kWarpSize) arrives = arrives || (i < left && of_tile[i] != 0.0F);
     if (__any_sync(kAllLanes, arrives)) break;
   }
   return tile;
@@ -104,7 +104,7 @@ __device__ __forceinline__ void add_messages(float (&sums)[Tile<kBlocks>::kKeySt
     float s[kKeySteps][4] = {}, gradient[kKeySteps][4] = {};  // [16 keys, 8 queries] each
 #pragma unroll
     for (int j = 0; j < kBlocks; ++j) {
-      const int at = chunk_offset<kBlocks>(n + lane / 4, j * kChunksPerBlock + lane % 4);
+      const int at = chunk_offset<kBlocks>(n, lane / 4, j * kChunksPerBlock + lane % 4);
       const uint4 q = *reinterpret_cast<const uint4*>(stage.q + at);
       const uint4 grad_out = *reinterpret_cast<const uint4*>(stage.grad_out + at);
 #pragma unroll

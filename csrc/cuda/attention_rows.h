@@ -18,13 +18,14 @@ constexpr float kLog2e = 1.4426950408889634F;
 template <class T>
 constexpr int kPerChunk = kChunkBytes / static_cast<int>(sizeof(typename T::Bits));
 
-// Where chunk c of row r of kBlocks blocks lies in a tile. A read by eight lanes touches either the four chunks of a
-// block in two neighbouring rows or the same chunk of eight rows; either way these lie in different banks.
+// Where chunk c of row eights + r lies in a tile whose rows have kBlocks blocks; eights is a multiple of 8, r below 8.
+// A read by eight lanes touches either the four chunks of a block in two neighbouring rows or the same chunk of eight
+// rows; either way these lie in different banks.
 template <int kBlocks>
-__device__ __forceinline__ int chunk_offset(int r, int c) {
-  c ^= r / 2 % 4;
-  if constexpr (kBlocks % 2 == 0) c ^= r % 2 * kChunksPerBlock;
-  return r * (kBlocks * kBlockBytes) + c * kChunkBytes;
+__device__ __forceinline__ int chunk_offset(int eights, int r, int c) {
+  c ^= r >> 1;
+  if constexpr (kBlocks % 2 == 0) c ^= (r & 1) * kChunksPerBlock;
+  return (eights + r) * (kBlocks * kBlockBytes) + c * kChunkBytes;
 }
 
 template <class T>
@@ -54,13 +55,18 @@ __device__ __forceinline__ void load_keys(LeftBlock (&block)[kBlocks], const typ
 template <class T, int kBlocks>
 __device__ __forceinline__ void copy_rows(unsigned char* tile, const typename T::Bits* head, int64_t stride,
                                           int64_t first, int count, int64_t tokens, int width, int threads) {
+  // A thread keeps to one column of chunks, so that little is computed between two copies.
   constexpr int kChunks = kBlocks * kChunksPerBlock;
+  const int thread = static_cast<int>(recompute_from(threadIdx.x)), step = threads / kChunks, c = thread % kChunks;
+  const int left = tokens - first < count ? static_cast<int>(tokens - first) : count;
+  const bool inside = c * kPerChunk<T> < width;
+  int r = thread / kChunks;
+  if (r >= step) return;  // threads left over where the number of chunks does not divide theirs
+  const auto* from = head + (first + r) * stride + c * kPerChunk<T>;
 #pragma unroll 4
-  for (int i = static_cast<int>(threadIdx.x); i < count * kChunks; i += threads) {
-    const int r = i / kChunks, c = i % kChunks;
-    const bool valid = first + r < tokens && c * kPerChunk<T> < width;
-    const auto* from = valid ? head + (first + r) * stride + c * kPerChunk<T> : head;
-    copy_async<kChunkBytes>(tile + chunk_offset<kBlocks>(r, c), from, valid);
+  for (; r < count; r += step, from += step * stride) {
+    const bool valid = inside && r < left;
+    copy_async<kChunkBytes>(tile + chunk_offset<kBlocks>(r & ~7, r & 7, c), valid ? from : head, valid);
   }
 }
 

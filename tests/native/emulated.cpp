@@ -48,12 +48,12 @@ int64_t emulated_shared_bytes() {
 // Where chunk c of row r lies in a tile.
 int emulated_chunk_offset(int blocks, int r, int c) {
   switch (blocks) {
-    case 1: return fga::cuda::chunk_offset<1>(r, c);
-    case 2: return fga::cuda::chunk_offset<2>(r, c);
-    case 3: return fga::cuda::chunk_offset<3>(r, c);
-    case 4: return fga::cuda::chunk_offset<4>(r, c);
-    case 6: return fga::cuda::chunk_offset<6>(r, c);
-    default: return fga::cuda::chunk_offset<8>(r, c);
+    case 1: return fga::cuda::chunk_offset<1>(r & ~7, r & 7, c);
+    case 2: return fga::cuda::chunk_offset<2>(r & ~7, r & 7, c);
+    case 3: return fga::cuda::chunk_offset<3>(r & ~7, r & 7, c);
+    case 4: return fga::cuda::chunk_offset<4>(r & ~7, r & 7, c);
+    case 6: return fga::cuda::chunk_offset<6>(r & ~7, r & 7, c);
+    default: return fga::cuda::chunk_offset<8>(r & ~7, r & 7, c);
   }
 }
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -29,11 +31,7 @@ ATEN = (
 @pytest.fixture(scope="module", autouse=True)
 def _registered() -> None:
     ops.load()
-    attention_cuda.register()
-
-
-def registered(op: str) -> bool:
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"fga_fast::{op}", "CUDA"))
+    attention_cuda.register_fakes()
 
 
 def test_the_cuda_object_registers_the_kernels() -> None:
@@ -44,11 +42,27 @@ def test_the_cuda_object_registers_the_kernels() -> None:
         if os.environ.get("FGA_FAST_CUDA") == "1":
             raise
         pytest.skip(f"no CUDA object for this torch: {error}")
-    assert all(registered(op) for op in ("gate", "attention_relevance", "attention_gradients"))
+    ops.load()
+    for op in ("gate", "attention_relevance", "attention_gradients", "attention", "attention_backward"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fga_fast::{op}", "CUDA"), op
 
 
-def test_attention_is_registered_for_cuda() -> None:
-    assert registered("attention") and registered("attention_backward")
+def test_the_python_side_registers_for_cuda() -> None:
+    """In an interpreter of its own: in this one a build without CUDA object must go on looking like one."""
+    code = """
+import torch
+from fga_fast import ops
+from fga_fast.ops import attention_cuda
+ops.load()
+attention_cuda.register()
+attention_cuda.register()
+print([torch._C._dispatch_has_kernel_for_dispatch_key(f"fga_fast::{op}", "CUDA")
+       for op in ("attention", "attention_backward")])
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "[True, True]"
 
 
 @pytest.mark.parametrize("name", ATEN)

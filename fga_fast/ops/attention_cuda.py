@@ -199,9 +199,15 @@ def _gradients_fake(
 
 
 @functools.cache
-def register() -> None:
-    """Called by the library's loader when the CUDA object has loaded."""
+def register_fakes() -> None:
+    """Shapes of the ops that only CUDA has; needs no CUDA object."""
     torch.library.register_fake("fga_fast::attention_relevance", _relevance_fake)
     torch.library.register_fake("fga_fast::attention_gradients", _gradients_fake)
+
+
+@functools.cache
+def register() -> None:
+    """Called by the library's loader when the CUDA object has loaded."""
+    register_fakes()
     torch.library.impl("fga_fast::attention", "CUDA", attention)
     torch.library.impl("fga_fast::attention_backward", "CUDA", attention_backward)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from fga_fast import backends, composite, ops, triton_kernels
+
+ROOT = Path(__file__).resolve().parent.parent
 
 CPU, CUDA, OTHER = torch.device("cpu"), torch.device("cuda", 0), torch.device("meta")
 
@@ -75,3 +80,16 @@ def test_obstacles_are_said(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(triton_kernels, "load", missing)
     with pytest.raises(RuntimeError, match="the Triton kernels do not load: No module named 'triton'"):
         backends.choose("triton", CUDA)
+
+
+def test_the_folder_of_kernels_is_not_a_package_of_that_name() -> None:
+    """With a source tree on the path, transformers finds it when it asks for the package `kernels`."""
+    pytest.importorskip("triton")
+    code = (
+        "import sys\n"
+        "import kernels\n"
+        "assert not hasattr(kernels, 'score') and 'kernels.score' not in sys.modules\n"
+        "from fga_fast import triton_kernels\n"
+        "assert callable(triton_kernels.load().score)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=300)

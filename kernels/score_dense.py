@@ -59,7 +59,7 @@ def _emit(
         total = tl.sum(tl.where(inside[:, None], contribution, 0.0), axis=0)
         where = (token_tile.to(tl.int64) * M + tl.max(tl.where(inside, m, 0), axis=0)) * F
         tl.store(totals + where + column, total, mask=column < F)
-        size = tl.abs(contribution)
+        size = tl.where(contribution != contribution, float("inf"), tl.abs(contribution))  # NaN is not nothing
         # The next strongest is the largest behind the last in the order (size falling, feature rising).
         last_size = tl.full((size.shape[0],), float("inf"), tl.float32)
         last_feature = tl.full((size.shape[0],), -1, tl.int32)

@@ -210,6 +210,15 @@ def test_what_is_not_finite_is_not_taken_for_inactive(activation: str) -> None:
     assert kernels.score(x, g, make_sae(activation, dtype=FLOAT)).scores.isnan().nonzero().tolist() == [[1, 2]]
 
 
+def test_features_of_what_is_not_finite_are_listed() -> None:
+    x, g = sample(2, 3, dtype=FLOAT)
+    x, sae = x.clone(), make_sae("relu", dtype=FLOAT)
+    x[1, 2, 2] = float("nan")
+    got = kernels.score(x, g, sae, top_features=3)
+    assert got.patch_index[1, 2].tolist() == [0, 1, 2] and bool(got.patch_contribution[1, 2].isnan().all())
+    assert not bool(got.patch_contribution[0].isnan().any())
+
+
 @pytest.mark.parametrize("normalize", ("layer_norm", "constant_norm"))
 def test_a_token_of_zeros(normalize: str) -> None:
     x, g = sample(1, 4, dtype=FLOAT)

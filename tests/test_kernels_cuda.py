@@ -43,7 +43,7 @@ def test_score(activation: str, normalize: str | None, shape: tuple[int, int, in
     sae = sae_of(activation, width, features, normalize)
     x, g = torch.randn(images, patches, width), torch.randn(2 * images, patches, width)
     image = torch.arange(images).repeat(2).flip(0)
-    want = reference.score(x[image].double(), g.double(), sae.double())
+    want = reference.score(x[image].double(), g.double(), sae.double(), "combined")
     score: Any = triton_kernels.load().score
     got = score(x.cuda(), g.cuda(), sae.float().cuda(), image=image.cuda()).scores
     assert error(got, want) < 1e-4
@@ -57,10 +57,10 @@ def test_score_in_sixteen_bits(activation: str, dtype: torch.dtype) -> None:
     """At most twice the error of the reference in that dtype."""
     sae = sae_of(activation, 768, 4096)
     x, g = torch.randn(4, 196, 768), torch.randn(4, 196, 768)
-    want = reference.score(x.double(), g.double(), sae.double())
+    want = reference.score(x.double(), g.double(), sae.double(), "combined")
     low = sae.to(device="cuda", dtype=dtype)
     x, g = x.to("cuda", dtype), g.to("cuda", dtype)
-    plain = error(reference.score(x, g, low), want)
+    plain = error(reference.score(x, g, low, "combined"), want)
     assert error(triton_kernels.load().score(x, g, low).scores, want) <= 2 * plain
 
 

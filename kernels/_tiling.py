@@ -90,8 +90,8 @@ GROUP = 32  # token tiles whose rows of x and g share the L2 cache: 12.6 MB at 1
 def precision(dtype: object) -> str:
     """How float32 products are made: plain float32, or TensorFloat32 where torch was told that this is precise enough.
 
-    `torch.set_float32_matmul_precision("high")`, `torch.backends.cuda.matmul.fp32_precision = "tf32"` or `allow_tf32 =
-    True` there ask for the latter. The second is what is read: it follows the others, whose getters raise once it was set.
+    `torch.set_float32_matmul_precision("high")`, `torch.backends.cuda.matmul.allow_tf32 = True` or `fp32_precision =
+    "tf32"` there ask for the latter. The last is read: it follows the others, whose getters raise once it is set.
     """
     import torch
 

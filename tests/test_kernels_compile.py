@@ -128,6 +128,21 @@ def test_costs() -> None:
     assert _tiling.gather_cost(2, 3, 4, 5, 2) == (2 * 4 * 13, 2 * 4 * 13 + 80 + 12)
 
 
+def test_the_tuner_times_candidates_where_it_ran_before() -> None:
+    """A table of the device is there; what is launched must not come from it, and what is not timed must stay."""
+    code = (
+        "import sys; sys.argv = ['tune', '--rehearse', '--kinds', 'half', '--uses', 'dense'];"
+        "sys.path[:0] = ['benchmarks/device']; import tune; from fga_fast.kernels import score_dense;"
+        "t = tune._tiling; old, seen, launch = t.Tile(16, 16, 16, 4, 2), set(), score_dense._launch;"
+        "t.tuned = lambda _: {'tiles': {'half dense': old, 'half top': old}, 'sparse_share': 0.0};"
+        "score_dense._launch = lambda problem, tile, *more: (seen.add(tile), launch(problem, tile, *more))[1];"
+        "status = tune.main(); assert old not in seen and len(seen) == 3, seen; sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert '"half top"' in done.stdout and '"half dense"' in done.stdout
+
+
 def test_the_tuner_runs() -> None:
     command = [sys.executable, "benchmarks/device/tune.py", "--rehearse", "--kinds", "half"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)

@@ -1,11 +1,13 @@
 """Times candidate tiles of the Triton score kernels on this machine's GPU and writes kernels/tuned/<device>.json.
 
     python benchmarks/device/tune.py [--tokens 4096] [--width 768] [--features 49152] [--kinds half tf32 ieee]
+                                     [--uses dense targets top encode]
 
 STATUS: has never run on a device. `--rehearse` runs the same code at toy sizes in Triton's interpreter on the CPU, and
 writes nothing. Commit the file it writes: kernels take their tiles from it on devices of that name, and
 scripts/compile_kernels.py then holds them to the limits too. A tile that does not compile, does not fit or gives other
-scores than the default is left out. Takes some minutes, most of them compiling.
+scores than the default is left out. Nearly all of the time goes into compiling, seconds a tile and up to 56 tiles a
+kind and use; what one call does not measure stays as an earlier one left it.
 """
 
 from __future__ import annotations
@@ -34,12 +36,13 @@ kernels = triton_kernels.load()
 from fga_fast.kernels import _tiling  # noqa: E402
 from fga_fast.kernels._device import capability, device_name  # noqa: E402
 
+USES = ("dense", "targets", "top", "encode")
 DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
 ACTIVE = (16, 32, 64, 128, 256, 512, 1024)  # features a token, to find where gathering stops paying
 
 
-def candidates(use: str, kind: str, small: bool) -> Iterator[_tiling.Tile]:
-    """Tiles worth timing: powers of two around the register file's and the shared memory's limits."""
+def candidates(use: str, kind: str, small: bool, shared: int = 227 << 10) -> Iterator[_tiling.Tile]:
+    """Tiles worth timing: powers of two around the limits of the register file and of `shared` bytes of memory."""
     if small:
         yield from (_tiling.Tile(16, 64, 16, 4, 2), _tiling.Tile(32, 64, 16, 4, 2, fused=False))
         return
@@ -51,8 +54,13 @@ def candidates(use: str, kind: str, small: bool) -> Iterator[_tiling.Tile]:
     for tokens, features, width, warps, stages in itertools.product(
         (64, 128), (64, 128, 256), widths, (4, 8), (2, 3, 4)
     ):
-        if tokens * features >= 32 * 128 * warps // 2:  # at least 64 accumulators a thread, or it waits for memory
-            for fused in (True, False) if use in ("dense", "top") else (True,):
+        # At least 64 accumulators a thread and product, or it waits for memory; more than 128 in all are spilled.
+        accumulators = tokens * features // (32 * warps)
+        if not 64 <= accumulators <= (128 if use == "encode" else 64):
+            continue
+        stage = width * (tokens + features) * (2 if kind == "half" else 4)
+        for fused in (True, False) if use in ("dense", "top") else (True,):
+            if stages * stage * (2 if fused and use in ("dense", "top") else 1) <= shared:
                 yield _tiling.Tile(tokens, features, width, warps, stages, fused)
 
 
@@ -105,7 +113,8 @@ def best_tile(case: Case, device: Device) -> _tiling.Tile:
     default = _tiling._TILES[case.table_key]
     want = case()
     times = {default: case.seconds(device, default, want)}
-    for tile in candidates(case.key.split()[1], case.key.split()[0], device.small):
+    shared = 0 if device.small else torch.cuda.get_device_properties(case.x.device).shared_memory_per_block_optin
+    for tile in candidates(case.key.split()[1], case.key.split()[0], device.small, shared):
         times[tile] = case.seconds(device, tile, want)
     fastest = min((tile for tile, time in times.items() if time is not None), key=lambda tile: times[tile] or 0.0)
     _tiling._TILES[case.table_key] = fastest
@@ -141,6 +150,7 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--features", type=int, default=49152)
     parser.add_argument("--kinds", nargs="+", choices=tuple(DTYPES), default=list(DTYPES))
+    parser.add_argument("--uses", nargs="+", choices=USES, default=list(USES))
     parser.add_argument("--rehearse", action="store_true", help="toy sizes in the interpreter; writes nothing")
     shape = parser.parse_args()
     if shape.rehearse:
@@ -148,8 +158,10 @@ def main() -> int:
     elif not torch.cuda.is_available():
         parser.error("there is no CUDA device; --rehearse runs without one")
     device = Device("cpu" if shape.rehearse else "cuda", shape.rehearse)
-    tiles = {}
-    for kind, use in itertools.product(shape.kinds, ("dense", "targets", "top", "encode")):
+    earlier: dict[str, Any] = _tiling.tuned(device.name)
+    tiles = dict(earlier.get("tiles", {}))
+    _tiling.tuned = lambda _: {}  # type: ignore[assignment]  # candidates, not what was measured before, are to be timed
+    for kind, use in itertools.product(shape.kinds, shape.uses):
         torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
         case = Case(use, kind, device, shape)
         tiles[case.key] = best_tile(case, device)
@@ -159,7 +171,7 @@ def main() -> int:
         "sparse_share": sparse_share(device, shape),
     }  # fmt: skip
     if shape.rehearse:
-        print("rehearsed: nothing written")
+        print(f"rehearsed: nothing written of {json.dumps(table)}")
         return 0
     path = _tiling.TUNED / f"{_tiling.slug(table['device'])}.json"
     path.parent.mkdir(exist_ok=True)

@@ -69,7 +69,7 @@ def environment(device: str = "") -> dict[str, str]:
     """Columns that are the same for all rows of a run. `device`: a GPU's name; by default the processor."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     return {
-        "commit": _git("rev-parse", "--short=12", "HEAD") or "unknown",
+        "commit": os.environ.get("FGA_FAST_COMMIT") or _git("rev-parse", "--short=12", "HEAD") or "unknown",
         "dirty": "yes" if _git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results") else "no",
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
         "device": device or f"{cpu_name()} ({torch.backends.cpu.get_cpu_capability()})",

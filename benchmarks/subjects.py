@@ -19,14 +19,14 @@ def images(batch: int, size: int = 224) -> Tensor:
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
-def vit(size: int = 224, depth: int = 12) -> nn.Module:
-    """timm's ViT-B/16 for square images, seeded random weights; fewer blocks and larger images on request."""
+def vit(size: int = 224, depth: int = 12, patch: int = 16) -> nn.Module:
+    """timm's ViT-B/16 for square images, random weights; fewer blocks, larger images or other patches on request."""
     import_timm()
     from timm.models.vision_transformer import VisionTransformer
 
     torch.manual_seed(0)
     model = VisionTransformer(
-        img_size=size, patch_size=16, embed_dim=WIDTH, depth=depth, num_heads=12,
+        img_size=size, patch_size=patch, embed_dim=WIDTH, depth=depth, num_heads=12,
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
     )  # fmt: skip
     return model.eval().requires_grad_(False)

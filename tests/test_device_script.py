@@ -25,6 +25,7 @@ def test_rehearsal(tmp_path: Path) -> None:
     names = {(row["benchmark"], row["name"], row["dtype"]) for row in rows}
     for wanted in (
         ("ceiling", "matmul", "bfloat16"), ("gate", "composite", "float32"), ("attention", "native", "bfloat16"),
+        ("relevance", "native", "float32"),
         ("score", "topk 64, native", "float32"), ("explainer", "FGA relu 1700, composite", "bfloat16"),
         ("explainer", "TransMM, reference", "float32"), ("memory", "FGA, reference", "bfloat16"),
     ):  # fmt: skip

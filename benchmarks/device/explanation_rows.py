@@ -40,20 +40,17 @@ def build(device: Device) -> tuple[nn.Module, Saes]:
     return model, saes
 
 
-def rows(device: Device, built: tuple[nn.Module, Saes], names: list[str]) -> Iterator[Row]:
-    """Every dtype and batch size; `names` are the backends that run here."""
+def rows(device: Device, built: tuple[nn.Module, Saes], names: list[str], dtype: torch.dtype) -> Iterator[Row]:
+    """Every batch size; `names` are the backends that run here. What was built is rounded to the dtypes asked for."""
     model, saes = built
-    model.to(device.kind)
-    for dtype in (torch.bfloat16, torch.float32):
-        model.to(dtype)
-        for layers in saes.values():
-            for sae in layers.values():
-                sae.to(device=device.kind, dtype=dtype)
-        # Compiling takes minutes, so it is done in the dtype that it is wanted for.
-        compiled = torch.compile(model) if dtype == torch.bfloat16 and not device.small else None
-        for batch in (1,) if device.small else (1, 8, 32, 128):
-            images = subjects.images(batch).to(device.kind, dtype)
-            yield from _raced(device, model, compiled, saes, images, names)
+    model.to(device.kind, dtype)
+    for layers in saes.values():
+        for sae in layers.values():
+            sae.to(device=device.kind, dtype=dtype)
+    compiled = None if device.small else torch.compile(model)
+    for batch in (1,) if device.small else (1, 8, 32, 128):
+        images = subjects.images(batch).to(device.kind, dtype)
+        yield from _raced(device, model, compiled, saes, images, names)
 
 
 def _raced(
@@ -107,15 +104,15 @@ def memory_rows(device: Device, names: list[str]) -> Iterator[Row]:
     weights = [torch.randn(features, subjects.WIDTH).div_(27.7) for _ in range(2)]
     bias, zeros = torch.full((features,), -1.8), torch.zeros(subjects.WIDTH)  # about 1,700 of 49,152 fire
     sae = SparseAutoencoder(weights[0].t(), bias, weights[1], zeros).to(device=device.kind, dtype=dtype)
-    for side in (64,) if device.small else (512, 1024):  # 1,025 and 4,097 tokens
-        model = subjects.vit(side, 2 if device.small else 12).to(device.kind, dtype)
+    for side, patch in ((64, 16),) if device.small else ((518, 14), (1024, 16)):  # 1,370 and 4,097 tokens
+        model = subjects.vit(side, 2 if device.small else 12, patch).to(device.kind, dtype)
         images = subjects.images(1, side).to(device.kind, dtype)
         ways: dict[str, Callable[[], object]] = {"forward and backward": partial(_gradient, model, images)}
         for backend in (*names, "reference"):
             for name, saes in (("TransMM", {}), ("FGA", {0: sae})):
                 ways[f"{name}, {backend}"] = partial(Explainer(model, saes, backend=backend), images)  # type: ignore[arg-type]
         for name, work in ways.items():
-            row = Row("memory", name, 1, (side // 16) ** 2 + 1, "bfloat16")
+            row = Row("memory", name, 1, (side // patch) ** 2 + 1, "bfloat16")
             try:
                 peak = device.peak_bytes(work)
                 median, _ = device.seconds(work, rounds=3, warm_up=1)

@@ -5,7 +5,9 @@ Each contestant is first compared with the reference on the numbers that are tim
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,6 +19,7 @@ from rows import Row
 from torch import Tensor
 
 from fga_fast import SparseAutoencoder, backends, reference
+from fga_fast.ops import attention_cuda
 
 HEADS, HEAD_WIDTH = 12, 64
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 1e-2}
@@ -92,26 +95,68 @@ def gate_rows(device: Device, ceilings: Ceilings, stages: Stages) -> Iterator[Ro
             yield timed(replace(blank, name=backend), device, ceilings, work, want, torch.float32)
 
 
+def relevance_rows(device: Device, ceilings: Ceilings) -> Iterator[Row]:
+    """The row of relevance alone, without the gradients of q, k and v: what an explanation adds to a backward pass."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for images, tokens in ((1, 17),) if device.small else ((1, 197), (32, 197), (4, 1025), (1, 4097)):
+            grad, q, k, v, row, gate, want = _attention_inputs(device, dtype, images, tokens)
+            options = (HEAD_WIDTH**-0.5, True, False, False, False)
+            out, lse, *_ = torch.ops.fga_fast.attention(q, k, v, row, None, options[0], True, True, False, False)
+            given = (grad, row, gate, q, k, v, None, out, lse, None)
+            work = partial(_relevance, given, options)
+            flops = 4.0 * images * HEADS * tokens**2 * HEAD_WIDTH  # q k^T and dO v^T
+            blank = Row("relevance", "native", images, tokens, _name(dtype), flops=flops)
+            yield timed(replace(blank, bytes=4.0 * q.numel() * q.element_size()), device, ceilings, work, want, dtype)
+
+
+def _relevance(given: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor:
+    left: Tensor = torch.ops.fga_fast.attention_backward(*given, *options)[3]
+    return left[:1]
+
+
+def _attention_inputs(device: Device, dtype: torch.dtype, images: int, tokens: int) -> tuple[Tensor, ...]:
+    """dO, q, k, v [B, H, N, D], relevance and gates [B, N], and the reference's answer for the first image."""
+    shape = (images, tokens, HEADS, HEAD_WIDTH)
+    grad, q, k, v = (torch.randn(shape, device=device.kind).to(dtype).transpose(1, 2) for _ in range(4))
+    row, gate = (torch.rand(images, tokens, device=device.kind) for _ in range(2))
+    first = [t[:1].float() for t in (grad, q, k, v)]
+    want = reference.attention_backward(first[0], row[:1], gate[:1], *first[1:], None, HEAD_WIDTH**-0.5, True)[3]
+    return grad, q, k, v, row, gate, want
+
+
 def attention_rows(device: Device, ceilings: Ceilings, stages: Stages) -> Iterator[Row]:
     """Forward and backward of tapped attention, beside PyTorch's own, which knows no relevance."""
     for dtype in (torch.bfloat16, torch.float32):
         for images, tokens in ((1, 17),) if device.small else ((1, 197), (32, 197), (4, 1025), (1, 4097)):
-            shape = (images, tokens, HEADS, HEAD_WIDTH)
-            q, k, v = (torch.randn(shape, device=device.kind).to(dtype).transpose(1, 2) for _ in range(3))
+            grad, q, k, v, row, gate, want = _attention_inputs(device, dtype, images, tokens)
             tensors = [t.detach().requires_grad_() for t in (q, k, v)]
-            grad = torch.randn(shape, device=device.kind).to(dtype).transpose(1, 2)
-            row, gate = (torch.rand(images, tokens, device=device.kind) for _ in range(2))
-            wide = [t.float() for t in (grad, q, k, v)]
-            args = (wide[0][:1], row[:1], gate[:1], wide[1][:1], wide[2][:1], wide[3][:1], None)
-            want = reference.attention_backward(*args, HEAD_WIDTH**-0.5, True)[3]
             flops = 14.0 * images * HEADS * tokens**2 * HEAD_WIDTH  # two products forward, five backward
             blank = Row("attention", "", images, tokens, _name(dtype), flops=flops, bytes=8.0 * q.numel() * 2)
             for backend, stage in stages.items():
                 work = partial(_step, stage.attention, tensors, grad, row, gate)
                 yield timed(replace(blank, name=backend), device, ceilings, work, want, dtype)
+                if backend == "native" and device.kind == "cuda" and uses_one_kernel(q, k):
+                    with one_kernel():
+                        one = timed(replace(blank, name="native, one kernel"), device, ceilings, work, want, dtype)
+                    yield one
             plain = partial(_plain, tensors, grad)
             median, least = device.seconds(plain)
             yield replace(blank, name="plain attention", median_s=median, min_s=least, note="no relevance")
+
+
+@contextmanager
+def one_kernel() -> Iterator[None]:
+    """Within it, short heads take the kernel that does the whole backward step."""
+    os.environ["FGA_FAST_FUSED_ATTENTION"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["FGA_FAST_FUSED_ATTENTION"]
+
+
+def uses_one_kernel(q: Tensor, k: Tensor) -> bool:  # [B, H, N, D] both
+    with one_kernel():
+        return attention_cuda.uses_fused(q, k, True)
 
 
 def _step(attention: Callable[..., Any], qkv: list[Tensor], grad: Tensor, row: Tensor, gate: Tensor) -> Tensor:

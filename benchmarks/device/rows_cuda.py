@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,17 +51,22 @@ def all_rows(device: Device) -> Iterator[Row]:
     ceilings = measure_ceilings(device)
     yield from ceiling_rows(ceilings)
     yield from kernel_rows.gate_rows(device, ceilings, stages)
+    yield from kernel_rows.relevance_rows(device, ceilings)
     yield from kernel_rows.attention_rows(device, ceilings, stages)
     yield from kernel_rows.score_rows(device, ceilings, stages)
-    yield from explanation_rows.rows(device, explanation_rows.build(device), list(stages))
+    built = explanation_rows.build(device)
+    yield from explanation_rows.rows(device, built, list(stages), torch.bfloat16)
     yield from explanation_rows.memory_rows(device, list(stages))
+    yield from explanation_rows.rows(device, built, list(stages), torch.float32)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--rehearse", action="store_true", help="toy sizes on the CPU")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no new row after this long")
     args = parser.parse_args()
+    start = time.monotonic()
     device = Device("cpu" if args.rehearse else "cuda", args.rehearse)
     common = environment(device.name if args.rehearse else f"{device.name}, CUDA {torch.version.cuda}")
     path = args.out / f"gpu-{slug(device.name)}.csv"
@@ -68,6 +74,9 @@ def main() -> int:
     for row in all_rows(device):
         rows.append(row)
         write_csv(path, rows, common)  # after each, so that a run that is cut short leaves what it has
+        if time.monotonic() - start > args.seconds:
+            print(f"stopped after {args.seconds:.0f} s; the rows behind {row.benchmark} {row.name!r} are missing")
+            break
     (args.out / f"gpu-{slug(device.name)}.svg").write_text(chart.draw(rows, device.name), encoding="utf-8")
     print(table(rows))
     bad = [row for row in rows if row.note.startswith(("WRONG", "FAILED"))]

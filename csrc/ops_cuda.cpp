@@ -37,10 +37,27 @@ cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
+std::string capability(int32_t device) {
+  int major = 0, minor = 0;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess)
+    return "unknown";
+  return std::to_string(major) + "." + std::to_string(minor);
+}
+
+// Says what kept a kernel from starting (no machine code for this device, too much shared memory for it), and for what.
+template <class F>
+void check_launch(const char* op, const F& described) {
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess)
+    STD_TORCH_CHECK(false, op, ": CUDA did not start the kernel: ", cudaGetErrorString(error), "; ", described());
+}
+
 Tensor gate(const Tensor& scores /* [M, P] */, double base, double slope) {
   STD_TORCH_CHECK(scores.dim() == 2, "gate: scores must be [rows, patches], got ", scores.dim(), " dimensions");
   const ScalarType dtype = scores.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "gate: scores must be float32 or float64");
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
+                  "gate: scores must be float32 or float64, got ", name_of(dtype), " of shape ", shape_of(scores));
   STD_TORCH_CHECK(base > 0.0, "gate: base must be positive, got ", base);
   const torch::stable::accelerator::DeviceGuard guard(scores.get_device_index());
   const Tensor rows = torch::stable::contiguous(scores);
@@ -48,6 +65,7 @@ Tensor gate(const Tensor& scores /* [M, P] */, double base, double slope) {
   const int64_t m = rows.size(0);
   const int64_t p = rows.size(1);
   if (m == 0 || p == 0) return gates;
+  STD_TORCH_CHECK(p <= INT32_MAX, "gate: scores must have fewer than 2^31 patches, got shape ", shape_of(scores));
   const cudaStream_t stream = current_stream(scores.get_device_index());
   if (dtype == ScalarType::Float) {
     fga::cuda::gate(static_cast<const float*>(rows.const_data_ptr()), static_cast<float*>(gates.mutable_data_ptr()), m,
@@ -56,16 +74,11 @@ Tensor gate(const Tensor& scores /* [M, P] */, double base, double slope) {
     fga::cuda::gate(static_cast<const double*>(rows.const_data_ptr()), static_cast<double*>(gates.mutable_data_ptr()),
                     m, p, base, slope, stream);
   }
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  check_launch("gate", [&] {
+    return "got scores " + shape_of(scores) + " of " + name_of(dtype) + " on a device of compute capability " +
+           capability(scores.get_device_index());
+  });
   return gates;
-}
-
-std::string capability(int32_t device) {
-  int major = 0, minor = 0;
-  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess)
-    return "unknown";
-  return std::to_string(major) + "." + std::to_string(minor);
 }
 
 fga::cuda::NumberType number_type(const char* op, const Tensor& q) {
@@ -144,6 +157,8 @@ void check_arguments(const char* op, const Arguments& t, bool residual) {
   }
   STD_TORCH_CHECK(t.image || rows == t.q.size(0), op, ": grad_out has ", rows, " rows for ", t.q.size(0),
                   " images; give image [M] to say which row belongs to which");
+  STD_TORCH_CHECK(rows == 0 || t.q.size(0) > 0, op, ": grad_out has ", rows, " rows, but there are no images: q is ",
+                  shape_of(t.q));
   STD_TORCH_CHECK(!residual || queries == keys, op, ": residual needs as many queries as keys, got ", queries, " and ",
                   keys);
   for (const Tensor* tensor : {&t.k, &t.v, &t.grad_out, &t.lse, &t.row, t.gate ? &*t.gate : &t.q,
@@ -221,9 +236,9 @@ Tensor attention_relevance(const Tensor& grad_out, const Tensor& row, const std:
                   " and rows x heads x keys / 64 below 2^31, ", described(arguments), R"(; use backend="composite")");
   const cudaStream_t stream = current_stream(q.get_device_index());
   fga::cuda::attention_messages(p.work, stream);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  check_launch(op, [&] { return described(arguments); });
   fga::cuda::attention_combine(p.work, stream);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  check_launch(op, [&] { return described(arguments); });
   return p.row_out;
 }
 
@@ -259,9 +274,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_gradients(
                   described(arguments), "; use attention_relevance");
   const cudaStream_t stream = current_stream(q.get_device_index());
   fga::cuda::attention_gradients(work, stream);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  check_launch(op, [&] { return described(arguments); });
   fga::cuda::attention_combine(p.work, stream);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  check_launch(op, [&] { return described(arguments); });
   return {dq, dk, dv, p.row_out};
 }
 

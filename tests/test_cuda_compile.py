@@ -114,3 +114,15 @@ def test_tensor_cores(compiled: dict[tuple[str, str], Compiled], stem: str, arch
         assert "LDGSTS" in code and "LDL" not in code and "STL" not in code, name
         assert "MUFU.EX2" in code, name
         assert ("LDSM" in code) == (stem == "attention_gradients"), name
+        assert not re.search(r"@!?U?P\d\s+(HMMA|LDSM|BAR)", code), name  # the whole warp or none of it
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_gate_counts_with_native_atomics(compiled: dict[tuple[str, str], Compiled], architecture: str) -> None:
+    """Scores crowd into few bins: where an addition is a loop of compare-and-swap, a warp's lanes take turns in it."""
+    tool = disassembler()
+    if tool is None:
+        pytest.skip("no cuobjdump, neither on PATH nor with Triton")
+    cubin = compiled["gate", architecture].cubin
+    text = subprocess.run([tool, "--dump-sass", cubin], capture_output=True, text=True, check=True).stdout
+    assert "ATOMS" in text and not re.search(r"ATOMS\S*CAS", text), set(re.findall(r"ATOMS\S*", text))

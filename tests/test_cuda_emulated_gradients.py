@@ -128,3 +128,11 @@ def test_same_bits_in_any_order_of_threads(dtype: torch.dtype, need_qk: bool) ->
 def test_what_does_not_fit_is_refused(dtype: torch.dtype, tokens: int, width: int) -> None:
     with pytest.raises(RuntimeError, match="does not fit"):
         check(sized(dtype, tokens, width, images=1, heads=1))
+
+
+def test_rows_without_any_image_are_refused() -> None:
+    """A row of an image that does not exist is worked out on image 0, so there must be one."""
+    p = sized(torch.bfloat16, 5, 32, images=1, heads=1)
+    q, lse, image = torch.empty(0, 1, 5, 32, dtype=torch.bfloat16), torch.empty(0, 1, 5), torch.tensor([0])
+    with pytest.raises(RuntimeError, match="does not fit"):
+        emulated.attention_gradients(p.grad_out, p.row, None, q, q, q, None, q, lse, image, 0.2, False, False, True)

@@ -339,7 +339,7 @@ void launch_gradients(const AttentionGradients& a, cudaStream_t stream) {
 bool fits(const AttentionGradients& a) {
   const AttentionRelevance& r = a.relevance;
   return fits(r) && r.type != NumberType::float32 && r.width <= kWidestFusedHead && r.keys <= kMostTokens &&
-         r.queries <= kMostTokens;
+         r.queries <= kMostTokens && (r.images > 0 || r.rows == 0);
 }
 
 void attention_gradients(const AttentionGradients& a, cudaStream_t stream) {

@@ -5,8 +5,8 @@
 //
 // The lower median is found by radix selection, not by sorting: float bits are mapped to integers of the same order,
 // and each pass counts one byte of the keys that agree with the bytes found so far. Four passes over the row (eight in
-// float64) give the exact order statistic for any row length in 2 KB of shared memory. The counts are integers, so the
-// order in which atomics land cannot change the result: the gate is bitwise reproducible.
+// float64) give the exact order statistic of up to 2^31 - 1 numbers in 1 KB of shared memory. The counts are integers,
+// so the order in which atomics land cannot change the result: the gate is bitwise reproducible.
 #include "gate.h"
 
 #include <algorithm>
@@ -20,7 +20,7 @@ namespace {
 constexpr int kThreads = 256;  // one thread for each value of a key byte
 constexpr int kWarps = kThreads / 32;
 constexpr int64_t kMaxBlocks = 1 << 30;
-using Count = unsigned long long;  // NOLINT(google-runtime-int): the type atomicAdd takes
+using Count = unsigned;  // 64 bits in shared memory have no atomic addition: threads would take turns in a loop
 
 struct Workspace {
   Count bins[kThreads];

@@ -12,8 +12,9 @@
 namespace fga::cuda {
 
 // gates = base ** tanh(slope * z), z = (s - med) / (1.4826 (MAD + 1e-8)) per row, med and MAD the lower medians.
-// scores and gates are dense device arrays [rows, patches], rows and patches at least 1; they may be the same array.
-// Queues one kernel on the stream and returns; the caller checks the launch. A row that holds a NaN comes out all NaN.
+// scores and gates are dense device arrays [rows, patches], rows and patches at least 1, patches below 2^31; they may
+// be the same array. Queues one kernel on the stream and returns; the caller checks the launch. A row that holds a NaN
+// comes out all NaN.
 void gate(const float* scores, float* gates, int64_t rows, int64_t patches, double base, double slope,
           cudaStream_t stream);
 void gate(const double* scores, double* gates, int64_t rows, int64_t patches, double base, double slope,

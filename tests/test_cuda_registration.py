@@ -143,7 +143,7 @@ def gradients(
 def flash(
     q: Tensor, k: Tensor, v: Tensor, dropout: float, causal: bool, debug: bool, *, scale: float
 ) -> tuple[Any, ...]:
-    assert q.dtype in (torch.float16, torch.bfloat16) and (dropout, causal, debug) == (0.0, False, False)
+    assert q.dtype in (torch.float16, torch.bfloat16) and (dropout, causal, debug) == (0.0, False, False) and q.numel()
     maps, lse = softmax(q, k, None, scale)
     return (maps @ v.float()).to(q.dtype), lse, None, None, q.shape[2], k.shape[2], None, None, None
 
@@ -165,7 +165,7 @@ def check_bias(bias: Tensor | None, q: Tensor, k: Tensor) -> None:
 def efficient(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, with_lse: bool, *, scale: float
 ) -> tuple[Tensor, ...]:
-    assert with_lse
+    assert with_lse and q.numel()
     check_bias(bias, q, k)
     maps, lse = softmax(q, k, bias, scale)
     padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf"))
@@ -179,6 +179,8 @@ def efficient_backward(
     check_bias(bias, q, k)
     assert dropout == 0.0 and lse.shape[-1] % 32 == 0 and lse.is_contiguous() and not wanted[3]
     assert bool((lse[..., q.shape[2] :] == float("inf")).all())
+    assert out.transpose(1, 2).is_contiguous()  # the kernel takes H * D for the distance of two tokens, whatever it is
+    assert q.numel() and k.numel()  # it divides by the number of heads of all images
     parts = gradients(grad_out, q, k, v, bias, out, lse[..., : q.shape[2]], scale)
     return (*(t if want else torch.empty(0) for t, want in zip(parts, wanted[:3], strict=True)), torch.empty(0))
 
@@ -251,6 +253,40 @@ def test_layouts_that_kernels_cannot_read_are_copied() -> None:
     want = explicit(p, 0.25)
     torch.testing.assert_close(got[4].double(), want.row.double(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got[1].double(), want.dq, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("biased", (False, True))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+def test_outputs_of_any_layout(dtype: torch.dtype, biased: bool) -> None:
+    """Head-major outputs, as folding K sets of images into one batch leaves them: same gradients."""
+    p = problem(queries=21, keys=21, width=16, dtype=dtype)
+    bias = torch.randn(2, 1, 1, 21).to(dtype) if biased else None
+    out, lse, *_ = attention_cuda.attention(p.q, p.k, p.v, p.carrier, bias, 0.25, True, True, False, False)
+    first, second = (
+        attention_cuda.attention_backward(
+            p.grad_out, p.row, p.gate, p.q, p.k, p.v, bias, t, lse, None, 0.25, True, False, True, True
+        )
+        for t in (out, out.contiguous())
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.usefixtures("on_cpu", "fused")
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+@pytest.mark.parametrize(("images", "tokens"), ((0, 5), (2, 0)))
+def test_nothing_to_explain(dtype: torch.dtype, images: int, tokens: int) -> None:
+    """No images or no tokens: PyTorch's kernels are not asked, and shapes and layouts are those of the fake kernels."""
+    p = problem(images=images, queries=tokens, keys=tokens, width=16, dtype=dtype)
+    out, dq, dk, dv, row = run(p, None, None, residual=True)
+    assert all(t.shape == p.q.shape and t.dtype == dtype for t in (out, dq, dk, dv)) and row.shape == p.row.shape
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_outputs_that_are_not_needed_are_apart() -> None:
+    p = problem(queries=5, keys=5, width=16, dtype=torch.float32)
+    outputs = run(p, None, None, need=(False, False))[1:4]
+    assert len({id(t) for t in outputs}) == 3
 
 
 def test_which_kernel_is_a_function_of_shapes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,6 +74,12 @@ def token_major(t: Tensor) -> Tensor:  # [B, H, N, D]
     return t.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+def _zeros(like: Tensor, wanted: bool = True) -> Tensor:  # [B, H, N, D]
+    """Zeros of that shape over token-major memory; [0] unless wanted."""
+    images, heads, tokens, width = like.shape
+    return like.new_zeros(images, tokens, heads, width).transpose(1, 2) if wanted else like.new_empty(0)
+
+
 def placed_bias(bias: Tensor, q: Tensor, keys: int) -> Tensor:  # [B or 1, H or 1, Nq or 1, N or 1]
     """Bias [B, H, Nq, N] as the memory-efficient kernel wants it: in q's dtype, keys contiguous, rows aligned."""
     bias = bias.to(q.dtype).expand(*bias.shape[:3], keys)
@@ -88,13 +94,15 @@ def attention(
     """`fga_fast::attention` for CUDA tensors; see `ops.attention`."""
     check_supported("attention", q)
     check_shapes("attention", q, k, v, carrier, residual)
+    carried, port = carrier.new_zeros(len(q), q.shape[2]), carrier.new_zeros(len(q), k.shape[2])
+    if q.numel() == 0 or k.numel() == 0:
+        return _zeros(q), q.new_full(q.shape[:3], float("-inf"), dtype=carrier.dtype), carried, port
     q, k, v = readable(q), readable(k), readable(v)
     if uses_flash(q, bias):
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)[:2]
     else:
         mask = None if bias is None else placed_bias(bias, q, k.shape[2])
         out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, mask, True, scale=scale)[:2]
-    carried, port = carrier.new_zeros(len(q), q.shape[2]), carrier.new_zeros(len(q), k.shape[2])
     return token_major(out), lse[..., : q.shape[2]].contiguous(), carried, port
 
 
@@ -108,6 +116,10 @@ def attention_backward(
     An `image` index out of range is not noticed before the device does: checking would wait for it.
     """
     check_supported("attention_backward", q)
+    if grad_out.numel() == 0 or k.numel() == 0:  # PyTorch's kernels would divide by the number of heads
+        left = row.clone() if residual else row.new_zeros(len(row), k.shape[2])
+        of_keys = grad_out.new_empty(*grad_out.shape[:2], k.shape[2], k.shape[3])
+        return _zeros(grad_out, need_qk), _zeros(of_keys, need_qk), _zeros(of_keys, need_v), left
     q, k, v, grad_out, out = (readable(t) for t in (q, k, v, grad_out, out))
     if bias is not None:
         bias = bias.to(q.dtype)  # as the forward pass had it: log-sum-exp belongs to this one
@@ -119,7 +131,7 @@ def attention_backward(
     row_out = torch.ops.fga_fast.attention_relevance(
         grad_out, row, gate, q, k, v, bias, lse, image, scale, residual, signed
     )
-    dq = dk = dv = q.new_empty(0)
+    dq, dk, dv = (q.new_empty(0) for _ in range(3))
     if need_qk or need_v:
         if image is not None:
             q, k, v, out, lse = (t[image] for t in (q, k, v, out, lse))
@@ -146,6 +158,7 @@ def _gradients(
             grad_out, q, k, v, out, lse.contiguous(), None, None, queries, keys, 0.0, False, seed, offset, scale=scale
         )
         return dq, dk, dv
+    out = token_major(out)  # the kernel knows no other distance of two tokens, and does not check
     mask = None if bias is None else placed_bias(bias, q, keys)
     padded = F.pad(lse, (0, -queries % _LSE_ROW), value=float("inf")).contiguous()
     dq, dk, dv, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(

@@ -125,6 +125,27 @@ def test_small_layouts(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_small_outputs_of_any_layout(dtype: torch.dtype) -> None:
+    """PyTorch's memory-efficient backward reads a head-major output as if it were token-major."""
+    p = on_device(problem(queries=50, keys=50, width=64, dtype=dtype))
+    out, lse, _, _ = ops.attention(p.q, p.k, p.v, p.carrier, scale=0.125)
+    first, second = (
+        ops.attention_backward(p.grad_out, p.row, p.gate, p.q, p.k, p.v, t, lse, scale=0.125)
+        for t in (out, out.contiguous())
+    )
+    for got, want in zip(second, first, strict=True):
+        assert norm_error(got, want.cpu().double()) < GRADIENT[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_small_no_images_or_tokens(dtype: torch.dtype) -> None:
+    for images, tokens in ((0, 5), (2, 0)):
+        p = on_device(problem(images=images, queries=tokens, keys=tokens, width=16, dtype=dtype))
+        got = run(p, residual=True)
+        assert all(t.shape == p.q.shape for t in (got.out, got.dq, got.dk, got.dv)) and got.row.shape == p.row.shape
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_every_time(dtype: torch.dtype) -> None:
     p = on_device(problem(images=8, heads=12, queries=197, keys=197, width=64, dtype=dtype))
     out, lse, _, _ = ops.attention(p.q, p.k, p.v, p.carrier, scale=0.125)

@@ -76,10 +76,10 @@ _TILES: dict[tuple[int, str, str], Tile] = {
     (generation, "ieee", kernel): tile
     for generation in (8, 9, 10)
     for kernel, tile in {
-        "dense": Tile(64, 64, 16, 8, 2, fused=False),
-        "targets": Tile(64, 64, 16, 8, 2),
-        "top": Tile(64, 64, 16, 8, 2, fused=False),
-        "encode": Tile(64, 128, 16, 8, 2),
+        "dense": Tile(128, 64, 16, 8, 3, fused=False),
+        "targets": Tile(128, 64, 16, 8, 3),
+        "top": Tile(64, 64, 16, 8, 3, fused=False),
+        "encode": Tile(128, 64, 16, 8, 3),
     }.items()
 }
 

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _tiling
-from ._device import INTERPRETED, activate, capability, device_name, on, product, two_products
+from ._device import INTERPRETED, activate, capability, device_name, lanewise, on, product, two_products
 
 
 class Problem(NamedTuple):
@@ -80,7 +80,7 @@ def _emit(
 def _dense(
     x, g, start, order, encoder, decoder, bias, theta, scale, mag_bias, permutation,
     partial, top_value, top_index, totals,
-    P, C, F, M, x_image, x_patch, g_row, g_patch,
+    P, C, F, M, x_image, x_patch, x_column, g_row, g_patch, g_column,
     span, tiles_per_span, token_tiles, feature_tiles, first_feature, top,
     ACTIVATION: tl.constexpr, GRADIENT: tl.constexpr, GROUPED: tl.constexpr, SHUFFLED: tl.constexpr, TOP: tl.constexpr,
     FUSED: tl.constexpr, EVEN_C: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
@@ -112,14 +112,14 @@ def _dense(
         pre, h = two_products(x, encoder, g + b * g_row + p * g_patch, decoder, C,
                               BLOCK_T, BLOCK_F, BLOCK_C, EVEN_C, PRECISION, INTERPRET)  # fmt: skip
     else:
-        pre = product(x, encoder, C, BLOCK_T, BLOCK_F, BLOCK_C, EVEN_C, PRECISION, INTERPRET)
+        pre = product(x, encoder, C, x_column, BLOCK_T, BLOCK_F, BLOCK_C, EVEN_C, PRECISION, INTERPRET)
     codes = activate(pre, known, bias, theta, scale, mag_bias, ACTIVATION)
     codes = tl.where((feature < F)[None, :], codes, 0.0)
     if not GROUPED:
         if FUSED:
             codes *= h
         elif GRADIENT:
-            codes *= product(g + b * g_row + p * g_patch, decoder, C,
+            codes *= product(g + b * g_row + p * g_patch, decoder, C, g_column,
                              BLOCK_T, BLOCK_F, BLOCK_C, EVEN_C, PRECISION, INTERPRET)  # fmt: skip
         _emit(codes, b, p, inside, feature, feature_tile, first_feature, token_tile % tiles_per_span, M, P,
               feature_tiles * BLOCK_F, feature_tiles, top, partial, top_value, top_index, totals, TOP)  # fmt: skip
@@ -129,7 +129,7 @@ def _dense(
         for j in range(tl.max(tl.where(inside, count, 0), axis=0)):
             mine = inside & (j < count)
             m = tl.load(order + begin + j, mask=mine, other=0)
-            h = product(g + m * g_row + p * g_patch, decoder, C,
+            h = product(g + m * g_row + p * g_patch, decoder, C, g_column,
                         BLOCK_T, BLOCK_F, BLOCK_C, EVEN_C, PRECISION, INTERPRET)  # fmt: skip
             _emit(codes * h, m, p, mine, feature, feature_tile, first_feature, token_tile % tiles_per_span, M, P,
                   feature_tiles * BLOCK_F, feature_tiles, top, partial, top_value, top_index, totals, TOP)  # fmt: skip
@@ -141,6 +141,8 @@ def dense(problem: Problem, top: int) -> tuple[Tensor, ...]:
     features, rows = len(problem.W_enc_t), problem.rows
     use = "top" if top else "dense" if problem.start is None else "targets"
     tile = _tiling.tile(use, problem.x.dtype, capability(problem.x), problem.x.shape[2], device_name(problem.x))
+    if not _fused(problem, tile):
+        problem = problem._replace(x=lanewise(problem.x), g=None if problem.g is None else lanewise(problem.g))
     span = patches if top else images * patches
     per_span = triton.cdiv(span, tile.tokens)
     feature_tiles = triton.cdiv(features, tile.features)
@@ -170,6 +172,10 @@ def dense(problem: Problem, top: int) -> tuple[Tensor, ...]:
     return (scores, found[0].long(), found[1], of_image[0].long(), of_image[1])
 
 
+def _fused(problem: Problem, tile: _tiling.Tile) -> bool:
+    return tile.fused and problem.g is not None and problem.start is None
+
+
 def strongest(index: Tensor, value: Tensor, top: int) -> tuple[Tensor, Tensor]:  # [..., n] twice -> [..., top] twice
     """The entries largest in magnitude, equal ones in the order they came in; index -1 where nothing contributes."""
     order = value.abs().sort(dim=-1, descending=True, stable=True).indices[..., :top]
@@ -194,13 +200,11 @@ def _launch(
             x, given(g), given(problem.start), given(problem.order), W, problem.W_dec, problem.bias,
             given(problem.theta), given(problem.gate_scale), given(problem.mag_bias), given(problem.permutation),
             *outputs,
-            x.shape[1], x.shape[2], len(W), problem.rows, x.stride(0), x.stride(1),
-            *((0, 0) if g is None else (g.stride(0), g.stride(1))),
+            x.shape[1], x.shape[2], len(W), problem.rows, *x.stride(), *((0, 0, 1) if g is None else g.stride()),
             span, per_span, token_tiles, feature_tiles, first_feature, top,
             ACTIVATION=problem.kind, GRADIENT=g is not None, GROUPED=problem.start is not None,
             SHUFFLED=problem.permutation is not None, TOP=top > 0,
-            FUSED=tile.fused and g is not None and problem.start is None,
-            EVEN_C=x.shape[2] % tile.width == 0,
+            FUSED=_fused(problem, tile), EVEN_C=x.shape[2] % tile.width == 0,
             PRECISION=_tiling.precision(x.dtype), INTERPRET=INTERPRETED,
             BLOCK_T=tile.tokens, BLOCK_F=tile.features, BLOCK_C=tile.width, GROUP=_tiling.GROUP,
             num_warps=tile.warps, num_stages=tile.stages,

@@ -20,14 +20,14 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _tiling
-from ._device import INTERPRETED, activate, capability, device_name, on, ordered, product
+from ._device import INTERPRETED, activate, capability, device_name, lanewise, on, ordered, product
 from .score_dense import Problem, strongest
 
 
 @triton.jit(do_not_specialize=["P", "first_token", "tokens", "token_tiles", "feature_tiles", "group_count"])
 def _encode(
     x, encoder, bias, theta, scale, mag_bias, codes, maxima,
-    P, C, F, x_image, x_patch, first_token, tokens, token_tiles, feature_tiles, group_count,
+    P, C, F, x_image, x_patch, x_column, first_token, tokens, token_tiles, feature_tiles, group_count,
     ACTIVATION: tl.constexpr, GROUP_SIZE: tl.constexpr, EVEN_C: tl.constexpr, PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr,
@@ -43,7 +43,7 @@ def _encode(
     feature = feature_tile * BLOCK_F + tl.arange(0, BLOCK_F)
     known = tl.minimum(feature, F - 1)
     x += (token // P).to(tl.int64) * x_image + (token % P).to(tl.int64) * x_patch
-    pre = product(x, encoder + known.to(tl.int64) * C, C,
+    pre = product(x, encoder + known.to(tl.int64) * C, C, x_column,
                   BLOCK_T, BLOCK_F, BLOCK_C, EVEN_C, PRECISION, INTERPRET)  # fmt: skip
     z = activate(pre, known, bias, theta, scale, mag_bias, ACTIVATION)
     row = t.to(tl.int64)
@@ -187,8 +187,9 @@ def sparse(problem: Problem, k: int, signed: bool, top: int) -> tuple[Tensor, ..
     contributions = x.new_empty((rows, patches, k if top else 0), dtype=torch.float32)
     kept = x.new_empty((tokens, k), dtype=torch.float32)
     index = x.new_empty((tokens, k), dtype=torch.int32)
+    read = problem._replace(x=lanewise(x))
     for first in range(0, tokens, step):
-        codes, maxima = _launch_encode(problem, tile, group, first, min(step, tokens - first))
+        codes, maxima = _launch_encode(read, tile, group, first, min(step, tokens - first))
         if k:
             part = slice(first, first + step)
             kept[part], index[part] = select(codes, maxima, group, k, not signed)
@@ -264,7 +265,7 @@ def _launch_encode(
     with on(x):
         _encode[(token_tiles * feature_tiles,)](
             x, problem.W_enc_t, problem.bias, theta, scale, mag, codes, maxima,
-            x.shape[1], x.shape[2], features, x.stride(0), x.stride(1), first, tokens, token_tiles, feature_tiles,
+            x.shape[1], x.shape[2], features, *x.stride(), first, tokens, token_tiles, feature_tiles,
             groups, ACTIVATION=problem.kind, GROUP_SIZE=max(0, group), EVEN_C=x.shape[2] % tile.width == 0,
             PRECISION=_tiling.precision(x.dtype), INTERPRET=INTERPRETED, BLOCK_T=tile.tokens, BLOCK_F=tile.features,
             BLOCK_C=tile.width, GROUP=_tiling.GROUP, num_warps=tile.warps, num_stages=tile.stages,

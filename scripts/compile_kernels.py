@@ -113,9 +113,15 @@ def with_products(arch: int, every: bool) -> Iterator[Variant]:
             if not aligned and (flags["EVEN_C"] or not (every or "gated" in name)):
                 continue
             flags |= {
-                "PRECISION": precision, "INTERPRET": False, "BLOCK_T": tile.tokens, "BLOCK_F": tile.features,
-                "BLOCK_C": tile.width, "GROUP": _tiling.GROUP,
-            }  # fmt: skip
+                "PRECISION": precision,
+                "INTERPRET": False,
+                "BLOCK_T": tile.tokens,
+                "BLOCK_F": tile.features,
+                "BLOCK_C": tile.width,
+                "GROUP": _tiling.GROUP,
+            }
+            if kind != "ieee":  # Triton makes strides of 1 constants
+                flags |= {"x_column": 1} | ({} if use == "encode" else {"g_column": 1})  # fmt: skip
             kernel = score_topk._encode if use == "encode" else score_dense._dense
             yield Variant(
                 f"{use} {kind} {name}{'' if aligned else ' unaligned'}",

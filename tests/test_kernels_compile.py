@@ -38,6 +38,19 @@ def test_every_tile_compiles_within_the_limits(arch: int) -> None:
     assert all(int(re.search(rf"(\d+) {instruction}", line)[1]) > 0 for line in sixteen_bit)  # type: ignore[index]
 
 
+def test_plain_float32_tokens_are_read_side_by_side() -> None:
+    """Four tokens at a time: 16 columns are 16 reads of a thread, in each of two products."""
+    done = compile_kernels(
+        "c.triton.knobs.compilation.always_compile = c.triton.knobs.nvidia.dump_ptxas_log = True;"
+        "found, make = [], c.triton.compile;"
+        "c.triton.compile = lambda *a, **k: (found.append(make(*a, **k)), found[-1])[1];"
+        "v = next(v for v in c.with_products(90, False) if v.name == 'dense ieee relu');"
+        "c.compile_variant(v, 90); print('wide', found[0].asm['ptx'].count('ld.shared.v4'))"
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout.split()[-1]) >= 2 * 16
+
+
 def test_launches_bind_their_arguments() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels_bound.py"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

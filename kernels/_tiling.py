@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 TUNED = Path(__file__).parent / "tuned"
 WORKSPACE = 1 << 28  # bytes that one launch may use beyond its outputs
 LONGEST_SELECTION = 8192  # values that one program chooses the k largest of, in registers
+FEW = 32  # strongest features up to which they are looked for one after the other
 # Features a token below which gathering decoder rows beats a second product. Two products of a token take 4 C F
 # operations, one product and writing and reading its codes takes 2 C F and 12 F bytes, a gathered row 2 C bytes: at the
 # H100's ratio of operations to bytes these break even near this share of the dictionary. An estimate, not measured.

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _tiling
-from ._device import INTERPRETED, activate, capability, device_name, lanewise, on, product, two_products
+from ._device import INTERPRETED, activate, capability, device_name, lanewise, on, ordered, product, two_products
 
 
 class Problem(NamedTuple):
@@ -160,7 +160,9 @@ def dense(problem: Problem, top: int) -> tuple[Tensor, ...]:
         _launch(problem, tile, span, first * tile.features, count, top, (partial, value, index, total))
         scores = partial.sum(0) if scores is None else scores + partial.sum(0)
         if top:
-            found = strongest(torch.cat((found[0], index), -1), torch.cat((found[1], value), -1), top)
+            if first:
+                index, value = torch.cat((found[0], index), -1), torch.cat((found[1], value), -1)
+            found = strongest(index, value, top)
             totals.append(total.sum(0))
     if scores is None:  # cannot be: a dictionary has features
         raise ValueError("dense: expected a dictionary with features, got one without")
@@ -176,8 +178,46 @@ def _fused(problem: Problem, tile: _tiling.Tile) -> bool:
     return tile.fused and problem.g is not None and problem.start is None
 
 
+@triton.jit(do_not_specialize=["n", "index_row", "top"])
+def _strongest(value, index, to_value, to_index, n, index_row, top, BLOCK: tl.constexpr):
+    """The entries of one row that are largest in magnitude, one after the other; no row is kept or sorted."""
+    row = tl.program_id(0).to(tl.int64)
+    value += row * n
+    index += row * index_row
+    last_key = tl.full((), 0xFFFFFFFF, tl.uint32)
+    last_place = tl.full((), -1, tl.int32)
+    for i in range(top):
+        best_key = tl.full((), 0, tl.uint32)
+        best_place = tl.full((), 0, tl.int32)
+        for first in range(0, n, BLOCK):
+            place = first + tl.arange(0, BLOCK)
+            key = tl.where(place < n, ordered(tl.abs(tl.load(value + place, mask=place < n, other=0.0))), 0)
+            behind = (key < last_key) | ((key == last_key) & (place > last_place))
+            key = tl.where(behind, key, 0)
+            largest = tl.max(key, axis=0)
+            at = tl.min(tl.where(key == largest, place, 0x7FFFFFFF), axis=0)
+            best_place = tl.where(largest > best_key, at, best_place)
+            best_key = tl.maximum(best_key, largest)
+        found = tl.load(value + best_place, mask=best_key != 0, other=0.0)
+        tl.store(to_value + row * top + i, found)
+        tl.store(to_index + row * top + i, tl.where(found == 0, -1, tl.load(index + best_place)))
+        last_key = best_key
+        last_place = best_place
+
+
 def strongest(index: Tensor, value: Tensor, top: int) -> tuple[Tensor, Tensor]:  # [..., n] twice -> [..., top] twice
     """The entries largest in magnitude, equal ones in the order they came in; index -1 where nothing contributes."""
+    n = value.shape[-1]
+    if top <= _tiling.FEW:  # a sort of all would need several times their memory
+        value, index = value.contiguous(), index.reshape(-1, n)
+        to_value, to_index = (t.new_empty((*value.shape[:-1], top)) for t in (value, index))
+        block = min(4096, max(16, triton.next_power_of_2(n)))
+        with on(value):
+            _strongest[(len(index),)](
+                value, index, to_value, to_index, n, index.stride(0), top, BLOCK=block,
+                num_warps=_tiling.select_warps(block),
+            )  # fmt: skip
+        return to_index, to_value
     order = value.abs().sort(dim=-1, descending=True, stable=True).indices[..., :top]
     value = value.gather(-1, order)
     return torch.where(value == 0, -1, index.gather(-1, order)), value

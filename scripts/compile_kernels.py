@@ -43,8 +43,8 @@ POINTERS = {
     name: kind
     for kind, names in {
         "i64": "start order permutation",
-        "i32": "top_index kept_index index count groups",
-        "fp32": "partial top_value totals codes maxima values kept_value scores contributions gates",
+        "i32": "top_index kept_index to_index index count groups",
+        "fp32": "partial top_value to_value totals codes maxima value values kept_value scores contributions gates",
     }.items()
     for name in names.split()
 } | dict.fromkeys(["x", "g", "encoder", "decoder", "bias", "theta", "scale", "mag_bias", "to"])
@@ -180,6 +180,10 @@ def without_products(every: bool) -> Iterator[Variant]:
     for block, size in itertools.product((256, 2048, _tiling.LONGEST_SELECTION), (0, 16, 32, 64) if every else (0, 64)):
         flags = {"GROUP_SIZE": size, "RELU": True, "BLOCK": block}
         yield Variant(f"select {block} {size}", score_topk._select, "fp32", flags, _tiling.select_warps(block), 3)
+    for block in (16, 4096):
+        yield Variant(
+            f"strongest {block}", score_dense._strongest, "fp32", {"BLOCK": block}, _tiling.select_warps(block), 3
+        )
     yield Variant("compact", score_topk._compact, "fp32", {"BLOCK": 2048}, 8, 3)
     for centre, block in itertools.product((True, False), (1024, 4096)):
         flags = {"EPSILON": 1e-5, "CENTRE": centre, "BLOCK": block}

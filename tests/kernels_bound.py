@@ -73,7 +73,7 @@ def test_every_route_binds_and_another_batch_compiles_nothing(compiled: dict[str
         call(images, patches, "relu", rows=2 * images)
         call(images, patches, "topk", rows=2 * images)
         counts = {name: len(variants) for name, variants in compiled.items()}
-        assert counts == {"_normalise": 1, "_dense": 6, "_encode": 1, "_select": 1, "_gather": 2}
+        assert counts == {"_normalise": 1, "_dense": 6, "_strongest": 2, "_encode": 1, "_select": 1, "_gather": 2}
 
 
 def test_gates_bind(compiled: dict[str, set[str]]) -> None:

@@ -19,6 +19,7 @@ from fga_fast.sae import SparseAutoencoder
 
 kernels = triton_kernels.load()
 from fga_fast.kernels import _tiling  # noqa: E402
+from fga_fast.kernels.score_dense import strongest  # noqa: E402
 from fga_fast.kernels.score_topk import select  # noqa: E402
 
 FLOAT = torch.float32
@@ -180,6 +181,20 @@ def test_few_active_features_are_gathered(monkeypatch: pytest.MonkeyPatch, mode:
     gathered = kernels.score(x, g, sae, mode, image=IMAGE, **more)
     assert close(gathered, x, g, sae, mode, image=IMAGE, **more)
     torch.testing.assert_close(gathered.scores, dense.scores, rtol=1e-4, atol=1e-4)
+
+
+def test_the_strongest_are_those_of_a_sort(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ties, zeros, NaN and Inf; more entries than one program looks at once; an index shared by all rows."""
+    value = torch.randint(-3, 4, (3, 5000)).float()
+    value[0, 4500], value[0, 7], value[0, 4999], value[1] = 9, float("inf"), float("nan"), 0
+    value[1, 4321] = -2
+    index = torch.arange(5000, dtype=torch.int32).expand(3, 5000)
+    got = strongest(index, value, 9)
+    monkeypatch.setattr(_tiling, "FEW", 0)
+    want = strongest(index, value, 9)
+    assert torch.equal(got[0], want[0])
+    torch.testing.assert_close(got[1], want[1], rtol=0, atol=0, equal_nan=True)
+    assert want[0][0, :4].tolist()[:3] == [4999, 7, 4500] and want[0][1].tolist() == [4321] + [-1] * 8
 
 
 def test_top_features_of_equal_strength_come_in_order() -> None:

@@ -1,0 +1,96 @@
+// START HERE: fga::Session explains images by a package that Python exported, without Python. See docs/cpp.md.
+// This header needs nothing of torch. Shapes in the letters B images, P patches.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include <fga_fast/error.h>
+#include <fga_fast/images.h>
+
+namespace fga {
+
+// What NAME.json says of NAME.pt2.
+struct FGA_API Metadata {
+  struct Output {
+    std::string name, dtype;
+    std::vector<int64_t> shape;
+  };
+  std::string device, dtype;  // cpu or cuda; float32, float64 or bfloat16
+  int64_t batch = 0;          // images of one run of the compiled model
+  int64_t channels = 0, height = 0, width = 0;
+  std::array<int64_t, 2> grid = {0, 0};  // patches: rows, columns
+  int64_t classes = 0;
+  std::vector<std::string> class_names;  // empty where unknown
+  std::optional<Preprocess> preprocess;
+  bool targets_given = false;   // classes are chosen by the caller; else the predicted one is explained
+  std::vector<int64_t> layers;  // blocks with an SAE
+  std::vector<Output> outputs;
+  std::string method, backward;
+  std::map<std::string, std::string> versions;
+  std::string sha256;  // of NAME.pt2; may be empty
+
+  static Metadata read(const std::string& json_path);
+  int64_t patches() const { return grid[0] * grid[1]; }
+};
+
+// Numbers of any shape, the last dimension fastest. Doubles hold the numbers of every dtype exactly.
+struct Array {
+  std::vector<int64_t> shape;
+  std::vector<double> values;
+};
+
+struct Heatmaps {
+  std::array<int64_t, 3> shape = {0, 0, 0};  // B, height, width
+  std::vector<float> values;                 // in [0,1]
+};
+
+struct FGA_API Result {
+  Array logits;                       // [B, classes]
+  std::vector<int64_t> targets;       // [B], the explained classes
+  std::vector<double> values;         // [B], their logits
+  Array relevance;                    // [B, P], patches row by row
+  std::map<int64_t, Array> scores;    // by layer [B, P]
+  std::map<int64_t, Array> gates;     // by layer [B, P]
+  std::array<int64_t, 2> grid;        // patches: rows, columns
+  std::array<int64_t, 2> image_size;  // height and width of the model's input
+  std::string dtype;                  // of relevance, scores and gates: float64 for float64 models, else float32
+
+  // Relevance as pictures: bilinear, then per image (h - min) / (max - min + 1e-8). 0: the model's input size.
+  Heatmaps heatmap(int64_t height = 0, int64_t width = 0) const;
+};
+
+struct Options {
+  std::string ops_library;  // libfga_ops.so; empty: beside this library
+  int device_index = -1;    // of a CUDA package; -1: the current device
+  int runners = 1;          // how many calls may compute at once; each needs activations of its own
+  bool verify = true;       // compare the package with the checksum in its metadata
+};
+
+// Loads a package once and explains any number of images. A package is machine code: load only what you trust.
+// Several threads may call one session at a time, and a process may hold several sessions.
+class FGA_API Session {
+ public:
+  // path: NAME.pt2; NAME.json must lie beside it.
+  explicit Session(const std::string& path, const Options& options = {});
+  ~Session();
+  Session(Session&&) noexcept;
+  Session& operator=(Session&&) noexcept;
+
+  const Metadata& metadata() const;
+
+  // Any number of images: fewer than a batch are padded, more are cut into several runs.
+  // targets: for packages that take them, one class for each image, or a single one for all.
+  Result explain(const Images& images, const std::optional<std::vector<int64_t>>& targets = std::nullopt) const;
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace fga

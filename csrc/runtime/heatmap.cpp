@@ -1,0 +1,75 @@
+// Relevance of patches to pictures, as Explanation.heatmap does it.
+#include <algorithm>
+#include <cmath>
+
+#include <fga_fast/session.h>
+
+#include "text.h"
+
+namespace fga {
+namespace {
+
+// Where an output pixel lies between two patches.
+template <class T>
+struct Place {
+  int64_t below, above;
+  T fraction;
+};
+
+template <class T>
+std::vector<Place<T>> places_of(int64_t patches, int64_t pixels) {
+  std::vector<Place<T>> places;
+  const T scale = static_cast<T>(patches) / static_cast<T>(pixels);
+  for (int64_t i = 0; i < pixels; ++i) {
+    const T at = std::max<T>(scale * (static_cast<T>(i) + T(0.5)) - T(0.5), 0);
+    const int64_t below = std::min(static_cast<int64_t>(at), patches - 1);
+    places.push_back({below, std::min(below + 1, patches - 1), std::min<T>(at - static_cast<T>(below), 1)});
+  }
+  return places;
+}
+
+// In the type of the relevance, so that rounding is like Python's where a map is nearly constant.
+template <class T>
+void draw(const double* relevance, const std::array<int64_t, 2>& grid, const std::vector<Place<T>>& rows,
+          const std::vector<Place<T>>& columns, float* out) {
+  const auto at = [&](int64_t y, int64_t x) { return static_cast<T>(relevance[y * grid[1] + x]); };
+  const auto [least, most] = std::minmax_element(relevance, relevance + grid[0] * grid[1]);
+  const T floor = static_cast<T>(*least), ceiling = static_cast<T>(*most);
+  std::vector<T> large;
+  for (const auto& y : rows)
+    for (const auto& x : columns) {
+      const T upper = (1 - x.fraction) * at(y.below, x.below) + x.fraction * at(y.below, x.above);
+      const T lower = (1 - x.fraction) * at(y.above, x.below) + x.fraction * at(y.above, x.above);
+      // Interpolation stays between its inputs but for rounding, which on a constant map would be all there is to see.
+      large.push_back(std::clamp((1 - y.fraction) * upper + y.fraction * lower, floor, ceiling));
+    }
+  const auto [low, high] = std::minmax_element(large.begin(), large.end());
+  const T start = *low, range = *high - *low + static_cast<T>(1e-8);
+  std::transform(large.begin(), large.end(), out, [&](T value) { return static_cast<float>((value - start) / range); });
+}
+
+template <class T>
+void draw_all(const Result& result, Heatmaps& heatmaps) {
+  const auto rows = places_of<T>(result.grid[0], heatmaps.shape[1]);
+  const auto columns = places_of<T>(result.grid[1], heatmaps.shape[2]);
+  for (int64_t image = 0; image < heatmaps.shape[0]; ++image)
+    draw<T>(result.relevance.values.data() + image * result.grid[0] * result.grid[1], result.grid, rows, columns,
+            heatmaps.values.data() + image * heatmaps.shape[1] * heatmaps.shape[2]);
+}
+
+}  // namespace
+
+Heatmaps Result::heatmap(int64_t height, int64_t width) const {
+  if (height == 0 && width == 0) height = image_size[0], width = image_size[1];
+  if (std::min(height, width) < 1) throw Error("size: expected at least 1 pixel a side, got " + shown({height, width}));
+  Heatmaps heatmaps;
+  heatmaps.shape = {static_cast<int64_t>(targets.size()), height, width};
+  heatmaps.values.resize(targets.size() * height * width);
+  if (dtype == "float64")
+    draw_all<double>(*this, heatmaps);
+  else
+    draw_all<float>(*this, heatmaps);
+  return heatmaps;
+}
+
+}  // namespace fga

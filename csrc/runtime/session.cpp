@@ -1,0 +1,251 @@
+// The compiled model between its metadata and plain numbers: cut into batches, run, checked, put together again.
+#include <fga_fast/session.h>
+
+#include <ATen/ATen.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/InferenceMode.h>
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+#include <torch/version.h>
+
+#include <algorithm>
+#include <cmath>
+#include <filesystem>
+#include <utility>
+
+#include "library.h"
+#include "sha256.h"
+#include "text.h"
+
+namespace fga {
+namespace {
+
+constexpr uintptr_t kAlignment = 64;  // what torch's own allocators give, and compiled models may rely on
+
+at::ScalarType type_of(const std::string& dtype) {
+  if (dtype == "float32") return at::kFloat;
+  if (dtype == "float64") return at::kDouble;
+  return dtype == "int64" ? at::kLong : at::kBFloat16;
+}
+
+std::string json_beside(const std::string& path) {
+  const std::filesystem::path package(path);
+  if (package.extension() != ".pt2") throw Error("package: expected a file ending in .pt2, got " + path);
+  if (!std::filesystem::is_regular_file(package)) throw Error("package: no file " + path);
+  return std::filesystem::path(package).replace_extension(".json");
+}
+
+// Runs torch's code and makes an Error of what it throws.
+template <class F>
+auto calling_torch(const std::string& what, const F& f) {
+  try {
+    return f();
+  } catch (const Error&) {
+    throw;
+  } catch (const c10::Error& error) {
+    throw Error(what + ": " + error.what_without_backtrace());
+  } catch (const std::exception& error) {
+    throw Error(what + ": " + error.what());
+  }
+}
+
+bool all_finite(const Array& array) {
+  return std::all_of(array.values.begin(), array.values.end(), [](double x) { return std::isfinite(x); });
+}
+
+void append(Array& array, const at::Tensor& tensor) {
+  const at::Tensor wide = tensor.to(at::kCPU, at::kDouble).contiguous();
+  const auto* values = wide.const_data_ptr<double>();
+  array.values.insert(array.values.end(), values, values + wide.numel());
+}
+
+}  // namespace
+
+struct Session::State {
+  Metadata metadata;
+  c10::Device device = c10::kCPU;
+  std::unique_ptr<torch::inductor::AOTIModelPackageLoader> loader;
+
+  void check(const Images& images, const std::optional<std::vector<int64_t>>& targets) const;
+  at::Tensor values_of(const Images& images, int64_t first, int64_t count) const;
+  at::Tensor input_of(const Images& images, int64_t first, int64_t count) const;
+  at::Tensor targets_of(const std::vector<int64_t>& targets, int64_t first, int64_t count) const;
+  std::vector<at::Tensor> run(const std::vector<at::Tensor>& inputs) const;
+  Array& array_of(Result& result, const std::string& name) const;
+  Result empty(int64_t count) const;
+  void check_finite(const Result& result, const Images& images) const;
+};
+
+// What can be told before anything runs.
+void Session::State::check(const Images& images, const std::optional<std::vector<int64_t>>& targets) const {
+  const Metadata& m = metadata;
+  const std::vector<int64_t> shape(images.shape.begin(), images.shape.end());
+  if (images.values != nullptr && (shape[1] != m.channels || shape[2] != m.height || shape[3] != m.width))
+    throw Error("images: expected shape [B, " + std::to_string(m.channels) + ", " + std::to_string(m.height) + ", " +
+                std::to_string(m.width) + "], got " + shown(shape));
+  if (images.memory == Memory::device && device.is_cpu())
+    throw Error("images: expected host memory like the package, which runs on cpu, got device memory");
+  if (images.values == nullptr && !images.list.empty() && !m.preprocess)
+    throw Error(
+        "images: the package says nothing of preprocessing, so pictures of uint8 cannot be taken; pass normalised "
+        "floats [B, C, H, W], or export it with preprocessing");
+  if (targets.has_value() && !m.targets_given)
+    throw Error("targets: the package explains the predicted class; export one with targets=\"given\" to choose");
+  if (!targets.has_value() && m.targets_given)
+    throw Error("targets: the package explains given classes; pass one for each image, or one for all");
+  if (!targets) return;
+  if (targets->size() != 1 && static_cast<int64_t>(targets->size()) != images.size())
+    throw Error("targets: expected one class an image, shape [" + std::to_string(images.size()) + "], got " +
+                shown({static_cast<int64_t>(targets->size())}));
+  for (const int64_t target : *targets)
+    if (target < 0 || target >= m.classes)
+      throw Error("targets: expected classes 0 to " + std::to_string(m.classes - 1) + ", got " +
+                  std::to_string(target));
+}
+
+// [count, channels, height, width] on the host or the device, of whatever dtype came.
+at::Tensor Session::State::values_of(const Images& images, int64_t first, int64_t count) const {
+  const Metadata& m = metadata;
+  const int64_t each = m.channels * m.height * m.width;
+  if (images.values == nullptr) {
+    at::Tensor values = at::empty({count, m.channels, m.height, m.width}, at::kFloat);
+    for (int64_t i = 0; i < count; ++i)
+      m.preprocess->write(images.list[first + i], values.mutable_data_ptr<float>() + i * each);
+    return values;
+  }
+  const auto type = images.is_double ? at::kDouble : at::kFloat;
+  const auto* bytes = static_cast<const char*>(images.values) + first * each * static_cast<int64_t>(elementSize(type));
+  const auto where = images.memory == Memory::device ? device : c10::Device(c10::kCPU);
+  // from_blob has no version for memory that is only read; nothing here writes to it.
+  return at::from_blob(const_cast<char*>(bytes), {count, m.channels, m.height, m.width},
+                       at::TensorOptions().dtype(type).device(where));
+}
+
+// One batch as the compiled model takes it. A short one is filled up with its last image: zeros could be an input for
+// which a layer of somebody's model divides by zero.
+at::Tensor Session::State::input_of(const Images& images, int64_t first, int64_t count) const {
+  at::Tensor input = values_of(images, first, count).to(device, type_of(metadata.dtype));
+  if (count < metadata.batch) {
+    const at::Tensor last = input.slice(0, count - 1, count);
+    input = at::cat({input, last.expand({metadata.batch - count, -1, -1, -1})});
+  }
+  if (reinterpret_cast<uintptr_t>(input.const_data_ptr()) % kAlignment != 0) input = input.clone();
+  return input.contiguous();
+}
+
+at::Tensor Session::State::targets_of(const std::vector<int64_t>& targets, int64_t first, int64_t count) const {
+  at::Tensor batch = at::empty({metadata.batch}, at::kLong);
+  auto* out = batch.mutable_data_ptr<int64_t>();
+  for (int64_t i = 0; i < metadata.batch; ++i)
+    out[i] = targets.size() == 1 ? targets[0] : targets[first + std::min(i, count - 1)];
+  return batch.to(device);
+}
+
+std::vector<at::Tensor> Session::State::run(const std::vector<at::Tensor>& inputs) const {
+  const std::vector<at::Tensor> found = loader->run(inputs);
+  if (found.size() != metadata.outputs.size())
+    throw Error("package: expected " + std::to_string(metadata.outputs.size()) + " outputs, got " +
+                std::to_string(found.size()));
+  for (size_t i = 0; i < found.size(); ++i) {
+    const Metadata::Output& output = metadata.outputs[i];
+    if (found[i].sizes().vec() != output.shape || found[i].scalar_type() != type_of(output.dtype))
+      throw Error("package: expected " + output.name + " of shape " + shown(output.shape) + " and dtype " +
+                  output.dtype + ", got " + shown(found[i].sizes().vec()) + " and " + toString(found[i].scalar_type()));
+  }
+  return found;
+}
+
+Array& Session::State::array_of(Result& result, const std::string& name) const {
+  if (name == "logits") return result.logits;
+  if (name == "relevance") return result.relevance;
+  const size_t dot = name.find('.');
+  return (name[0] == 's' ? result.scores : result.gates)[std::stoll(name.substr(dot + 1))];
+}
+
+Result Session::State::empty(int64_t count) const {
+  Result result;
+  result.grid = metadata.grid;
+  result.image_size = {metadata.height, metadata.width};
+  result.dtype = metadata.dtype == "float64" ? "float64" : "float32";
+  for (const Metadata::Output& output : metadata.outputs)
+    if (output.shape.size() == 2) array_of(result, output.name).shape = {count, output.shape[1]};
+  return result;
+}
+
+// As Python does: only what came out is looked at, unless something is wrong.
+void Session::State::check_finite(const Result& result, const Images& images) const {
+  const bool logits = all_finite(result.logits);
+  if (logits && all_finite(result.relevance)) return;
+  if (images.values != nullptr) {
+    const at::Tensor values = values_of(images, 0, images.size());
+    if (!at::isfinite(values).all().item<bool>()) throw Error("images: contain NaN or Inf; check the preprocessing");
+  }
+  throw Error(std::string(logits ? "the relevance" : "the logits") +
+              " came out NaN or Inf although images are finite: an overflow in " + metadata.dtype +
+              ", or NaN or Inf in the package's weights; export the model in a wider dtype");
+}
+
+Session::Session(const std::string& path, const Options& options) : state_(std::make_unique<State>()) {
+  State& s = *state_;
+  s.metadata = Metadata::read(json_beside(path));
+  if (options.runners < 1) throw Error("runners: expected at least 1, got " + std::to_string(options.runners));
+  if (options.verify && !s.metadata.sha256.empty() && sha256_of_file(path) != s.metadata.sha256)
+    throw Error("package: " + path + " is not the file that its metadata was written for (sha256); export it again");
+  const bool cuda = s.metadata.device == "cuda";
+  load_ops(options.ops_library, cuda);
+  const auto made_by = s.metadata.versions.find("torch");
+  const std::string version = made_by == s.metadata.versions.end() ? "another version" : made_by->second;
+  calling_torch("package: " + path + " does not load in torch " TORCH_VERSION " (made by " + version + ")", [&] {
+    const auto index = static_cast<c10::DeviceIndex>(options.device_index);
+    if (cuda) {
+      if (!at::hasCUDA()) throw Error("package: runs on cuda, but there is no CUDA device");
+      const c10::impl::VirtualGuardImpl devices(c10::kCUDA);
+      s.device = index >= 0 ? c10::Device(c10::kCUDA, index) : devices.getDevice();
+    }
+    const c10::OptionalDeviceGuard guard(cuda ? std::optional(s.device) : std::nullopt);
+    s.loader = std::make_unique<torch::inductor::AOTIModelPackageLoader>(
+        path, "model", false, static_cast<size_t>(options.runners), cuda ? s.device.index() : c10::DeviceIndex{-1});
+  });
+}
+
+Session::~Session() = default;
+Session::Session(Session&&) noexcept = default;
+Session& Session::operator=(Session&&) noexcept = default;
+
+const Metadata& Session::metadata() const {
+  return state_->metadata;
+}
+
+Result Session::explain(const Images& images, const std::optional<std::vector<int64_t>>& targets) const {
+  const State& s = *state_;
+  s.check(images, targets);
+  return calling_torch("explain", [&] {
+    // No autograd: the gradients are part of the compiled graph.
+    const c10::InferenceMode inference;
+    const c10::OptionalDeviceGuard guard(s.device.is_cpu() ? std::nullopt : std::optional(s.device));
+    Result result = s.empty(images.size());
+    for (int64_t first = 0; first < images.size(); first += s.metadata.batch) {
+      const int64_t count = std::min(s.metadata.batch, images.size() - first);
+      std::vector<at::Tensor> inputs = {s.input_of(images, first, count)};
+      if (targets) inputs.push_back(s.targets_of(*targets, first, count));
+      const std::vector<at::Tensor> outputs = s.run(inputs);
+      for (size_t i = 0; i < outputs.size(); ++i) {
+        const std::string& name = s.metadata.outputs[i].name;
+        const at::Tensor mine = outputs[i].slice(0, 0, count);
+        if (name == "values" || name == "targets") {
+          Array flat;
+          append(flat, mine);
+          if (name == "values")
+            result.values.insert(result.values.end(), flat.values.begin(), flat.values.end());
+          else
+            for (const double target : flat.values) result.targets.push_back(static_cast<int64_t>(target));
+        } else {
+          append(s.array_of(result, name), mine);
+        }
+      }
+    }
+    s.check_finite(result, images);
+    return result;
+  });
+}
+
+}  // namespace fga

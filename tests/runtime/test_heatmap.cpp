@@ -1,0 +1,41 @@
+#include <fga_fast/session.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "check.h"
+
+namespace {
+fga::Result result_of(const std::vector<double>& relevance, const char* dtype) {
+  fga::Result result;
+  result.relevance = {{1, 6}, relevance};
+  result.targets = {0};
+  result.grid = {2, 3};
+  result.image_size = {4, 6};
+  result.dtype = dtype;
+  return result;
+}
+}  // namespace
+
+TEST(heatmap_is_bilinear) {
+  // In 36ths: what PyTorch's interpolate gives, less the least value, over the range.
+  const std::vector<double> expected = {0,  1,    3,    5,     7,     8,  4,  4.5, 5.5, 8.25, 12.75, 15,
+                                        12, 11.5, 10.5, 14.75, 24.25, 29, 16, 15,  13,  18,   30,    36};
+  for (const char* dtype : {"float32", "float64"}) {
+    const auto heat = result_of({0, 1, 2, 4, 3, 9}, dtype).heatmap();
+    CHECK(heat.shape[0] == 1 && heat.shape[1] == 4 && heat.shape[2] == 6 && heat.values.size() == 24);
+    for (size_t i = 0; i < 24; ++i) CHECK(std::abs(heat.values[i] - expected[i] / 36) < 1e-6);
+  }
+}
+
+TEST(heatmap_of_a_constant_is_zero) {
+  for (const char* dtype : {"float32", "float64"}) {
+    const auto heat = result_of(std::vector<double>(6, 0.1), dtype).heatmap(37, 41);
+    CHECK(heat.values.size() == 37 * 41);
+    CHECK(std::all_of(heat.values.begin(), heat.values.end(), [](float value) { return value == 0; }));
+  }
+}
+
+TEST(heatmap_sizes_are_checked) {
+  CHECK_ERROR(result_of(std::vector<double>(6), "float32").heatmap(-1, 4), "size: expected at least 1 pixel a side");
+}

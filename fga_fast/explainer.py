@@ -22,7 +22,7 @@ backward pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +33,12 @@ from fga_fast.explanation import Explanation
 from fga_fast.gate import Gate
 from fga_fast.models.layout import ModelLayout, find_layout
 from fga_fast.readout import Answer, Readout, Targets
-from fga_fast.records import Gating
+from fga_fast.records import Gating, gated_map
 from fga_fast.sae import SparseAutoencoder
 from fga_fast.tape import Tape
+
+if TYPE_CHECKING:
+    from fga_fast.graph.compiled import CompiledExplainer
 
 
 class Explainer:
@@ -142,18 +145,30 @@ class Explainer:
             e.ungated = self._ungated(images, targets).relevance
         return e
 
+    def compile(
+        self, example: Tensor, targets: Literal["predicted", "given"] = "predicted", mode: str | None = None,
+        batches: Sequence[int] | None = None,
+    ) -> CompiledExplainer:  # fmt: skip
+        """This explainer as one compiled graph, called like it, with the same result; takes a minute or so.
+
+        Weights and SAEs are frozen into it. Other models, settings and image sizes are other graphs.
+
+        Args:
+            example: [B, channels, H, W], images of the size, dtype and device that are to be explained.
+            targets: "predicted": the predicted class; "given": the call takes one class an image.
+            mode: a mode of `torch.compile`, such as "max-autotune".
+            batches: batch sizes to compile; others are filled up to the next larger one, or cut. Default: the example's.
+
+        Raises:
+            TypeError, ValueError: what cannot be one fixed graph (float16, `ungated`, the reference backend, a model
+                whose forward pass looks at values); the message says why and what to do.
+        """
+        from fga_fast.graph.compiled import CompiledExplainer
+
+        return CompiledExplainer(self, example, targets, mode, batches)
+
     def _explain(self, images: Tensor, layout: ModelLayout, targets: Targets, stages: backends.Stages) -> Explanation:
-        prefix = layout.prefix_tokens
-        tape = Tape(
-            layout,
-            {
-                layer: Gating(sae, self.gate, self._permutations[layer], prefix, self.top_features, stages)
-                for layer, sae in self.saes.items()
-            },
-            stages.attention,
-            method=self.method, conservative=self.backward == "conservative", signed=self.signed,
-            start_layer=self.start_layer, per_block=self.per_block,
-        )  # fmt: skip
+        prefix, tape = layout.prefix_tokens, self._tape(layout, stages)
         with tape.attached(images):
             output = self.readout.run(images)
             checks.check_finite(output.detach(), "the logits", self.model, images)
@@ -166,13 +181,26 @@ class Explainer:
         gates = {layer: gates for layer, (_, gates, _) in read.items()}
         blocks = {layer: row[..., prefix:].contiguous() for layer, row in sorted(found.rows.items())}
         if self.method == "input_x_gradient":
-            blocks = {layer: _gated_map(row, gates, layer) for layer, row in blocks.items()}
+            blocks = {layer: gated_map(row, gates, layer) for layer, row in blocks.items()}
         relevance = blocks[self.start_layer]
         checks.check_finite(relevance, "the relevance", self.model, images, self.saes)
         return self._result(
             images, layout, answer, relevance, {layer: scores for layer, (scores, _, _) in read.items()}, gates,
             {layer: features for layer, (_, _, features) in read.items() if features is not None},
             torch.stack(list(blocks.values()), dim=-2) if self.per_block else None,
+        )  # fmt: skip
+
+    def _tape(self, layout: ModelLayout, stages: backends.Stages) -> Tape:
+        gatings = {
+            layer: Gating(
+                sae, self.gate, self._permutations[layer], layout.prefix_tokens, self.top_features, stages
+            )
+            for layer, sae in self.saes.items()
+        }  # fmt: skip
+        return Tape(
+            layout, gatings, stages.attention,
+            method=self.method, conservative=self.backward == "conservative", signed=self.signed,
+            start_layer=self.start_layer, per_block=self.per_block,
         )  # fmt: skip
 
     def _reference(self, images: Tensor, layout: ModelLayout, targets: Targets) -> Explanation:
@@ -260,14 +288,6 @@ class Explainer:
             f"{self.layout.pooling} pooling, saes {{{layers}}}, {self.gate}, method={self.method!r}, "
             f"backward={self.backward!r}, backend={self.backend!r})"
         )
-
-
-def _gated_map(contribution: Tensor, gates: Mapping[int, Tensor], first: int) -> Tensor:  # [B, P] or [B, K, P]
-    """x . g at the tokens that enter block `first`, times the gates of that block and of all later ones."""
-    for layer, gate in gates.items():
-        if layer >= first:
-            contribution = contribution * gate
-    return contribution
 
 
 def explain(model: nn.Module, images: Tensor, targets: Targets = None, **settings: Any) -> Explanation:

@@ -77,6 +77,14 @@ class Readout:
         self._headless = headless or getattr(self.model, "num_classes", None) == 0
         return _checked_output(found, len(images))
 
+    def logits(self, output: Tensor) -> Tensor:  # [B, classes] or [B, E] -> [B, classes]
+        """What classes are predicted from: the model's logits, or a dual encoder's for its class names.
+
+        Raises:
+            TypeError: a dual encoder without class names.
+        """
+        return output if self.dual is None else self._columns((None,), output)[0]
+
     def answer(self, targets: Targets, output: Tensor) -> Answer:  # [B, classes] or [B, E]
         """The numbers that `targets` ask for, from the model's output.
 

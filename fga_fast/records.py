@@ -6,6 +6,7 @@ taps.py) and fills them when the gradient comes by.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -95,3 +96,11 @@ class Contribution:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         contribution = (x.to(dtype) * g.to(dtype)).sum(-1)
         return None, (contribution if inverse is None else contribution * inverse.unsqueeze(-1),)
+
+
+def gated_map(contribution: Tensor, gates: Mapping[int, Tensor], first: int) -> Tensor:  # [B, P] or [B, K, P]
+    """x . g at the tokens that enter block `first`, times the gates of that block and of all later ones."""
+    for layer, gate in gates.items():
+        if layer >= first:
+            contribution = contribution * gate
+    return contribution

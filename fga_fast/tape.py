@@ -154,10 +154,9 @@ class Tape(TorchFunctionMode):
         assert self._carrier is not None  # attached() has set it
         if self._layout.pooling == "attention":
             return self._carrier, torch.ones_like(self._carrier)
-        seed = torch.zeros_like(self._carrier)
         first, last = self._pooled
-        seed[:, first:last] = 1.0 / (last - first)
-        return self._carrier, seed
+        pooled = self._carrier.new_full((len(self._carrier), last - first), 1.0 / (last - first))
+        return self._carrier, F.pad(pooled, (first, self._carrier.shape[1] - last))
 
     @property
     def _pooled(self) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from fga_fast.models import find_layout
 
 FOUND = conformance.folder().is_dir()
-BACKENDS = ("reference", "native")
+BACKENDS = ("reference", "native", "graph")
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 # (file, run, block) whose score is the rounding of a sum that cancels: before the last block, patches are read only
@@ -63,9 +63,22 @@ def explain_native(case: conformance.Case, run: int) -> Any:
     return explanation
 
 
+def explain_graph(case: conformance.Case, run: int) -> Any:
+    """The traced graph, without what nobody reads, run as it is."""
+    from fga_fast import Explainer
+    from fga_fast.graph.outputs import explanation
+    from fga_fast.graph.trace import flatten
+
+    flat = flatten(Explainer(case.model, saes=case.saes(run), gate=case.gate(run), backend="native"), case.images)
+    layout = find_layout(case.model)
+    found = dict(zip(flat.outputs, flat.module(case.images), strict=True))
+    return explanation(found, grid=layout.grid, image_size=layout.image_size, backend="graph")
+
+
 EXPLAIN: dict[str, Callable[[conformance.Case, int], Any]] = {
     "reference": explain_reference,
     "native": explain_native,
+    "graph": explain_graph,
 }
 
 

@@ -1,0 +1,164 @@
+"""An explainer whose whole graph was compiled ahead: one call of machine code an explanation, no Python in between.
+
+On the CPU, TorchInductor with frozen weights: they are laid out once as its matrix products want them, beside the
+model's own. On CUDA the compiled graph is captured in a CUDA graph for each batch size and stream, and replayed from
+buffers that stay where they are.
+
+STATUS: the CUDA half has never run on a device.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fga_fast import checks
+from fga_fast.explanation import Explanation
+from fga_fast.graph.outputs import explanation, in_batches
+from fga_fast.graph.trace import Flat, Targets, flatten
+from fga_fast.targets import pick
+
+if TYPE_CHECKING:
+    from fga_fast.explainer import Explainer
+
+Run = Callable[..., Sequence[Tensor]]
+
+
+class CompiledExplainer:
+    """What `Explainer.compile` returns; see there. Called as the explainer is, with the same result.
+
+    Attributes:
+        explainer: what was compiled. A change of its model's weights or SAEs does not reach the compiled graph.
+        batches: batch sizes that were compiled, rising.
+        targets: "predicted" or "given".
+    """
+
+    def __init__(
+        self, explainer: Explainer, example: Tensor, targets: Targets, mode: str | None, batches: Sequence[int] | None
+    ) -> None:
+        self.explainer, self.targets = explainer, targets
+        self.batches = _checked_batches(batches, example)
+        options = _options(mode, example)
+        self._runs: dict[int, Run] = {}
+        self._example = example[:1].detach()
+        for size in self.batches:
+            images = example[:1].detach().expand(size, *example.shape[1:]).contiguous()
+            flat = flatten(explainer, images, targets)
+            self._outputs, self._classes, self._class_names = flat.outputs, flat.classes, flat.class_names
+            self._runs[size] = _compiled(flat, images, targets, options)
+
+    def __call__(self, images: Tensor, targets: Any = None) -> Explanation:
+        """Explains any number of images of the size that was compiled, from 1.
+
+        Args:
+            images: [B, channels, H, W], as `Explainer` takes them.
+            targets: nothing for "predicted"; for "given" an int or a class name, or one for each image [B].
+
+        Raises:
+            TypeError, ValueError: as `Explainer`; on CUDA, NaN and Inf are not looked for, as the host would have to
+                wait for the device.
+        """
+        explainer = self.explainer
+        checks.check_images(images, explainer._layout_for(images), self._example)
+        if images.shape[1:] != self._example.shape[1:] or len(images) == 0:
+            raise ValueError(
+                f"images: expected [B, {', '.join(map(str, self._example.shape[1:]))}] with B at least 1, as compiled, "
+                f"got {list(images.shape)}; compile another example for other sizes"
+            )
+        inputs = (images.detach(), *self._given(images, targets))
+        with torch.inference_mode(False), torch.no_grad():
+            outputs = in_batches(lambda size, given: self._runs[size](*given), self.batches, inputs)
+        found = dict(zip(self._outputs, outputs, strict=True))
+        if images.device.type == "cpu":
+            for name, what in (("logits", "the logits"), ("relevance", "the relevance")):
+                checks.check_finite(found[name], what, explainer.model, images, explainer.saes)
+        return explanation(
+            found, grid=explainer._layout_for(images).grid, image_size=(images.shape[-2], images.shape[-1]),
+            backend=f"{explainer.backend}, compiled", names=self._class_names,
+            start_layer=explainer.start_layer,
+        )  # fmt: skip
+
+    def _given(self, images: Tensor, targets: Any) -> tuple[Tensor, ...]:
+        if self.targets == "predicted":
+            if targets is not None:
+                raise ValueError(
+                    'targets: this graph explains the predicted class; compile(example, targets="given") takes others'
+                )
+            return ()
+        if targets is None:
+            raise ValueError('targets: this graph was compiled for given targets; say which, or compile "predicted"')
+        blank = images.new_zeros(1, 1).expand(len(images), self._classes)
+        picked = pick(targets, blank, self._class_names, self._classes)
+        if picked.dim() != 1:
+            raise ValueError(
+                f"targets: expected one class an image, [{len(images)}], got {list(picked.shape)}; a compiled graph "
+                "explains one, Explainer takes several"
+            )
+        return (picked.contiguous(),)
+
+
+def _checked_batches(batches: Sequence[int] | None, example: Tensor) -> tuple[int, ...]:
+    sizes = (len(example),) if batches is None and isinstance(example, Tensor) else tuple(batches or ())
+    if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise ValueError(f"batches: expected batch sizes of at least 1, or an example with images, got {list(sizes)}")
+    return tuple(sorted(set(sizes)))
+
+
+def _options(mode: str | None, example: Tensor) -> dict[str, Any]:
+    """Options of TorchInductor. CUDA graphs are captured here, with buffers and streams that are known."""
+    modes = torch._inductor.list_mode_options()
+    if mode is not None and mode not in modes:
+        raise ValueError(f"mode: expected None or one of {', '.join(map(repr, modes))}, got {mode!r}")
+    chosen = {} if mode is None else dict(modes[mode])
+    chosen.pop("triton.cudagraphs", None)
+    return {"freezing": True, **chosen}
+
+
+def _compiled(flat: Flat, images: Tensor, targets: Targets, options: dict[str, Any]) -> Run:
+    given = [torch.zeros(len(images), dtype=torch.int64, device=images.device)] if targets == "given" else []
+    inputs = [images, *given]
+    with torch.inference_mode(False), torch.no_grad():
+        run: Run = torch._inductor.compile(flat.module, inputs, options=options)
+        run(*inputs)
+    return _Replay(run, inputs) if images.is_cuda else run
+
+
+class _Replay:
+    """A compiled graph as one launch: captured once a stream, replayed from buffers of its own.
+
+    What comes back are copies, so that results outlive the next replay.
+    """
+
+    def __init__(self, run: Run, inputs: Sequence[Tensor]) -> None:
+        self._run, self._inputs, self._lock = run, inputs, threading.Lock()
+        self._captured: dict[int, tuple[torch.cuda.CUDAGraph, list[Tensor], Sequence[Tensor]]] = {}
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        device = inputs[0].device
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream(device).cuda_stream
+            if stream not in self._captured:
+                with self._lock:
+                    self._captured[stream] = self._capture()
+            graph, buffers, outputs = self._captured[stream]
+            for buffer, given in zip(buffers, inputs, strict=True):
+                buffer.copy_(given, non_blocking=True)
+            graph.replay()
+            return [output.clone() for output in outputs]
+
+    def _capture(self) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Sequence[Tensor]]:
+        buffers = [t.clone() for t in self._inputs]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):  # what a library allocates at first use must not be part of the graph
+                self._run(*buffers)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            outputs = self._run(*buffers)
+        return graph, buffers, outputs

@@ -1,0 +1,49 @@
+"""From what a graph returns to an `Explanation`: batches of fixed sizes filled up and cut, tensors found by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fga_fast.explanation import Explanation, TopFeatures
+
+
+def in_batches(
+    run: Callable[[int, tuple[Tensor, ...]], Sequence[Tensor]], sizes: Sequence[int], inputs: tuple[Tensor, ...]
+) -> list[Tensor]:
+    """Runs any number of images on graphs of fixed batch sizes.
+
+    Args:
+        run: (batch size, inputs of that many rows) -> outputs of that many rows.
+        sizes: the batch sizes there are, rising. The smallest that holds all images is taken; more images than the
+            largest holds are cut. A batch that is not full repeats its last image, since zeros may not be finite later.
+        inputs: tensors [B, ...] with B at least 1.
+    """
+    count, parts = len(inputs[0]), list[list[Tensor]]()
+    for first in range(0, count, sizes[-1]):
+        given = tuple(t[first : first + sizes[-1]] for t in inputs)
+        rows = len(given[0])
+        size = next(size for size in sizes if size >= rows)
+        if rows < size:
+            given = tuple(torch.cat([t, t[-1:].expand(size - rows, *t.shape[1:])]) for t in given)
+        parts.append([t[:rows] for t in run(size, given)])
+    return parts[0] if len(parts) == 1 else [torch.cat(found) for found in zip(*parts, strict=True)]
+
+
+def explanation(found: dict[str, Tensor], **about: Any) -> Explanation:
+    """The result with the names of `trace.flatten`; `about`: what a graph does not return, see `Explanation`."""
+    layers = sorted(int(name.split(".")[1]) for name in found if name.startswith("scores."))
+    features = {
+        layer: TopFeatures(*(found[f"features.{layer}.{name}"] for name in TopFeatures._fields))
+        for layer in layers
+        if f"features.{layer}.patch_index" in found
+    }
+    return Explanation(
+        relevance=found["relevance"], logits=found["logits"], targets=found["targets"], values=found["values"],
+        scores={layer: found[f"scores.{layer}"] for layer in layers},
+        gates={layer: found[f"gates.{layer}"] for layer in layers},
+        features=features, blocks=found.get("blocks"), **about,
+    )  # fmt: skip

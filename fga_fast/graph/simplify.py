@@ -1,0 +1,100 @@
+"""What a traced graph computes although it is known: tensors made of weights alone, and of shapes alone."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+aten = torch.ops.aten
+
+# Constructors that ask a tensor for its shape only -> the value that they fill in; None: their last argument.
+_LIKE: dict[Any, float | None] = {
+    aten.zeros_like.default: 0, aten.new_zeros.default: 0, aten.ones_like.default: 1, aten.new_ones.default: 1,
+    aten.full_like.default: None, aten.new_full.default: None,
+}  # fmt: skip
+_IDENTITIES = (aten.detach.default, aten.lift_fresh_copy.default, aten.alias.default)
+
+
+def simplify(module: fx.GraphModule) -> None:
+    """Changes the graph in place; its outputs stay the same bits."""
+    for node in list(module.graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target in _IDENTITIES:
+            node.replace_all_uses_with(node.args[0])
+        elif node.target in _LIKE:
+            _made_of_shape(module.graph, node)
+        elif node.target is torch.ops.fga_fast.few_rows_product.default:  # which looks at values
+            with module.graph.inserting_before(node):
+                node.replace_all_uses_with(made(module.graph, node, aten.mm.default, node.args))
+    module.graph.eliminate_dead_code()
+    fold(module)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+
+
+def made(graph: fx.Graph, like: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], **kwargs: Any) -> fx.Node:
+    """A call whose result has the shape and dtype of `like`'s."""
+    node = graph.call_function(target, args, kwargs)
+    node.meta["val"] = like.meta["val"]
+    return node
+
+
+def _made_of_shape(graph: fx.Graph, node: fx.Node) -> None:
+    value: Any = _LIKE[node.target]
+    shown = node.meta["val"]
+    if value is None:
+        value = node.args[-1]
+    with graph.inserting_before(node):
+        node.replace_all_uses_with(
+            made(graph, node, aten.full.default, (list(shown.shape), value), dtype=shown.dtype, device=shown.device)
+        )
+
+
+def fold(module: fx.GraphModule) -> None:
+    """Computes once what depends on weights only: casts under autocast, position tables, concatenated biases.
+
+    Views stay: they cost nothing, and what they look at is kept once.
+    """
+    known: dict[fx.Node, Any] = {}
+    for node in list(module.graph.nodes):
+        if node.op == "get_attr":
+            known[node] = _attribute(module, str(node.target))
+        elif node.op == "call_function" and _is_pure(node) and node.all_input_nodes:
+            if not all(n in known for n in node.all_input_nodes):
+                continue
+            with torch.no_grad():
+                known[node] = node.target(*fx.map_arg(node.args, known.get), **fx.map_arg(node.kwargs, known.get))
+    wanted = [node for node in known if node.op != "get_attr" and any(user not in known for user in node.users)]
+    while wanted:
+        node = wanted.pop()
+        if node.op == "get_attr" or not isinstance(known[node], Tensor):
+            continue
+        if _is_view(node):
+            wanted += node.all_input_nodes
+            continue
+        name = f"_folded_{node.name}"
+        module.register_buffer(name, known[node])
+        with module.graph.inserting_before(node):
+            constant = module.graph.get_attr(name)
+        constant.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(constant)
+
+
+def _attribute(module: fx.GraphModule, name: str) -> Any:
+    return operator.attrgetter(name)(module)
+
+
+def _is_view(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.target is operator.getitem or any(r.alias_info is not None for r in getattr(schema, "returns", ()))
+
+
+def _is_pure(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return node.target is operator.getitem or (schema is not None and not schema.is_mutable and not random)

@@ -1,0 +1,127 @@
+"""Traces an explanation - forward pass, backward pass, gates and rollout - into one flat graph of operators.
+
+Nothing of autograd, hooks or modes is left in it: tensors in, tensors out, weights and SAEs as its attributes. So it is
+an ordinary inference graph, which can be compiled, captured and exported.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fga_fast.graph import rows, simplify
+from fga_fast.models.layout import ModelLayout
+from fga_fast.records import Gating, gated_map
+
+if TYPE_CHECKING:
+    from fga_fast.explainer import Explainer
+
+logger = logging.getLogger(__name__)
+
+Targets = Literal["predicted", "given"]
+
+
+class Flat(NamedTuple):
+    """A traced explanation."""
+
+    module: fx.GraphModule  # images [B, channels, H, W] (and targets [B] int64, if given) -> a tuple of tensors
+    outputs: tuple[str, ...]  # their names: "logits", "targets", "values", "relevance", "scores.6", "gates.6", ...
+    classes: int  # columns of the logits
+    class_names: tuple[str, ...] | None
+
+
+def flatten(explainer: Explainer, images: Tensor, targets: Targets = "predicted", prune: bool = True) -> Flat:
+    """The graph of `explainer(images, targets)` for images of this shape, dtype and device.
+
+    Args:
+        explainer: what to trace; it and its model stay as they are, and their weights are shared, not copied.
+        images: [B, channels, H, W], an example; explained once eagerly, so that everything that is checked is.
+        targets: "predicted": the graph explains the predicted class; "given": it takes targets [B], class numbers.
+        prune: leave out what is computed for tokens that nobody reads; exact (rows.py).
+
+    Raises:
+        TypeError, ValueError: what cannot be a fixed graph; the message says why and what to do.
+    """
+    _check(explainer, images, targets)
+    eager = explainer(images, None if targets == "predicted" else 0)
+    layout = explainer._layout_for(images)
+    names: list[str] = []
+
+    def explain(images: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+        found = _explanation(explainer, layout, images, *given)
+        names[:] = found
+        return tuple(found.values())
+
+    inputs = (images.detach(), *([eager.targets] if targets == "given" else []))
+    with torch.inference_mode(False), torch.no_grad():
+        try:
+            module = make_fx(explain, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+        except Exception as error:
+            raise ValueError(
+                f"model: {type(explainer.model).__name__} cannot be traced into one graph, since its forward pass looks "
+                f"at values or leaves PyTorch: {error}"
+            ) from error
+    before = len(module.graph.nodes)
+    simplify.simplify(module)
+    if prune and layout.pooling == "token":
+        rows.prune(module, layout.pooled[0], layout.tokens)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    logger.info(
+        "traced an explanation of %s: %d operators, %d kept", list(images.shape), before, len(module.graph.nodes)
+    )
+    return Flat(module, tuple(names), eager.logits.shape[1], eager.names)
+
+
+def _check(explainer: Explainer, images: Any, targets: str) -> None:
+    if targets not in get_args(Targets):
+        raise ValueError(f'targets: expected "predicted" or "given", got {targets!r}')
+    if not isinstance(images, Tensor) or images.dim() != 4 or len(images) == 0:
+        what = f"a tensor {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"example: expected images [B, channels, H, W] with B at least 1, got {what}")
+    if explainer._choose().stages is None:
+        raise ValueError(
+            f"backend: {explainer.backend!r} is not compiled; it is there to say what is correct. Use backend="
+            '"auto", "native", "triton" or "composite"'
+        )
+    if images.dtype == torch.float16 or (
+        torch.is_autocast_enabled(images.device.type) and torch.get_autocast_dtype(images.device.type) == torch.float16
+    ):
+        raise ValueError(
+            "dtype: float16 gradients get a loss scale that is chosen from their values, which a fixed graph cannot; "
+            "use bfloat16 or float32"
+        )
+    if explainer._ungated is not None:
+        raise ValueError("ungated: a graph holds one explanation; compile a second Explainer without SAEs beside it")
+
+
+def _explanation(
+    explainer: Explainer, layout: ModelLayout, images: Tensor, given: Tensor | None = None
+) -> dict[str, Tensor]:
+    """As `Explainer._explain`, without what looks at values."""
+    stages = explainer._choose().stages
+    assert stages is not None  # _check
+    tape, prefix = explainer._tape(layout, stages), layout.prefix_tokens
+    with tape.attached(images):
+        output = explainer.readout.run(images)
+        logits = explainer.readout.logits(output)
+        targets = logits.argmax(dim=-1) if given is None else given
+        values = logits.gather(1, targets.unsqueeze(1)).squeeze(1)
+    found = tape.backward(values, explainer.target_chunk)
+    read = {layer: Gating.read(slots) for layer, slots in sorted(found.recorded.items())}
+    blocks = {layer: row[..., prefix:] for layer, row in sorted(found.rows.items())}
+    if explainer.method == "input_x_gradient":
+        gates = {layer: gate for layer, (_, gate, _) in read.items()}
+        blocks = {layer: gated_map(row, gates, layer) for layer, row in blocks.items()}
+    outputs = {"logits": logits, "targets": targets, "values": values, "relevance": blocks[explainer.start_layer]}
+    if explainer.per_block:
+        outputs["blocks"] = torch.stack(list(blocks.values()), dim=-2)
+    for layer, (scores, gate, features) in read.items():
+        outputs |= {f"scores.{layer}": scores, f"gates.{layer}": gate}
+        if features is not None:
+            outputs |= {f"features.{layer}.{name}": value for name, value in features._asdict().items()}
+    return {name: value.detach().contiguous() for name, value in outputs.items()}

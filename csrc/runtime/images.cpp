@@ -72,6 +72,9 @@ void Preprocess::check() const {
     throw Error("mean, std: expected 1 or 3 numbers each, std above 0");
   if (!(crop_pct > 0 && crop_pct <= 1))
     throw Error("crop_pct: expected a number in (0,1], got " + std::to_string(crop_pct));
+  constexpr double kMaxSide = 1 << 24;
+  if (static_cast<double>(std::max(image_size[0], image_size[1])) > kMaxSide * crop_pct)
+    throw Error("image_size, crop_pct: expected a resized picture of at most 2^24 pixels a side");
   if (interpolation != "bicubic" && interpolation != "bilinear" && interpolation != "nearest")
     throw Error("interpolation: expected bicubic, bilinear or nearest, got '" + interpolation + "'");
 }

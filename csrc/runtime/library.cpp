@@ -23,7 +23,7 @@ bool has_cuda_kernels() {
 // The symbols are global, as the compiled model and libfga_ops_cuda.so look them up by name.
 void load(const std::string& path) {
   if (dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL) == nullptr)
-    throw Error("ops_library: cannot load " + path + ": " + dlerror());
+    throw Error("session: cannot load " + path + ": " + dlerror());
 }
 
 std::string beside_this_library() {
@@ -35,10 +35,16 @@ std::string beside_this_library() {
 
 }  // namespace
 
+void load_torch(bool cuda) {
+  // Compiled models name libtorch.so as what they need, without saying where it lies. It is not linked instead, as
+  // whoever links this library would then need all that a CUDA build of torch is made of.
+  load("libtorch.so");
+  if (cuda) load("libtorch_cuda.so");  // its devices register themselves as it loads
+}
+
 void load_ops(const std::string& ops_library, bool cuda) {
   static std::mutex mutex;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (cuda) load("libtorch_cuda.so");  // nobody links it, and its devices register themselves as it loads
   const std::filesystem::path path = ops_library.empty() ? beside_this_library() : ops_library;
   if (!is_known()) {
     load(path);

@@ -15,7 +15,8 @@ namespace fga {
 namespace {
 
 constexpr std::streamoff kMaxBytes = std::streamoff{64} << 20;
-constexpr double kMaxSize = 1 << 30;
+constexpr double kMaxSize = 2147483647;
+constexpr double kMaxValues = 2147483648;  // of one batch of images
 
 // Reads the entries of one object; every message names the entry.
 class Reader {
@@ -135,14 +136,16 @@ void read_outputs(const Reader& in, Metadata& m) {
   std::set<std::string> seen;
   for (const Json& json : in.array("outputs", in.at("outputs"))) {
     const Reader entry(json, "outputs");
-    const std::string name = entry.text("name"), dtype = entry.text("dtype");
-    const auto found = expected.find(name);
-    if (found == expected.end() || !seen.insert(name).second)
-      in.fail("outputs", "every output once, got '" + name + "'");
+    const std::string name = entry.text("name");
+    const std::string dtype = entry.one_of("dtype", {"float32", "float64", "bfloat16", "int64"});
     const auto shape = entry.wholes("shape", 1);
-    if (shape != found->second)
+    if (!seen.insert(name).second) in.fail("outputs", "every output once, got '" + name + "' again");
+    if (shape.empty() || shape[0] != m.batch)
+      in.fail("outputs", name + " with a row for each image, got " + shown(shape));
+    const auto found = expected.find(name);
+    if (found != expected.end() && shape != found->second)
       in.fail("outputs", name + " of shape " + shown(found->second) + ", got " + shown(shape));
-    const bool map = found->second == maps && name != "logits";
+    const bool map = found != expected.end() && found->second == maps && name != "logits";
     if ((name == "targets" && dtype != "int64") || (map && dtype != wide))
       in.fail("outputs", name + " of dtype " + (map ? wide : "int64") + ", got " + dtype);
     m.outputs.push_back({name, dtype, shape});
@@ -169,6 +172,10 @@ void read_entries(const Reader& in, Metadata& m) {
   m.channels = in.size("channels");
   m.height = in.size("height");
   m.width = in.size("width");
+  if (static_cast<double>(m.batch) * static_cast<double>(m.channels) * static_cast<double>(m.height) *
+          static_cast<double>(m.width) >
+      kMaxValues)
+    in.fail("batch", "a batch of images of at most 2^31 values");
   m.grid = in.pair("grid");
   m.classes = in.size("classes");
   if (in.find("class_names") != nullptr) m.class_names = in.texts("class_names");
@@ -178,6 +185,12 @@ void read_entries(const Reader& in, Metadata& m) {
   m.layers = in.wholes("layers", 0);
   if (in.find("preprocessing") != nullptr) m.preprocess = read_preprocess(in.inner("preprocessing"), m);
   read_outputs(in, m);
+  m.backend = in.find("backend") == nullptr ? "native" : in.one_of("backend", {"native", "triton", "composite"});
+  if (in.find("machine") != nullptr) {
+    const Reader machine = in.inner("machine");
+    m.architecture = machine.text("architecture");
+    m.features = machine.texts("features");
+  }
   if (in.find("method") != nullptr) m.method = in.text("method");
   if (in.find("backward") != nullptr) m.backward = in.text("backward");
   if (in.find("sha256") != nullptr) m.sha256 = in.text("sha256");

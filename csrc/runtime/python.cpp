@@ -106,6 +106,12 @@ void bind_result(py::module_& m) {
       .def_property_readonly("relevance", [wide](const Result& r) { return array_of(r.relevance, wide(r)); })
       .def_property_readonly("scores", [wide](const Result& r) { return by_layer(r.scores, wide(r)); })
       .def_property_readonly("gates", [wide](const Result& r) { return by_layer(r.gates, wide(r)); })
+      .def_property_readonly("more",
+                             [](const Result& r) {
+                               py::dict out;  // float64, which holds the numbers of every dtype
+                               for (const auto& [name, array] : r.more) out[py::str(name)] = array_of(array, true);
+                               return out;
+                             })
       .def_property_readonly("targets",
                              [](const Result& r) { return py::array(py::cast(r.targets)).attr("astype")("int64"); })
       .def_property_readonly(

@@ -129,6 +129,11 @@ Pixels resize(const Pixels& source, int64_t height, int64_t width, const std::st
   const auto rows = taps_of(source.height, edges[1], edges[3], height, filter, cubic ? 2 : 1);
   if (as_wide) return vertical(source, rows, 0);
   if (as_high) return horizontal(source, columns, 0, source.height);
+  // A sum is rounded to 8 bits after each pass, so the order shows. This is Pillow 13's; older ones always went
+  // horizontally first.
+  const int64_t shrink = source.height - height;
+  if (shrink > 0 && shrink > 2 * (source.width - width))
+    return horizontal(vertical(source, rows, 0), columns, 0, height);
   const int64_t first = rows.front().first, last = rows.back().first + rows.back().count;
   return vertical(horizontal(source, columns, first, last - first), rows, first);
 }

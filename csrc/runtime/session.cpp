@@ -2,6 +2,7 @@
 #include <fga_fast/session.h>
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/InferenceMode.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
@@ -13,6 +14,7 @@
 #include <utility>
 
 #include "library.h"
+#include "machine.h"
 #include "sha256.h"
 #include "text.h"
 
@@ -25,6 +27,12 @@ at::ScalarType type_of(const std::string& dtype) {
   if (dtype == "float32") return at::kFloat;
   if (dtype == "float64") return at::kDouble;
   return dtype == "int64" ? at::kLong : at::kBFloat16;
+}
+
+std::string name_of(at::ScalarType type) {
+  for (const char* name : {"float32", "float64", "int64", "bfloat16"})
+    if (type_of(name) == type) return name;
+  return toString(type);
 }
 
 std::string json_beside(const std::string& path) {
@@ -50,6 +58,12 @@ auto calling_torch(const std::string& what, const F& f) {
 
 bool all_finite(const Array& array) {
   return std::all_of(array.values.begin(), array.values.end(), [](double x) { return std::isfinite(x); });
+}
+
+// Triton's kernels are operators of the Python package, on CUDA also those that score an SAE.
+void check_backend(const Metadata& metadata, bool cuda) {
+  if (metadata.backend == "triton" || (cuda && metadata.backend == "native" && !metadata.layers.empty()))
+    throw Error("package: calls Triton kernels, which need Python; export it with backend=\"composite\"");
 }
 
 void append(Array& array, const at::Tensor& tensor) {
@@ -89,9 +103,9 @@ void Session::State::check(const Images& images, const std::optional<std::vector
         "images: the package says nothing of preprocessing, so pictures of uint8 cannot be taken; pass normalised "
         "floats [B, C, H, W], or export it with preprocessing");
   if (targets.has_value() && !m.targets_given)
-    throw Error("targets: the package explains the predicted class; export one with targets=\"given\" to choose");
+    throw Error("targets: this package explains the predicted class; export one with targets=\"given\" to choose");
   if (!targets.has_value() && m.targets_given)
-    throw Error("targets: the package explains given classes; pass one for each image, or one for all");
+    throw Error("targets: this package explains given classes; pass one for each image, or one for all");
   if (!targets) return;
   if (targets->size() != 1 && static_cast<int64_t>(targets->size()) != images.size())
     throw Error("targets: expected one class an image, shape [" + std::to_string(images.size()) + "], got " +
@@ -108,8 +122,10 @@ at::Tensor Session::State::values_of(const Images& images, int64_t first, int64_
   const int64_t each = m.channels * m.height * m.width;
   if (images.values == nullptr) {
     at::Tensor values = at::empty({count, m.channels, m.height, m.width}, at::kFloat);
-    for (int64_t i = 0; i < count; ++i)
-      m.preprocess->write(images.list[first + i], values.mutable_data_ptr<float>() + i * each);
+    auto* out = values.mutable_data_ptr<float>();
+    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) m.preprocess->write(images.list[first + i], out + i * each);
+    });
     return values;
   }
   const auto type = images.is_double ? at::kDouble : at::kFloat;
@@ -149,7 +165,7 @@ std::vector<at::Tensor> Session::State::run(const std::vector<at::Tensor>& input
     const Metadata::Output& output = metadata.outputs[i];
     if (found[i].sizes().vec() != output.shape || found[i].scalar_type() != type_of(output.dtype))
       throw Error("package: expected " + output.name + " of shape " + shown(output.shape) + " and dtype " +
-                  output.dtype + ", got " + shown(found[i].sizes().vec()) + " and " + toString(found[i].scalar_type()));
+                  output.dtype + ", got " + shown(found[i].sizes().vec()) + " and " + name_of(found[i].scalar_type()));
   }
   return found;
 }
@@ -157,8 +173,11 @@ std::vector<at::Tensor> Session::State::run(const std::vector<at::Tensor>& input
 Array& Session::State::array_of(Result& result, const std::string& name) const {
   if (name == "logits") return result.logits;
   if (name == "relevance") return result.relevance;
-  const size_t dot = name.find('.');
-  return (name[0] == 's' ? result.scores : result.gates)[std::stoll(name.substr(dot + 1))];
+  for (const int64_t layer : metadata.layers) {
+    if (name == "scores." + std::to_string(layer)) return result.scores[layer];
+    if (name == "gates." + std::to_string(layer)) return result.gates[layer];
+  }
+  return result.more[name];
 }
 
 Result Session::State::empty(int64_t count) const {
@@ -167,7 +186,11 @@ Result Session::State::empty(int64_t count) const {
   result.image_size = {metadata.height, metadata.width};
   result.dtype = metadata.dtype == "float64" ? "float64" : "float32";
   for (const Metadata::Output& output : metadata.outputs)
-    if (output.shape.size() == 2) array_of(result, output.name).shape = {count, output.shape[1]};
+    if (output.name != "targets" && output.name != "values") {
+      Array& array = array_of(result, output.name);
+      array.shape = output.shape;
+      array.shape[0] = count;
+    }
   return result;
 }
 
@@ -190,15 +213,21 @@ Session::Session(const std::string& path, const Options& options) : state_(std::
   if (options.runners < 1) throw Error("runners: expected at least 1, got " + std::to_string(options.runners));
   if (options.verify && !s.metadata.sha256.empty() && sha256_of_file(path) != s.metadata.sha256)
     throw Error("package: " + path + " is not the file that its metadata was written for (sha256); export it again");
+  check_machine(s.metadata);
   const bool cuda = s.metadata.device == "cuda";
-  load_ops(options.ops_library, cuda);
+  check_backend(s.metadata, cuda);
+  load_torch(cuda);
+  if (s.metadata.backend == "native") load_ops(options.ops_library, cuda);
   const auto made_by = s.metadata.versions.find("torch");
   const std::string version = made_by == s.metadata.versions.end() ? "another version" : made_by->second;
   calling_torch("package: " + path + " does not load in torch " TORCH_VERSION " (made by " + version + ")", [&] {
     const auto index = static_cast<c10::DeviceIndex>(options.device_index);
     if (cuda) {
-      if (!at::hasCUDA()) throw Error("package: runs on cuda, but there is no CUDA device");
       const c10::impl::VirtualGuardImpl devices(c10::kCUDA);
+      if (devices.deviceCount() == 0) throw Error("package: runs on cuda, but there is no CUDA device");
+      if (options.device_index >= devices.deviceCount())
+        throw Error("device_index: expected one of " + std::to_string(devices.deviceCount()) + " CUDA devices, got " +
+                    std::to_string(options.device_index));
       s.device = index >= 0 ? c10::Device(c10::kCUDA, index) : devices.getDevice();
     }
     const c10::OptionalDeviceGuard guard(cuda ? std::optional(s.device) : std::nullopt);

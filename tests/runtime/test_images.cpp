@@ -74,6 +74,7 @@ TEST(preprocessing_is_checked) {
   CHECK_ERROR(p(0, 0, 1, "bicubic"), "mean, std: expected 1 or 3 numbers each, std above 0");
   CHECK_ERROR(p(0, std::numeric_limits<double>::quiet_NaN(), 1, "bicubic"), "std above 0");
   CHECK_ERROR(p(0, 1, 0, "bicubic"), "crop_pct: expected a number in (0,1]");
+  CHECK_ERROR(p(0, 1, 1e-300, "bicubic"), "image_size, crop_pct: expected a resized picture of at most 2^24 pixels");
   CHECK_ERROR(p(0, 1, 1, "lanczos"), "interpolation: expected bicubic, bilinear or nearest, got 'lanczos'");
   CHECK_ERROR(colour(0, 4).check(), "image_size: expected (height, width) of at least 1 pixel, got (0, 4)");
 }

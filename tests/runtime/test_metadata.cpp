@@ -4,6 +4,7 @@
 #include <fstream>
 
 #include "check.h"
+#include "machine.h"
 #include "sha256.h"
 
 namespace {
@@ -18,7 +19,7 @@ const std::string kGood = R"({
               {"name": "relevance", "shape": [2, 6], "dtype": "float32"},
               {"name": "scores.6", "shape": [2, 6], "dtype": "float32"},
               {"name": "gates.6", "shape": [2, 6], "dtype": "float32"}],
-  "method": "rollout", "backward": "exact", "gate": {"mode": "combined"}, "versions": {"torch": "2.11.0"}})";
+  "backend": "native", "machine": {"architecture": "x86_64", "features": ["avx2"]}, "method": "rollout", "backward": "exact", "gate": {"mode": "combined"}, "versions": {"torch": "2.11.0"}})";
 
 std::string written(const std::string& text) {
   const std::string path = scratch_folder + "/metadata.json";
@@ -44,7 +45,27 @@ TEST(metadata_is_read) {
   CHECK(m.preprocess && m.preprocess->crop_pct == 0.9 && m.preprocess->interpolation == "bilinear");
   CHECK(m.preprocess->image_size[1] == 48 && !m.preprocess->squash);
   CHECK(!m.targets_given && m.layers == std::vector<int64_t>{6} && m.outputs.size() == 6);
-  CHECK(m.outputs[4].name == "scores.6" && m.method == "rollout" && m.versions.at("torch") == "2.11.0");
+  CHECK(m.outputs[4].name == "scores.6" && m.method == "rollout" && m.backend == "native" &&
+        m.versions.at("torch") == "2.11.0");
+}
+
+TEST(more_outputs_are_kept) {
+  const auto m = fga::Metadata::read(
+      with("{\"name\": \"logits\"",
+           "{\"name\": \"blocks\", \"shape\": [2, 3, 6], \"dtype\": \"float32\"}, {\"name\": \"logits\""));
+  CHECK(m.outputs.size() == 7 && m.outputs[0].name == "blocks" && m.outputs[0].shape[1] == 3);
+}
+
+TEST(machines) {
+  auto m = fga::Metadata::read(written(kGood));
+  m.architecture = fga::architecture();
+  m.features = {"a_name_of_tomorrow"};
+  fga::check_machine(m);
+  m.architecture = "z80";
+  CHECK_ERROR(fga::check_machine(m),
+              "compiled for another processor, this one lacks z80; export it on a machine like this");
+  m.architecture = "";
+  fga::check_machine(m);
 }
 
 TEST(metadata_is_checked) {
@@ -62,8 +83,14 @@ TEST(metadata_is_checked) {
   check_refused("\"crop_pct\"", "\"colour_space\"", "colour_space: expected no such entry");
   check_refused("\"shape\": [2, 5]", "\"shape\": [2, 6]", "logits of shape [2, 5], got [2, 6]");
   check_refused("\"name\": \"gates.6\"", "\"name\": \"scores.6\"", "every output once, got 'scores.6'");
-  check_refused("\"name\": \"gates.6\"", "\"name\": \"gates.7\"", "got 'gates.7'");
+  check_refused("\"name\": \"gates.6\"", "\"name\": \"gates.7\"", "an output 'gates.6'");
+  check_refused("{\"name\": \"logits\"",
+                "{\"name\": \"more\", \"shape\": [7], \"dtype\": \"int64\"}, {\"name\": \"logits\"",
+                "more with a row for each image, got [7]");
   check_refused("\"layers\": [6]", "\"layers\": [6, 9]", "an output 'gates.9'");
+  check_refused("\"native\"", "\"magic\"", "backend: expected native or triton or composite, got 'magic'");
+  check_refused("\"features\": [\"avx2\"]", "\"features\": [1]", "machine: features: expected strings");
+  check_refused("\"height\": 32", "\"height\": 2000000000", "batch: expected a batch of images of at most 2^31 values");
   check_refused("int64", "float32", "targets of dtype int64, got float32");
   check_refused("{\n", "[\n", "JSON: expected");
   CHECK_ERROR(fga::Metadata::read(scratch_folder + "/nothing.json"), "cannot read");

@@ -21,7 +21,7 @@ struct Picture {
 };
 
 // From a picture of any size to a model's input: resize to cover, centre crop, normalise. Pixels are those that
-// Pillow's antialiased resize gives, to the last bit.
+// the antialiased resize of Pillow 13 gives, to the last bit; older ones differ by 1 where a tall picture gets low.
 struct FGA_API Preprocess {
   std::array<int64_t, 2> image_size = {0, 0};  // height and width of the model's input
   std::vector<double> mean, std;               // per channel, of values in [0,1]; three numbers, or one for grey

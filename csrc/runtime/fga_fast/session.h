@@ -31,9 +31,12 @@ struct FGA_API Metadata {
   bool targets_given = false;   // classes are chosen by the caller; else the predicted one is explained
   std::vector<int64_t> layers;  // blocks with an SAE
   std::vector<Output> outputs;
+  std::string backend;  // whose kernels the package calls: native or composite
   std::string method, backward;
   std::map<std::string, std::string> versions;
-  std::string sha256;  // of NAME.pt2; may be empty
+  std::string architecture;           // what it was compiled for, such as x86_64; empty where unknown
+  std::vector<std::string> features;  // extensions of the instruction set that it may use
+  std::string sha256;                 // of NAME.pt2; may be empty
 
   static Metadata read(const std::string& json_path);
   int64_t patches() const { return grid[0] * grid[1]; }
@@ -57,6 +60,7 @@ struct FGA_API Result {
   Array relevance;                    // [B, P], patches row by row
   std::map<int64_t, Array> scores;    // by layer [B, P]
   std::map<int64_t, Array> gates;     // by layer [B, P]
+  std::map<std::string, Array> more;  // what else the package returns, by name: the strongest features, blocks
   std::array<int64_t, 2> grid;        // patches: rows, columns
   std::array<int64_t, 2> image_size;  // height and width of the model's input
   std::string dtype;                  // of relevance, scores and gates: float64 for float64 models, else float32

@@ -85,6 +85,13 @@ def test_every_setting(tiny_vit: Build, settings: dict[str, Any], pooling: str) 
         )
 
 
+def test_an_autoencoder_after_the_last_block(subject: tuple[nn.Module, Tensor]) -> None:
+    """It reads all tokens of the last residual stream, whose gradient is that of one."""
+    model, images = subject
+    explainer = Explainer(model, {2: sae_for(model)})
+    assert families.error(run(flatten(explainer, images), images).relevance, explainer(images).relevance) < 1e-9
+
+
 def test_given_targets_and_another_image(subject: tuple[nn.Module, Tensor]) -> None:
     model, images = subject
     explainer = Explainer(model, {0: sae_for(model)})
@@ -196,14 +203,14 @@ def test_a_selected_row_is_computed_alone() -> None:
         return y.relu()[:, 3], z.sum()
 
     x, w = torch.randn(2, 5, 4, dtype=DOUBLE), torch.randn(4, 6, dtype=DOUBLE)
-    module = torch.fx.experimental.proxy_tensor.make_fx(function, tracing_mode="fake")(x, w)
+    module, other = (torch.fx.experimental.proxy_tensor.make_fx(function, tracing_mode="fake")(x, w) for _ in range(2))
     want, before = module(x, w), flops(module, x, w)
     assert rows.prune(module, row=3, tokens=5) >= 3
     got = module(x, w)
     torch.testing.assert_close(got[0], want[0])
     torch.testing.assert_close(got[1], want[1])
     assert flops(module, x, w) == before // 2 + before // 10
-    assert rows.prune(module, row=2, tokens=5) == 0  # nothing reads that one alone
+    assert rows.prune(other, row=2, tokens=5) == 0  # nothing reads that one alone
 
 
 def test_another_selected_row_is_not_taken_for_it() -> None:

@@ -115,14 +115,15 @@ def _options(mode: str | None, example: Tensor) -> dict[str, Any]:
         raise ValueError(f"mode: expected None or one of {', '.join(map(repr, modes))}, got {mode!r}")
     chosen = {} if mode is None else dict(modes[mode])
     chosen.pop("triton.cudagraphs", None)
-    return {"freezing": True, **chosen}
+    # oneDNN, which frozen weights are laid out for, has no float64.
+    return {"freezing": example.dtype != torch.float64, **chosen}
 
 
 def _compiled(flat: Flat, images: Tensor, targets: Targets, options: dict[str, Any]) -> Run:
     given = [torch.zeros(len(images), dtype=torch.int64, device=images.device)] if targets == "given" else []
     inputs = [images, *given]
     with torch.inference_mode(False), torch.no_grad():
-        run: Run = torch._inductor.compile(flat.module, inputs, options=options)
+        run: Run = torch._inductor.compile(flat.module, [*inputs], options=options)
         run(*inputs)
     return _Replay(run, inputs) if images.is_cuda else run
 
@@ -152,7 +153,7 @@ class _Replay:
 
     def _capture(self) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Sequence[Tensor]]:
         buffers = [t.clone() for t in self._inputs]
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):  # what a library allocates at first use must not be part of the graph

@@ -180,15 +180,16 @@ class _Pruner:
             if place is not None:
                 whole = self._at(node, None)
                 size = shape[place.dim]
+                rows = self.new.call_function(aten.slice.Tensor, (whole, place.dim, self.row, size, self.tokens))
+                # Dense, as operators may count on: PyTorch's layer norm reads its statistics as if they were.
                 self.made[node, place] = self.new.call_function(
-                    aten.slice.Tensor, (whole, place.dim, self.row, size, self.tokens)
+                    aten.clone.default, (rows,), {"memory_format": torch.contiguous_format}
                 )
             else:
-                ((there, rows),) = ((p, made) for (n, p), made in self.made.items() if n is node and node in self.zero)
-                assert there is not None
+                there = self.zero[node]  # nothing else is asked for whole after it has shrunk
+                rows, size = self.made[node, there], shape[there.dim]
                 self.made[node, place] = self.new.call_function(
-                    aten.slice_backward.default,
-                    (rows, list(shape), there.dim, self.row, shape[there.dim], self.tokens),
+                    aten.slice_backward.default, (rows, list(shape), there.dim, self.row, size, self.tokens)
                 )
         return self.made[node, place]
 

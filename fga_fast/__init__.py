@@ -3,12 +3,19 @@
 Start with `Explainer`. Importing this package loads neither the native library nor Triton; the first explanation does.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from fga_fast.explainer import Explainer, explain
 from fga_fast.explanation import Explanation, TopFeatures
 from fga_fast.gate import Gate
 from fga_fast.models.layout import ModelLayout
 from fga_fast.readout import Difference, Embedding
 from fga_fast.sae import SparseAutoencoder
+
+if TYPE_CHECKING:
+    from fga_fast.graph.package import Package, load_package
 
 __version__ = "0.1.0"
 __all__ = [
@@ -18,7 +25,17 @@ __all__ = [
     "Explanation",
     "Gate",
     "ModelLayout",
+    "Package",
     "SparseAutoencoder",
     "TopFeatures",
     "explain",
+    "load_package",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Package", "load_package"):  # which import torch's tracer, of no use to most
+        from fga_fast.graph import package
+
+        return getattr(package, name)
+    raise AttributeError(f"module 'fga_fast' has no attribute {name!r}")

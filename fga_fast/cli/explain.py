@@ -8,16 +8,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from fga_fast.atomic import check_writable_folder
-from fga_fast.backends import BACKENDS
-from fga_fast.cli import report
+from fga_fast.atomic import atomic_write, check_writable_folder
+from fga_fast.cli import arguments, report
 from fga_fast.cli.subject import Subject, load_subject
 from fga_fast.explanation import Explanation
 from fga_fast.images import ImageFileError, list_images, load_image
@@ -39,13 +38,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("image", nargs="?", type=Path, help="an image file or a folder of them (default: demo scenes)")
     parser.add_argument("--model", metavar="TIMM_NAME", help="a timm model (default: the shipped fashion demo model)")
     parser.add_argument(
-        "--checkpoint", metavar="FILE", type=Path, help="its weights: safetensors, or .pt (tensors only)"
-    )
-    parser.add_argument("--pretrained", action="store_true", help="let timm use its cache or download the weights")
-    parser.add_argument("--random-weights", action="store_true", help="no weights, for timing; explains nothing")
-    parser.add_argument(
-        "--sae", action="extend", nargs="+", default=[], metavar="LAYER=PATH", help="a sparse autoencoder after a block"
-    )
+        "--package", type=Path, metavar="FILE.pt2",
+        help="what `fga-fast export` wrote, instead of a model; it is code that runs, so take one that you trust",
+    )  # fmt: skip
+    arguments.add_subject(parser)
     parser.add_argument(
         "--target",
         action="extend",
@@ -55,28 +51,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="classes to explain (default: likeliest)",
     )
     parser.add_argument("--out", type=Path, default=Path("fga-fast-out"), metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--backend", choices=BACKENDS, default="auto")
-    parser.add_argument("--method", choices=("rollout", "input_x_gradient"), default="rollout")
-    parser.add_argument("--backward", choices=("exact", "conservative"), default="exact")
-    parser.add_argument(
-        "--start-layer", type=int, default=0, metavar="L", help="explain from this block on (default: %(default)s)"
-    )
-    parser.add_argument("--signed", action="store_true", help="keep what speaks against the class")
-    parser.add_argument("--base", type=float, help="gates lie in [1/BASE, BASE] (default: 10; the demo's own: 2)")
+    arguments.add_settings(parser)
     parser.add_argument(
         "--top-features", type=int, default=5, metavar="K", help="features listed (default: %(default)s)"
     )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, metavar="B", help="images at once (default: %(default)s)")
-    parser.add_argument(
-        "--allow-pickled-config",
-        action="store_true",
-        help="read old SAE files with a pickled configuration, restricted",
-    )
-    parser.add_argument(
-        "--sae-normalize", choices=("none", "layer_norm", "constant_norm"), help="for SAE files that do not say it"
-    )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, default_of=parser.get_default)
 
 
 @dataclass(frozen=True)
@@ -100,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
         ValueError, TypeError, RuntimeError, OSError, ImportError: for the user, said before anything is computed
             where it can be known.
     """
+    if args.package is not None:
+        return _run_package(args)
     if args.batch_size < 1 or args.top_features < 0:
         raise ValueError("--batch-size, --top-features: expected at least 1 and 0")
     paths = _paths(args)
@@ -108,9 +90,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--out: {args.out} is the folder of the images themselves; name another one for the results")
     check_writable_folder(args.out)
     subject = load_subject(args)
-    if args.base is None:
-        args.base = subject.gate_base
     explainers = _build(subject, args)
+    args.base = explainers.gated.gate.base
     writer = report.Writer(args.out, subject, args, many)
     failed: list[tuple[Path, str]] = []
     batches = _batches(_progress(paths) if many else paths, args.batch_size, many, failed)
@@ -127,11 +108,56 @@ def run(args: argparse.Namespace) -> int:
             first = number * targets.shape[1]
             writer.add(path, view, explanation[first : first + targets.shape[1]], timing)
     writer.finish(failed)
+    return _left_out(failed, len(paths))
+
+
+def _left_out(failed: list[tuple[Path, str]], count: int) -> int:
+    """Says which images could not be read; the exit code."""
     for path, reason in failed:
         print(f"fga-fast: left out {path.name}: {reason}", file=sys.stderr)
     if failed:
-        print(f"fga-fast: {len(failed)} of {len(paths)} image(s) could not be explained", file=sys.stderr)
+        print(f"fga-fast: {len(failed)} of {count} image(s) could not be explained", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _run_package(args: argparse.Namespace) -> int:
+    """Explains with a package: overlay.png and relevance.safetensors for each image."""
+    from fga_fast.graph.package import load_package
+    from fga_fast.graph.package_metadata import DTYPES
+
+    takes = {"image", "package", "target", "out", "run", "default_of", "traceback"}
+    other = [name for name in vars(args) if name not in takes and getattr(args, name) != args.default_of(name)]
+    if other:
+        listed = ", ".join("--" + name.replace("_", "-") for name in other)
+        raise ValueError(f"{listed}: the package has its own; expected IMAGE, --target and --out with --package")
+    if args.image is None:
+        raise ValueError("IMAGE: expected an image file or a folder to explain with --package, got none")
+    if len(args.target) > 1:
+        raise ValueError(f"--target: expected one class with --package, got {len(args.target)}")
+    target = next((int(given) if given.isdecimal() else given for given in args.target), None)
+    paths, many = _paths(args), args.image.is_dir()
+    check_writable_folder(args.out)
+    package = load_package(args.package)
+    about, preprocess = package.metadata, package.preprocess
+    if preprocess is None:
+        raise ValueError(f"--package: {args.package} was exported without preprocessing, so it takes no image files")
+    failed: list[tuple[Path, str]] = []
+    for group, pictures in _batches(paths, about.batch, many, failed):
+        views = [preprocess.view(picture) for picture in pictures]
+        images = torch.stack([preprocess.normalise(view) for view in views]).to(about.device, DTYPES[about.dtype])
+        explanation = package(images, target).to("cpu")
+        for path, view, one in zip(group, views, explanation, strict=True):
+            folder = args.out / path.name if many else args.out
+            folder.mkdir(exist_ok=True)
+            atomic_write(folder / "overlay.png", report.png(Image.fromarray(one.overlay(view)[0].numpy())))
+            one.save(folder / "relevance.safetensors")
+            number = int(one.targets)
+            named = f"class {number}" if one.names is None else f"{one.names[number]} (class {number})"
+            row, column = divmod(int(one.relevance.argmax()), one.grid[1])
+            print(f"{path.name}: {named}: logit {float(one.logits[0, number]):.3f}, strongest patch row {row}, "
+                  f"column {column}")  # fmt: skip
+    print(f"wrote overlay.png and relevance.safetensors into {args.out}{' for each image' if many else ''}")
+    return _left_out(failed, len(paths))
 
 
 def _paths(args: argparse.Namespace) -> list[Path]:
@@ -152,17 +178,10 @@ def _paths(args: argparse.Namespace) -> list[Path]:
 
 
 def _build(subject: Subject, args: argparse.Namespace) -> _Explainers:
-    from fga_fast.explainer import Explainer
-    from fga_fast.gate import Gate
-
     # Features can only be listed where there are autoencoders.
     listed = args.top_features if subject.saes else 0
-    plain = partial(
-        Explainer, subject.model, method=args.method, backward=args.backward, backend=args.backend,
-        start_layer=args.start_layer, signed=args.signed,
-    )  # fmt: skip
-    gated = plain(saes=subject.saes, gate=Gate(base=args.base), top_features=listed)
-    return _Explainers(gated, plain() if subject.saes else None)
+    gated = arguments.explainer(subject, args, top_features=listed)
+    return _Explainers(gated, arguments.explainer(subject, args, gated=False) if subject.saes else None)
 
 
 def _progress(paths: list[Path]) -> Any:

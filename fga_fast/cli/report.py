@@ -60,7 +60,7 @@ class Writer:
         """Writes what needs all images, and says where everything is."""
         written = ["figure.png", "explanation.json", "relevance.safetensors"]
         if len(self._sheet) > 1:
-            atomic_write(self.out / "contact_sheet.png", _png(self._contact_sheet()))
+            atomic_write(self.out / "contact_sheet.png", png(self._contact_sheet()))
             written.append("contact_sheet.png")
         if self.many:
             print(f"explained {self._count} image(s), left out {len(failed)}; one folder each in {self.out}")
@@ -116,7 +116,7 @@ class Writer:
                     "fga-fast: matplotlib is missing, so figure.png shows overlays alone; pip install 'fga_fast[plot]'"
                 )
                 print(note, file=sys.stderr)
-            return _png(self._strip(view, explanation))
+            return png(self._strip(view, explanation))
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
         return buffer.getvalue()
@@ -180,7 +180,8 @@ def _font() -> Any:
         return ImageFont.load_default()
 
 
-def _png(picture: Image.Image) -> bytes:
+def png(picture: Image.Image) -> bytes:
+    """The picture as a PNG file's content."""
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")
     return buffer.getvalue()

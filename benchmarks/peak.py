@@ -28,6 +28,11 @@ def peak_bytes(work: Callable[[], object]) -> int | None:
         return None
 
 
+def resident_bytes() -> int:
+    """Memory that the process takes now."""
+    return _status("VmRSS")
+
+
 def available_bytes() -> int:
     """Memory that can be taken without swapping."""
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():

@@ -36,8 +36,11 @@ class Row:
     rounds: int | None = None
     median_s: float | None = None
     min_s: float | None = None
+    p99_s: float | None = None
+    p999_s: float | None = None
     ratio_to_forward: float | None = None
     min_ratio_to_forward: float | None = None
+    ratio_to_compiled: float | None = None
     ratio_to_plain: float | None = None
     ratio_to_reference: float | None = None
     peak_bytes: int | None = None
@@ -108,16 +111,29 @@ def _plain(value: object) -> str:
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as short text."""
-    head = ("benchmark", "name", "batch", "tokens", "L0", "median ms", "/forward", "/plain", "/reference", "peak MiB")
+    head = (
+        "benchmark",
+        "name",
+        "batch",
+        "tokens",
+        "L0",
+        "median ms",
+        "/forward",
+        "/compiled",
+        "/plain",
+        "/reference",
+        "peak MiB",
+    )
     lines = [head]
     for row in rows:
         lines.append(
             (
                 row.benchmark, row.name, str(row.batch), str(row.tokens), _number(row.L0, ".0f"),
                 _number(row.median_s and row.median_s * 1e3, ".3g" if (row.median_s or 0) < 1 else ".0f"),
-                _number(row.ratio_to_forward, ".2f"), _number(row.ratio_to_plain, ".2f"),
+                _number(row.ratio_to_forward, ".2f"), _number(row.ratio_to_compiled, ".2f"),
+                _number(row.ratio_to_plain, ".2f"),
                 _number(row.ratio_to_reference, ".3f"),
-                _number(None if row.peak_bytes is None else row.peak_bytes / 2**20, ".0f") + ("  " + row.note).rstrip(),
+                _number(row.peak_bytes and row.peak_bytes / 2**20, ".0f") + ("  " + row.note).rstrip(),
             )
         )  # fmt: skip
     widths = [max(len(line[column]) for line in lines) for column in range(len(head) - 1)]

@@ -28,6 +28,7 @@ def test_rehearsal(tmp_path: Path) -> None:
         ("relevance", "native", "float32"),
         ("score", "topk 64, native", "float32"), ("explainer", "FGA relu 1700, composite", "bfloat16"),
         ("explainer", "TransMM, reference", "float32"), ("memory", "FGA, reference", "bfloat16"),
+        ("graph", "FGA relu 1700, compiled, native", "bfloat16"),
     ):  # fmt: skip
         assert wanted in names
     assert all(float(row["median_s"]) > 0 for row in rows if row["benchmark"] != "ceiling")

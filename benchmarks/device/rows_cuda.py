@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import chart
+import compiled_rows
 import explanation_rows
 import kernel_rows
 from device import Ceilings, Device, measure_ceilings
@@ -56,6 +57,7 @@ def all_rows(device: Device) -> Iterator[Row]:
     yield from kernel_rows.score_rows(device, ceilings, stages)
     built = explanation_rows.build(device)
     yield from explanation_rows.rows(device, built, list(stages), torch.bfloat16)
+    yield from compiled_rows.rows(device, built, "native" if "native" in stages else "composite")
     yield from explanation_rows.memory_rows(device, list(stages))
     yield from explanation_rows.rows(device, built, list(stages), torch.float32)
 

@@ -53,7 +53,7 @@ export FGA_FAST_REQUIRE_CUDA=1
 
 # Operators and whole explanations on the device, against the reference in float64 on the CPU.
 step cuda-tests 300 "$python" -m pytest -q -p no:cacheprovider tests/test_gate_cuda.py tests/test_attention_cuda.py \
-  tests/test_kernels_cuda.py tests/test_explainer_cuda.py
+  tests/test_kernels_cuda.py tests/test_explainer_cuda.py tests/test_compiled_cuda.py
 
 if [[ -n ${FGA_FAST_CONFORMANCE:-} ]]; then
   step conformance 350 "$python" -m pytest -q -p no:cacheprovider tests/test_conformance_cuda.py

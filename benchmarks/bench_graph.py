@@ -1,0 +1,124 @@
+"""Compiled explanations: as multiples of the compiled forward pass, how steady they are, and whether they stay so."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import subjects
+import torch
+from bench_explainer import forward, timed
+from conftest import Scale
+from peak import peak_bytes, resident_bytes
+from rows import Row
+from timing import Race, Work
+from torch import Tensor
+
+from fga_fast import Explainer, SparseAutoencoder
+from fga_fast.assets import fashion_model, fashion_saes
+
+LEVEL = 1700  # active features a token, of 49,152
+
+
+def saes(model: torch.nn.Module, scale: Scale) -> dict[str, dict[int, SparseAutoencoder]]:
+    """Two dictionaries of either kind, after the third and second block from the end."""
+    found: dict[str, dict[int, SparseAutoencoder]] = {"TransMM": {}}
+    blocks = (scale.depth - 3, scale.depth - 2)
+    for block, x in subjects.streams(model, blocks, subjects.images(2)).items():
+        dictionary = subjects.Dictionary(x, scale.features, seed=block)
+        found.setdefault(f"FGA relu {LEVEL}", {})[block] = dictionary.relu(LEVEL * scale.features / 49_152)[0]
+        found.setdefault("FGA topk 64", {})[block] = dictionary.topk(64)
+        del dictionary
+        gc.collect()
+    return found
+
+
+def test_compiled(scale: Scale, race: Callable[..., Race], record: Callable[[Row], None], one_thread: None) -> None:
+    """One thread: what the machine's cores share is measured elsewhere."""
+    model = subjects.vit(depth=scale.depth)
+    for batch in scale.batches:
+        images = subjects.images(batch)
+        compiled = partial(forward, torch.compile(model), images)
+        works: dict[str, Work] = {"forward": partial(forward, model, images)}
+        seconds: dict[str, float] = {}
+        for name, layers in saes(model, scale).items():
+            explainer = Explainer(model, layers, backend="native")
+            start = time.perf_counter()
+            works[f"{name}, compiled"] = partial(explainer.compile(images), images)
+            seconds[f"{name}, compiled"] = time.perf_counter() - start
+            works[f"{name}, eager"] = partial(explainer, images)
+        found = race(compiled, works, seconds=60.0 if batch == 1 else 90.0)
+        blank = Row("graph", "", batch, 197, threads=1)
+        record(
+            replace(timed(blank, "forward, compiled", found.baseline()), ratio_to_forward=None, ratio_to_compiled=1.0)
+        )
+        plain = found.result("forward").ratio
+        for name, work in works.items():
+            row = timed(blank, name, found.result(name))
+            note = f"compiled in {seconds[name]:.0f} s" if name in seconds else ""
+            ratio = found.result(name).ratio
+            record(
+                replace(
+                    row, ratio_to_forward=ratio / plain, ratio_to_compiled=ratio, min_ratio_to_forward=None,
+                    peak_bytes=peak_bytes(work), note=note,
+                )
+            )  # fmt: skip
+
+
+def small() -> tuple[Explainer, Tensor]:
+    """The demo's model with its two autoencoders, and one image."""
+    model = fashion_model()
+    explainer = Explainer(model, fashion_saes(), backend="native")
+    height, width = explainer.layout.image_size or (0, 0)
+    return explainer, torch.randn(
+        1, explainer.layout.in_chans, height, width, generator=torch.Generator().manual_seed(1)
+    )
+
+
+def test_latency(scale: Scale, record: Callable[[Row], None], one_thread: None) -> None:
+    """2,000 calls at batch 1 of a small model, where what surrounds the arithmetic counts most."""
+    explainer, images = small()
+    ways: dict[str, Callable[[], object]] = {
+        "eager": partial(explainer, images),
+        "compiled": partial(explainer.compile(images), images),
+    }
+    for name, work in ways.items():
+        times = np.array([_seconds(work) for _ in range(20 if scale.quick else 2_000)])
+        p50, p99, p999 = (float(np.quantile(times, q)) for q in (0.5, 0.99, 0.999))
+        blank = Row("latency", f"FGA, demo model, {name}", 1, explainer.layout.tokens, threads=1, rounds=len(times))
+        record(
+            replace(
+                blank, median_s=p50, min_s=float(times.min()), p99_s=p99, p999_s=p999, images_per_s=1 / times.mean()
+            )
+        )
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def test_soak(scale: Scale, record: Callable[[Row], None], one_thread: None) -> None:
+    """20,000 explanations: the same bits each time, and no memory that grows."""
+    explainer, images = small()
+    compiled = explainer.compile(images)
+    want = compiled(images)
+    count, differing = (50 if scale.quick else 20_000), 0
+    for _ in range(200):
+        compiled(images)
+    gc.collect()
+    before = resident_bytes()
+    for _ in range(count):
+        got = compiled(images)
+        differing += not (torch.equal(got.relevance, want.relevance) and torch.equal(got.logits, want.logits))
+    gc.collect()
+    grown = resident_bytes() - before
+    if differing:
+        raise RuntimeError(f"{differing} of {count} results differ from the first")
+    note = f"all bit-equal to the first; resident memory grew by {grown / 2**20:.1f} MiB"
+    record(Row("soak", "FGA, demo model, compiled", 1, explainer.layout.tokens, threads=1, rounds=count, note=note))

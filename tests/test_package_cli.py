@@ -54,7 +54,7 @@ def test_folder_with_a_broken_image(demo: Path, tmp_path: Path, capsys: pytest.C
     for name in ("a.png", "c.png", "d.png"):
         (folder / name).write_bytes(fashion_scenes()[1].read_bytes())
     (folder / "b.png").write_bytes(b"nothing")
-    assert main(["explain", str(folder), "--package", str(demo), "--target", "3", "--out", str(out)]) == 1
+    assert main(["explain", str(folder), "--package", str(demo), "--target", "pullover", "--out", str(out)]) == 1
     assert sorted(path.name for path in out.iterdir()) == ["a.png", "c.png", "d.png"]
     assert {path.name for path in (out / "d.png").iterdir()} == {"overlay.png", "relevance.safetensors"}
     assert "left out b.png" in capsys.readouterr().err
@@ -65,7 +65,7 @@ def test_refusals_of_a_package(demo: Path, tmp_path: Path, capsys: pytest.Captur
     given = ["explain", fashion_scenes()[0], "--package", demo, "--out", tmp_path]
     assert "this package explains given classes" in refused(capsys, *given)
     assert "expected one class with --package, got 2" in refused(capsys, *given, "--target", "1", "2")
-    assert "'unicorn' is not among the names" in refused(capsys, *given, "--target", "unicorn")
+    assert "no class of the package is called 'unicorn'" in refused(capsys, *given, "--target", "unicorn")
     text = refused(capsys, *given, "--target", "1", "--signed", "--batch-size", "3", "--random-weights")
     assert "--random-weights, --signed, --batch-size: the package has its own" in text
     assert "IMAGE: expected" in refused(capsys, "explain", "--package", demo, "--out", tmp_path)

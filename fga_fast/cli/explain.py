@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fga_fast.atomic import atomic_write, check_writable_folder
 from fga_fast.cli import arguments, report
-from fga_fast.cli.subject import Subject, load_subject
+from fga_fast.cli.subject import Subject, load_subject, resolve_target
 from fga_fast.explanation import Explanation
 from fga_fast.images import ImageFileError, list_images, load_image
 
@@ -134,13 +134,15 @@ def _run_package(args: argparse.Namespace) -> int:
         raise ValueError("IMAGE: expected an image file or a folder to explain with --package, got none")
     if len(args.target) > 1:
         raise ValueError(f"--target: expected one class with --package, got {len(args.target)}")
-    target = next((int(given) if given.isdecimal() else given for given in args.target), None)
     paths, many = _paths(args), args.image.is_dir()
     check_writable_folder(args.out)
     package = load_package(args.package)
     about, preprocess = package.metadata, package.preprocess
     if preprocess is None:
         raise ValueError(f"--package: {args.package} was exported without preprocessing, so it takes no image files")
+    target = next(
+        (resolve_target(given, about.classes, about.class_names, "the package") for given in args.target), None
+    )
     failed: list[tuple[Path, str]] = []
     for group, pictures in _batches(paths, about.batch, many, failed):
         views = [preprocess.view(picture) for picture in pictures]

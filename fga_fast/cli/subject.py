@@ -50,33 +50,39 @@ class Subject:
         return f"class {target}" if self.class_names is None else self.class_names[target]
 
     def resolve_target(self, given: str, classes: int) -> int:
-        """Class number of `--target`'s value, a number or a name (any of its comma-separated synonyms).
+        """Class number of `--target`'s value, see the function `resolve_target`."""
+        return resolve_target(given, classes, self.class_names, self.name)
 
-        Raises:
-            ValueError: out of range, no such name, or a name of several classes.
-        """
-        try:
-            number = int(given)
-        except ValueError:
-            return self._named(given)
-        if not 0 <= number < classes:
-            raise ValueError(f"--target: expected a class from 0 to {classes - 1}, got {number}")
-        return number
 
-    def _named(self, given: str) -> int:
-        if self.class_names is None:
-            raise ValueError(f"--target: the class names of {self.name} are not known, so give a number, not {given!r}")
-        wanted = given.strip().casefold()
-        names = [name.casefold() for name in self.class_names]
-        exact = [number for number, name in enumerate(names) if wanted in (name, *map(str.strip, name.split(",")))]
-        found = exact or [number for number, name in enumerate(names) if wanted in name]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            listed = ", ".join(f"{number} ({self.class_names[number]})" for number in found[:8])
-            raise ValueError(f"--target: {given!r} fits several classes: {listed}; give the number")
-        listed = f"; there are {', '.join(self.class_names)}" if len(names) <= 20 else ""
-        raise ValueError(f"--target: no class of {self.name} is called {given!r}{listed}")
+def resolve_target(given: str, classes: int, names: Sequence[str] | None, owner: str) -> int:
+    """Class number of `--target`'s value, a number or a name (any of its comma-separated synonyms).
+
+    Raises:
+        ValueError: out of range, no such name, or a name of several classes; `owner` is whose classes they are.
+    """
+    try:
+        number = int(given)
+    except ValueError:
+        return _named(given, names, owner)
+    if not 0 <= number < classes:
+        raise ValueError(f"--target: expected a class from 0 to {classes - 1}, got {number}")
+    return number
+
+
+def _named(given: str, class_names: Sequence[str] | None, owner: str) -> int:
+    if class_names is None:
+        raise ValueError(f"--target: the class names of {owner} are not known, so give a number, not {given!r}")
+    wanted = given.strip().casefold()
+    names = [name.casefold() for name in class_names]
+    exact = [number for number, name in enumerate(names) if wanted in (name, *map(str.strip, name.split(",")))]
+    found = exact or [number for number, name in enumerate(names) if wanted in name]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        listed = ", ".join(f"{number} ({class_names[number]})" for number in found[:8])
+        raise ValueError(f"--target: {given!r} fits several classes: {listed}; give the number")
+    listed = f"; there are {', '.join(class_names)}" if len(names) <= 20 else ""
+    raise ValueError(f"--target: no class of {owner} is called {given!r}{listed}")
 
 
 def load_subject(args: argparse.Namespace) -> Subject:

@@ -21,7 +21,9 @@ backward pass.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -157,7 +159,7 @@ class Explainer:
             example: [B, channels, H, W], images of the size, dtype and device that are to be explained.
             targets: "predicted": the predicted class; "given": the call takes one class an image.
             mode: a mode of `torch.compile`, such as "max-autotune".
-            batches: batch sizes to compile; others are filled up to the next larger one, or cut. Default: the example's.
+            batches: batch sizes to compile, by default the example's; others are filled up to the next, or cut.
 
         Raises:
             TypeError, ValueError: what cannot be one fixed graph (float16, `ungated`, the reference backend, a model
@@ -166,6 +168,16 @@ class Explainer:
         from fga_fast.graph.compiled import CompiledExplainer
 
         return CompiledExplainer(self, example, targets, mode, batches)
+
+    def export(self, path: str | os.PathLike[str], example: Tensor, **settings: Any) -> Path:
+        """This explainer as a package NAME.pt2 with NAME.json, which Python and C++ run without the model.
+
+        `fga_fast.load_package(path)` loads it. `example` and what is refused are as for `compile`; `settings`, and all
+        that is raised, are those of `graph.package.export`: `targets`, `preprocessing`, `class_names`.
+        """
+        from fga_fast.graph.package import export
+
+        return export(self, path, example, **settings)
 
     def _explain(self, images: Tensor, layout: ModelLayout, targets: Targets, stages: backends.Stages) -> Explanation:
         prefix, tape = layout.prefix_tokens, self._tape(layout, stages)

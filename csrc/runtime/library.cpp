@@ -1,5 +1,6 @@
 #include "library.h"
 
+#include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <dlfcn.h>
 
@@ -20,17 +21,19 @@ bool has_cuda_kernels() {
   return op.has_value() && op->hasKernelForDispatchKey(c10::DispatchKey::CUDA);
 }
 
-// The symbols are global, as the compiled model and libfga_ops_cuda.so look them up by name.
-void load(const std::string& path) {
-  if (dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL) == nullptr)
-    throw Error("session: cannot load " + path + ": " + dlerror());
+void load(const std::filesystem::path& path, int scope) {
+  if (dlopen(path.c_str(), RTLD_NOW | scope) == nullptr)
+    throw Error("session: cannot load " + path.string() + ": " + dlerror());
 }
 
-std::string beside_this_library() {
+// The folder of the library that a function lies in.
+template <class F>
+std::filesystem::path folder_of(F* function) {
   Dl_info info;
-  if (dladdr(reinterpret_cast<void*>(&load_ops), &info) == 0 || info.dli_fname == nullptr)
-    throw Error("ops_library: give the path of libfga_ops.so, this library does not know where it lies itself");
-  return std::filesystem::path(info.dli_fname).parent_path() / "libfga_ops.so";
+  if (dladdr(reinterpret_cast<void*>(function), &info) == 0 || info.dli_fname == nullptr)
+    throw Error(
+        "session: cannot tell where the libraries lie; give ops_library, and torch's folder in LD_LIBRARY_PATH");
+  return std::filesystem::path(info.dli_fname).parent_path();
 }
 
 }  // namespace
@@ -38,20 +41,23 @@ std::string beside_this_library() {
 void load_torch(bool cuda) {
   // Compiled models name libtorch.so as what they need, without saying where it lies. It is not linked instead, as
   // whoever links this library would then need all that a CUDA build of torch is made of.
-  load("libtorch.so");
-  if (cuda) load("libtorch_cuda.so");  // its devices register themselves as it loads
+  const std::filesystem::path torch = folder_of(&at::get_num_threads);
+  load(torch / "libtorch.so", RTLD_LOCAL);
+  if (cuda) load(torch / "libtorch_cuda.so", RTLD_LOCAL);  // its devices register themselves as it loads
 }
 
 void load_ops(const std::string& ops_library, bool cuda) {
   static std::mutex mutex;
   const std::lock_guard<std::mutex> lock(mutex);
-  const std::filesystem::path path = ops_library.empty() ? beside_this_library() : ops_library;
+  std::filesystem::path path = ops_library;
+  if (path.empty()) path = folder_of(&load_ops) / "libfga_ops.so";
+  // Global, as libfga_ops_cuda.so looks its symbols up by name.
   if (!is_known()) {
-    load(path);
+    load(path, RTLD_GLOBAL);
     if (!is_known()) throw Error("ops_library: " + path.string() + " has no operators of fga_fast in it");
   }
   const std::filesystem::path beside = path.parent_path() / "libfga_ops_cuda.so";
-  if (cuda && !has_cuda_kernels() && std::filesystem::exists(beside)) load(beside);
+  if (cuda && !has_cuda_kernels() && std::filesystem::exists(beside)) load(beside, RTLD_GLOBAL);
 }
 
 }  // namespace fga

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +117,14 @@ def random_picture(generator: np.random.Generator) -> Image.Image:
 def as_array(picture: Image.Image) -> Any:  # -> [H, W, 3] or [H, W, 1]
     pixels = np.asarray(picture)
     return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def run(*command: str | Path, **settings: Any) -> str:
+    """What a command prints; its error output is the failure's message."""
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, **settings)
+    assert result.returncode == 0, f"{' '.join(map(str, command))}\n{result.stdout[-3000:]}{result.stderr[-3000:]}"
+    return result.stdout
+
+
+def close(found: Any, tensor: Tensor) -> None:
+    np.testing.assert_allclose(found, tensor.numpy(), rtol=1e-5, atol=1e-5)

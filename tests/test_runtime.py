@@ -1,123 +1,33 @@
-"""The C++ session: built by CMake, installed, linked by a program, and against Python, on a package of a tiny model.
-
-FGA_FAST_CMAKE_BUILD names a build folder to use instead of a new one; it must be of this source tree, with
--DFGA_FAST_PYBIND=ON.
-"""
+"""The C++ session against Python, through the module fga_runtime, on packages of a tiny model and on an Explainer's."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import packages
 import PIL
 import pytest
-import runtime_package
 import torch
 from PIL import Image
-from runtime_package import BATCH, GRID, HEIGHT, LAYER, PREPROCESS, SHAPE, WIDTH, as_array, expected, random_picture
-from torch import Tensor
+from runtime_package import BATCH, HEIGHT, LAYER, PREPROCESS, SHAPE, WIDTH, as_array, close, expected, random_picture
 
-from fga_fast import Explanation
+from fga_fast import Explanation, load_package
 from fga_fast.images import Preprocess
 
-ROOT = Path(__file__).resolve().parent.parent
+pytest_plugins = ("runtime_fixtures",)
 pytestmark = [
     pytest.mark.slow,
     # Without a compiler or CMake there is nothing to test, but CI has both.
     pytest.mark.skipif(shutil.which("cmake") is None and not os.environ.get("CI"), reason="no cmake"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # of torch.export about itself
 ]
-
-
-def run(*command: str | Path, **settings: Any) -> str:
-    """What a command prints; its error output is the failure's message."""
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, **settings)
-    assert result.returncode == 0, f"{' '.join(map(str, command))}\n{result.stdout[-3000:]}{result.stderr[-3000:]}"
-    return result.stdout
-
-
-@pytest.fixture(scope="session")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the built project."""
-    if given := os.environ.get("FGA_FAST_CMAKE_BUILD"):
-        return Path(given)
-    folder = tmp_path_factory.mktemp("cmake")
-    torch_root = Path(torch.__file__).parent
-    options = [f"-DFGA_FAST_TORCH={torch_root}", "-DFGA_FAST_PYBIND=ON", f"-DPython3_EXECUTABLE={sys.executable}"]
-    run("cmake", "-S", ROOT, "-B", folder, *options)
-    run("cmake", "--build", folder, "--parallel", os.environ.get("MAX_JOBS", "2"))
-    return folder
-
-
-@pytest.fixture(scope="session")
-def installed(build: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    prefix = tmp_path_factory.mktemp("prefix")
-    run("cmake", "--install", build, "--prefix", prefix)
-    return prefix
-
-
-@pytest.fixture(scope="session")
-def consumer(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A program of a project of its own, which finds the installed one."""
-    folder = tmp_path_factory.mktemp("consumer")
-    run("cmake", "-S", ROOT / "tests" / "runtime" / "consumer", "-B", folder, f"-DCMAKE_PREFIX_PATH={installed}")
-    run("cmake", "--build", folder)
-    return folder / "consumer"
-
-
-@pytest.fixture(scope="session")
-def module(build: Path) -> Any:
-    """The Python module fga_runtime."""
-    (path,) = (build / "python").glob("fga_runtime*.so")
-    spec = importlib.util.spec_from_file_location("fga_runtime", path)
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-@pytest.fixture(scope="session")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the predicted class."""
-    return runtime_package.export(tmp_path_factory.mktemp("package") / "tiny.pt2")
-
-
-@pytest.fixture(scope="session")
-def package_of_given(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of classes that the caller gives, in float64."""
-    return runtime_package.export(tmp_path_factory.mktemp("package") / "given.pt2", True, torch.float64)
-
-
-@pytest.fixture(scope="session")
-def session(module: Any, package: Path) -> Any:
-    return module.Session(package)
-
-
-@pytest.fixture
-def altered(package: Path, tmp_path: Path) -> Callable[..., Path]:
-    """A copy of the package with other metadata."""
-
-    def alter(**changes: Any) -> Path:
-        copy = Path(shutil.copy(package, tmp_path / "altered.pt2"))
-        about = json.loads(package.with_suffix(".json").read_text(encoding="utf-8"))
-        copy.with_suffix(".json").write_text(json.dumps({**about, **changes}), encoding="utf-8")
-        return copy
-
-    return alter
-
-
-def close(found: Any, tensor: Tensor) -> None:
-    np.testing.assert_allclose(found, tensor.numpy(), rtol=1e-5, atol=1e-5)
 
 
 def agrees(found: Any, python: Explanation) -> None:
@@ -158,6 +68,33 @@ def test_layouts_of_arrays(session: Any) -> None:
     agrees(session.explain(images.numpy().astype(np.float64)), python)
     agrees(session.explain(images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2).numpy()), python)
     agrees(session.explain(np.repeat(images.numpy(), 2, axis=0)[::2]), python)
+
+
+def test_what_explainer_exports(module: Any, tmp_path: Path) -> None:
+    """A transformer, two SAEs, their strongest features and every block, from pictures, beside Python's package."""
+    explainer = packages.explainer(torch.float32, top_features=4, per_block=True)
+    example = packages.images(2, torch.float32)
+    path = explainer.export(tmp_path / "x.pt2", example, preprocessing=packages.PREPROCESS, class_names=packages.NAMES)
+    session = module.Session(path)
+    assert (session.batch, session.layers) == (2, sorted(explainer.saes))
+    assert session.class_names == list(packages.NAMES)
+    generator = np.random.default_rng(4)
+    pictures = [random_picture(generator) for _ in range(3)]
+    images = torch.stack([packages.PREPROCESS(picture) for picture in pictures])
+    python, found = load_package(path)(images), session.explain([as_array(picture) for picture in pictures])
+    assert python.values is not None
+    assert python.blocks is not None
+    assert found.targets.tolist() == python.targets.tolist()
+    close(found.logits, python.logits)
+    close(found.values, python.values)
+    close(found.more["blocks"], python.blocks)
+    close(found.relevance, python.relevance)
+    close(found.heatmap(), python.heatmap())
+    for layer, top in python.features.items():
+        close(found.scores[layer], python.scores[layer])
+        close(found.gates[layer], python.gates[layer])
+        for name, tensor in top._asdict().items():
+            close(found.more[f"features.{layer}.{name}"], tensor)
 
 
 def test_what_a_session_says_of_itself(session: Any) -> None:
@@ -297,95 +234,3 @@ def test_packages_are_checked(module: Any, altered: Callable[..., Path], tmp_pat
     broken.with_suffix(".json").write_text(json.dumps({**about, "sha256": None}))
     with pytest.raises(module.Error, match=r"does not load in torch .* \(made by 2\."):
         module.Session(broken)
-
-
-def test_python_without_fga_fast_and_without_torch(build: Path, package: Path) -> None:
-    """The module finds the operators by itself, and torch may be imported after it."""
-    code = f"""
-import sys; sys.path.insert(0, {str(build / "python")!r})
-import fga_runtime, numpy as np
-session = fga_runtime.Session({str(package)!r})
-assert not {{"torch", "fga_fast"}} & set(sys.modules)
-print(session.explain(np.ones((2, 3, 32, 48), np.float32)).values.tolist())
-import torch
-assert hasattr(torch.ops.fga_fast, "score")
-print(session.explain(torch.ones(2, 3, 32, 48).numpy()).values.tolist())
-"""
-    environment = {name: value for name, value in os.environ.items() if name != "FGA_FAST_LIBRARY"}
-    first, second = run(sys.executable, "-c", code, env=environment, cwd="/").splitlines()
-    values = expected(torch.ones(2, *SHAPE)).values
-    assert values is not None
-    assert first == second
-    close(json.loads(first), values)
-
-
-def test_an_installed_program_in_threads(consumer: Path, package: Path, tmp_path: Path) -> None:
-    """Two sessions of one process, three threads each, five images in batches of three."""
-    images = torch.randn(5, *SHAPE)
-    images.numpy().tofile(tmp_path / "images")
-    run(consumer, "3", tmp_path / "images", *map(str, images.shape), tmp_path / "out", package, package)
-    python = expected(images)
-    assert python.values is not None
-    parts = [python.logits, python.targets, python.values, python.relevance]
-    parts += [python.scores[LAYER], python.gates[LAYER], python.heatmap()]
-    close(np.fromfile(tmp_path / "out"), torch.cat([part.double().flatten() for part in parts]))
-
-
-def test_an_installed_program_that_fails(consumer: Path, package: Path, tmp_path: Path) -> None:
-    np.zeros(10, np.float32).tofile(tmp_path / "images")
-    command = [consumer, "1", tmp_path / "images", "1", "3", "8", "8", tmp_path / "out", package]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 1
-    assert result.stderr.startswith("consumer: images: expected shape [B, 3, 32, 48], got [1, 3, 8, 8]")
-
-
-@pytest.mark.parametrize("suffix", ["ppm", "png"])
-def test_the_example(build: Path, session: Any, package: Path, tmp_path: Path, suffix: str) -> None:
-    program = build / "examples" / "cpp" / "explain"
-    if suffix == "png" and "libpng" not in run("ldd", program):
-        pytest.skip("built without libpng")
-    picture = Image.fromarray(np.random.default_rng(3).integers(0, 256, (40, 90, 3), dtype=np.uint8))
-    picture.save(tmp_path / f"picture.{suffix}")
-    printed = run(program, package, tmp_path / f"picture.{suffix}", tmp_path / "out.png")
-    found = session.explain(np.asarray(picture))
-    target = int(found.targets[0])
-    assert printed.startswith(f"class {target} ({session.class_names[target]}), logit {found.values[0]:.4f}\n")
-    row, column = divmod(int(found.relevance.argmax()), GRID[1])
-    assert f"row {row}, column {column} of {GRID[0]} x {GRID[1]}" in printed
-    with Image.open(tmp_path / "out.png") as overlay:
-        overlay.load()
-        assert (overlay.size, overlay.mode) == ((WIDTH, HEIGHT), "RGB")
-        painted = np.asarray(overlay).astype(int)
-    heat, view = found.heatmap()[0], np.asarray(PREPROCESS.view(picture)).astype(int)
-    y, x = np.unravel_index(heat.argmax(), heat.shape)
-    assert np.abs(painted[y, x] - (view[y, x] + np.array([255, 63, 0])) // 2).max() <= 1  # red where most relevant
-
-
-def test_the_example_says_what_is_wrong(build: Path, package: Path, tmp_path: Path) -> None:
-    (tmp_path / "short.ppm").write_bytes(b"P6 # wide\n4 4 255\nabc")
-    command = [build / "examples" / "cpp" / "explain", package, tmp_path / "short.ppm", tmp_path / "out.png"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 1
-    assert result.stderr.strip().endswith("short.ppm: the PPM file is truncated")
-
-
-def test_no_python_in_it(build: Path, installed: Path, consumer: Path) -> None:
-    libraries = [path for path in installed.rglob("*.so") if path.parent.name != "python"]
-    assert {path.name for path in libraries} >= {"libfga_ops.so", "libfga_runtime.so"}
-    for path in (*libraries, consumer, build / "examples" / "cpp" / "explain"):
-        needed = run("ldd", path)
-        assert "python" not in needed.replace(str(Path(torch.__file__).parent), ""), path
-        assert "not found" not in needed, path
-    undefined = run("nm", "-D", "--undefined-only", *libraries)
-    assert " Py" not in undefined
-    assert " _Py" not in undefined
-
-
-def test_the_library_exports_its_interface_only(installed: Path) -> None:
-    library = next(installed.rglob("libfga_runtime.so"))
-    symbols = run("nm", "-DC", "--defined-only", library).splitlines()
-    own = [symbol.split(" ", 2)[2] for symbol in symbols if "fga::" in symbol and " V " not in symbol]
-    assert any("fga::Result::heatmap" in symbol for symbol in own)
-    assert not [
-        symbol for symbol in own if "parse_json" in symbol or "sha256_of_file" in symbol or "load_ops" in symbol
-    ]

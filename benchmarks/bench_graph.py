@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import gc
+import importlib
+import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import subjects
@@ -18,7 +23,7 @@ from rows import Row
 from timing import Race, Work
 from torch import Tensor
 
-from fga_fast import Explainer, SparseAutoencoder
+from fga_fast import Explainer, SparseAutoencoder, load_package
 from fga_fast.assets import fashion_model, fashion_saes
 
 LEVEL = 1700  # active features a token, of 49,152
@@ -37,7 +42,21 @@ def saes(model: torch.nn.Module, scale: Scale) -> dict[str, dict[int, SparseAuto
     return found
 
 
-def test_compiled(scale: Scale, race: Callable[..., Race], record: Callable[[Row], None], one_thread: None) -> None:
+def packaged(explainer: Explainer, images: Tensor, folder: Path) -> dict[str, Callable[[], object]]:
+    """The explanation exported: run from Python, and by the C++ session where its module was built."""
+    path = explainer.export(folder / f"{len(images)}.pt2", images)
+    ways: dict[str, Callable[[], object]] = {"package": partial(load_package(path), images)}
+    built = os.environ.get("FGA_FAST_CMAKE_BUILD")
+    if built:
+        sys.path.insert(0, str(next(Path(built).rglob("fga_runtime*.so")).parent))
+        module: Any = importlib.import_module("fga_runtime")
+        ways["package, C++ session"] = partial(module.Session(path).explain, images.numpy())
+    return ways
+
+
+def test_compiled(
+    scale: Scale, race: Callable[..., Race], record: Callable[[Row], None], one_thread: None, tmp_path: Path
+) -> None:
     """One thread: what the machine's cores share is measured elsewhere."""
     model = subjects.vit(depth=scale.depth)
     for batch in scale.batches:
@@ -51,6 +70,8 @@ def test_compiled(scale: Scale, race: Callable[..., Race], record: Callable[[Row
             works[f"{name}, compiled"] = partial(explainer.compile(images), images)
             seconds[f"{name}, compiled"] = time.perf_counter() - start
             works[f"{name}, eager"] = partial(explainer, images)
+            if batch == 1 and "relu" in name:
+                works |= {f"{name}, {way}": work for way, work in packaged(explainer, images, tmp_path).items()}
         found = race(compiled, works, seconds=60.0 if batch == 1 else 90.0)
         blank = Row("graph", "", batch, 197, threads=1)
         record(
@@ -79,12 +100,13 @@ def small() -> tuple[Explainer, Tensor]:
     )
 
 
-def test_latency(scale: Scale, record: Callable[[Row], None], one_thread: None) -> None:
+def test_latency(scale: Scale, record: Callable[[Row], None], one_thread: None, tmp_path: Path) -> None:
     """2,000 calls at batch 1 of a small model, where what surrounds the arithmetic counts most."""
     explainer, images = small()
     ways: dict[str, Callable[[], object]] = {
         "eager": partial(explainer, images),
         "compiled": partial(explainer.compile(images), images),
+        **packaged(explainer, images, tmp_path),
     }
     for name, work in ways.items():
         times = np.array([_seconds(work) for _ in range(20 if scale.quick else 2_000)])

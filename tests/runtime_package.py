@@ -78,7 +78,7 @@ def metadata(package: Path, given: bool, dtype: str) -> dict[str, Any]:
         "classes": CLASSES, "class_names": ["ant", "bee", "cat", "dog", "émeu"],
         "targets": "given" if given else "predicted", "layers": [LAYER], "outputs": outputs,
         "backend": "native", "method": "rollout", "backward": "exact",
-        "gate": {"mode": "combined", "base": 10.0, "slope": 1.0},
+        "start_layer": 0, "gate": {"mode": "combined", "base": 10.0, "slope": 1.0},
         "versions": {"fga_fast": "0.1.0", "torch": torch.__version__},
         "machine": {"architecture": platform.machine(), "features": []},
         "sha256": hashlib.sha256(package.read_bytes()).hexdigest(),

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runtime_package import GRID, HEIGHT, LAYER, PREPROCESS, SHAPE, WIDTH, close, expected, run
+from runtime_package import BATCH, GRID, HEIGHT, LAYER, PREPROCESS, SHAPE, WIDTH, close, expected, run
 
+ROOT = Path(__file__).resolve().parent.parent
 pytest_plugins = ("runtime_fixtures",)
 pytestmark = [
     pytest.mark.slow,
@@ -43,6 +44,17 @@ print(session.explain(torch.ones(2, 3, 32, 48).numpy()).values.tolist())
     assert values is not None
     assert first == second
     close(json.loads(first), values)
+
+
+def test_python_beside_fga_fast(build: Path, package: Path) -> None:
+    """Whoever loads the operators first, they are registered once."""
+    code = f"""
+import sys; sys.path.insert(0, {str(build / "python")!r})
+import fga_fast, fga_runtime
+fga_runtime.Session({str(package)!r})
+print(fga_fast.load_package({str(package)!r}).metadata.batch)
+"""
+    assert run(sys.executable, "-c", code, cwd=ROOT).strip() == str(BATCH)
 
 
 def test_an_installed_program_in_threads(consumer: Path, package: Path, tmp_path: Path) -> None:

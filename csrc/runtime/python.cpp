@@ -152,6 +152,17 @@ void bind_preprocess(py::module_& m) {
 
 }  // namespace
 
+namespace {
+
+// Where fga_fast is in the process, the operators are those of the package: a second registration would end the
+// process.
+void load_ops_of_package() {
+  if (py::module_::import("sys").attr("modules").contains("fga_fast"))
+    py::module_::import("fga_fast.ops").attr("load")();
+}
+
+}  // namespace
+
 PYBIND11_MODULE(fga_runtime, m) {
   m.doc() = "The C++ session of fga_fast: explains images by an exported package.";
   py::register_exception<fga::Error>(m, "Error", PyExc_ValueError);
@@ -161,6 +172,7 @@ PYBIND11_MODULE(fga_runtime, m) {
   py::class_<Session>(m, "Session")
       .def(py::init([](const std::filesystem::path& path, const std::string& ops_library, int device_index, int runners,
                        bool verify) {
+             load_ops_of_package();
              const py::gil_scoped_release release;
              return std::make_unique<Session>(path.string(), fga::Options{ops_library, device_index, runners, verify});
            }),

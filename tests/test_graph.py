@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import families
@@ -231,6 +232,144 @@ def test_another_selected_row_is_not_taken_for_it() -> None:
 
     module: fx.GraphModule = torch.fx.experimental.proxy_tensor.make_fx(function, tracing_mode="fake")(torch.ones(1, 3))
     assert rows.prune(module, row=1, tokens=3) == 0
+
+
+@pytest.mark.parametrize(
+    "function", [lambda t: t.softmax(-1), torch.log_softmax, torch.exp], ids=["soft", "log", "exp"]
+)
+def test_zeros_that_become_something_else_are_kept(function: Callable[..., Tensor]) -> None:
+    def padded(x: Tensor) -> Tensor:
+        rows: Tensor = nn.functional.pad(x.transpose(1, 2), (0, 3)).transpose(1, 2)  # zeros but for token 0
+        return function(rows)
+
+    x = torch.randn(2, 1, 5, dtype=DOUBLE)
+    module: fx.GraphModule = torch.fx.experimental.proxy_tensor.make_fx(padded, tracing_mode="fake")(x)
+    rows.prune(module, row=0, tokens=4)
+    torch.testing.assert_close(module(x), padded(x))
+
+
+class _After(nn.Module):
+    """A module with something behind it."""
+
+    def __init__(self, module: nn.Module, change: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.module, self.change, self.table = module, change, nn.Buffer(torch.ones(16, dtype=DOUBLE))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.change(self, x, self.module(x))
+
+
+def _copy_of_a_weight(self: _After, _x: Tensor, y: Tensor) -> Tensor:
+    table = self.table.clone()
+    table.mul_(2)
+    return y * table
+
+
+def _written_constant(_self: _After, _x: Tensor, y: Tensor) -> Tensor:
+    factor = torch.tensor([1.0], dtype=y.dtype)
+    factor += 1
+    return y * factor
+
+
+def _written_row(_self: _After, _x: Tensor, y: Tensor) -> Tensor:
+    y[:, 0] = y[:, 0] * 3
+    y[:, 1:] += 1
+    return y
+
+
+def _strides_of_another(_self: _After, x: Tensor, y: Tensor) -> Tensor:
+    images, tokens, width = x.shape
+    like = torch.zeros_like(x.view(images, tokens, 2, width // 2).transpose(1, 2))
+    return y + like.transpose(1, 2).view(images, tokens, width)
+
+
+def _cat_with_nothing(_self: _After, _x: Tensor, y: Tensor) -> Tensor:
+    return torch.cat([torch.empty(0, dtype=y.dtype), y], -1)
+
+
+@pytest.mark.parametrize("pooling", ["token", "avg"])
+@pytest.mark.parametrize(
+    "change", [_copy_of_a_weight, _written_constant, _written_row, _strides_of_another, _cat_with_nothing]
+)
+def test_what_models_do_to_tensors(tiny_vit: Build, change: Callable[..., Tensor], pooling: str) -> None:
+    """At every call the same: nothing that a call changes in place is there at the next."""
+    model = tiny_vit(depth=2, global_pool=pooling).to(DOUBLE)
+    model.blocks[-1].mlp = _After(model.blocks[-1].mlp, change)  # type: ignore[index,union-attr]
+    explainer, images = Explainer(model, {0: sae_for(model)}), torch.randn(2, *PIXELS, dtype=DOUBLE)
+    flat, want = flatten(explainer, images), explainer(images)
+    for _ in range(2):
+        got = run(flat, images)
+        assert families.error(got.relevance, want.relevance) < 1e-9
+        torch.testing.assert_close(got.logits, want.logits, rtol=1e-9, atol=1e-12)
+
+
+def test_a_model_that_changes_its_own_weights_is_refused(tiny_vit: Build) -> None:
+    model = tiny_vit(depth=2).to(DOUBLE)
+    model.head = _After(model.head, lambda self, _, y: y + self.table.add_(1)[0])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="changes its weights or buffers in place"):
+        flatten(Explainer(model), torch.randn(1, *PIXELS, dtype=DOUBLE))
+
+
+@pytest.mark.parametrize("shared", ["query_is_key", "all_three"])
+def test_queries_that_are_keys_too(tiny_vit: Build, shared: str) -> None:
+    """Keys are needed for all tokens, also where they are the same tensor as queries."""
+
+    def attention(self: Any, x: Tensor, **_: Any) -> Tensor:
+        images, tokens, width = x.shape
+        parts = self.qkv(x).reshape(images, tokens, 3, 2, width // 2).permute(2, 0, 3, 1, 4).unbind(0)
+        q, v = parts[2 if shared == "all_three" else 0], parts[2]
+        out = nn.functional.scaled_dot_product_attention(q, q, v)
+        return self.proj(out.transpose(1, 2).reshape(images, tokens, width))  # type: ignore[no-any-return]
+
+    model = tiny_vit(depth=2).to(DOUBLE)
+    for block in model.blocks:  # type: ignore[union-attr]
+        block.attn.forward = attention.__get__(block.attn)
+    explainer, images = Explainer(model, {1: sae_for(model)}), torch.randn(2, *PIXELS, dtype=DOUBLE)
+    assert families.error(run(flatten(explainer, images), images).relevance, explainer(images).relevance) < 1e-9
+
+
+def test_attention_of_the_last_block_works_for_the_pooled_token_only(subject: tuple[nn.Module, Tensor]) -> None:
+    """Forward and backward: one query an image."""
+    queries: list[int] = []
+
+    class Watch(fx.Interpreter):
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            if "fga_fast.attention" in str(target):
+                queries.append(args[3 if "backward" in str(target) else 0].shape[2])
+            return super().call_function(target, args, kwargs)
+
+    model, images = subject
+    Watch(flatten(Explainer(model), images).module).run(images)
+    assert queries == [7, 7, 1, 1, 7, 7]
+
+
+def test_threads_trace_in_turn(subject: tuple[nn.Module, Tensor]) -> None:
+    """Tracing patches `nn.Module` for the whole process."""
+    model, images = subject
+    call, found = nn.Module.__call__, list[Flat]()
+    explainer = Explainer(model)
+    threads = [threading.Thread(target=lambda: found.append(flatten(explainer, images))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 3 and nn.Module.__call__ is call
+
+
+def test_autocast_of_the_caller_is_no_part_of_folding(tiny_vit: Build) -> None:
+    """What a model computes in float32 under autocast stays float32 when it is made of weights alone."""
+
+    def wide(self: _After, _x: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            square = torch.outer(self.table.float(), self.table.float()) + 1e-3
+            return y + torch.mm(square, square).sum()
+
+    model, images = tiny_vit(depth=2), torch.randn(1, *PIXELS)
+    model.blocks[-1].mlp = _After(model.blocks[-1].mlp, wide)  # type: ignore[index,union-attr]
+    with torch.autocast("cpu", torch.bfloat16):
+        flat = flatten(Explainer(model), images)
+    (total,) = (float(b) for b in flat.module.buffers() if b.dim() == 0)
+    assert total == pytest.approx(16**3 * 1.001**2, rel=1e-6)
 
 
 def test_batches_are_filled_and_cut() -> None:

@@ -129,10 +129,6 @@ def _view_sparse(node: fx.Node, zeros: Mapping[fx.Node, Place], tokens: int) -> 
     return None if place is None else _through(place, shape_of(_args(node)[0]), shape_of(node), tokens)
 
 
-def _expand(node: fx.Node, place: Place, tokens: int) -> Operands | None:
-    return _elementwise(node, place, tokens)
-
-
 def _order(node: fx.Node) -> list[int]:
     """Dimension of the operand that each dimension of the result is."""
     dims = list(range(len(shape_of(node))))
@@ -169,7 +165,7 @@ def _without_sparse(node: fx.Node, zeros: Mapping[fx.Node, Place], tokens: int) 
 
 
 def _beside(position: int) -> Rule:
-    """What happens along another dimension, given as that argument: slice, split, softmax."""
+    """What happens along another dimension, given as that argument, and leaves zeros zeros: slice, split."""
 
     def operands(node: fx.Node, place: Place, tokens: int) -> Operands | None:
         return None if _axis(node, position, 0) == place.dim else {_args(node)[0]: place}
@@ -182,6 +178,8 @@ def _beside(position: int) -> Rule:
 
 
 def _cat(node: fx.Node, place: Place, tokens: int) -> Operands | None:
+    if any(len(shape_of(operand)) != len(shape_of(node)) for operand in _tensors(node)):
+        return None  # nothing of no dimension in particular, which it takes too
     return None if _axis(node, 1, 0) == place.dim else dict.fromkeys(_tensors(node), place)
 
 
@@ -203,7 +201,7 @@ def _product(position: int) -> Callable[[fx.Node, Place, int], Operands | None]:
 
 def _product_sparse(node: fx.Node, zeros: Mapping[fx.Node, Place], tokens: int) -> Place | None:
     place = _only(node, zeros)
-    return place if place is not None and place.dim == 0 else None
+    return place if place is not None and place.dim == 0 and _args(node)[0] is not _args(node)[1] else None
 
 
 def _norm(node: fx.Node, place: Place, tokens: int) -> Operands | None:
@@ -250,11 +248,11 @@ RULES: dict[Any, Rule] = {
     aten.gelu_backward.default: _FIRST, aten.silu_backward.default: _FIRST, aten.sigmoid_backward.default: _FIRST,
     aten.tanh_backward.default: _FIRST,
     aten.view.default: _VIEW, aten._unsafe_view.default: _VIEW, aten.reshape.default: _VIEW,
-    aten.expand.default: Rule(_expand), aten.permute.default: _PERMUTED, aten.transpose.int: _PERMUTED,
+    aten.expand.default: _FIRST, aten.permute.default: _PERMUTED, aten.transpose.int: _PERMUTED,
     aten.t.default: _PERMUTED, aten.unsqueeze.default: Rule(_unsqueeze),
     aten.select.int: Rule(_without, _without_sparse), aten.unbind.int: Rule(_without),
     aten.slice.Tensor: _beside(1), aten.split.Tensor: _beside(2), aten.split_with_sizes.default: _beside(2),
-    aten._softmax.default: _beside(1), aten.cat.default: Rule(_cat),
+    aten._softmax.default: Rule(_beside(1).operands), aten.cat.default: Rule(_cat),
     aten.mm.default: Rule(_product(0), _product_sparse), aten.addmm.default: Rule(_product(1)),
     aten.native_layer_norm.default: Rule(_norm), aten._fused_rms_norm.default: Rule(_norm),
     aten.native_layer_norm_backward.default: _norm_backward((0, 1, 3, 4)),

@@ -22,7 +22,6 @@ from torch import Tensor, fx
 from fga_fast.graph.row_rules import Operands, Place, rule_of, shape_of, shrunk
 
 aten = torch.ops.aten
-_fga = torch.ops.fga_fast
 _VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 _RESIDUAL = {"attention": 7, "attention_backward": 11}  # position of that argument
 
@@ -45,6 +44,11 @@ def prune(module: fx.GraphModule, row: int, tokens: int) -> int:
     return len(pruner.runs)
 
 
+def _is(node: fx.Node, name: str) -> bool:
+    """Whether it calls that operator of this library; by its name, as other backends run without the library."""
+    return str(node.target) == f"fga_fast.{name}.default"
+
+
 class _Pruner:
     def __init__(self, graph: fx.Graph, row: int, tokens: int) -> None:
         self.graph, self.row, self.tokens = graph, row, tokens
@@ -64,12 +68,13 @@ class _Pruner:
         if node.target is operator.getitem:
             source, index = cast(tuple[fx.Node, int], node.args)
             # Of attention's gradients that of the queries is sparse, those of keys and values are not.
-            if source in self.runs and (index == 0 or source.target is not _fga.attention_backward.default):
+            if source in self.runs and (index == 0 or not _is(source, "attention_backward")):
                 self.zero[node] = self.runs[source]
             return
         place = self._sparse_source(node)
-        if place is None and node.target is _fga.attention_backward.default:
-            if [self.zero.get(cast(fx.Node, node.args[i])) for i in (0, 1)] == [Place(2), Place(1)]:
+        if place is None and _is(node, "attention_backward"):
+            found = [self.zero.get(cast(fx.Node, node.args[i])) for i in (0, 1)]
+            if found == [Place(2), Place(1)] and self._operands(node, Place(2)) is not None:
                 self.runs[node] = Place(2)
             return
         rule = rule_of(node)
@@ -113,7 +118,7 @@ class _Pruner:
         if isinstance(node.meta.get("val"), Tensor):
             return self.want.get(node)
         parts = {cast(int, part.args[1]): self.want.get(part) for part in node.users}
-        if node.target is _fga.attention.default:
+        if _is(node, "attention"):
             expected = {0: Place(2), 1: Place(2), 2: Place(1)}
             return Place(2) if parts and all(expected.get(i) == place for i, place in parts.items()) else None
         places = set(parts.values())
@@ -133,10 +138,13 @@ class _Pruner:
         return {}
 
     def _operands(self, node: fx.Node, place: Place) -> Operands | None:
-        if node.target is _fga.attention.default:
-            return self._with_bias(node, {cast(fx.Node, node.args[0]): Place(2)}, 4)
-        if node.target is _fga.attention_backward.default:
-            grad_out, row, _, q, _, _, _, out, lse = cast(tuple[fx.Node, ...], node.args[:9])
+        if _is(node, "attention"):
+            q, k, v = cast(tuple[fx.Node, ...], node.args[:3])
+            return None if q in (k, v) else self._with_bias(node, {q: Place(2)}, 4)
+        if _is(node, "attention_backward"):
+            grad_out, row, gate, q, k, v, _, out, lse = cast(tuple[fx.Node, ...], node.args[:9])
+            if {grad_out, row, q, out, lse} & {gate, k, v}:  # which are needed for all tokens
+                return None
             wide = dict.fromkeys((grad_out, q, out, lse), Place(2))
             return self._with_bias(node, {**wide, row: Place(1)}, 6)
         if self._sparse_source(node) is not None:
@@ -206,8 +214,8 @@ class _Pruner:
             made.target, made.args = aten.reshape.default, (made.args[0], shrunk(shape_of(node), place))
         elif node.target is aten.expand.default:
             made.args = (made.args[0], shrunk(shape_of(node), place))
-        elif node.target in (_fga.attention.default, _fga.attention_backward.default):
-            position = _RESIDUAL[node.target._schema.name.split("::")[1]]
+        elif _is(node, "attention") or _is(node, "attention_backward"):
+            position = _RESIDUAL["attention" if _is(node, "attention") else "attention_backward"]
             made.args = (*made.args[:position], False, *made.args[position + 1 :])
         self.made[node, place if isinstance(node.meta["val"], Tensor) else None] = made
 
@@ -215,9 +223,9 @@ class _Pruner:
         """One of the results of an operator that worked on one row an image."""
         index, place = cast(int, node.args[1]), self.runs[source]
         part = self.new.call_function(operator.getitem, (self.made[source, None], index))
-        if source.target is _fga.attention.default:
+        if _is(source, "attention"):
             self.made[node, Place(1) if index == 2 else Place(2)] = part
-        elif source.target is _fga.attention_backward.default and index:
+        elif _is(source, "attention_backward") and index:
             residual = source.args[_RESIDUAL["attention_backward"]]
             if index == 3 and residual:  # the row itself, which goes on beside what it sends through attention
                 whole = self._at(cast(fx.Node, source.args[1]), None)

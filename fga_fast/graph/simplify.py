@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
 
 aten = torch.ops.aten
 
@@ -17,6 +18,57 @@ _LIKE: dict[Any, float | None] = {
     aten.full_like.default: None, aten.new_full.default: None,
 }  # fmt: skip
 _IDENTITIES = (aten.detach.default, aten.lift_fresh_copy.default, aten.alias.default)
+
+
+class _Lifted(fx.Interpreter):
+    """Runs a graph with its weights given from outside."""
+
+    def __init__(self, module: fx.GraphModule, weights: dict[str, Tensor]) -> None:
+        super().__init__(module)
+        self._weights = weights
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Tensor:
+        return self._weights[target]
+
+
+def functional(module: fx.GraphModule, inputs: tuple[Tensor, ...]) -> fx.GraphModule:
+    """The same graph with new tensors for what was changed in place, which the passes here do not look for.
+
+    Weights are inputs meanwhile, as in-place changes of copies of them are found only so.
+
+    Raises:
+        ValueError: it changes weights.
+    """
+    if not any(_is_mutable(node) for node in module.graph.nodes):
+        return module
+    names = list(dict.fromkeys(str(node.target) for node in module.graph.nodes if node.op == "get_attr"))
+    weights = [_attribute(module, name) for name in names]
+
+    def run(*tensors: Tensor) -> Any:
+        given = dict(zip(names, tensors[len(inputs) :], strict=True))
+        return _Lifted(module, given).run(*tensors[: len(inputs)])
+
+    traced = make_fx(torch.func.functionalize(run), tracing_mode="fake")(*inputs, *weights)
+    found = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    for node in [node for node in traced.graph.nodes if _is_mutable(node)]:
+        if node.args[0] not in found[: len(inputs)]:
+            raise ValueError(
+                "model: its forward pass changes its weights or buffers in place, so no two calls are alike; a graph "
+                "holds them as they are"
+            )
+        traced.graph.erase_node(node)  # images that the model overwrites, which nobody reads afterwards
+    for node, name, weight in zip(found[len(inputs) :], names, weights, strict=True):
+        if isinstance(weight, torch.nn.Parameter):
+            traced.register_parameter(name, weight)
+        else:
+            traced.register_buffer(name, weight)
+        with traced.graph.inserting_before(node):
+            constant = traced.graph.get_attr(name)
+        constant.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(constant)
+        traced.graph.erase_node(node)
+    traced.recompile()
+    return traced
 
 
 def simplify(module: fx.GraphModule) -> None:
@@ -47,6 +99,8 @@ def made(graph: fx.Graph, like: fx.Node, target: Callable[..., Any], args: tuple
 def _made_of_shape(graph: fx.Graph, node: fx.Node) -> None:
     value: Any = _LIKE[node.target]
     shown = node.meta["val"]
+    if not shown.is_contiguous():  # it lies in memory as what it asks, which views of it count on
+        return
     if value is None:
         value = node.args[-1]
     with graph.inserting_before(node):
@@ -94,7 +148,10 @@ def _is_view(node: fx.Node) -> bool:
     return node.target is operator.getitem or any(r.alias_info is not None for r in getattr(schema, "returns", ()))
 
 
+def _is_mutable(node: fx.Node) -> bool:
+    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
+
+
 def _is_pure(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
     random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-    return node.target is operator.getitem or (schema is not None and not schema.is_mutable and not random)
+    return node.target is operator.getitem or (hasattr(node.target, "_schema") and not _is_mutable(node) and not random)

@@ -7,6 +7,8 @@ an ordinary inference graph, which can be compiled, captured and exported.
 from __future__ import annotations
 
 import logging
+import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from fga_fast.explainer import Explainer
 
 logger = logging.getLogger(__name__)
+
+# Tracing patches nn.Module, and compiling changes settings, for the whole process.
+one_at_a_time = threading.RLock()
 
 Targets = Literal["predicted", "given"]
 
@@ -57,32 +62,47 @@ def flatten(explainer: Explainer, images: Tensor, targets: Targets = "predicted"
         return tuple(found.values())
 
     inputs = (images.detach(), *([eager.targets] if targets == "given" else []))
-    with torch.inference_mode(False), torch.no_grad():
-        try:
-            module = make_fx(explain, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
-        except Exception as error:
-            raise ValueError(
-                f"model: {type(explainer.model).__name__} cannot be traced into one graph, since its forward pass looks "
-                f"at values or leaves PyTorch: {error}"
-            ) from error
-    before = len(module.graph.nodes)
-    simplify.simplify(module)
-    if prune and layout.pooling == "token":
-        rows.prune(module, layout.pooled[0], layout.tokens)
-    module.graph.eliminate_dead_code()
-    module.recompile()
+    with one_at_a_time, torch.inference_mode(False), torch.no_grad():
+        module = _traced(explain, inputs, type(explainer.model).__name__)
+        before = len(module.graph.nodes)
+        with torch.autocast(images.device.type, enabled=False):  # whose casts the graph holds
+            module = simplify.functional(module, inputs)
+            simplify.simplify(module)
+        if prune and layout.pooling == "token":
+            rows.prune(module, layout.pooled[0], layout.tokens)
+        module.graph.eliminate_dead_code()
+        module.recompile()
     logger.info(
         "traced an explanation of %s: %d operators, %d kept", list(images.shape), before, len(module.graph.nodes)
     )
     return Flat(module, tuple(names), eager.logits.shape[1], eager.names)
 
 
-def _check(explainer: Explainer, images: Any, targets: str) -> None:
-    if targets not in get_args(Targets):
-        raise ValueError(f'targets: expected "predicted" or "given", got {targets!r}')
+def _traced(explain: Callable[..., Any], inputs: tuple[Tensor, ...], model: str) -> fx.GraphModule:
+    try:
+        return make_fx(explain, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+    except Exception as error:
+        raise ValueError(
+            f"model: {model} cannot be traced into one graph, since its forward pass looks at values or leaves "
+            f"PyTorch: {error}"
+        ) from error
+
+
+def check_example(images: Any) -> None:
+    """Refuses what are no images.
+
+    Raises:
+        ValueError: it is no tensor [B, channels, H, W] with B at least 1.
+    """
     if not isinstance(images, Tensor) or images.dim() != 4 or len(images) == 0:
         what = f"a tensor {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"example: expected images [B, channels, H, W] with B at least 1, got {what}")
+
+
+def _check(explainer: Explainer, images: Any, targets: str) -> None:
+    if targets not in get_args(Targets):
+        raise ValueError(f'targets: expected "predicted" or "given", got {targets!r}')
+    check_example(images)
     if explainer._choose().stages is None:
         raise ValueError(
             f"backend: {explainer.backend!r} is not compiled; it is there to say what is correct. Use backend="

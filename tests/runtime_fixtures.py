@@ -28,6 +28,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the built project."""
     if given := os.environ.get("FGA_FAST_CMAKE_BUILD"):
         return Path(given)
+    pytest.importorskip("pybind11")
     folder = tmp_path_factory.mktemp("cmake")
     torch_root = Path(torch.__file__).parent
     options = [f"-DFGA_FAST_TORCH={torch_root}", "-DFGA_FAST_PYBIND=ON", f"-DPython3_EXECUTABLE={sys.executable}"]

@@ -11,7 +11,7 @@ import torch
 from explaining import PIXELS, Build, sae_for
 from torch import Tensor, nn
 
-from fga_fast import Explainer, Explanation
+from fga_fast import Difference, Embedding, Explainer, Explanation
 from fga_fast.graph.compiled import CompiledExplainer
 
 pytestmark = pytest.mark.slow
@@ -80,6 +80,47 @@ def test_given_targets(given: CompiledExplainer, explainer: Explainer, targets: 
     same(given(images(3), targets), explainer(images(3), targets))
 
 
+def laid_out_otherwise() -> dict[str, Tensor]:
+    wide = torch.randn(4, 6, 32, 96, generator=torch.Generator().manual_seed(6))
+    return {
+        "channels last": images(2).to(memory_format=torch.channels_last), "one": images(1)[:, [2, 1, 0]].mT.mT,
+        "sliced": wide[:2, ::2, :, ::2], "every other": images(4)[::2], "turned": images(2).mT.contiguous().mT,
+        "expanded": images(1).expand(3, -1, -1, -1), "asks for a gradient": images(2).requires_grad_(),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", laid_out_otherwise())
+def test_images_may_lie_in_memory_as_they_like(predicted: CompiledExplainer, explainer: Explainer, name: str) -> None:
+    batch = laid_out_otherwise()[name]
+    same(predicted(batch), explainer(batch))
+
+
+def test_modes_of_the_caller_are_not_taken_over(predicted: CompiledExplainer) -> None:
+    batch = images(2)
+    want = predicted(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = predicted(batch)
+    assert cast.logits.dtype == torch.float32 and torch.equal(cast.relevance, want.relevance)
+    with torch.inference_mode():
+        inside = predicted(images(2))
+    assert torch.equal(inside.relevance, want.relevance) and not inside.relevance.is_inference()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_change_of_weights_does_not_reach_it(tiny_vit: Build, dtype: torch.dtype) -> None:
+    """Of none: half of them would be neither the old model nor the new one."""
+    model, batch = tiny_vit(depth=2).to(dtype), images(1).to(dtype)
+    sae = sae_for(model)
+    compiled = Explainer(model, {0: sae}).compile(batch)
+    want = compiled(batch)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *sae.buffers()):
+            tensor.mul_(1.5)
+    got = compiled(batch)
+    assert torch.equal(got.logits, want.logits) and torch.equal(got.relevance, want.relevance)
+    assert torch.equal(got.scores[0], want.scores[0])
+
+
 def test_a_dictionary_and_its_result_may_be_kept(predicted: CompiledExplainer) -> None:
     first = predicted(images(1))
     kept = first.relevance.clone()
@@ -138,16 +179,22 @@ def test_bad_calls_of_predicted(predicted: CompiledExplainer, batch: Tensor, tar
         (5, "targets: .*5"),
         ([[0, 1]], "targets: expected one class an image"),
         ("cow", "targets: .*cow"),
+        (Difference(1, 2), "targets: a compiled graph explains classes, got Difference"),
+        (Embedding([1.0] * 5), "targets: a compiled graph explains classes, got Embedding"),
+        (torch.sum, "targets: a compiled graph explains classes"),
     ],
     ids=str,
 )
 def test_bad_targets(given: CompiledExplainer, targets: Any, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((TypeError, ValueError), match=words):
         given(images(1), targets)
 
 
 def test_bad_settings(explainer: Explainer) -> None:
     with pytest.raises(ValueError, match="batches: expected batch sizes of at least 1"):
         explainer.compile(images(1), batches=(0, 2))
+    for example in (images(1).numpy(), images(1)[0], None):
+        with pytest.raises(ValueError, match=r"example: expected images \[B, channels, H, W\]"):
+            explainer.compile(example, batches=(1,))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"mode: expected None or one of .*max-autotune.*, got 'fast'"):
         explainer.compile(images(1), mode="fast")

@@ -10,17 +10,18 @@ STATUS: the CUDA half has never run on a device.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 
 from fga_fast import checks
 from fga_fast.explanation import Explanation
 from fga_fast.graph.outputs import explanation, in_batches
-from fga_fast.graph.trace import Flat, Targets, flatten
-from fga_fast.targets import pick
+from fga_fast.graph.trace import Flat, Targets, check_example, flatten, one_at_a_time
+from fga_fast.targets import Difference, Embedding, pick
 
 if TYPE_CHECKING:
     from fga_fast.explainer import Explainer
@@ -32,7 +33,8 @@ class CompiledExplainer:
     """What `Explainer.compile` returns; see there. Called as the explainer is, with the same result.
 
     Attributes:
-        explainer: what was compiled. A change of its model's weights or SAEs does not reach the compiled graph.
+        explainer: what was compiled. A change of its model's weights or SAEs does not reach the compiled graph; nor
+            does autocast around a call, since the graph holds the casts of the autocast that it was compiled under.
         batches: batch sizes that were compiled, rising.
         targets: "predicted" or "given".
     """
@@ -40,15 +42,18 @@ class CompiledExplainer:
     def __init__(
         self, explainer: Explainer, example: Tensor, targets: Targets, mode: str | None, batches: Sequence[int] | None
     ) -> None:
+        check_example(example)
         self.explainer, self.targets = explainer, targets
         self.batches = _checked_batches(batches, example)
         options = _options(mode, example)
         self._runs: dict[int, Run] = {}
-        self._example = example[:1].detach()
+        self._example = example[:1].detach().clone()
+        frozen: dict[Any, tuple[Tensor, Tensor]] = {}
         for size in self.batches:
             images = example[:1].detach().expand(size, *example.shape[1:]).contiguous()
             flat = flatten(explainer, images, targets)
             self._outputs, self._classes, self._class_names = flat.outputs, flat.classes, flat.class_names
+            _freeze(flat.module, frozen)
             self._runs[size] = _compiled(flat, images, targets, options)
 
     def __call__(self, images: Tensor, targets: Any = None) -> Explanation:
@@ -69,8 +74,9 @@ class CompiledExplainer:
                 f"images: expected [B, {', '.join(map(str, self._example.shape[1:]))}] with B at least 1, as compiled, "
                 f"got {list(images.shape)}; compile another example for other sizes"
             )
-        inputs = (images.detach(), *self._given(images, targets))
-        with torch.inference_mode(False), torch.no_grad():
+        # Dense, which is what was compiled: machine code walks through memory as it was told.
+        inputs = (images.detach().contiguous(), *self._given(images, targets))
+        with _plain(images):
             outputs = in_batches(lambda size, given: self._runs[size](*given), self.batches, inputs)
         found = dict(zip(self._outputs, outputs, strict=True))
         if images.device.type == "cpu":
@@ -89,6 +95,10 @@ class CompiledExplainer:
                     'targets: this graph explains the predicted class; compile(example, targets="given") takes others'
                 )
             return ()
+        if isinstance(targets, (Difference, Embedding)) or (callable(targets) and not isinstance(targets, type)):
+            raise TypeError(
+                f"targets: a compiled graph explains classes, got {type(targets).__name__}; Explainer takes it"
+            )
         if targets is None:
             raise ValueError('targets: this graph was compiled for given targets; say which, or compile "predicted"')
         blank = images.new_zeros(1, 1).expand(len(images), self._classes)
@@ -102,7 +112,7 @@ class CompiledExplainer:
 
 
 def _checked_batches(batches: Sequence[int] | None, example: Tensor) -> tuple[int, ...]:
-    sizes = (len(example),) if batches is None and isinstance(example, Tensor) else tuple(batches or ())
+    sizes = (len(example),) if batches is None else tuple(batches)
     if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
         raise ValueError(f"batches: expected batch sizes of at least 1, or an example with images, got {list(sizes)}")
     return tuple(sorted(set(sizes)))
@@ -116,13 +126,37 @@ def _options(mode: str | None, example: Tensor) -> dict[str, Any]:
     chosen = {} if mode is None else dict(modes[mode])
     chosen.pop("triton.cudagraphs", None)
     # oneDNN, which frozen weights are laid out for, has no float64.
-    return {"freezing": example.dtype != torch.float64, **chosen}
+    freezing = example.dtype != torch.float64
+    return {"freezing": freezing, "freezing_discard_parameters": freezing, **chosen}
+
+
+def _freeze(module: fx.GraphModule, frozen: dict[Any, tuple[Tensor, Tensor]]) -> None:
+    """Gives a graph weights of its own, the same for all batch sizes: of the model's, a later change would reach the
+    graph where they are used as they are, and not where they were laid out anew. What was laid out is discarded.
+
+    Args:
+        frozen: where a weight lies -> the weight, which keeps that place taken, and its copy.
+    """
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if not name.startswith("_folded_"):
+            key = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+            if key not in frozen:
+                frozen[key] = tensor, tensor.detach().clone()
+            copy = frozen[key][1]
+            setattr(module, name, nn.Parameter(copy, False) if isinstance(tensor, nn.Parameter) else copy)
+
+
+@contextmanager
+def _plain(images: Tensor) -> Iterator[None]:
+    """Nothing of the caller's modes: a graph holds its casts, and has no gradients."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        yield
 
 
 def _compiled(flat: Flat, images: Tensor, targets: Targets, options: dict[str, Any]) -> Run:
     given = [torch.zeros(len(images), dtype=torch.int64, device=images.device)] if targets == "given" else []
     inputs = [images, *given]
-    with torch.inference_mode(False), torch.no_grad():
+    with one_at_a_time, _plain(images):
         run: Run = torch._inductor.compile(flat.module, [*inputs], options=options)
         run(*inputs)
     return _Replay(run, inputs) if images.is_cuda else run
@@ -140,11 +174,10 @@ class _Replay:
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         device = inputs[0].device
-        with torch.cuda.device(device):
+        with self._lock, torch.cuda.device(device):  # threads may share a stream, and with it the buffers
             stream = torch.cuda.current_stream(device).cuda_stream
             if stream not in self._captured:
-                with self._lock:
-                    self._captured[stream] = self._capture()
+                self._captured[stream] = self._capture()
             graph, buffers, outputs = self._captured[stream]
             for buffer, given in zip(buffers, inputs, strict=True):
                 buffer.copy_(given, non_blocking=True)

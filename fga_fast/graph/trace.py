@@ -52,7 +52,8 @@ def flatten(explainer: Explainer, images: Tensor, targets: Targets = "predicted"
         TypeError, ValueError: what cannot be a fixed graph; the message says why and what to do.
     """
     _check(explainer, images, targets)
-    eager = explainer(images, None if targets == "predicted" else 0)
+    with one_at_a_time:
+        eager = explainer(images, None if targets == "predicted" else 0)
     layout = explainer._layout_for(images)
     names: list[str] = []
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,15 @@ def test_images_in_one_batch_do_not_change_each_other(predicted: Path) -> None:
     five = images(5)
     alone = [package(one[None]).relevance for one in five]
     torch.testing.assert_close(package(five).relevance, torch.cat(alone), rtol=1e-12, atol=1e-15)
+
+
+def test_several_threads_share_a_package(predicted: Path) -> None:
+    package, many = load_package(predicted), [images(count) for count in (1, 2, 3, 4, 5, 6)]
+    expected = [package(some).relevance for some in many]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda some: package(some).relevance, many * 5))
+    for one, other in zip(found, expected * 5, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_no_images(predicted: Path) -> None:

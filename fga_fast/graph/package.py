@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -178,6 +179,8 @@ class _Size(NamedTuple):
 class Package:
     """An exported explanation, ready to run; see `load_package`. Called as an `Explainer` is, with the same result.
 
+    Several threads may share one; they run in turn.
+
     Attributes:
         path: NAME.pt2.
         metadata: what NAME.json says: sizes, dtype, classes, settings, versions.
@@ -200,6 +203,8 @@ class Package:
         self._device = torch.device(self.metadata.device)
         if self.metadata.device == "cuda":
             self._device = torch.device("cuda", torch.cuda.current_device())
+        # torch waits for a free runner without releasing Python's lock, which the thread that runs may need.
+        self._lock = threading.Lock()
         try:
             self._loader = _loader(self.path, self._device)
         except RuntimeError as error:
@@ -246,7 +251,9 @@ class Package:
 
     def _batch(self, _: int, inputs: tuple[Tensor, ...]) -> Sequence[Tensor]:
         whole = (t.contiguous() for t in inputs)
-        outputs: list[Tensor] = self._loader.run([t if t.data_ptr() % _ALIGNMENT == 0 else t.clone() for t in whole])
+        aligned = [t if t.data_ptr() % _ALIGNMENT == 0 else t.clone() for t in whole]
+        with self._lock:
+            outputs: list[Tensor] = self._loader.run(aligned)
         got = [(tuple(t.shape), t.dtype) for t in outputs]
         if got != [(output.shape, DTYPES[output.dtype]) for output in self.metadata.outputs]:
             raise RuntimeError(f"package: {self.path} returns other tensors than its metadata says: {got}")

@@ -344,7 +344,7 @@ def test_attention_of_the_last_block_works_for_the_pooled_token_only(subject: tu
 
 
 def test_threads_trace_in_turn(subject: tuple[nn.Module, Tensor]) -> None:
-    """Tracing patches `nn.Module` for the whole process."""
+    """Tracing patches `nn.Module` for the whole process, and may leave behind what ends with the thread."""
     model, images = subject
     call, found = nn.Module.__call__, list[Flat]()
     explainer = Explainer(model)
@@ -354,6 +354,8 @@ def test_threads_trace_in_turn(subject: tuple[nn.Module, Tensor]) -> None:
     for thread in threads:
         thread.join()
     assert len(found) == 3 and nn.Module.__call__ is call
+    want = explainer(images).relevance
+    assert all(families.error(run(flat, images).relevance, want) < 1e-9 for flat in found)
 
 
 def test_autocast_of_the_caller_is_no_part_of_folding(tiny_vit: Build) -> None:

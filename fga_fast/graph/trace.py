@@ -6,6 +6,7 @@ an ordinary inference graph, which can be compiled, captured and exported.
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Callable
@@ -63,6 +64,8 @@ def flatten(explainer: Explainer, images: Tensor, targets: Targets = "predicted"
         return tuple(found.values())
 
     inputs = (images.detach(), *([eager.targets] if targets == "given" else []))
+    if threading.current_thread() is not threading.main_thread():
+        _keep_device_guard()
     with one_at_a_time, torch.inference_mode(False), torch.no_grad():
         module = _traced(explain, inputs, type(explainer.model).__name__)
         before = len(module.graph.nodes)
@@ -77,6 +80,26 @@ def flatten(explainer: Explainer, images: Tensor, targets: Targets = "predicted"
         "traced an explanation of %s: %d operators, %d kept", list(images.shape), before, len(module.graph.nodes)
     )
     return Flat(module, tuple(names), eager.logits.shape[1], eager.names)
+
+
+@functools.cache
+def _keep_device_guard() -> None:
+    """Sets what a PyTorch built for CUDA, on a machine without, sets when it first traces, from a thread that stays.
+
+    It belongs to the thread that set it and is used by all: once that thread has ended, the next backward pass of any
+    other ends the process (PyTorch 2.11).
+    """
+    if not torch.cuda._is_compiled() or torch.cuda.is_available():
+        return
+    done = threading.Event()
+
+    def stay() -> None:
+        torch._C._ensureCUDADeviceGuardSet()
+        done.set()
+        threading.Event().wait()
+
+    threading.Thread(target=stay, name="fga_fast device guard", daemon=True).start()
+    done.wait()
 
 
 def _traced(explain: Callable[..., Any], inputs: tuple[Tensor, ...], model: str) -> fx.GraphModule:

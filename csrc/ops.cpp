@@ -3,7 +3,6 @@
 #include "checks.h"
 
 #include <optional>
-#include <string>
 #include <tuple>
 
 namespace fga {
@@ -19,7 +18,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> score_cpu(const Tensor&, cons
                                                              const Tensor&, const Tensor&, const Tensor&,
                                                              const std::optional<Tensor>&, const std::optional<Tensor>&,
                                                              const std::optional<Tensor>&, const std::optional<Tensor>&,
-                                                             std::string, std::string, std::string, int64_t, int64_t);
+                                                             int64_t, int64_t, bool, int64_t, int64_t);
 Tensor gate_cpu(const Tensor&, double, double);
 
 // Carrier and gate port hold zeros in the forward pass: they exist for what travels along them in the backward pass.
@@ -61,7 +60,7 @@ STABLE_TORCH_LIBRARY(fga_fast, m) {
       " -> (Tensor dq, Tensor dk, Tensor dv, Tensor row_out)");
   m.def(
       "score(Tensor x, Tensor g, Tensor? image, Tensor W_enc_t, Tensor bias, Tensor W_dec, Tensor? theta,"
-      " Tensor? gate_scale, Tensor? mag_bias, Tensor? permutation, str activation, str normalize, str mode, int k,"
+      " Tensor? gate_scale, Tensor? mag_bias, Tensor? permutation, int activation, int normalize, bool weigh, int k,"
       " int top_features)"
       " -> (Tensor scores, Tensor patch_index, Tensor patch_contribution, Tensor image_index, Tensor "
       "image_contribution)");

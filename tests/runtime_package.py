@@ -52,8 +52,7 @@ class TinyExplained(nn.Module):
         gradient = self.head[targets][:, None].expand_as(x).contiguous()
         none: Any = None
         scores = torch.ops.fga_fast.score(
-            x, gradient, none, self.encoder, self.bias, self.decoder, none, none, none, none, "relu", "", "combined",
-            0, 0,
+            x, gradient, none, self.encoder, self.bias, self.decoder, none, none, none, none, 0, 0, True, 0, 0,
         )[0]  # fmt: skip
         gates = torch.ops.fga_fast.gate(scores, 10.0, 1.0)
         relevance = (gates * (gradient * x).sum(-1)).clamp(min=0)

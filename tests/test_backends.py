@@ -93,3 +93,15 @@ def test_the_folder_of_kernels_is_not_a_package_of_that_name() -> None:
         "assert callable(triton_kernels.load().score)\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=300)
+
+
+def test_operators_that_are_there_already_are_not_loaded_again() -> None:
+    """As in a process whose C++ session came first; registering an operator twice ends the process."""
+    code = (
+        "import ctypes, importlib.util, os, torch\n"
+        "path = os.environ.get('FGA_FAST_LIBRARY') or importlib.util.find_spec('fga_fast._C').origin\n"
+        "ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)\n"
+        "from fga_fast import ops\n"
+        "assert torch.equal(ops.gate(torch.ones(1, 3)), torch.ones(1, 3))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=300)

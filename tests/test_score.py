@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fga_fast import ops, reference
+from fga_fast.ops.score import codes_of
 from fga_fast.sae import SparseAutoencoder
 
 ACTIVATIONS = ("relu", "topk", "topk_signed", "batch_topk", "jumprelu", "gated")
@@ -283,7 +284,7 @@ def test_opcheck(activation: str) -> None:
     sae = make_sae(activation, dtype=torch.float32)
     arguments = (
         x, g, torch.tensor([0, 1]), sae.W_enc.t(), sae.bias, sae.W_dec, sae.theta, sae.gate_scale, sae.mag_bias, None,
-        activation, "", "combined", sae.k or 0, 2,
+        *codes_of(activation, None, "combined"), sae.k or 0, 2,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fga_fast.score, arguments)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fga_fast import ops
+from fga_fast.ops.score import codes_of
 from fga_fast.sae import SparseAutoencoder
 
 
@@ -101,7 +102,8 @@ def test_opcheck() -> None:
     x = torch.randn(2, 4, 12)
     sae = signed_sae(dtype=torch.float32)
     arguments = (
-        x, x, None, sae.W_enc.t(), sae.bias, sae.W_dec, None, None, None, None, "topk_signed", "", "combined", 3, 2
+        x, x, None, sae.W_enc.t(), sae.bias, sae.W_dec, None, None, None, None,
+        *codes_of("topk_signed", None, "combined"), 3, 2,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fga_fast.score, arguments)
 
@@ -111,5 +113,5 @@ def test_k_is_needed() -> None:
     with pytest.raises(RuntimeError, match="k must be at least 1"):
         torch.ops.fga_fast.score(
             x, x, None, *(signed_sae().W_enc.t(), signed_sae().bias, signed_sae().W_dec), None, None, None, None,
-            "topk_signed", "", "combined", 0, 0,
+            *codes_of("topk_signed", None, "combined"), 0, 0,
         )  # fmt: skip

@@ -7,7 +7,6 @@
 #include <cmath>
 #include <limits>
 #include <optional>
-#include <string>
 #include <tuple>
 #include <vector>
 
@@ -300,13 +299,12 @@ void run(const Arguments& a, Outputs& o) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> score_cpu(
     const Tensor& x, const Tensor& g, const std::optional<Tensor>& image, const Tensor& w_enc_t, const Tensor& bias,
     const Tensor& w_dec, const std::optional<Tensor>& theta, const std::optional<Tensor>& gate_scale,
-    const std::optional<Tensor>& mag_bias, const std::optional<Tensor>& permutation, std::string activation,
-    std::string normalize, std::string mode, int64_t k, int64_t top_features) {
+    const std::optional<Tensor>& mag_bias, const std::optional<Tensor>& permutation, int64_t activation,
+    int64_t normalize, bool weigh, int64_t k, int64_t top_features) {
   check_rank(kScore, "x", x, 3, "[B, P, C]");
   check_rank(kScore, "g", g, 3, "[M, P, C]");
   check_rank(kScore, "W_enc_t", w_enc_t, 2, "[F, C]");
-  STD_TORCH_CHECK(mode == "combined" || mode == "activation_only", kScore,
-                  ": mode must be combined or activation_only, got ", mode);
+  STD_TORCH_CHECK(normalize >= 0 && normalize <= 2, kScore, ": normalize must be 0 to 2, got ", normalize);
   const auto dense = [](const Tensor& t) { return torch::stable::contiguous(t); };
   const auto dense_optional = [&](const std::optional<Tensor>& t) {
     return t ? std::optional<Tensor>(dense(*t)) : std::nullopt;
@@ -321,10 +319,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> score_cpu(
                     dense_optional(gate_scale),
                     dense_optional(mag_bias),
                     dense_optional(permutation),
-                    activation_named(activation),
-                    activation == "topk_signed",
-                    normalisation_named(normalize),
-                    mode == "combined",
+                    activation_numbered(activation),
+                    activation == kTopkSigned,
+                    static_cast<int>(normalize),
+                    weigh,
                     k,
                     top_features,
                     x.size(0),

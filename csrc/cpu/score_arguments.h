@@ -5,7 +5,6 @@
 #include "score.h"
 
 #include <optional>
-#include <string>
 #include <utility>
 
 namespace fga {
@@ -29,20 +28,14 @@ struct Outputs {
   Tensor scores, patch_index, patch_contribution, image_index, image_contribution;
 };
 
-inline Activation activation_named(const std::string& name) {
-  if (name == "relu") return Activation::relu;
-  if (name == "topk" || name == "topk_signed") return Activation::topk;
-  if (name == "jumprelu" || name == "batch_topk") return Activation::threshold;
-  STD_TORCH_CHECK(name == "gated", kScore,
-                  ": activation must be relu, topk, topk_signed, batch_topk, jumprelu or gated, got ", name);
-  return Activation::gated;
-}
+// Numbers, as in fga_fast/ops/score.py: in torch 2.11, every string that an op of the stable ABI is given leaks.
+constexpr int64_t kTopkSigned = 2;
 
-inline int normalisation_named(const std::string& name) {
-  if (name.empty()) return 0;
-  if (name == "layer_norm") return 1;
-  STD_TORCH_CHECK(name == "constant_norm", kScore, ": normalize must be '', layer_norm or constant_norm, got ", name);
-  return 2;
+inline Activation activation_numbered(int64_t number) {
+  constexpr Activation known[] = {Activation::relu,      Activation::topk,      Activation::topk,
+                                  Activation::threshold, Activation::threshold, Activation::gated};
+  STD_TORCH_CHECK(number >= 0 && number < 6, kScore, ": activation must be 0 to 5, got ", number);
+  return known[number];
 }
 
 inline void check_vector(const char* name, const std::optional<Tensor>& t, bool wanted, int64_t features,

@@ -31,7 +31,9 @@ def load() -> None:
     global _cuda_error
     override = os.environ.get("FGA_FAST_LIBRARY")
     try:
-        if override:
+        if hasattr(torch.ops.fga_fast, "score"):
+            logger.info("the operators are there already, loaded by another library of this process")
+        elif override:
             torch.ops.load_library(override)  # type: ignore[no-untyped-call]
         else:
             importlib.import_module("fga_fast._C")

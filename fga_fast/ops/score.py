@@ -19,6 +19,10 @@ from fga_fast.ops import _library
 if TYPE_CHECKING:
     from fga_fast.sae import SparseAutoencoder
 
+# The op takes numbers: in torch 2.11, every string that an op of the stable ABI is given leaks.
+_ACTIVATIONS = ("relu", "topk", "topk_signed", "batch_topk", "jumprelu", "gated")
+_NORMALIZE = (None, "layer_norm", "constant_norm")
+
 MODES = ("combined", "activation_only", "gradient_only", "no_sae", "shuffled")
 
 
@@ -76,10 +80,14 @@ def score(
     return Score(
         *torch.ops.fga_fast.score(
             x, g, image, sae.W_enc.t(), sae.bias, sae.W_dec, sae.theta, sae.gate_scale, sae.mag_bias, permutation,
-            sae.activation, sae.normalize or "", "activation_only" if mode == "activation_only" else "combined",
-            sae.k or 0, top_features,
+            *codes_of(sae.activation, sae.normalize, mode), sae.k or 0, top_features,
         )
     )  # fmt: skip
+
+
+def codes_of(activation: str, normalize: str | None, mode: str) -> tuple[int, int, bool]:
+    """What the op takes in place of these names."""
+    return _ACTIVATIONS.index(activation), _NORMALIZE.index(normalize), mode != "activation_only"
 
 
 def without_codes(x: Tensor, g: Tensor, sae: SparseAutoencoder, mode: str, image: Tensor | None) -> Score:
@@ -95,8 +103,8 @@ def without_codes(x: Tensor, g: Tensor, sae: SparseAutoencoder, mode: str, image
 
 def _fake(
     x: Tensor, g: Tensor, image: Tensor | None, W_enc_t: Tensor, bias: Tensor, W_dec: Tensor, theta: Tensor | None,
-    gate_scale: Tensor | None, mag_bias: Tensor | None, permutation: Tensor | None, activation: str, normalize: str,
-    mode: str, k: int, top_features: int,
+    gate_scale: Tensor | None, mag_bias: Tensor | None, permutation: Tensor | None, activation: int, normalize: int,
+    weigh: bool, k: int, top_features: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     rows, patches, _ = g.shape
     dtype = _library.statistic_dtype(x.dtype)

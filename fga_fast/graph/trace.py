@@ -9,11 +9,13 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fga_fast.graph import rows, simplify
@@ -67,7 +69,8 @@ def flatten(explainer: Explainer, images: Tensor, targets: Targets = "predicted"
     if threading.current_thread() is not threading.main_thread():
         _keep_device_guard()
     with one_at_a_time, torch.inference_mode(False), torch.no_grad():
-        module = _traced(explain, inputs, type(explainer.model).__name__)
+        with _left_as_it_was(explainer.model):
+            module = _traced(explain, inputs, type(explainer.model).__name__)
         before = len(module.graph.nodes)
         with torch.autocast(images.device.type, enabled=False):  # whose casts the graph holds
             module = simplify.functional(module, inputs)
@@ -100,6 +103,22 @@ def _keep_device_guard() -> None:
 
     threading.Thread(target=stay, name="fga_fast device guard", daemon=True).start()
     done.wait()
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Puts back what a forward pass that keeps tensors in its modules overwrites with some that have no values."""
+    places = [place for part in model.modules() for place in (part.__dict__, part._buffers)]
+    before = [dict(place) for place in places]
+    try:
+        yield
+    finally:
+        for place, kept in zip(places, before, strict=True):
+            for name in [name for name, value in place.items() if isinstance(value, FakeTensor)]:
+                if name in kept:
+                    place[name] = kept[name]
+                else:
+                    del place[name]
 
 
 def _traced(explain: Callable[..., Any], inputs: tuple[Tensor, ...], model: str) -> fx.GraphModule:

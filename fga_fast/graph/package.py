@@ -25,7 +25,7 @@ from fga_fast.atomic import atomic_write, check_writable_folder
 from fga_fast.explanation import Explanation
 from fga_fast.graph.outputs import explanation, in_batches
 from fga_fast.graph.package_metadata import DTYPES, Metadata, Output, sha256_of, this_machine
-from fga_fast.graph.trace import Flat, Targets, flatten
+from fga_fast.graph.trace import Flat, Targets, flatten, one_at_a_time
 from fga_fast.images import Preprocess
 from fga_fast.models.layout import ModelLayout
 from fga_fast.readout import Readout
@@ -117,7 +117,7 @@ def _compile(flat: Flat, example: Tensor, targets: Targets, path: Path) -> tuple
 
     built = path.parent / "built"
     built.mkdir()
-    with torch.inference_mode(False), torch.no_grad():
+    with one_at_a_time, torch.inference_mode(False), torch.no_grad():
         images = example.detach().clone(memory_format=torch.contiguous_format)
         given = [torch.zeros(len(images), dtype=torch.int64, device=images.device)] if targets == "given" else []
         inputs = (images, *given)

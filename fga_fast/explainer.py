@@ -169,14 +169,19 @@ class Explainer:
 
         return CompiledExplainer(self, example, targets, mode, batches)
 
-    def export(self, path: str | os.PathLike[str], example: Tensor, **settings: Any) -> Path:
+    def export(self, path: str | os.PathLike[str], example: Tensor | None = None, **settings: Any) -> Path:
         """This explainer as a package NAME.pt2 with NAME.json, which Python and C++ run without the model.
 
-        `fga_fast.load_package(path)` loads it. `example` and what is refused are as for `compile`; `settings`, and all
-        that is raised, are those of `graph.package.export`: `targets`, `preprocessing`, `class_names`.
+        `fga_fast.load_package(path)` loads it. `example` and what is refused are as for `compile`; without an example
+        the package takes one image at a time, of the model's size. `settings`, and all that is raised, are those of
+        `graph.package.export`: `targets`, `preprocessing`, `class_names`.
         """
         from fga_fast.graph.package import export
 
+        if example is None:
+            if self.layout.image_size is None:
+                raise ValueError("example: the model does not say what size of images it takes; give some")
+            example = self._parameter().new_zeros(1, self.layout.in_chans, *self.layout.image_size)
         return export(self, path, example, **settings)
 
     def _explain(self, images: Tensor, layout: ModelLayout, targets: Targets, stages: backends.Stages) -> Explanation:

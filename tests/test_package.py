@@ -310,3 +310,11 @@ def test_importing_fga_fast_imports_no_compiler() -> None:
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_without_an_example_it_takes_one_image_of_the_models_size(tiny_vit: Any, tmp_path: Path) -> None:
+    asked = Explainer(tiny_vit(depth=1))
+    package = load_package(asked.export(tmp_path / "one.pt2"))
+    assert (package.metadata.batch, package.metadata.height, package.metadata.width) == (1, 32, 48)
+    batch = torch.randn(2, 3, 32, 48)
+    torch.testing.assert_close(package(batch).relevance, asked(batch).relevance, rtol=1e-4, atol=1e-6)

@@ -5,6 +5,7 @@ Nothing is compiled here; test_package.py does.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from functools import partial
@@ -116,3 +117,10 @@ def test_what_cannot_be_exported_is_said_before_compiling(tmp_path: Path, monkey
     with pytest.raises(OSError, match="cannot write into the folder"):
         write(tmp_path / "file" / "x.pt2", two)
     assert {p.name for p in tmp_path.iterdir()} == {"folder.json", "file"}
+
+
+def test_without_an_example_the_size_has_to_be_known(tmp_path: Path) -> None:
+    asked = explainer()
+    asked.layout = dataclasses.replace(asked.layout, image_size=None)
+    with pytest.raises(ValueError, match="example: the model does not say what size of images it takes"):
+        asked.export(tmp_path / "x.pt2")

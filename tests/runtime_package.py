@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -18,6 +21,12 @@ from fga_fast import Explanation
 from fga_fast.images import Preprocess
 from fga_fast.ops import _library
 
+MARKS = [
+    pytest.mark.slow,
+    # Without a compiler or CMake there is nothing to test, but CI has both.
+    pytest.mark.skipif(shutil.which("cmake") is None and not os.environ.get("CI"), reason="no cmake"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # of torch.export about itself
+]
 BATCH, CHANNELS, HEIGHT, WIDTH, PATCH, CLASSES, LAYER = 3, 3, 32, 48, 16, 5, 6
 GRID, SHAPE = (HEIGHT // PATCH, WIDTH // PATCH), (CHANNELS, HEIGHT, WIDTH)
 PREPROCESS = Preprocess((HEIGHT, WIDTH), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), crop_pct=0.875, interpolation="bicubic")

@@ -175,13 +175,13 @@ def test_bad_calls_of_predicted(predicted: CompiledExplainer, batch: Tensor, tar
 @pytest.mark.parametrize(
     ("targets", "words"),
     [
-        (None, "targets: this graph was compiled for given targets"),
+        (None, "targets: this graph explains given classes"),
         (5, "targets: .*5"),
         ([[0, 1]], "targets: expected one class an image"),
         ("cow", "targets: .*cow"),
-        (Difference(1, 2), "targets: a compiled graph explains classes, got Difference"),
-        (Embedding([1.0] * 5), "targets: a compiled graph explains classes, got Embedding"),
-        (torch.sum, "targets: a compiled graph explains classes"),
+        (Difference(1, 2), "targets: a graph explains classes, got Difference"),
+        (Embedding([1.0] * 5), "targets: a graph explains classes, got Embedding"),
+        (torch.sum, "targets: a graph explains classes"),
     ],
     ids=str,
 )

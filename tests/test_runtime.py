@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,18 +14,25 @@ import PIL
 import pytest
 import torch
 from PIL import Image
-from runtime_package import BATCH, HEIGHT, LAYER, PREPROCESS, SHAPE, WIDTH, as_array, close, expected, random_picture
+from runtime_package import (
+    BATCH,
+    HEIGHT,
+    LAYER,
+    MARKS,
+    PREPROCESS,
+    SHAPE,
+    WIDTH,
+    as_array,
+    close,
+    expected,
+    random_picture,
+)
 
 from fga_fast import Explanation, load_package
 from fga_fast.images import Preprocess
 
 pytest_plugins = ("runtime_fixtures",)
-pytestmark = [
-    pytest.mark.slow,
-    # Without a compiler or CMake there is nothing to test, but CI has both.
-    pytest.mark.skipif(shutil.which("cmake") is None and not os.environ.get("CI"), reason="no cmake"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),  # of torch.export about itself
-]
+pytestmark = MARKS
 
 
 def agrees(found: Any, python: Explanation) -> None:

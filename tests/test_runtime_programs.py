@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,16 +13,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runtime_package import BATCH, GRID, HEIGHT, LAYER, PREPROCESS, SHAPE, WIDTH, close, expected, run
+from runtime_package import BATCH, GRID, HEIGHT, LAYER, MARKS, PREPROCESS, SHAPE, WIDTH, close, expected, run
 
 ROOT = Path(__file__).resolve().parent.parent
 pytest_plugins = ("runtime_fixtures",)
-pytestmark = [
-    pytest.mark.slow,
-    # Without a compiler or CMake there is nothing to test, but CI has both.
-    pytest.mark.skipif(shutil.which("cmake") is None and not os.environ.get("CI"), reason="no cmake"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),  # of torch.export about itself
-]
+pytestmark = MARKS
 
 
 def test_python_without_fga_fast_and_without_torch(build: Path, package: Path) -> None:

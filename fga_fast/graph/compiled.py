@@ -19,9 +19,8 @@ from torch import Tensor, fx, nn
 
 from fga_fast import checks
 from fga_fast.explanation import Explanation
-from fga_fast.graph.outputs import explanation, in_batches
+from fga_fast.graph.outputs import explanation, given_classes, in_batches
 from fga_fast.graph.trace import Flat, Targets, check_example, flatten, one_at_a_time
-from fga_fast.targets import Difference, Embedding, pick
 
 if TYPE_CHECKING:
     from fga_fast.explainer import Explainer
@@ -89,26 +88,7 @@ class CompiledExplainer:
         )  # fmt: skip
 
     def _given(self, images: Tensor, targets: Any) -> tuple[Tensor, ...]:
-        if self.targets == "predicted":
-            if targets is not None:
-                raise ValueError(
-                    'targets: this graph explains the predicted class; compile(example, targets="given") takes others'
-                )
-            return ()
-        if isinstance(targets, (Difference, Embedding)) or (callable(targets) and not isinstance(targets, type)):
-            raise TypeError(
-                f"targets: a compiled graph explains classes, got {type(targets).__name__}; Explainer takes it"
-            )
-        if targets is None:
-            raise ValueError('targets: this graph was compiled for given targets; say which, or compile "predicted"')
-        blank = images.new_zeros(1, 1).expand(len(images), self._classes)
-        picked = pick(targets, blank, self._class_names, self._classes)
-        if picked.dim() != 1:
-            raise ValueError(
-                f"targets: expected one class an image, [{len(images)}], got {list(picked.shape)}; a compiled graph "
-                "explains one, Explainer takes several"
-            )
-        return (picked.contiguous(),)
+        return given_classes("graph", self.targets, targets, images, self._classes, self._class_names)
 
 
 def _checked_batches(batches: Sequence[int] | None, example: Tensor) -> tuple[int, ...]:

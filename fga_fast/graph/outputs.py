@@ -1,4 +1,4 @@
-"""From what a graph returns to an `Explanation`: batches of fixed sizes filled up and cut, tensors found by name."""
+"""Between calls and graphs: classes that are given, batches of fixed sizes filled up and cut, results found by name."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fga_fast.explanation import Explanation, TopFeatures
+from fga_fast.targets import Difference, Embedding, pick
 
 
 def in_batches(
@@ -31,6 +32,38 @@ def in_batches(
             given = tuple(torch.cat([t, t[-1:].expand(size - rows, *t.shape[1:])]) for t in given)
         parts.append([t[:rows] for t in run(size, given)])
     return parts[0] if len(parts) == 1 else [torch.cat(found) for found in zip(*parts, strict=True)]
+
+
+def given_classes(
+    what: str, wanted: str, targets: Any, images: Tensor, classes: int, names: Sequence[str] | None
+) -> tuple[Tensor, ...]:
+    """What a graph takes beside the images: nothing, or one class an image, [B] int64.
+
+    Args:
+        what: "graph" or "package", for messages.
+        wanted: "predicted" or "given", as it was made.
+
+    Raises:
+        TypeError, ValueError: targets that it does not take; the message says why and what to do.
+    """
+    if wanted == "predicted":
+        if targets is not None:
+            raise ValueError(
+                f'targets: this {what} explains the predicted class; make one with targets="given" to choose'
+            )
+        return ()
+    if targets is None:
+        raise ValueError(f"targets: this {what} explains given classes; pass one for each image, or one for all")
+    if isinstance(targets, (Difference, Embedding)) or (callable(targets) and not isinstance(targets, type)):
+        raise TypeError(f"targets: a {what} explains classes, got {type(targets).__name__}; Explainer takes it")
+    blank = images.new_zeros(1, 1).expand(len(images), classes)
+    picked = pick(targets, blank, names, classes)
+    if picked.dim() != 1:
+        raise ValueError(
+            f"targets: expected one class an image, [{len(images)}], got {list(picked.shape)}; a {what} explains one, "
+            "Explainer takes several"
+        )
+    return (picked.contiguous(),)
 
 
 def explanation(found: dict[str, Tensor], **about: Any) -> Explanation:

@@ -23,13 +23,12 @@ from torch import Tensor, nn
 from fga_fast import checks
 from fga_fast.atomic import atomic_write, check_writable_folder
 from fga_fast.explanation import Explanation
-from fga_fast.graph.outputs import explanation, in_batches
+from fga_fast.graph.outputs import explanation, given_classes, in_batches
 from fga_fast.graph.package_metadata import DTYPES, Metadata, Output, sha256_of, this_machine
 from fga_fast.graph.trace import Flat, Targets, flatten, one_at_a_time
 from fga_fast.images import Preprocess
 from fga_fast.models.layout import ModelLayout
 from fga_fast.readout import Readout
-from fga_fast.targets import pick
 
 if TYPE_CHECKING:
     from fga_fast.explainer import Explainer
@@ -261,22 +260,7 @@ class Package:
 
     def _given(self, images: Tensor, targets: Any) -> tuple[Tensor, ...]:
         m = self.metadata
-        if m.targets == "predicted":
-            if targets is not None:
-                raise ValueError(
-                    'targets: this package explains the predicted class; export one with targets="given" to choose'
-                )
-            return ()
-        if targets is None:
-            raise ValueError("targets: this package explains given classes; pass one for each image, or one for all")
-        blank = images.new_zeros(1, 1).expand(len(images), m.classes)
-        picked = pick(targets, blank, m.class_names, m.classes)
-        if picked.dim() != 1:
-            raise ValueError(
-                f"targets: expected one class an image, [{len(images)}], got {list(picked.shape)}; a package explains "
-                "one, Explainer takes several"
-            )
-        return (picked,)
+        return given_classes("package", m.targets, targets, images, m.classes, m.class_names)
 
 
 def load_package(path: str | os.PathLike[str]) -> Package:

@@ -21,9 +21,9 @@ bool has_cuda_kernels() {
   return op.has_value() && op->hasKernelForDispatchKey(c10::DispatchKey::CUDA);
 }
 
-void load(const std::filesystem::path& path, int scope) {
+void load(const std::filesystem::path& path, int scope, const char* advice = "") {
   if (dlopen(path.c_str(), RTLD_NOW | scope) == nullptr)
-    throw Error("session: cannot load " + path.string() + ": " + dlerror());
+    throw Error("session: cannot load " + path.string() + ": " + dlerror() + advice);
 }
 
 // The folder of the library that a function lies in.
@@ -43,7 +43,12 @@ void load_torch(bool cuda) {
   // whoever links this library would then need all that a CUDA build of torch is made of.
   const std::filesystem::path torch = folder_of(&at::get_num_threads);
   load(torch / "libtorch.so", RTLD_LOCAL);
-  if (cuda) load(torch / "libtorch_cuda.so", RTLD_LOCAL);  // its devices register themselves as it loads
+  if (!cuda) return;
+  const std::filesystem::path devices = torch / "libtorch_cuda.so";  // they register themselves as it loads
+  if (!std::filesystem::exists(devices))
+    throw Error("package: was exported for cuda, but the torch in " + torch.string() +
+                " is built without CUDA; export one on the CPU, or build the session with a CUDA build of torch");
+  load(devices, RTLD_LOCAL);
 }
 
 void load_ops(const std::string& ops_library, bool cuda) {
@@ -53,7 +58,7 @@ void load_ops(const std::string& ops_library, bool cuda) {
   if (path.empty()) path = folder_of(&load_ops) / "libfga_ops.so";
   // Global, as libfga_ops_cuda.so looks its symbols up by name.
   if (!is_known()) {
-    load(path, RTLD_GLOBAL);
+    load(path, RTLD_GLOBAL, "; give ops_library, the path of libfga_ops.so");
     if (!is_known()) throw Error("ops_library: " + path.string() + " has no operators of fga_fast in it");
   }
   const std::filesystem::path beside = path.parent_path() / "libfga_ops_cuda.so";

@@ -97,7 +97,9 @@ void Session::State::check(const Images& images, const std::optional<std::vector
     throw Error("images: expected shape [B, " + std::to_string(m.channels) + ", " + std::to_string(m.height) + ", " +
                 std::to_string(m.width) + "], got " + shown(shape));
   if (images.memory == Memory::device && device.is_cpu())
-    throw Error("images: expected host memory like the package, which runs on cpu, got device memory");
+    throw Error(
+        "images: expected host memory, as the package runs on cpu, got device memory; copy the images to the host, or "
+        "export the package from a model on cuda");
   if (images.values == nullptr && !images.list.empty() && !m.preprocess)
     throw Error(
         "images: the package says nothing of preprocessing, so pictures of uint8 cannot be taken; pass normalised "
@@ -224,7 +226,9 @@ Session::Session(const std::string& path, const Options& options) : state_(std::
     const auto index = static_cast<c10::DeviceIndex>(options.device_index);
     if (cuda) {
       const c10::impl::VirtualGuardImpl devices(c10::kCUDA);
-      if (devices.deviceCount() == 0) throw Error("package: runs on cuda, but there is no CUDA device");
+      if (devices.deviceCount() == 0)
+        throw Error("package: " + path +
+                    " was exported for cuda, but torch sees no CUDA device; export one on the CPU");
       if (options.device_index >= devices.deviceCount())
         throw Error("device_index: expected one of " + std::to_string(devices.deviceCount()) + " CUDA devices, got " +
                     std::to_string(options.device_index));

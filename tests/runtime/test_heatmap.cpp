@@ -1,9 +1,8 @@
+#include <doctest/doctest.h>
+
 #include <fga_fast/session.h>
 
 #include <algorithm>
-#include <cmath>
-
-#include "check.h"
 
 namespace {
 fga::Result result_of(const std::vector<double>& relevance, const char* dtype) {
@@ -17,18 +16,19 @@ fga::Result result_of(const std::vector<double>& relevance, const char* dtype) {
 }
 }  // namespace
 
-TEST(heatmap_is_bilinear) {
+TEST_CASE("a heat map is interpolated between patches and fills [0,1]") {
   // In 36ths: what PyTorch's interpolate gives, less the least value, over the range.
   const std::vector<double> expected = {0,  1,    3,    5,     7,     8,  4,  4.5, 5.5, 8.25, 12.75, 15,
                                         12, 11.5, 10.5, 14.75, 24.25, 29, 16, 15,  13,  18,   30,    36};
   for (const char* dtype : {"float32", "float64"}) {
     const auto heat = result_of({0, 1, 2, 4, 3, 9}, dtype).heatmap();
-    CHECK(heat.shape[0] == 1 && heat.shape[1] == 4 && heat.shape[2] == 6 && heat.values.size() == 24);
-    for (size_t i = 0; i < 24; ++i) CHECK(std::abs(heat.values[i] - expected[i] / 36) < 1e-6);
+    CHECK(heat.shape == std::array<int64_t, 3>{1, 4, 6});
+    REQUIRE(heat.values.size() == 24);
+    for (size_t i = 0; i < 24; ++i) CHECK(heat.values[i] == doctest::Approx(expected[i] / 36).epsilon(1e-6));
   }
 }
 
-TEST(heatmap_of_a_constant_is_zero) {
+TEST_CASE("the heat map of a constant relevance is zero") {
   for (const char* dtype : {"float32", "float64"}) {
     const auto heat = result_of(std::vector<double>(6, 0.1), dtype).heatmap(37, 41);
     CHECK(heat.values.size() == 37 * 41);
@@ -36,6 +36,7 @@ TEST(heatmap_of_a_constant_is_zero) {
   }
 }
 
-TEST(heatmap_sizes_are_checked) {
-  CHECK_ERROR(result_of(std::vector<double>(6), "float32").heatmap(-1, 4), "size: expected at least 1 pixel a side");
+TEST_CASE("a heat map needs at least one pixel a side") {
+  CHECK_THROWS_WITH_AS(result_of(std::vector<double>(6), "float32").heatmap(-1, 4),
+                       doctest::Contains("size: expected at least 1 pixel a side"), fga::Error);
 }

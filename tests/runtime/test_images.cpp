@@ -1,10 +1,9 @@
 // Pixels that Pillow gave for the same pictures; tests/test_runtime.py compares many more.
+#include <doctest/doctest.h>
+
 #include <fga_fast/images.h>
 
-#include <cmath>
 #include <limits>
-
-#include "check.h"
 
 using fga::Picture;
 using fga::Preprocess;
@@ -23,7 +22,7 @@ Preprocess colour(int64_t height, int64_t width) {
 
 }  // namespace
 
-TEST(resize_cover_and_crop) {
+TEST_CASE("a picture is resized to cover the input and cropped") {
   const auto pixels = pattern(7 * 9 * 3);
   const std::vector<uint8_t> expected = {85,  92,  179, 142, 141, 161, 113, 135, 199, 138, 108, 137,
                                          134, 151, 151, 170, 139, 109, 91,  136, 109, 91,  90,  148,
@@ -32,14 +31,14 @@ TEST(resize_cover_and_crop) {
   CHECK(colour(4, 4).view({pixels.data(), 7, 9, 3, 0}) == expected);
 }
 
-TEST(resize_a_colour_picture_for_a_grey_model) {
+TEST_CASE("a grey model sees a colour picture in grey") {
   const auto pixels = pattern(8 * 6 * 3);
   const Preprocess p{{3, 5}, {0.5}, {0.25}, 0.8, "bilinear", false};
   const std::vector<uint8_t> expected = {149, 210, 96, 181, 42, 169, 131, 144, 157, 146, 101, 40, 132, 122, 190};
   CHECK(p.view({pixels.data(), 8, 6, 3, 0}) == expected);
 }
 
-TEST(resize_squash) {
+TEST_CASE("squashing resizes both sides and crops nothing") {
   const auto pixels = pattern(3 * 9);
   Preprocess p{{5, 4}, {0.5}, {0.25}, 1, "nearest", true};
   CHECK(p.view({pixels.data(), 3, 9, 1, 0}) ==
@@ -51,40 +50,51 @@ TEST(resize_squash) {
             {46, 139, 165, 125, 95, 133, 146, 131, 163, 131, 119, 140, 120, 163, 124, 141, 84, 185, 131, 141}));
 }
 
-TEST(rows_may_be_apart) {
+TEST_CASE("rows of a picture may be apart in memory") {
   const auto pixels = pattern(6 * 20);
   std::vector<uint8_t> dense;
   for (int64_t y = 0; y < 6; ++y) dense.insert(dense.end(), pixels.begin() + y * 20, pixels.begin() + y * 20 + 15);
   CHECK(colour(4, 4).view({pixels.data(), 6, 5, 3, 20}) == colour(4, 4).view({dense.data(), 6, 5, 3, 0}));
 }
 
-TEST(a_picture_of_the_right_size_stays) {
+TEST_CASE("a picture of the right size keeps its pixels") {
   const auto pixels = pattern(4 * 4 * 3);
   CHECK(colour(4, 4).view({pixels.data(), 4, 4, 3, 0}) == pixels);
   std::vector<float> values(48);
   colour(4, 4).write({pixels.data(), 4, 4, 3, 0}, values.data());
-  CHECK(std::abs(values[0] - (5 / 255.0 - 0.485) / 0.229) < 1e-6);
-  CHECK(std::abs(values[47] - (pixels[47] / 255.0 - 0.406) / 0.225) < 1e-6);
+  CHECK(values[0] == doctest::Approx((5 / 255.0 - 0.485) / 0.229).epsilon(1e-6));
+  CHECK(values[47] == doctest::Approx((pixels[47] / 255.0 - 0.406) / 0.225).epsilon(1e-6));
 }
 
-TEST(preprocessing_is_checked) {
+TEST_CASE("preprocessing out of range is refused") {
   const auto p = [](double mean, double std, double crop_pct, const char* interpolation) {
     Preprocess{{4, 4}, {mean}, {std}, crop_pct, interpolation, false}.check();
   };
-  CHECK_ERROR(p(0, 0, 1, "bicubic"), "mean, std: expected 1 or 3 numbers each, std above 0");
-  CHECK_ERROR(p(0, std::numeric_limits<double>::quiet_NaN(), 1, "bicubic"), "std above 0");
-  CHECK_ERROR(p(0, 1, 0, "bicubic"), "crop_pct: expected a number in (0,1]");
-  CHECK_ERROR(p(0, 1, 1e-300, "bicubic"), "image_size, crop_pct: expected a resized picture of at most 2^24 pixels");
-  CHECK_ERROR(p(0, 1, 1, "lanczos"), "interpolation: expected bicubic, bilinear or nearest, got 'lanczos'");
-  CHECK_ERROR(colour(0, 4).check(), "image_size: expected (height, width) of at least 1 pixel, got (0, 4)");
+  CHECK_THROWS_WITH_AS(p(0, 0, 1, "bicubic"), doctest::Contains("mean, std: expected 1 or 3 numbers each, std above 0"),
+                       fga::Error);
+  CHECK_THROWS_WITH_AS(p(0, std::numeric_limits<double>::quiet_NaN(), 1, "bicubic"), doctest::Contains("std above 0"),
+                       fga::Error);
+  CHECK_THROWS_WITH_AS(p(0, 1, 0, "bicubic"), doctest::Contains("crop_pct: expected a number in (0,1]"), fga::Error);
+  CHECK_THROWS_WITH_AS(p(0, 1, 1e-300, "bicubic"),
+                       doctest::Contains("image_size, crop_pct: expected a resized picture of at most 2^24 pixels"),
+                       fga::Error);
+  CHECK_THROWS_WITH_AS(p(0, 1, 1, "lanczos"),
+                       doctest::Contains("interpolation: expected bicubic, bilinear or nearest, got 'lanczos'"),
+                       fga::Error);
+  CHECK_THROWS_WITH_AS(colour(0, 4).check(),
+                       doctest::Contains("image_size: expected (height, width) of at least 1 pixel, got (0, 4)"),
+                       fga::Error);
 }
 
-TEST(pictures_are_checked) {
+TEST_CASE("pictures and values that cannot be are refused") {
   const uint8_t pixel[4] = {};
-  CHECK_ERROR(fga::Images::pictures({{pixel, 1, 1, 4, 0}}), "images: expected pictures [H, W, 3] or [H, W, 1]");
-  CHECK_ERROR(fga::Images::pictures({{pixel, 0, 1, 3, 0}}), "got [0, 1, 3]");
-  CHECK_ERROR(fga::Images::pictures({{nullptr, 1, 1, 3, 0}}), "null pointer");
-  CHECK_ERROR(fga::Images::pictures({{pixel, 1, 1, 3, 2}}), "rows of at least 3 bytes, got 2");
-  CHECK_ERROR(fga::Images::normalised(static_cast<const float*>(nullptr), {1, 3, 4, 4}), "null pointer");
+  CHECK_THROWS_WITH_AS(fga::Images::pictures({{pixel, 1, 1, 4, 0}}),
+                       doctest::Contains("images: expected pictures [H, W, 3] or [H, W, 1]"), fga::Error);
+  CHECK_THROWS_WITH_AS(fga::Images::pictures({{pixel, 0, 1, 3, 0}}), doctest::Contains("got [0, 1, 3]"), fga::Error);
+  CHECK_THROWS_WITH_AS(fga::Images::pictures({{nullptr, 1, 1, 3, 0}}), doctest::Contains("null pointer"), fga::Error);
+  CHECK_THROWS_WITH_AS(fga::Images::pictures({{pixel, 1, 1, 3, 2}}),
+                       doctest::Contains("rows of at least 3 bytes, got 2"), fga::Error);
+  CHECK_THROWS_WITH_AS(fga::Images::normalised(static_cast<const float*>(nullptr), {1, 3, 4, 4}),
+                       doctest::Contains("null pointer"), fga::Error);
   CHECK(fga::Images::normalised(static_cast<const float*>(nullptr), {0, 3, 4, 4}).size() == 0);
 }

@@ -1,6 +1,7 @@
+#include <doctest/doctest.h>
+
 #include <fga_fast/error.h>
 
-#include "check.h"
 #include "json.h"
 
 using fga::parse_json;
@@ -14,25 +15,29 @@ double number_of(const std::string& json) {
 }
 }  // namespace
 
-TEST(json_values) {
+TEST_CASE("values of JSON are read") {
   CHECK(parse_json(" null ").is_null());
-  CHECK(*parse_json("true").as<bool>() && !*parse_json("false").as<bool>());
-  CHECK(number_of("-0.5e2") == -50 && number_of("0") == 0 && number_of("1E+2") == 100);
+  CHECK(*parse_json("true").as<bool>());
+  CHECK_FALSE(*parse_json("false").as<bool>());
+  CHECK(number_of("-0.5e2") == -50);
+  CHECK(number_of("0") == 0);
+  CHECK(number_of("1E+2") == 100);
   CHECK(number_of("9007199254740991") == 9007199254740991.0);
   const fga::Json json = parse_json("{\"a\": [1, {\"b\": []}], \"\": {}}");
   const auto& members = *json.as<fga::Json::Object>();
-  CHECK(members.size() == 2 && members.at("").as<fga::Json::Object>()->empty());
+  CHECK(members.size() == 2);
+  CHECK(members.at("").as<fga::Json::Object>()->empty());
   CHECK(members.at("a").as<fga::Json::Array>()->size() == 2);
 }
 
-TEST(json_strings) {
+TEST_CASE("escapes in strings of JSON are read") {
   CHECK(text_of("\"a\\n\\t\\\"\\\\\\/\"") == "a\n\t\"\\/");
   CHECK(text_of("\"\\u00e9\\u20ac\\uD83d\\ude00\"") == "\xc3\xa9\xe2\x82\xac\xf0\x9f\x98\x80");
   CHECK(text_of("\"\xc3\xa9\"") == "\xc3\xa9");
   CHECK(text_of("\"\\u0000\"") == std::string(1, '\0'));
 }
 
-TEST(json_refuses) {
+TEST_CASE("what is not JSON is refused") {
   for (const char* text : {"",
                            "  ",
                            "nul",
@@ -65,8 +70,10 @@ TEST(json_refuses) {
                            "// comment\n1",
                            "{\"a\":1,\"a\":2}",
                            "\xef\xbb\xbf"
-                           "1"})
-    CHECK_ERROR(parse_json(text), "JSON: expected");
-  CHECK_ERROR(parse_json(std::string(100000, '[')), "at most 64 levels");
-  CHECK_ERROR(parse_json("[1, }"), "a value at byte 4");
+                           "1"}) {
+    CAPTURE(text);
+    CHECK_THROWS_WITH_AS(parse_json(text), doctest::Contains("JSON: expected"), fga::Error);
+  }
+  CHECK_THROWS_WITH_AS(parse_json(std::string(100000, '[')), doctest::Contains("at most 64 levels"), fga::Error);
+  CHECK_THROWS_WITH_AS(parse_json("[1, }"), doctest::Contains("a value at byte 4"), fga::Error);
 }

@@ -1,10 +1,43 @@
+// SHA-256 (FIPS 180-4), by which a package is told from another.
 #pragma once
 
+#include <array>
+#include <cstddef>
+#include <cstdint>
 #include <string>
+#include <vector>
 
 namespace fga {
 
-// SHA-256 (FIPS 180-4) of a file's bytes in lower-case hexadecimal. Throws Error where the file cannot be read.
+using Sha256State = std::array<uint32_t, 8>;
+
+// A way to add whole blocks of 64 bytes to the state.
+struct Sha256Route {
+  const char* name;
+  void (*add_blocks)(Sha256State& state, const uint8_t* blocks, size_t count);
+};
+
+// Those that this processor has, the fastest first; the last is plain C++.
+const std::vector<Sha256Route>& sha256_routes();
+
+// The checksum of bytes that come in pieces of any size.
+class Sha256 {
+ public:
+  explicit Sha256(const Sha256Route& route = sha256_routes().front()) : route_(route) {}
+
+  void add(const uint8_t* bytes, size_t count);
+
+  // In lower-case hexadecimal, of all that was added; nothing may be added afterwards.
+  std::string finish();
+
+ private:
+  Sha256Route route_;
+  Sha256State state_ = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a, 0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
+  std::array<uint8_t, 64> rest_ = {};  // what does not fill a block yet: the last size_ % 64 bytes
+  uint64_t size_ = 0;
+};
+
+// Of a file's bytes. Throws Error where the file cannot be read.
 std::string sha256_of_file(const std::string& path);
 
 }  // namespace fga

@@ -78,7 +78,7 @@ inline A exponentiate(A* row, int64_t keys, int64_t padded, A shift) {
     store(row + j, e);
     total += e;
   }
-  return sum_lanes<A>(total);
+  return sum_lanes(total);
 }
 
 template <class A>

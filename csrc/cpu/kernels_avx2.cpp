@@ -10,8 +10,10 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #if FGA_X86_DISPATCH
+#include <immintrin.h>
 #pragma GCC target("avx2,fma,f16c,bmi,bmi2")
 #define FGA_VECTOR_BYTES 32
 namespace fga::avx2 {

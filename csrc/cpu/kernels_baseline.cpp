@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #define FGA_VECTOR_BYTES 16
 namespace fga::baseline {

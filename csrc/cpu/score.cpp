@@ -27,8 +27,9 @@ namespace fga {
 
 namespace {
 
-constexpr int64_t kRangePatches = 128;            // patches of one work item; accumulate() has room for 256
-constexpr int64_t kTileBytes = int64_t{4} << 20;  // pre-activations of one tile, so that they stay in the caches
+constexpr int64_t kRangePatches = 128;               // patches of one work item; accumulate() has room for 256
+constexpr int64_t kTileBytes = int64_t{8} << 20;     // pre-activations of one tile; smaller ones pack x more often
+constexpr int64_t kDecoderBytes = int64_t{1} << 19;  // decoder rows of one block of features
 // Share of active features above which a second dense product beats gathering decoder rows: 0.30 with one thread and
 // 0.31 with two, measured by benchmarks/bench_score.py on a 2-core Xeon with AVX-512 at commit b9a80ad.
 constexpr double kDenseShare = 0.3;
@@ -175,9 +176,14 @@ class Scorer {
         t.feature_gradients = data(gradients);
       }
     }
-    each_range([&](PatchRange r, int64_t i) {
-      A* sums = a_.top ? sums_.data() + i * of_.most * tile_ : nullptr;
-      FGA_ON_ISA(accumulate<W, A>(t, problem_, r, sums));
+    // Features in blocks whose decoder rows stay in the L2 cache while all patches use them.
+    const int64_t block = std::max<int64_t>(16, kDecoderBytes / static_cast<int64_t>(sizeof(W)) / a_.width);
+    torch::stable::parallel_for(0, static_cast<int64_t>(ranges_.size()), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t f = 0; f < t.count; f += block)
+        for (int64_t i = begin; i < end; ++i) {
+          A* sums = a_.top ? sums_.data() + i * of_.most * tile_ : nullptr;
+          FGA_ON_ISA(accumulate<W, A>(t, f, std::min(f + block, t.count), problem_, ranges_[i], sums));
+        }
     });
     if (a_.top) strongest_of_tile(t);
   }

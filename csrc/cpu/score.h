@@ -61,7 +61,8 @@ struct Selection {
   template <class W, class A>                                                                                         \
   int64_t activate(const FeatureTile<W, A>&, Activation, int64_t patches, PatchRange);                                \
   template <class W, class A>                                                                                         \
-  void accumulate(const FeatureTile<W, A>&, const ScoreProblem<A>&, PatchRange, A* feature_sums);                     \
+  void accumulate(const FeatureTile<W, A>&, int64_t begin, int64_t end, const ScoreProblem<A>&, PatchRange,           \
+                  A* feature_sums);                                                                                   \
   template <class W, class A>                                                                                         \
   void select(const FeatureTile<W, A>&, int64_t patches, PatchRange, const Selection<A>&);                            \
   template <class W, class A>                                                                                         \

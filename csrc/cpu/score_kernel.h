@@ -58,21 +58,64 @@ inline A dot(const W* d, const A* g, int64_t width) {
 }
 
 // The usual case, decoder in the arithmetic type: explicit vectors, because a strict compiler keeps a sum in order.
+// One decoder row with kCount gradients, so that it is loaded once for all of them.
+template <int kCount, class A>
+inline void dots(const A* d, const A* const* g, int64_t width, A* sums) {
+  constexpr int kChains = kCount >= 4 ? 2 : 4;  // enough sums at a time to hide an addition's latency
+  constexpr int64_t kStep = kChains * kLanes<A>;
+  Vector<A> sum[kCount][kChains] = {};
+  int64_t c = 0;
+  for (; c + kStep <= width; c += kStep)
+#pragma GCC unroll 4
+    for (int v = 0; v < kChains; ++v) {
+      const Vector<A> row = load(d + c + v * kLanes<A>);
+#pragma GCC unroll 4
+      for (int i = 0; i < kCount; ++i) sum[i][v] += row * load(g[i] + c + v * kLanes<A>);
+    }
+  for (; c + kLanes<A> <= width; c += kLanes<A>)
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) sum[i][0] += load(d + c) * load(g[i] + c);
+#pragma GCC unroll 4
+  for (int i = 0; i < kCount; ++i) {
+    Vector<A> total = sum[i][0];
+#pragma GCC unroll 4
+    for (int v = 1; v < kChains; ++v) total += sum[i][v];
+    sums[i] = sum_lanes(total);
+    for (int64_t rest = c; rest < width; ++rest) sums[i] += d[rest] * g[i][rest];
+  }
+}
+
 template <class A>
 inline A dot(const A* d, const A* g, int64_t width) {
-  constexpr int64_t kStep = 4 * kLanes<A>;
-  Vector<A> a{}, b{}, e{}, h{};
-  int64_t c = 0;
-  for (; c + kStep <= width; c += kStep) {
-    a += load(d + c) * load(g + c);
-    b += load(d + c + kLanes<A>) * load(g + c + kLanes<A>);
-    e += load(d + c + 2 * kLanes<A>) * load(g + c + 2 * kLanes<A>);
-    h += load(d + c + 3 * kLanes<A>) * load(g + c + 3 * kLanes<A>);
-  }
-  for (; c + kLanes<A> <= width; c += kLanes<A>) a += load(d + c) * load(g + c);
-  A sum = sum_lanes<A>((a + b) + (e + h));
-  for (; c < width; ++c) sum += d[c] * g[c];
+  A sum;
+  dots<1>(d, &g, width, &sum);
   return sum;
+}
+
+// dot() of a decoder row with the gradients of n patches
+template <class W, class A>
+inline void dot_each(const W* d, const A* g, int64_t ld, const int32_t* patches, int32_t n, int64_t width, A* sums) {
+  int32_t i = 0;
+  if constexpr (std::is_same_v<W, A>)
+    for (; i + 4 <= n; i += 4) {
+      const A* four[] = {g + patches[i] * ld, g + patches[i + 1] * ld, g + patches[i + 2] * ld,
+                         g + patches[i + 3] * ld};
+      dots<4>(d, four, width, sums + i);
+    }
+  for (; i < n; ++i) sums[i] = dot(d, g + patches[i] * ld, width);
+}
+
+// Which patches of a range a feature is active in, rising. Returns how many.
+template <class A>
+inline int32_t active_patches(const A* code, PatchRange range, int32_t* patches) {
+  int32_t n = 0;
+  int64_t t = range.begin;
+  for (; t + kLanes<A> <= range.end; t += kLanes<A>)
+    for (uint32_t bits = above_zero(code + t); bits; bits &= bits - 1)
+      patches[n++] = static_cast<int32_t>(t) + __builtin_ctz(bits);
+  for (; t < range.end; ++t)
+    if (code[t] > 0) patches[n++] = static_cast<int32_t>(t);
+  return n;
 }
 
 // Keeps the k contributions of largest magnitude, ties to the one that came first (the lowest feature).
@@ -91,33 +134,35 @@ inline void keep_strongest(const TopList<A>& list, int64_t row, int64_t feature,
   index[at] = feature;
 }
 
-// Adds the tile's contributions code * (decoder row . gradient) to the scores of one range of patches. Decoder row and
-// gradients meet in the caches: a tile's rows are read once from memory and used by every patch that fires.
+// Adds the contributions code * (decoder row . gradient) of the tile's features [begin, end) to the scores of one range
+// of patches. Decoder row and gradients meet in the caches: a row is read once from memory and used by every patch that
+// fires.
 template <class W, class A>
-void accumulate(const FeatureTile<W, A>& tile, const ScoreProblem<A>& problem, PatchRange range, A* feature_sums) {
+void accumulate(const FeatureTile<W, A>& tile, int64_t begin, int64_t end, const ScoreProblem<A>& problem,
+                PatchRange range, A* feature_sums) {
   const int64_t patches = problem.patches;
   const int64_t *first = problem.targets + problem.target_start[range.image],
                 *last = problem.targets + problem.target_start[range.image + 1];
-  int32_t fired[256];  // patches of the range in which the feature is active; score.cpp keeps ranges within 256
-  for (int64_t f = 0; f < tile.count; ++f) {
+  int32_t active[256];  // score.cpp keeps ranges within 256 patches
+  A values[256];
+  for (int64_t f = begin; f < end; ++f) {
     const A* code = tile.codes + f * tile.ld_codes + range.image * patches;
-    int32_t n = 0;
-    for (int64_t t = range.begin; t < range.end; ++t) {
-      fired[n] = static_cast<int32_t>(t);
-      n += code[t] > 0;
-    }
+    const int32_t n = active_patches(code, range, active);
     for (const int64_t* m = first; m < last; ++m) {
+      const int64_t row = *m * patches;
+      if (!tile.feature_gradients && problem.gradient)
+        dot_each(tile.decoder + f * problem.width, problem.gradient + row * problem.ld_gradient, problem.ld_gradient,
+                 active, n, problem.width, values);
       A sum = 0;
       for (int32_t i = 0; i < n; ++i) {
-        const int64_t row = *m * patches + fired[i];
-        A value = code[fired[i]];
+        A value = code[active[i]];
         if (tile.feature_gradients)
-          value *= tile.feature_gradients[f * problem.rows + row];
+          value *= tile.feature_gradients[f * problem.rows + row + active[i]];
         else if (problem.gradient)
-          value *= dot(tile.decoder + f * problem.width, problem.gradient + row * problem.ld_gradient, problem.width);
-        problem.scores[row] += value;
+          value *= values[i];
+        problem.scores[row + active[i]] += value;
         sum += value;
-        if (problem.patch_top.k) keep_strongest(problem.patch_top, row, tile.first + f, value);
+        if (problem.patch_top.k) keep_strongest(problem.patch_top, row + active[i], tile.first + f, value);
       }
       if (feature_sums) feature_sums[(m - first) * tile.count + f] = sum;
     }
@@ -243,12 +288,12 @@ void accumulate_selected(const W* decoder, const int64_t* permutation, const Sco
   }
 }
 
-#define FGA_INSTANTIATE_SCORE(W, A)                                                                     \
-  template int64_t activate<W, A>(const FeatureTile<W, A>&, Activation, int64_t, PatchRange);           \
-  template void accumulate<W, A>(const FeatureTile<W, A>&, const ScoreProblem<A>&, PatchRange, A*);     \
-  template void select<W, A>(const FeatureTile<W, A>&, int64_t, PatchRange, const Selection<A>&);       \
-  template void accumulate_selected<W, A>(const W*, const int64_t*, const ScoreProblem<A>&, PatchRange, \
-                                          const Selection<A>&, A*);                                     \
+#define FGA_INSTANTIATE_SCORE(W, A)                                                                                   \
+  template int64_t activate<W, A>(const FeatureTile<W, A>&, Activation, int64_t, PatchRange);                         \
+  template void accumulate<W, A>(const FeatureTile<W, A>&, int64_t, int64_t, const ScoreProblem<A>&, PatchRange, A*); \
+  template void select<W, A>(const FeatureTile<W, A>&, int64_t, PatchRange, const Selection<A>&);                     \
+  template void accumulate_selected<W, A>(const W*, const int64_t*, const ScoreProblem<A>&, PatchRange,               \
+                                          const Selection<A>&, A*);                                                   \
   template void normalise_rows<W, A>(const W*, int64_t, int64_t, int64_t, int64_t, int64_t, int, A*);
 FGA_INSTANTIATE_SCORE(float, float)
 FGA_INSTANTIATE_SCORE(double, double)

@@ -43,11 +43,62 @@ inline Vector<T> larger(Vector<T> a, Vector<T> b) {
   return a > b ? a : b;
 }
 
+#if FGA_VECTOR_BYTES >= 32
+inline float sum_of(__m256 v) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+inline double sum_of(__m256d v) {
+  const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+}
+#endif
+
+// By halves: in order, each addition would wait for the one before.
+#if FGA_VECTOR_BYTES == 64  // halves under a mask of all: other intrinsics make GCC 12 warn of its own header
+inline float sum_lanes(Vector<float> v) {
+  const __m512 all = (__m512)v;
+  return sum_of(_mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, all, 0), _mm512_maskz_extractf32x8_ps(0xff, all, 1)));
+}
+inline double sum_lanes(Vector<double> v) {
+  const __m512d all = (__m512d)v;
+  return sum_of(_mm256_add_pd(_mm512_maskz_extractf64x4_pd(0xff, all, 0), _mm512_maskz_extractf64x4_pd(0xff, all, 1)));
+}
+#elif FGA_VECTOR_BYTES == 32
+inline float sum_lanes(Vector<float> v) {
+  return sum_of((__m256)v);
+}
+inline double sum_lanes(Vector<double> v) {
+  return sum_of((__m256d)v);
+}
+#else
+inline float sum_lanes(Vector<float> v) {
+  return (v[0] + v[2]) + (v[1] + v[3]);
+}
+inline double sum_lanes(Vector<double> v) {
+  return v[0] + v[1];
+}
+#endif
+
+// Bit i says that p[i] is above zero; of kLanes numbers.
 template <class T>
-inline T sum_lanes(Vector<T> v) {
-  T s = 0;
-  for (int64_t i = 0; i < kLanes<T>; ++i) s += v[i];
-  return s;
+inline uint32_t above_zero(const T* p) {
+#if FGA_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4)
+    return _mm512_cmp_ps_mask((__m512)load(p), _mm512_setzero_ps(), _CMP_GT_OQ);
+  else
+    return _mm512_cmp_pd_mask((__m512d)load(p), _mm512_setzero_pd(), _CMP_GT_OQ);
+#elif FGA_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 4)
+    return _mm256_movemask_ps((__m256)(load(p) > Vector<T>{}));
+  else
+    return _mm256_movemask_pd((__m256d)(load(p) > Vector<T>{}));
+#else
+  uint32_t bits = 0;
+  for (int64_t i = 0; i < kLanes<T>; ++i) bits |= static_cast<uint32_t>(p[i] > 0) << i;
+  return bits;
+#endif
 }
 
 // exp by range reduction to |r| <= ln2/2 and the Taylor series to degree 7 (truncation below 6e-9, so below float32's

@@ -23,7 +23,7 @@ SANITIZED := build/sanitize/libfga_ops.so
 OP_TESTS := $(wildcard tests/test_attention*.py tests/test_score*.py tests/test_many_rows.py) tests/test_gate.py
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.c csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.h tests/native/*.cpp \
 	csrc/runtime/*.cpp csrc/runtime/*.h csrc/runtime/fga_fast/*.h examples/cpp/*.cpp examples/cpp/*.h \
-	tests/runtime/*.cpp tests/runtime/*.h tests/runtime/consumer/*.cpp)
+	tests/runtime/*.cpp tests/runtime/*.h tests/runtime/consumer/*.cpp tests/runtime/consumer/*.h)
 
 .PHONY: help demo test check lint format bench sanitize wheel clean op-tests
 .DELETE_ON_ERROR:

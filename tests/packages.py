@@ -30,7 +30,7 @@ def sae(seed: int) -> SparseAutoencoder:
     return SparseAutoencoder(draw(WIDTH, 40), draw(40), draw(40, WIDTH), draw(WIDTH))
 
 
-def explainer(dtype: torch.dtype = torch.float64, **settings: Any) -> Explainer:
-    model = own_vit().to(dtype)
-    saes = {layer: sae(layer).to(dtype) for layer in (0, 1)}
+def explainer(dtype: torch.dtype = torch.float64, device: str = "cpu", **settings: Any) -> Explainer:
+    model = own_vit().to(device, dtype)
+    saes = {layer: sae(layer).to(device, dtype) for layer in (0, 1)}
     return Explainer(model, **{"saes": saes, "layout": model.layout(), **settings})

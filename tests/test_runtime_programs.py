@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,7 @@ def test_an_installed_program_in_threads(consumer: Path, package: Path, tmp_path
     """Two sessions of one process, three threads each, five images in batches of three."""
     images = torch.randn(5, *SHAPE)
     images.numpy().tofile(tmp_path / "images")
-    run(consumer, "3", tmp_path / "images", *map(str, images.shape), tmp_path / "out", package, package)
+    run(consumer, "host", "3", tmp_path / "images", *map(str, images.shape), tmp_path / "out", package, package)
     python = expected(images)
     assert python.values is not None
     parts = [python.logits, python.targets, python.values, python.relevance]
@@ -63,12 +65,35 @@ def test_an_installed_program_in_threads(consumer: Path, package: Path, tmp_path
     close(np.fromfile(tmp_path / "out"), torch.cat([part.double().flatten() for part in parts]))
 
 
-def test_an_installed_program_that_fails(consumer: Path, package: Path, tmp_path: Path) -> None:
-    np.zeros(10, np.float32).tofile(tmp_path / "images")
-    command = [consumer, "1", tmp_path / "images", "1", "3", "8", "8", tmp_path / "out", package]
+def failure(consumer: Path, memory: str, package: Path, folder: Path, *side: int) -> str:
+    """What the consumer says of one image of zeros."""
+    np.zeros((1, 3, *side), np.float32).tofile(folder / "images")
+    command = [consumer, memory, "1", folder / "images", "1", "3", *map(str, side), folder / "out", package]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert result.stderr.startswith("consumer: images: expected shape [B, 3, 32, 48], got [1, 3, 8, 8]")
+    return result.stderr
+
+
+def test_an_installed_program_that_fails(consumer: Path, package: Path, tmp_path: Path) -> None:
+    message = "consumer: images: expected shape [B, 3, 32, 48], got [1, 3, 8, 8]"
+    assert failure(consumer, "host", package, tmp_path, 8, 8).startswith(message)
+
+
+def test_device_memory_for_a_package_of_the_cpu(consumer: Path, package: Path, tmp_path: Path) -> None:
+    message = (
+        "consumer: images: expected host memory, as the package runs on cpu, got device memory; copy the images to"
+    )
+    assert failure(consumer, "device", package, tmp_path, HEIGHT, WIDTH).startswith(message)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+@pytest.mark.parametrize("memory", ["host", "device"])
+def test_a_package_of_cuda_without_it(
+    consumer: Path, altered: Callable[..., Path], tmp_path: Path, memory: str
+) -> None:
+    said = failure(consumer, memory, altered(device="cuda", backend="composite"), tmp_path, HEIGHT, WIDTH)
+    reasons = r"torch sees no CUDA device|the torch in .* is built without CUDA"
+    assert re.match(f"consumer: package: .*was exported for cuda, but ({reasons}); export one on the CPU", said), said
 
 
 @pytest.mark.parametrize("suffix", ["ppm", "png"])

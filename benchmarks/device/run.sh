@@ -4,8 +4,8 @@
 # STATUS: this script has never run on a device. On a machine without one, its build and its CPU steps have run.
 #
 # Needs: nvcc, and a Python with torch (CUDA), timm (with safetensors), numpy, pytest, ninja; setuptools. Nothing else.
-# Optional: hypothesis (without it the op tests that use it are left out), compute-sanitizer, conformance numbers in
-# $FGA_FAST_CONFORMANCE.
+# Optional: hypothesis (without it the op tests that use it are left out), compute-sanitizer, cmake and pybind11 (for the C++
+# session), conformance numbers in $FGA_FAST_CONFORMANCE.
 # Use: benchmarks/device/run.sh [OUT]    rows and logs go to OUT; by default rows to benchmarks/results, logs to a temporary folder
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit 1
@@ -70,6 +70,9 @@ if command -v compute-sanitizer >/dev/null; then
 else
   skip sanitizer "compute-sanitizer is not on PATH"
 fi
+
+# It builds the C++ project and compiles a package, which may take a minute.
+step session 470 "$python" -m pytest -q -rs -p no:cacheprovider tests/test_runtime_cuda.py
 
 step rows 590 "$python" benchmarks/device/rows_cuda.py "$out" --seconds $((SECONDS < 550 ? 560 - SECONDS : 10))
 cat "$logs/rows.log"

@@ -1,8 +1,9 @@
-// consumer THREADS IMAGES SHAPE... OUT PACKAGE...: explains raw float32 images [B, C, H, W] in THREADS threads for each
-// package at once, which all must get the same numbers, and writes those of the first package as raw float64 to OUT:
-// logits, targets, values, relevance, then scores and gates layer by layer, then the heat maps.
+// consumer MEMORY THREADS IMAGES SHAPE... OUT PACKAGE...: explains raw float32 images [B, C, H, W] in THREADS threads
+// for each package at once, which all must get the same numbers, and writes those of the first package as raw float64
+// to OUT: logits, targets, values, relevance, then scores and gates layer by layer, then the heat maps.
 #include <fga_fast/session.h>
 
+#include <array>
 #include <cstdio>
 #include <exception>
 #include <fstream>
@@ -10,6 +11,8 @@
 #include <string>
 #include <thread>
 #include <vector>
+
+#include "device_copy.h"
 
 namespace {
 
@@ -41,16 +44,29 @@ void explain(const fga::Session& session, const fga::Images& images, Answer& ans
   }
 }
 
-int run(char** argv, int count) {
-  std::ifstream file(argv[2], std::ios::binary);
-  const std::string bytes{std::istreambuf_iterator<char>(file), {}};
+// MEMORY is "host" or "device". A package of the CPU must refuse device memory before it looks at it, so any address
+// will do.
+fga::Images images_of(const std::string& bytes, const std::array<int64_t, 4>& shape, const std::string& memory,
+                      const fga::Session& session) {
   const auto* values = reinterpret_cast<const float*>(bytes.data());
-  const auto images = fga::Images::normalised(
-      values, {std::stoll(argv[3]), std::stoll(argv[4]), std::stoll(argv[5]), std::stoll(argv[6])});
-  std::vector<fga::Session> sessions;
-  for (int i = 0; i < count; ++i) sessions.emplace_back(argv[8 + i]);
+  if (memory == "host") return fga::Images::normalised(values, shape);
+  if (session.metadata().device == "cuda") {
+    static const DeviceCopy copy(bytes.data(), bytes.size());
+    values = copy.values();
+  }
+  return fga::Images::normalised(values, shape, fga::Memory::device);
+}
 
-  const int each = std::stoi(argv[1]);
+int run(char** argv, int count) {
+  std::ifstream file(argv[3], std::ios::binary);
+  const std::string bytes{std::istreambuf_iterator<char>(file), {}};
+  std::vector<fga::Session> sessions;
+  for (int i = 0; i < count; ++i) sessions.emplace_back(argv[9 + i]);
+  const fga::Images images =
+      images_of(bytes, {std::stoll(argv[4]), std::stoll(argv[5]), std::stoll(argv[6]), std::stoll(argv[7])}, argv[1],
+                sessions[0]);
+
+  const int each = std::stoi(argv[2]);
   std::vector<Answer> answers(sessions.size() * each);
   std::vector<std::thread> threads;
   for (size_t i = 0; i < answers.size(); ++i)
@@ -60,7 +76,7 @@ int run(char** argv, int count) {
     if (!answer.error.empty()) throw fga::Error(answer.error);
     if (answer.numbers != answers[0].numbers) throw fga::Error("threads got different numbers");
   }
-  std::ofstream out(argv[7], std::ios::binary);
+  std::ofstream out(argv[8], std::ios::binary);
   const auto& numbers = answers[0].numbers;
   out.write(reinterpret_cast<const char*>(numbers.data()),
             static_cast<std::streamsize>(numbers.size() * sizeof(double)));
@@ -70,9 +86,9 @@ int run(char** argv, int count) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc < 9) return 2;
+  if (argc < 10) return 2;
   try {
-    return run(argv, argc - 8);
+    return run(argv, argc - 9);
   } catch (const std::exception& error) {
     std::fprintf(stderr, "consumer: %s\n", error.what());
     return 1;

@@ -76,6 +76,18 @@ TEST_CASE("packages for another processor are refused") {
   CHECK_NOTHROW(fga::check_machine(m));
 }
 
+#if defined(__x86_64__)
+TEST_CASE("packages that use instructions this processor lacks are refused") {
+  fga::Metadata m;
+  m.features = {"sse2"};  // all have it
+  CHECK_NOTHROW(fga::check_machine(m));
+  m.features = {"sse2", "fma4", "sse4a"};  // no processor of Intel has one of these
+  if (__builtin_cpu_supports("fma4") || __builtin_cpu_supports("sse4a")) return;
+  CHECK_THROWS_WITH_AS(fga::check_machine(m), doctest::Contains("this one lacks fma4, sse4a; export it on"),
+                       fga::Error);
+}
+#endif
+
 TEST_CASE("metadata that does not fit together is refused") {
   check_refused("\"fga_fast package\"", "\"else\"", "format: expected fga_fast package, got 'else'");
   check_refused("\"format_version\": 1", "\"format_version\": 2", "format_version: expected 1, got 2; use a newer");

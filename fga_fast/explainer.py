@@ -41,6 +41,7 @@ from fga_fast.tape import Tape
 
 if TYPE_CHECKING:
     from fga_fast.graph.compiled import CompiledExplainer
+    from fga_fast.graph.module import ExplanationModule
 
 
 class Explainer:
@@ -168,6 +169,17 @@ class Explainer:
         from fga_fast.graph.compiled import CompiledExplainer
 
         return CompiledExplainer(self, example, targets, mode, batches)
+
+    def module(self, example: Tensor, targets: Literal["predicted", "given"] = "predicted") -> ExplanationModule:
+        """This explainer as a plain module of operators, which `torch.export` and other compilers take as it is.
+
+        `example` and `targets`, and what is refused, are as for `compile`. Called with images of the example's shape,
+        and class numbers [B] int64 if they are given, it returns a dict of tensors: "relevance" [B, P], "logits",
+        "targets", "values", "scores.9", "gates.9" and so on. It shares the model's weights, and checks nothing.
+        """
+        from fga_fast.graph.module import ExplanationModule
+
+        return ExplanationModule(self, example, targets)
 
     def export(self, path: str | os.PathLike[str], example: Tensor | None = None, **settings: Any) -> Path:
         """This explainer as a package NAME.pt2 with NAME.json, which Python and C++ run without the model.

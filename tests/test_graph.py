@@ -165,17 +165,6 @@ def test_casts_of_weights_are_made_once(tiny_vit: Build) -> None:
     assert families.error(run(flat, images).relevance, want.relevance) < 2e-2
 
 
-def test_the_graph_is_a_module_that_torch_exports(subject: tuple[nn.Module, Tensor]) -> None:
-    model, images = subject
-    explainer = Explainer(model, {0: sae_for(model)})
-    flat = flatten(explainer, images)
-    exported = torch.export.export(flat.module, (images,)).module()
-    assert (
-        families.error(dict(zip(flat.outputs, exported(images), strict=True))["relevance"], explainer(images).relevance)
-        < 1e-9
-    )
-
-
 class _Counting(nn.Module):
     """A model that looks at values on the way."""
 

@@ -1,0 +1,79 @@
+"""Biases of q, k and v as one more column of their product.
+
+A compiler adds a bias where the result is read next, which costs nothing. What attention reads it cannot reach, so
+there the sum became a pass of its own, which wrote q, k and v once more.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import Tensor, fx
+
+from fga_fast.graph.simplify import made
+
+aten = torch.ops.aten
+
+_VIEWS = (
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.permute.default, aten.transpose.int,
+    aten.unbind.int, aten.select.int, aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default,
+    aten.chunk.default, aten.squeeze.dim, aten.unsqueeze.default, operator.getitem,
+)  # fmt: skip
+_TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default)
+
+
+def fold_biases(module: fx.GraphModule) -> None:
+    """Turns x W^T + b into [x 1] [W b]^T where only attention reads it; changes the graph in place.
+
+    The same sums in another order. For float32 on the CPU: elsewhere products add a bias as they write.
+    """
+    widened: dict[fx.Node, fx.Node] = {}
+    for node in list(module.graph.nodes):
+        if node.target is not aten.addmm.default or node.kwargs or node.meta["val"].dtype != torch.float32:
+            continue
+        if _only_attention_reads(node):
+            _fold(module, node, widened)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+
+
+def _only_attention_reads(node: fx.Node) -> bool:
+    return bool(node.users) and all(
+        _only_attention_reads(user) if user.target in _VIEWS else _is_attention(user) for user in node.users
+    )
+
+
+def _is_attention(user: fx.Node) -> bool:
+    # A clone is what remains of the queries of one token.
+    return user.target is aten.clone.default or getattr(user.target, "namespace", "") == "fga_fast"
+
+
+def _fold(module: fx.GraphModule, node: fx.Node, widened: dict[fx.Node, fx.Node]) -> None:
+    bias, x, transposed = node.args
+    assert isinstance(bias, fx.Node) and isinstance(x, fx.Node) and isinstance(transposed, fx.Node)
+    weight = transposed.args[0]
+    if transposed.target not in _TRANSPOSES or not isinstance(weight, fx.Node):
+        return
+    if weight.op != "get_attr" or bias.op != "get_attr" or bias.meta["val"].dim() != 1:
+        return
+    matrix, column = (_tensor(module, part) for part in (weight, bias))  # [out, C], [out]
+    graph, name = module.graph, f"_folded_with_bias_{node.name}"
+    module.register_buffer(name, torch.cat([matrix, column.unsqueeze(1)], dim=1).detach())
+    with graph.inserting_before(weight):
+        both = graph.get_attr(name)
+        both.meta["val"] = weight.meta["val"].new_empty(len(column), matrix.shape[1] + 1)
+        alone = made(graph, weight, aten.slice.Tensor, (both, 1, 0, matrix.shape[1]))
+    weight.replace_all_uses_with(alone)  # the backward pass reads the same copy
+    if x not in widened:
+        with graph.inserting_after(x):
+            widened[x] = made(graph, x, aten.constant_pad_nd.default, (x, [0, 1], 1.0))
+    with graph.inserting_before(node):
+        turned = made(graph, transposed, aten.t.default, (both,))
+        turned.meta["val"] = both.meta["val"].t()
+        node.replace_all_uses_with(made(graph, node, aten.mm.default, (widened[x], turned)))
+
+
+def _tensor(module: fx.GraphModule, node: fx.Node) -> Tensor:
+    found: Tensor = operator.attrgetter(str(node.target))(module)
+    return found

@@ -1,0 +1,38 @@
+"""An explanation as a plain module, for tools that take modules: `torch.export`, other compilers, other runtimes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from fga_fast.graph.trace import Targets, flatten
+
+if TYPE_CHECKING:
+    from fga_fast.explainer import Explainer
+
+
+class ExplanationModule(nn.Module):
+    """What `Explainer.module` returns; see there.
+
+    Attributes:
+        names: of the tensors that a call returns, in order.
+    """
+
+    def __init__(self, explainer: Explainer, example: Tensor, targets: Targets) -> None:
+        super().__init__()
+        flat = flatten(explainer, example, targets)
+        # The same memory under names of its own: what a graph computes has no gradients.
+        for name, parameter in list(flat.module.named_parameters()):
+            setattr(flat.module, name, nn.Parameter(parameter.detach(), requires_grad=False))
+        self.graph_module = flat.module
+        self.names = flat.outputs
+
+    def forward(self, images: Tensor, *targets: Tensor) -> dict[str, Tensor]:
+        """Explains images of the example's shape.
+
+        Args:
+            images: [B, channels, H, W], not checked.
+            targets: for "given", class numbers [B] int64, not checked; for "predicted" nothing.
+        """
+        return dict(zip(self.names, self.graph_module(images, *targets), strict=True))

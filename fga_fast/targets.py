@@ -64,8 +64,12 @@ def pick(
     logits: Tensor,  # [B, T]
     names: Sequence[str] | None,
     classes: int,
+    ranged: bool = True,
 ) -> Tensor:
-    """Columns [B] or [B, K] of `logits` that `targets` name; None and ints choose among the first `classes`."""
+    """Columns [B] or [B, K] of `logits` that `targets` name; None and ints choose among the first `classes`.
+
+    ranged: whether to look for numbers out of range in a tensor, for which the host waits if it is a device's.
+    """
     batch = len(logits)
     if targets is None:
         return logits[:, :classes].detach().argmax(-1)
@@ -80,7 +84,7 @@ def pick(
         raise TypeError(f"targets: expected integer class indices, got dtype {targets.dtype}")
     else:
         picked = targets.to(device=logits.device, dtype=torch.int64)
-        if picked.numel() and not 0 <= int(picked.min()) <= int(picked.max()) < classes:
+        if ranged and picked.numel() and not 0 <= int(picked.min()) <= int(picked.max()) < classes:
             raise _out_of_range(int(picked[(picked < 0) | (picked >= classes)].flatten()[0]), classes)
     if picked.dim() == 0:
         picked = picked.expand(batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import os
 
 import families
@@ -57,3 +58,44 @@ def test_small_replays_allocate_nothing_new(tiny_vit: Build) -> None:
         compiled(images)
     torch.cuda.synchronize()
     assert torch.cuda.memory_stats()["num_device_alloc"] == before
+
+
+@pytest.mark.parametrize("targets", ["an int", "a tensor of the device"])
+def test_small_replays_never_make_the_host_wait(tiny_vit: Build, targets: str) -> None:
+    model = tiny_vit(depth=2).to("cuda")
+    images = torch.randn(2, *PIXELS, device="cuda")
+    compiled = Explainer(model, backend="composite").compile(images, targets="given")
+    chosen = 1 if targets == "an int" else torch.tensor([1, 1], device="cuda")
+    want = compiled(images, chosen).relevance
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = compiled(images, chosen).relevance
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(got, want)
+
+
+def test_small_replays_are_one_launch(tiny_vit: Build) -> None:
+    """Beside it, a copy of the images in and one of the results out."""
+    model = tiny_vit(depth=2).to("cuda")
+    images = torch.randn(1, *PIXELS, device="cuda")
+    compiled = Explainer(model, {0: sae_for(model).to("cuda")}, backend="composite").compile(images)
+    compiled(images)
+    with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
+        compiled(images)
+        torch.cuda.synchronize()
+    calls = collections.Counter(event.key for event in profile.events())
+    assert calls["cudaGraphLaunch"] == 1
+    assert not any(name.startswith(("cudaLaunchKernel", "cuLaunchKernel")) for name in calls)
+    assert calls["cudaMemcpyAsync"] <= 2
+
+
+def test_small_classes_that_are_not_there_give_nan(tiny_vit: Build) -> None:
+    model = tiny_vit(depth=2).to("cuda")
+    images = torch.randn(2, *PIXELS, device="cuda")
+    compiled = Explainer(model, backend="composite").compile(images, targets="given")
+    got = compiled(images, torch.tensor([1, 10_000], device="cuda")).relevance
+    assert bool(got[0].isfinite().all()) and bool(got[1].isnan().all())
+    with pytest.raises(ValueError, match=r"targets: .*10000"):
+        compiled(images, 10_000)

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fga_fast import Explainer, Explanation, Gate
 from fga_fast.graph import rows
-from fga_fast.graph.outputs import explanation, in_batches
+from fga_fast.graph.outputs import explanation
 from fga_fast.graph.trace import Flat, flatten
 
 FAMILIES = [pytest.param(family, id=family.id) for family in families.registry()]
@@ -372,17 +372,15 @@ def test_autocast_of_the_caller_is_no_part_of_folding(tiny_vit: Build) -> None:
     assert total == pytest.approx(16**3 * 1.001**2, rel=1e-6)
 
 
-def test_batches_are_filled_and_cut() -> None:
-    sizes: list[int] = []
-
-    def double(size: int, given: tuple[Tensor, ...]) -> list[Tensor]:
-        assert all(len(t) == size for t in given)
-        sizes.append(size)
-        return [given[0] * 2, given[0] + given[1]]
-
-    x = torch.arange(11.0)
-    a, b = in_batches(double, (1, 4), (x, -x))
-    assert torch.equal(a, 2 * x) and not b.any() and sizes == [4, 4, 4]
-    sizes.clear()
-    in_batches(double, (1, 4), (x[:1], x[:1]))
-    assert sizes == [1]
+def test_classes_that_are_not_there_give_nan(subject: tuple[nn.Module, Tensor]) -> None:
+    """Of a device's tensor nobody looked at the numbers."""
+    model, images = subject
+    explainer = Explainer(model, {0: sae_for(model)}, per_block=True)
+    flat = flatten(explainer, images, "given")
+    for beyond in (-1, flat.classes):
+        got = run(flat, images, torch.tensor([1, beyond]))
+        assert got.targets.tolist() == [1, beyond]
+        for tensor in (got.relevance, got.values, got.scores[0], got.gates[0], got.blocks):
+            assert tensor is not None and bool(tensor[0].isfinite().all()) and bool(tensor[1].isnan().all())
+        assert bool(got.logits.isfinite().all())
+        assert families.error(got.relevance[:1], explainer(images[:1], 1).relevance) < 1e-9

@@ -12,14 +12,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
 from fga_fast import checks
 from fga_fast.explanation import Explanation
-from fga_fast.graph.outputs import explanation, given_classes, in_batches
+from fga_fast.graph.outputs import explanation, given_classes, in_batches, packed, unpacked
 from fga_fast.graph.trace import Flat, Targets, check_example, flatten, one_at_a_time
 
 if TYPE_CHECKING:
@@ -63,8 +63,8 @@ class CompiledExplainer:
             targets: nothing for "predicted"; for "given" an int or a class name, or one for each image [B].
 
         Raises:
-            TypeError, ValueError: as `Explainer`; on CUDA, NaN and Inf are not looked for, as the host would have to
-                wait for the device.
+            TypeError, ValueError: as `Explainer`; on CUDA, NaN and Inf are not looked for, nor class numbers out of
+                range in a tensor there, which give NaN: the host would have to wait for the device.
         """
         explainer = self.explainer
         checks.check_images(images, explainer._layout_for(images), self._example)
@@ -142,15 +142,25 @@ def _compiled(flat: Flat, images: Tensor, targets: Targets, options: dict[str, A
     return _Replay(run, inputs) if images.is_cuda else run
 
 
+class _Captured(NamedTuple):
+    """A CUDA graph and the memory that it works in."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: list[Tensor]
+    outputs: Tensor  # [bytes], see outputs.packed
+    like: list[Tensor]  # shapes and dtypes of the outputs
+
+
 class _Replay:
     """A compiled graph as one launch: captured once a stream, replayed from buffers of its own.
 
-    What comes back are copies, so that results outlive the next replay.
+    Outputs lie together, so that one more copy makes them outlive the next replay; the memory for it comes from
+    PyTorch's cache.
     """
 
     def __init__(self, run: Run, inputs: Sequence[Tensor]) -> None:
         self._run, self._inputs, self._lock = run, inputs, threading.Lock()
-        self._captured: dict[int, tuple[torch.cuda.CUDAGraph, list[Tensor], Sequence[Tensor]]] = {}
+        self._captured: dict[int, _Captured] = {}
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         device = inputs[0].device
@@ -158,21 +168,22 @@ class _Replay:
             stream = torch.cuda.current_stream(device).cuda_stream
             if stream not in self._captured:
                 self._captured[stream] = self._capture()
-            graph, buffers, outputs = self._captured[stream]
-            for buffer, given in zip(buffers, inputs, strict=True):
+            captured = self._captured[stream]
+            for buffer, given in zip(captured.inputs, inputs, strict=True):
                 buffer.copy_(given, non_blocking=True)
-            graph.replay()
-            return [output.clone() for output in outputs]
+            captured.graph.replay()
+            return unpacked(captured.outputs.clone(), captured.like)
 
-    def _capture(self) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Sequence[Tensor]]:
+    def _capture(self) -> _Captured:
         buffers = [t.clone() for t in self._inputs]
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):  # what a library allocates at first use must not be part of the graph
-                self._run(*buffers)
+                outputs = self._run(*buffers)
         torch.cuda.current_stream().wait_stream(side)
+        like = [torch.empty_like(t, device="meta") for t in outputs]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            outputs = self._run(*buffers)
-        return graph, buffers, outputs
+            flat = packed(self._run(*buffers))
+        return _Captured(graph, buffers, flat, like)

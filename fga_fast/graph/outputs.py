@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from fga_fast.explanation import Explanation, TopFeatures
 from fga_fast.targets import Difference, Embedding, pick
+
+_ALIGNMENT = 64
 
 
 def in_batches(
@@ -37,7 +40,10 @@ def in_batches(
 def given_classes(
     what: str, wanted: str, targets: Any, images: Tensor, classes: int, names: Sequence[str] | None
 ) -> tuple[Tensor, ...]:
-    """What a graph takes beside the images: nothing, or one class an image, [B] int64.
+    """What a graph takes beside the images: nothing, or one class an image, [B] int64, on their device.
+
+    The host never waits for a device here: numbers out of range in a tensor of the images' device are not looked for,
+    and the graph gives NaN for them.
 
     Args:
         what: "graph" or "package", for messages.
@@ -56,14 +62,37 @@ def given_classes(
         raise ValueError(f"targets: this {what} explains given classes; pass one for each image, or one for all")
     if isinstance(targets, (Difference, Embedding)) or (callable(targets) and not isinstance(targets, type)):
         raise TypeError(f"targets: a {what} explains classes, got {type(targets).__name__}; Explainer takes it")
-    blank = images.new_zeros(1, 1).expand(len(images), classes)
-    picked = pick(targets, blank, names, classes)
+    there = isinstance(targets, Tensor) and targets.is_cuda and images.is_cuda
+    blank = torch.empty(1, 1, device=images.device if there else "cpu").expand(len(images), classes)
+    picked = pick(targets, blank, names, classes, ranged=not there)
     if picked.dim() != 1:
         raise ValueError(
             f"targets: expected one class an image, [{len(images)}], got {list(picked.shape)}; a {what} explains one, "
             "Explainer takes several"
         )
-    return (picked.contiguous(),)
+    return (picked.contiguous().to(images.device, non_blocking=True),)
+
+
+def packed(outputs: Sequence[Tensor]) -> Tensor:
+    """All tensors as bytes, one after the other, so that one copy moves them."""
+    flat = torch.empty(_places(outputs)[1], dtype=torch.uint8, device=outputs[0].device)
+    for place, tensor in zip(unpacked(flat, outputs), outputs, strict=True):
+        place.copy_(tensor)
+    return flat
+
+
+def unpacked(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Views of what `packed(like)` gave, with shapes and dtypes of `like`."""
+    return [
+        flat[first : first + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        for tensor, first in zip(like, _places(like)[0], strict=True)
+    ]
+
+
+def _places(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
+    """Where each begins, in bytes, and how much all take; at multiples of what any dtype or vector needs."""
+    ends = list(itertools.accumulate(-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors))
+    return [0, *ends[:-1]], ends[-1]
 
 
 def explanation(found: dict[str, Tensor], **about: Any) -> Explanation:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -176,7 +177,7 @@ def _explanation(
     with tape.attached(images):
         output = explainer.readout.run(images)
         logits = explainer.readout.logits(output)
-        targets = logits.argmax(dim=-1) if given is None else given
+        targets = logits.argmax(dim=-1) if given is None else given.where(_inside(given, logits), 0)
         values = logits.gather(1, targets.unsqueeze(1)).squeeze(1)
     found = tape.backward(values, explainer.target_chunk)
     read = {layer: Gating.read(slots) for layer, slots in sorted(found.recorded.items())}
@@ -184,11 +185,26 @@ def _explanation(
     if explainer.method == "input_x_gradient":
         gates = {layer: gate for layer, (_, gate, _) in read.items()}
         blocks = {layer: gated_map(row, gates, layer) for layer, row in blocks.items()}
-    outputs = {"logits": logits, "targets": targets, "values": values, "relevance": blocks[explainer.start_layer]}
+    outputs = {
+        "logits": logits,
+        "targets": targets if given is None else given,
+        "values": values,
+        "relevance": blocks[explainer.start_layer],
+    }
     if explainer.per_block:
         outputs["blocks"] = torch.stack(list(blocks.values()), dim=-2)
     for layer, (scores, gate, features) in read.items():
         outputs |= {f"scores.{layer}": scores, f"gates.{layer}": gate}
         if features is not None:
             outputs |= {f"features.{layer}.{name}": value for name, value in features._asdict().items()}
+    if given is not None:
+        inside = _inside(given, logits)
+        for name, value in outputs.items():
+            if name != "logits" and value.is_floating_point():
+                outputs[name] = value.where(inside.view(-1, *[1] * (value.dim() - 1)), math.nan)
     return {name: value.detach().contiguous() for name, value in outputs.items()}
+
+
+def _inside(given: Tensor, logits: Tensor) -> Tensor:
+    """[B]: whether there is such a class. Where nobody looked, a graph says so itself, by NaN."""
+    return (given >= 0) & (given < logits.shape[1])

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import subjects
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from fga_fast import Explainer, SparseAutoencoder, load_package
 from fga_fast.assets import fashion_model, fashion_saes
+from fga_fast.graph.trace import flatten
 
 LEVEL = 1700  # active features a token, of 49,152
 
@@ -95,6 +97,22 @@ def test_compiled(
                     peak_bytes=peak_bytes(work), note=note,
                 )
             )  # fmt: skip
+
+
+def test_pruning(scale: Scale, race: Callable[..., Race], record: Callable[[Row], None], one_thread: None) -> None:
+    """What it saves to compute the last block for the pooled token alone."""
+    model = subjects.vit(depth=scale.depth)
+    for batch in scale.batches:
+        images = subjects.images(batch)
+        explainer = Explainer(model, backend="native")
+        works: dict[str, Work] = {"TransMM, pruned": partial(explainer.compile(images), images)}
+        with mock.patch("fga_fast.graph.compiled.flatten", partial(flatten, prune=False)):
+            works["TransMM, last block whole"] = partial(explainer.compile(images), images)
+        found = race(partial(forward, torch.compile(model), images), works, seconds=40.0)
+        for name in works:
+            row = timed(Row("pruning", "", batch, 197, threads=1), name, found.result(name))
+            ratio = found.result(name).ratio
+            record(replace(row, ratio_to_forward=None, min_ratio_to_forward=None, ratio_to_compiled=ratio))
 
 
 def small() -> tuple[Explainer, Tensor]:

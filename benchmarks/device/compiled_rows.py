@@ -1,67 +1,115 @@
-"""Rows of compiled explanations on a device: multiples of the compiled forward pass, and how steady they are."""
+"""Rows of compiled explanations on a device: multiples of the compiled forward pass, how steady they are, whether they
+stay so, and what else one may call in their place.
+"""
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
+import package_rows
 import subjects
 import torch
 from device import Device, Work
 from explanation_rows import Saes
+from peak import resident_bytes
 from rows import Row
-from torch import nn
+from steadiness import PREPARATION, Subject, failed
+from torch import Tensor, nn
 
 from fga_fast import Explainer
 from fga_fast.backends import Backend
 
-NAMES = ("TransMM", "FGA relu 1700")
-CALLS = 2_000
+FGA = "FGA relu 1700"
+SOAK = 20_000
+SOAK_SECONDS = 90.0
 
 
 def rows(device: Device, built: tuple[nn.Module, Saes], backend: Backend) -> Iterator[Row]:
-    """In the dtype that the model was left in: batch 1, call by call, then batch 32."""
+    """In the dtype that the model was left in, what matters most first.
+
+    Batch 1, where what surrounds the arithmetic counts most: all ways to call an explanation. Then batch 32.
+    """
     model, saes = built
-    dtype = next(model.parameters()).dtype
     for batch in (1,) if device.small else (1, 32):
-        images = subjects.images(batch).to(device.kind, dtype)
-        forward = torch.no_grad()(partial(torch.compile(model), images))
-        against = _steadiness(device, forward)
-        blank = Row("graph", "", batch, 197, str(dtype).removeprefix("torch."))
-        yield replace(_row(replace(blank, name="forward, compiled"), against), ratio_to_compiled=1.0)
-        for name in NAMES:
-            row = replace(blank, name=f"{name}, compiled, {backend}")
-            try:
-                start = time.perf_counter()
-                compiled = Explainer(model, saes.get(name, {}), backend=backend).compile(images)
-                seconds = time.perf_counter() - start
-                work = partial(compiled, images)
-                times = _steadiness(device, work)
-                ratio = float(np.median(times) / np.median(against))
-                row = replace(_row(row, times), ratio_to_compiled=ratio, peak_bytes=device.peak_bytes(work))
-                yield replace(row, note=f"compiled in {seconds:.0f} s")
-            except Exception as problem:  # one that fails must not end the run
-                yield replace(row, note=f"FAILED: {type(problem).__name__}: {str(problem)[:120]}")
+        subject, row = _forward(device, model, batch)
+        yield row
+        explainer = Explainer(model, saes[FGA], backend=backend)
+        compiled: list[Work] = []
+        yield _compiled(subject, FGA, explainer, compiled)
+        if batch == 1:
+            yield _eager(subject, FGA, explainer)
+            # Triton kernels, which native scores with on CUDA, need Python: the C++ session does without.
+            composite = Explainer(model, saes[FGA], backend="composite")
+            yield from package_rows.rows(subject, FGA, composite)
+            for work in compiled:
+                yield _soak(subject, f"{FGA}, compiled, {backend}", work)
+        yield _compiled(subject, "TransMM", Explainer(model, {}, backend=backend), [])
+        if batch == 1 and backend != "composite":
+            yield from package_rows.rows(subject, FGA, explainer, session=False)
 
 
-def _steadiness(device: Device, work: Work) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """Seconds of each of many calls, from the host's call to the device's end."""
-    times = []
-    for call in range(-1 if device.small else -20, 3 if device.small else CALLS):
+def _forward(device: Device, model: nn.Module, batch: int) -> tuple[Subject, Row]:
+    dtype = next(model.parameters()).dtype
+    images = subjects.images(batch).to(device.kind, dtype)
+    blank = Row("graph", "", batch, 197, str(dtype).removeprefix("torch."))
+    subject = Subject(device, images, blank)
+    row = subject.row("forward, compiled", lambda: (torch.no_grad()(partial(torch.compile(model), images)), ""))
+    return replace(subject, forward=row.median_s or 0.0), row
+
+
+def _eager(subject: Subject, name: str, explainer: Explainer) -> Row:
+    return subject.row(f"{name}, eager, {explainer.backend}", lambda: (partial(explainer, subject.images), ""))
+
+
+def _compiled(subject: Subject, name: str, explainer: Explainer, works: list[Work]) -> Row:
+    """Adds the call to `works` once it is there."""
+
+    def prepare() -> tuple[Work, str]:
         start = time.perf_counter()
+        works.append(partial(explainer.compile(subject.images), subject.images))
+        return works[-1], f"compiled in {time.perf_counter() - start:.0f} s"
+
+    return subject.row(f"{name}, compiled, {explainer.backend}", prepare, PREPARATION)
+
+
+def _soak(subject: Subject, name: str, work: Work) -> Row:
+    """The same bits each time, and no memory that grows: 20,000 calls, or as many as there is time for."""
+    row = replace(subject.blank, benchmark="soak", name=name)
+    try:
+        return _soaked(subject.device, row, work)
+    except Exception as problem:  # one that fails must not end the run
+        return failed(row, problem)
+
+
+def _soaked(device: Device, row: Row, work: Work) -> Row:
+    want = _bits(work())
+    for _ in range(2 if device.small else 200):
         work()
-        device.synchronise()
-        if call >= 0:
-            times.append(time.perf_counter() - start)
-    return np.array(times)
+    before, begin, most = _memory(device), time.perf_counter(), min(SOAK_SECONDS, device.left() / 3)
+    count, differing = 0, 0
+    while count < (5 if device.small else SOAK) and (count == 0 or time.perf_counter() - begin < most):
+        differing += not all(map(torch.equal, _bits(work()), want))
+        count += 1
+    seconds = time.perf_counter() - begin
+    if differing:
+        raise RuntimeError(f"{differing} of {count} results differ from the first")
+    grown = ", ".join(f"{name} {(bytes_ - before[name]) / 2**20:+.1f} MiB" for name, bytes_ in _memory(device).items())
+    note = f"all bit-equal to the first; {grown}"
+    return replace(row, rounds=count, images_per_s=row.batch * count / seconds, note=note)
 
 
-def _row(blank: Row, times: np.ndarray[tuple[int], np.dtype[np.float64]]) -> Row:
-    p50, p99, p999 = (float(np.quantile(times, q)) for q in (0.5, 0.99, 0.999))
-    return replace(
-        blank, rounds=len(times), median_s=p50, min_s=float(times.min()), p99_s=p99, p999_s=p999,
-        images_per_s=blank.batch / float(times.mean()),
-    )  # fmt: skip
+def _bits(explanation: object) -> tuple[Tensor, ...]:
+    return explanation.relevance, explanation.logits  # type: ignore[attr-defined]
+
+
+def _memory(device: Device) -> dict[str, int]:
+    gc.collect()
+    device.synchronise()
+    found = {"resident memory": resident_bytes()}
+    if device.kind == "cuda":
+        found |= {"allocated": torch.cuda.memory_allocated(), "reserved": torch.cuda.memory_reserved()}
+    return found

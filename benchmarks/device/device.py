@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -23,14 +24,20 @@ class Device:
     Attributes:
         kind: "cuda", or "cpu" for a rehearsal.
         small: toy sizes.
+        until: when the run's time is over, on the monotonic clock.
     """
 
     kind: str
     small: bool
+    until: float = math.inf
 
     @property
     def name(self) -> str:
         return torch.cuda.get_device_name() if self.kind == "cuda" else "rehearsal"
+
+    def left(self) -> float:
+        """Seconds of the run's time; below 0 once it is over."""
+        return self.until - time.monotonic()
 
     def synchronise(self) -> None:
         if self.kind == "cuda":

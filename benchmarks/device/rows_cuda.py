@@ -1,4 +1,4 @@
-"""All rows of a CUDA device: ceilings, stages, whole explanations, memory. `rows_cuda.py OUT_FOLDER`.
+"""All rows of a CUDA device: ceilings, stages, whole explanations, packages, memory. `rows_cuda.py OUT_FOLDER`.
 
 STATUS: has never run on a device. `rows_cuda.py OUT_FOLDER --rehearse` runs the same code at toy sizes on the CPU.
 """
@@ -20,6 +20,7 @@ import chart
 import compiled_rows
 import explanation_rows
 import kernel_rows
+import steadiness
 from device import Ceilings, Device, measure_ceilings
 from rows import Row, environment, slug, table, write_csv
 
@@ -68,19 +69,19 @@ def main() -> int:
     parser.add_argument("--rehearse", action="store_true", help="toy sizes on the CPU")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no new row after this long")
     args = parser.parse_args()
-    start = time.monotonic()
-    device = Device("cpu" if args.rehearse else "cuda", args.rehearse)
+    device = Device("cpu" if args.rehearse else "cuda", args.rehearse, time.monotonic() + args.seconds)
     common = environment(device.name if args.rehearse else f"{device.name}, CUDA {torch.version.cuda}")
     path = args.out / f"gpu-{slug(device.name)}.csv"
     rows: list[Row] = []
     for row in all_rows(device):
         rows.append(row)
         write_csv(path, rows, common)  # after each, so that a run that is cut short leaves what it has
-        if time.monotonic() - start > args.seconds:
+        if device.left() < 0:
             print(f"stopped after {args.seconds:.0f} s; the rows behind {row.benchmark} {row.name!r} are missing")
             break
     (args.out / f"gpu-{slug(device.name)}.svg").write_text(chart.draw(rows, device.name), encoding="utf-8")
     print(table(rows))
+    print(f"\nCalls one after the other:\n{steadiness.table(rows)}\n")
     bad = [row for row in rows if row.note.startswith(("WRONG", "FAILED"))]
     print(f"{len(rows)} rows in {path}, {len(bad)} of them wrong or failed")
     return 1 if bad else 0

@@ -4,8 +4,8 @@
 # STATUS: this script has never run on a device. On a machine without one, its build and its CPU steps have run.
 #
 # Needs: nvcc, and a Python with torch (CUDA), timm (with safetensors), numpy, pytest, ninja; setuptools. Nothing else.
-# Optional: hypothesis (without it the op tests that use it are left out), compute-sanitizer, cmake and pybind11 (for the C++
-# session), conformance numbers in $FGA_FAST_CONFORMANCE.
+# Optional: hypothesis (without it the op tests that use it are left out), compute-sanitizer, cmake (for the C++ session) and
+# pybind11 (for its rows), conformance numbers in $FGA_FAST_CONFORMANCE, a built C++ project in $FGA_FAST_CMAKE_BUILD.
 # Use: benchmarks/device/run.sh [OUT]    rows and logs go to OUT; by default rows to benchmarks/results, logs to a temporary folder
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit 1
@@ -71,8 +71,23 @@ else
   skip sanitizer "compute-sanitizer is not on PATH"
 fi
 
-# It builds the C++ project and compiles a package, which may take a minute.
-step session 470 "$python" -m pytest -q -rs -p no:cacheprovider tests/test_runtime_cuda.py
+# The C++ session: built once, for its test and for its rows. Both do without where it does not build.
+command -v cmake >/dev/null || PATH=$PATH:$(dirname "$(command -v "$python")") # pip puts it there
+if [[ -n ${FGA_FAST_CMAKE_BUILD:-} ]]; then
+  skip cmake "FGA_FAST_CMAKE_BUILD is set"
+elif command -v cmake >/dev/null; then
+  built=$(mktemp -d "${TMPDIR:-/tmp}/fga_fast_cmake.XXXXXX")
+  trap 'rm -rf "$built"' EXIT
+  step cmake 430 benchmarks/device/build_session.sh "$built" "$python" && export FGA_FAST_CMAKE_BUILD=$built
+else
+  skip cmake "cmake is not on PATH"
+fi
+if [[ -n ${FGA_FAST_CMAKE_BUILD:-} ]]; then
+  # It compiles packages, which may take a minute.
+  step session 480 "$python" -m pytest -q -rs -p no:cacheprovider tests/test_runtime_cuda.py
+else
+  skip session "the C++ project is not built"
+fi
 
 step rows 590 "$python" benchmarks/device/rows_cuda.py "$out" --seconds $((SECONDS < 550 ? 560 - SECONDS : 10))
 cat "$logs/rows.log"

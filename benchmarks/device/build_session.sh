@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Builds the C++ session with CMake: build_session.sh FOLDER PYTHON
+# With its Python module where PYTHON has pybind11. Without tests and examples, which nothing on a device runs.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+program=$("$2" -c "import sys; print(sys.executable)")
+torch=$("$2" -c "import os, torch; print(os.path.dirname(torch.__file__))")
+pybind=OFF
+if "$2" -c "import pybind11"; then pybind=ON; fi
+cmake -S . -B "$1" -DFGA_FAST_TORCH="$torch" -DFGA_FAST_PYBIND=$pybind -DPython3_EXECUTABLE="$program" \
+  -DBUILD_TESTING=OFF -DFGA_FAST_EXAMPLES=OFF
+cmake --build "$1" --parallel "${MAX_JOBS:-$(nproc)}"

@@ -41,12 +41,12 @@ def rows(device: Device, built: tuple[nn.Module, Saes], backend: Backend) -> Ite
         compiled: list[Work] = []
         yield _compiled(subject, FGA, explainer, compiled)
         if batch == 1:
-            yield _eager(subject, FGA, explainer)
             # Triton kernels, which native scores with on CUDA, need Python: the C++ session does without.
             composite = Explainer(model, saes[FGA], backend="composite")
             yield from package_rows.rows(subject, FGA, composite)
             for work in compiled:
                 yield _soak(subject, f"{FGA}, compiled, {backend}", work)
+            yield _eager(subject, FGA, explainer)
         yield _compiled(subject, "TransMM", Explainer(model, {}, backend=backend), [])
         if batch == 1 and backend != "composite":
             yield from package_rows.rows(subject, FGA, explainer, session=False)
@@ -58,7 +58,7 @@ def _forward(device: Device, model: nn.Module, batch: int) -> tuple[Subject, Row
     blank = Row("graph", "", batch, 197, str(dtype).removeprefix("torch."))
     subject = Subject(device, images, blank)
     row = subject.row("forward, compiled", lambda: (torch.no_grad()(partial(torch.compile(model), images)), ""))
-    return replace(subject, forward=row.median_s or 0.0), row
+    return replace(subject, forward=row.median_s), replace(row, ratio_to_compiled=row.median_s and 1.0)
 
 
 def _eager(subject: Subject, name: str, explainer: Explainer) -> Row:

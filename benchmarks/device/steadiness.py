@@ -28,13 +28,13 @@ class Subject:
 
     Attributes:
         blank: a row with what all of them share.
-        forward: median seconds of the compiled forward pass; 0 as long as it is not known.
+        forward: median seconds of the compiled forward pass, if known.
     """
 
     device: Device
     images: Tensor  # [B, channels, H, W]
     blank: Row
-    forward: float = 0.0
+    forward: float | None = None
 
     def row(self, name: str, prepare: Prepare, seconds: float = 0.0) -> Row:
         """One way, timed. One that fails must not end the run.
@@ -59,7 +59,7 @@ class Subject:
         return replace(
             row, rounds=len(times), median_s=p50, min_s=float(times.min()), p99_s=p99, p999_s=p999,
             images_per_s=row.batch / float(times.mean()), peak_bytes=self.device.peak_bytes(work),
-            ratio_to_compiled=p50 / self.forward if self.forward else 1.0,
+            ratio_to_compiled=p50 / self.forward if self.forward else None,
         )  # fmt: skip
 
 

@@ -66,7 +66,8 @@ def test_the_session_is_built_once_and_may_fail_to_build(tmp_path: Path, status:
     environment |= {"TMPDIR": str(tmp_path), "FGA_FAST_CMAKE_BUILD": "", "FGA_FAST_CONFORMANCE": ""}
     command = ["bash", str(ROOT / "benchmarks" / "device" / "run.sh"), str(tmp_path / "out")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    logs = {log.stem: log.read_text(encoding="utf-8") for log in (tmp_path / "out").glob("*.log")}
+    log = (tmp_path / "out" / "run.log").read_text(encoding="utf-8")
+    logs = {step.split()[2]: step for step in log.split("\n===")[1:]}
     assert done.returncode == (1 if status else 0), done.stdout + done.stderr
     assert "rows_cuda.py" in logs["rows"]
     built = f"built=<{tmp_path}/fga_fast_cmake."

@@ -6,35 +6,41 @@
 # Needs: nvcc, and a Python with torch (CUDA), timm (with safetensors), numpy, pytest, ninja; setuptools. Nothing else.
 # Optional: hypothesis (without it the op tests that use it are left out), compute-sanitizer, cmake (for the C++ session) and
 # pybind11 (for its rows), conformance numbers in $FGA_FAST_CONFORMANCE, a built C++ project in $FGA_FAST_CMAKE_BUILD.
-# Use: benchmarks/device/run.sh [OUT]    rows and logs go to OUT; by default rows to benchmarks/results, logs to a temporary folder
+# Use: benchmarks/device/run.sh [OUT]    rows and run.log go to OUT; by default rows to benchmarks/results, and the log to a
+# temporary folder
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit 1
 
 python=${PYTHON:-python3}
 out=${1:-benchmarks/results}
 mkdir -p "$out" || exit 1
-logs=${1:-$(mktemp -d "${TMPDIR:-/tmp}/fga_fast_device.XXXXXX")}
+log=${1:-$(mktemp -d "${TMPDIR:-/tmp}/fga_fast_device.XXXXXX")}/run.log # one file: few come back from some machines
+: >"$log"
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 MAX_JOBS=${MAX_JOBS:-$(nproc)}
 summary=()
 failed=0
 
-# step NAME UNTIL COMMAND...: runs it until that second of the script at most, keeps its log, notes how it ended. A step
-# that takes less leaves its time to the next; one that takes more leaves the rows theirs.
+# step NAME UNTIL COMMAND...: runs it until that second of the script at most, logs it, notes how it ended. A step that
+# takes less leaves its time to the next; one that takes more leaves the rows theirs.
 step() {
-  local name=$1 limit=$(($2 > SECONDS + 5 ? $2 - SECONDS : 5)) log="$logs/$1.log" status
+  local name=$1 limit=$(($2 > SECONDS + 5 ? $2 - SECONDS : 5)) status
   shift 2
-  printf '\n=== %4d s  %s\n' "$SECONDS" "$name"
-  timeout "$limit" "$@" >"$log" 2>&1
+  printf '\n=== %4d s  %s\n' "$SECONDS" "$name" | tee -a "$log"
+  begin=$(($(wc -c <"$log") + 1))
+  timeout "$limit" "$@" >>"$log" 2>&1
   status=$?
-  tail -n 15 "$log"
+  said | tail -n 15
   if [[ $status -eq 0 ]]; then
-    summary+=("$(printf '%-12s passed   %s' "$name" "$(tail -n 1 "$log" | cut -c1-90)")")
+    summary+=("$(printf '%-12s passed   %s' "$name" "$(said | tail -n 1 | cut -c1-90)")")
   else
     summary+=("$(printf '%-12s FAILED with status %d, log %s' "$name" "$status" "$log")")
     failed=1
   fi
   return "$status"
 }
+
+# What the last step printed.
+said() { tail -c "+$begin" "$log"; }
 
 skip() { summary+=("$(printf '%-12s skipped  %s' "$1" "$2")"); }
 
@@ -90,7 +96,7 @@ else
 fi
 
 step rows 590 "$python" benchmarks/device/rows_cuda.py "$out" --seconds $((SECONDS < 550 ? 560 - SECONDS : 10))
-cat "$logs/rows.log"
+said
 
 printf '\n'
 printf '%s\n' "${summary[@]}"

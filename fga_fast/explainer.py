@@ -175,7 +175,8 @@ class Explainer:
 
         `example` and `targets`, and what is refused, are as for `compile`. Called with images of the example's shape,
         and class numbers [B] int64 if they are given, it returns a dict of tensors: "relevance" [B, P], "logits",
-        "targets", "values", "scores.9", "gates.9" and so on. It shares the model's weights, and checks nothing.
+        "targets", "values", "scores.9", "gates.9" and so on. It shares the model's weights, so that a change of either
+        reaches the other, and checks nothing.
         """
         from fga_fast.graph.module import ExplanationModule
 

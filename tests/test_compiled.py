@@ -177,6 +177,8 @@ def test_bad_calls_of_predicted(predicted: CompiledExplainer, batch: Tensor, tar
     [
         (None, "targets: this graph explains given classes"),
         (5, "targets: .*5"),
+        (torch.tensor([9]), "targets: .*9"),
+        ([-1], "targets: .*-1"),
         ([[0, 1]], "targets: expected one class an image"),
         ("cow", "targets: .*cow"),
         (Difference(1, 2), "targets: a graph explains classes, got Difference"),

@@ -66,11 +66,13 @@ def explain_native(case: conformance.Case, run: int) -> Any:
 def explain_graph(case: conformance.Case, run: int, *targets: Tensor) -> Any:
     """The traced graph, without what nobody reads, run as it is."""
     from fga_fast import Explainer
+    from fga_fast.graph.biases import fold_biases
     from fga_fast.graph.outputs import explanation
     from fga_fast.graph.trace import flatten
 
     explainer = Explainer(case.model, saes=case.saes(run), gate=case.gate(run), backend="native")
     flat = flatten(explainer, case.images, "given" if targets else "predicted")
+    fold_biases(flat.module)  # as before it is compiled
     layout = find_layout(case.model)
     found = dict(zip(flat.outputs, flat.module(case.images, *targets), strict=True))
     return explanation(found, grid=layout.grid, image_size=layout.image_size, backend="graph")

@@ -1,102 +1,125 @@
-"""Biases of q, k and v inside their product: nothing between projection and attention but views."""
+"""Biases of q, k and v inside their product: only views between projection and attention, wherever that is right."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
 from explaining import PIXELS, Build, sae_for
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fga_fast import Explainer
 from fga_fast.graph.biases import fold_biases
-from fga_fast.graph.trace import Flat, flatten
+from fga_fast.graph.trace import flatten
 
 aten = torch.ops.aten
+VIEWS = ("reshape", "view", "permute", "unbind", "transpose", "clone", "slice", "select")
 
 
-def traced(tiny_vit: Build, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Flat]:
+def folded(tiny_vit: Build, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, fx.GraphModule]:
     model = tiny_vit(depth=3).to(dtype)
-    explainer = Explainer(model, {1: sae_for(model)})
-    return model, flatten(explainer, torch.randn(2, *PIXELS, dtype=dtype))
+    module = flatten(Explainer(model, {1: sae_for(model)}), torch.randn(2, *PIXELS, dtype=dtype)).module
+    fold_biases(module)
+    return model, module
 
 
-def products(node: fx.Node) -> set[str]:
-    """Operators other than views that made a tensor."""
-    named = str(node.target).split(".")[-2:]
-    if node.op == "call_function" and named[0] in (
-        "reshape",
-        "view",
-        "permute",
-        "unbind",
-        "transpose",
-        "clone",
-        "slice",
-    ):
-        assert isinstance(node.args[0], fx.Node)
-        return products(node.args[0])
-    if "getitem" in str(node.target):
-        assert isinstance(node.args[0], fx.Node)
-        return products(node.args[0])
-    return {named[0]}
+def product(node: fx.Node) -> str:
+    """The operator that made what views of show."""
+    name = "getitem" if "getitem" in str(node.target) else str(node.target).split(".")[-2]
+    if name not in (*VIEWS, "getitem"):
+        return name
+    assert isinstance(node.args[0], fx.Node)
+    return product(node.args[0])
 
 
 def made_of(module: fx.GraphModule) -> set[str]:
     """What makes the q, k and v of all attentions of a graph."""
-    found = set[str]()
-    for node in module.graph.nodes:
-        if str(node.target).startswith("fga_fast.attention."):
-            found |= products(node.args[0]) | products(node.args[1]) | products(node.args[2])
-    return found
+    attentions = [node for node in module.graph.nodes if str(node.target).startswith("fga_fast.attention.")]
+    assert len(attentions) == 3
+    return {product(node.args[i]) for node in attentions for i in range(3)}
 
 
 def test_attention_reads_plain_products(tiny_vit: Build) -> None:
-    _, flat = traced(tiny_vit)
-    assert made_of(flat.module) == {"mm"}
+    assert made_of(folded(tiny_vit)[1]) == {"mm"}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes_keep_their_biases(tiny_vit: Build, dtype: torch.dtype) -> None:
-    _, flat = traced(tiny_vit, dtype)
-    assert made_of(flat.module) == {"addmm"}
+    assert made_of(folded(tiny_vit, dtype)[1]) == {"addmm"}
 
 
 def test_products_that_autocast_makes_16_bit_keep_theirs(tiny_vit: Build) -> None:
     explainer = Explainer(tiny_vit(depth=3))
     with torch.autocast("cpu", torch.bfloat16):
-        assert made_of(flatten(explainer, torch.randn(2, *PIXELS)).module) == {"addmm"}
+        module = flatten(explainer, torch.randn(2, *PIXELS)).module
+    fold_biases(module)
+    assert made_of(module) == {"addmm"}
 
 
 def test_weights_are_held_once(tiny_vit: Build) -> None:
-    """The backward pass reads a slice of the same copy."""
-    model, flat = traced(tiny_vit)
+    """The backward pass reads a slice of the same copy, and what nobody reads is gone."""
+    model, module = folded(tiny_vit)
     weights = {parameter.data_ptr() for name, parameter in model.named_parameters() if "qkv" in name}
     assert len(weights) == 6
-    read = [getattr(flat.module, str(node.target)) for node in flat.module.graph.nodes if node.op == "get_attr"]
-    assert not weights & {tensor.data_ptr() for tensor in read}
+    assert not weights & {tensor.data_ptr() for tensor in (*module.parameters(), *module.buffers())}
+    read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    assert {name for name, _ in (*module.named_parameters(), *module.named_buffers())} <= read
 
 
-class Attended(nn.Module):
-    """One product, one reader of its views."""
+class Product(nn.Module):
+    """A product with a bias as a model may write it."""
 
-    def __init__(self, reads_twice: bool) -> None:
+    def __init__(self, write: Callable[[Tensor, Tensor, Tensor], Tensor], weight: tuple[int, ...], bias: int) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.randn(12, 5)), nn.Parameter(torch.randn(12))
-        self.reads_twice = reads_twice
+        torch.manual_seed(0)
+        self.weight, self.bias, self.write = nn.Parameter(torch.randn(weight)), nn.Parameter(torch.randn(bias)), write
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = aten.addmm(self.bias, x, self.weight.t())
-        read = aten.clone(y.view(-1, 3, 4))
-        return read + y.view(-1, 3, 4) if self.reads_twice else read
+    def forward(self, x: Tensor) -> Tensor:  # [7, 6]
+        return self.write(x, self.weight, self.bias)
 
 
-@pytest.mark.parametrize("reads_twice", [False, True])
-def test_only_where_nothing_else_reads(reads_twice: bool) -> None:
-    module = Attended(reads_twice)
-    x = torch.randn(7, 5)
-    graph = torch.fx.experimental.proxy_tensor.make_fx(module)(x)
-    names = {node.target for node in graph.graph.nodes}
+def read(y: Tensor) -> Tensor:
+    """Stands for attention: a clone of a view."""
+    return y.view(7, 2, -1).clone()
+
+
+OTHER = torch.randn(12, 6, generator=torch.Generator().manual_seed(1))
+CASES: dict[str, tuple[bool, Callable[[Tensor, Tensor, Tensor], Tensor], tuple[int, ...], int]] = {
+    "the usual": (True, lambda x, w, b: read(aten.addmm(b, x, w.t())), (12, 6), 12),
+    "transposed by permute": (True, lambda x, w, b: read(aten.addmm(b, x, w.permute(1, 0))), (12, 6), 12),
+    "two products of one input": (
+        True, lambda x, w, b: read(aten.addmm(b, x, w.t())) + read(aten.addmm(b, x, OTHER.t())), (12, 6), 12
+    ),
+    "read elsewhere too": (False, lambda x, w, b: read(y := aten.addmm(b, x, w.t())) + y.view(7, 2, 6), (12, 6), 12),
+    "a weight that lies transposed": (False, lambda x, w, b: read(aten.addmm(b, x, w)), (6, 12), 12),
+    "a permutation of nothing": (False, lambda x, w, b: read(aten.addmm(b, x, w.permute(0, 1))), (6, 6), 6),
+    "a bias of one number": (False, lambda x, w, b: read(aten.addmm(b, x, w.t())), (12, 6), 1),
+    "factors": (False, lambda x, w, b: read(aten.addmm(b, x, w.t(), beta=0.5, alpha=2.0)), (12, 6), 12),
+    "a weight that is read as a vector": (
+        False, lambda x, w, b: read(aten.addmm(b, x, w.t())) * w.view(-1)[0], (12, 6), 12
+    ),
+}  # fmt: skip
+
+
+def share_weights(module: fx.GraphModule) -> None:
+    """One node a weight, as in a traced explanation."""
+    first: dict[str, fx.Node] = {}
+    for node in list(module.graph.nodes):
+        if node.op == "get_attr":
+            node.replace_all_uses_with(first.setdefault(str(node.target), node))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_as_models_write_it(name: str) -> None:
+    folds, write, weight, bias = CASES[name]
+    x, module = torch.randn(7, 6), Product(write, weight, bias)
+    graph = make_fx(module)(x)
+    share_weights(graph)
+    assert any(node.target is aten.addmm.default for node in graph.graph.nodes)
     fold_biases(graph)
-    folded = {node.target for node in graph.graph.nodes}
-    assert aten.addmm.default in names
-    assert (aten.addmm.default in folded) == reads_twice
+    targets = [node.target for node in graph.graph.nodes]
+    assert (aten.addmm.default not in targets) == folds
+    assert targets.count(aten.constant_pad_nd.default) == folds  # one input is widened once
     torch.testing.assert_close(graph(x), module(x))

@@ -177,7 +177,8 @@ class Scorer {
       }
     }
     // Features in blocks whose decoder rows stay in the L2 cache while all patches use them.
-    const int64_t block = std::max<int64_t>(16, kDecoderBytes / static_cast<int64_t>(sizeof(W)) / a_.width);
+    const int64_t block =
+        std::max<int64_t>(16, kDecoderBytes / static_cast<int64_t>(sizeof(W)) / std::max<int64_t>(1, a_.width));
     torch::stable::parallel_for(0, static_cast<int64_t>(ranges_.size()), 1, [&](int64_t begin, int64_t end) {
       for (int64_t f = 0; f < t.count; f += block)
         for (int64_t i = begin; i < end; ++i) {

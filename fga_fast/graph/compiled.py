@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from fga_fast import checks
 from fga_fast.explanation import Explanation
+from fga_fast.graph.biases import fold_biases
 from fga_fast.graph.outputs import explanation, given_classes, in_batches, packed, unpacked
 from fga_fast.graph.trace import Flat, Targets, check_example, flatten, one_at_a_time
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from fga_fast.explainer import Explainer
 
 Run = Callable[..., Sequence[Tensor]]
+
+_capturing = threading.Lock()
 
 
 class CompiledExplainer:
@@ -52,6 +55,7 @@ class CompiledExplainer:
             images = example[:1].detach().expand(size, *example.shape[1:]).contiguous()
             flat = flatten(explainer, images, targets)
             self._outputs, self._classes, self._class_names = flat.outputs, flat.classes, flat.class_names
+            fold_biases(flat.module)
             _freeze(flat.module, frozen)
             self._runs[size] = _compiled(flat, images, targets, options)
 
@@ -88,7 +92,8 @@ class CompiledExplainer:
         )  # fmt: skip
 
     def _given(self, images: Tensor, targets: Any) -> tuple[Tensor, ...]:
-        return given_classes("graph", self.targets, targets, images, self._classes, self._class_names)
+        names, ranged = self._class_names, not images.is_cuda
+        return given_classes("graph", self.targets, targets, images, self._classes, names, ranged=ranged)
 
 
 def _checked_batches(batches: Sequence[int] | None, example: Tensor) -> tuple[int, ...]:
@@ -155,7 +160,7 @@ class _Replay:
     """A compiled graph as one launch: captured once a stream, replayed from buffers of its own.
 
     Outputs lie together, so that one more copy makes them outlive the next replay; the memory for it comes from
-    PyTorch's cache.
+    PyTorch's cache, and is held as long as any of them.
     """
 
     def __init__(self, run: Run, inputs: Sequence[Tensor]) -> None:
@@ -184,6 +189,6 @@ class _Replay:
         torch.cuda.current_stream().wait_stream(side)
         like = [torch.empty_like(t, device="meta") for t in outputs]
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with _capturing, torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             flat = packed(self._run(*buffers))
         return _Captured(graph, buffers, flat, like)

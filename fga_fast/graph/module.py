@@ -29,10 +29,10 @@ class ExplanationModule(nn.Module):
         self.names = flat.outputs
 
     def forward(self, images: Tensor, *targets: Tensor) -> dict[str, Tensor]:
-        """Explains images of the example's shape.
+        """Explains images of the example's shape, dtype and device, for which alone it was made; not under autocast.
 
         Args:
             images: [B, channels, H, W], not checked.
             targets: for "given", class numbers [B] int64, not checked; for "predicted" nothing.
         """
-        return dict(zip(self.names, self.graph_module(images, *targets), strict=True))
+        return dict(zip(self.names, self.graph_module(images.detach(), *targets), strict=True))

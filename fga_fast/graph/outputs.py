@@ -38,16 +38,22 @@ def in_batches(
 
 
 def given_classes(
-    what: str, wanted: str, targets: Any, images: Tensor, classes: int, names: Sequence[str] | None
+    what: str,
+    wanted: str,
+    targets: Any,
+    images: Tensor,
+    classes: int,
+    names: Sequence[str] | None,
+    *,
+    ranged: bool = True,
 ) -> tuple[Tensor, ...]:
     """What a graph takes beside the images: nothing, or one class an image, [B] int64, on their device.
-
-    The host never waits for a device here: numbers out of range in a tensor of the images' device are not looked for,
-    and the graph gives NaN for them.
 
     Args:
         what: "graph" or "package", for messages.
         wanted: "predicted" or "given", as it was made.
+        ranged: whether to look for numbers out of range in a tensor of a device, for which the host waits; otherwise
+            the graph gives NaN for them.
 
     Raises:
         TypeError, ValueError: targets that it does not take; the message says why and what to do.
@@ -62,9 +68,9 @@ def given_classes(
         raise ValueError(f"targets: this {what} explains given classes; pass one for each image, or one for all")
     if isinstance(targets, (Difference, Embedding)) or (callable(targets) and not isinstance(targets, type)):
         raise TypeError(f"targets: a {what} explains classes, got {type(targets).__name__}; Explainer takes it")
-    there = isinstance(targets, Tensor) and targets.is_cuda and images.is_cuda
-    blank = torch.empty(1, 1, device=images.device if there else "cpu").expand(len(images), classes)
-    picked = pick(targets, blank, names, classes, ranged=not there)
+    device = targets.device if isinstance(targets, Tensor) else "cpu"
+    blank = torch.empty(1, 1, device=device).expand(len(images), classes)
+    picked = pick(targets, blank, names, classes, ranged=ranged or device == torch.device("cpu"))
     if picked.dim() != 1:
         raise ValueError(
             f"targets: expected one class an image, [{len(images)}], got {list(picked.shape)}; a {what} explains one, "

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fga_fast import checks
 from fga_fast.atomic import atomic_write, check_writable_folder
 from fga_fast.explanation import Explanation
+from fga_fast.graph.biases import fold_biases
 from fga_fast.graph.outputs import explanation, given_classes, in_batches
 from fga_fast.graph.package_metadata import DTYPES, Metadata, Output, sha256_of, this_machine
 from fga_fast.graph.trace import Flat, Targets, flatten, one_at_a_time
@@ -70,6 +71,7 @@ def export(
     _check_preprocessing(preprocessing, example)
     check_writable_folder(path.parent)
     flat = flatten(explainer, example, targets)
+    fold_biases(flat.module)
     names = flat.class_names if class_names is None else Readout(explainer.model, class_names).names(flat.classes)
     # In the same folder, since files are moved atomically only within one file system.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:

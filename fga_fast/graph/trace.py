@@ -20,7 +20,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fga_fast.graph import rows, simplify
-from fga_fast.graph.biases import fold_biases
 from fga_fast.models.layout import ModelLayout
 from fga_fast.records import Gating, gated_map
 
@@ -48,8 +47,7 @@ def flatten(explainer: Explainer, images: Tensor, targets: Targets = "predicted"
     """The graph of `explainer(images, targets)` for images of this shape, dtype and device.
 
     Args:
-        explainer: what to trace; it and its model stay as they are, and their weights are shared, not copied, but for
-            the products of q, k and v in float32 on the CPU (biases.py).
+        explainer: what to trace; it and its model stay as they are, and their weights are shared, not copied.
         images: [B, channels, H, W], an example; explained once eagerly, so that everything that is checked is.
         targets: "predicted": the graph explains the predicted class; "given": it takes targets [B], class numbers.
         prune: leave out what is computed for tokens that nobody reads; exact (rows.py).
@@ -80,8 +78,6 @@ def flatten(explainer: Explainer, images: Tensor, targets: Targets = "predicted"
             simplify.simplify(module)
         if prune and layout.pooling == "token":
             rows.prune(module, layout.pooled[0], layout.tokens)
-        if images.device.type == "cpu":
-            fold_biases(module)
         module.graph.eliminate_dead_code()
         module.recompile()
     logger.info(

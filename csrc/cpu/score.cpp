@@ -31,7 +31,7 @@ constexpr int64_t kRangePatches = 128;               // patches of one work item
 constexpr int64_t kTileBytes = int64_t{8} << 20;     // pre-activations of one tile; smaller ones pack x more often
 constexpr int64_t kDecoderBytes = int64_t{1} << 19;  // decoder rows of one block of features
 // Share of active features above which a second dense product beats gathering decoder rows: 0.30 with one thread and
-// 0.31 with two, measured by benchmarks/bench_score.py on a 2-core Xeon with AVX-512 at commit b9a80ad.
+// 0.29 with two, measured by benchmarks/bench_score.py on a 2-core Xeon with AVX-512 at commit 975aadd.
 constexpr double kDenseShare = 0.3;
 
 Tensor call(const char* name, const char* overload, std::vector<StableIValue> stack) {

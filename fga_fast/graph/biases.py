@@ -6,20 +6,13 @@ there the sum became a pass of its own, which wrote q, k and v once more.
 
 from __future__ import annotations
 
-import operator
-
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from fga_fast.graph.simplify import made
+from fga_fast.graph.simplify import attribute, is_view, made
 
 aten = torch.ops.aten
 
-_VIEWS = (
-    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.permute.default, aten.transpose.int,
-    aten.unbind.int, aten.select.int, aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default,
-    aten.chunk.default, aten.squeeze.dim, aten.unsqueeze.default, operator.getitem,
-)  # fmt: skip
 _TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default)
 
 
@@ -50,7 +43,7 @@ def _forget_unread(module: fx.GraphModule) -> None:
 
 def _only_attention_reads(node: fx.Node) -> bool:
     return bool(node.users) and all(
-        _only_attention_reads(user) if user.target in _VIEWS else _is_attention(user) for user in node.users
+        _only_attention_reads(user) if is_view(user) else _is_attention(user) for user in node.users
     )
 
 
@@ -65,7 +58,7 @@ def _fold(module: fx.GraphModule, node: fx.Node, widened: dict[fx.Node, fx.Node]
     weight = _transposed(transposed)
     if weight is None or bias.op != "get_attr":
         return
-    matrix, column = (_tensor(module, part) for part in (weight, bias))  # [out, C], [out]
+    matrix, column = (attribute(module, str(part.target)) for part in (weight, bias))  # [out, C], [out]
     if column.shape != matrix.shape[:1]:
         return
     graph, name = module.graph, f"_folded_with_bias_{node.name}"
@@ -93,8 +86,3 @@ def _transposed(node: fx.Node) -> fx.Node | None:
     turned = shown.dim() == 2 and node.meta["val"].stride() == shown.stride()[::-1]
     plain = all(user.target in (*_TRANSPOSES, aten.mm.default) for user in weight.users)
     return weight if turned and plain else None
-
-
-def _tensor(module: fx.GraphModule, node: fx.Node) -> Tensor:
-    found: Tensor = operator.attrgetter(str(node.target))(module)
-    return found

@@ -186,6 +186,7 @@ class _Replay:
         with torch.cuda.stream(side):
             for _ in range(3):  # what a library allocates at first use must not be part of the graph
                 outputs = self._run(*buffers)
+                packed(outputs)
         torch.cuda.current_stream().wait_stream(side)
         like = [torch.empty_like(t, device="meta") for t in outputs]
         graph = torch.cuda.CUDAGraph()

@@ -76,7 +76,7 @@ def given_classes(
             f"targets: expected one class an image, [{len(images)}], got {list(picked.shape)}; a {what} explains one, "
             "Explainer takes several"
         )
-    return (picked.contiguous().to(images.device, non_blocking=True),)
+    return (picked.to(images.device, non_blocking=True),)
 
 
 def packed(outputs: Sequence[Tensor]) -> Tensor:

@@ -42,7 +42,7 @@ def functional(module: fx.GraphModule, inputs: tuple[Tensor, ...]) -> fx.GraphMo
     if not any(_is_mutable(node) for node in module.graph.nodes):
         return module
     names = list(dict.fromkeys(str(node.target) for node in module.graph.nodes if node.op == "get_attr"))
-    weights = [_attribute(module, name) for name in names]
+    weights = [attribute(module, name) for name in names]
 
     def run(*tensors: Tensor) -> Any:
         given = dict(zip(names, tensors[len(inputs) :], strict=True))
@@ -117,7 +117,7 @@ def fold(module: fx.GraphModule) -> None:
     known: dict[fx.Node, Any] = {}
     for node in list(module.graph.nodes):
         if node.op == "get_attr":
-            known[node] = _attribute(module, str(node.target))
+            known[node] = attribute(module, str(node.target))
         elif node.op == "call_function" and _is_pure(node) and node.all_input_nodes:
             if not all(n in known for n in node.all_input_nodes):
                 continue
@@ -128,7 +128,7 @@ def fold(module: fx.GraphModule) -> None:
         node = wanted.pop()
         if node.op == "get_attr" or not isinstance(known[node], Tensor):
             continue
-        if _is_view(node):
+        if is_view(node):
             wanted += node.all_input_nodes
             continue
         name = f"_folded_{node.name}"
@@ -139,11 +139,11 @@ def fold(module: fx.GraphModule) -> None:
         node.replace_all_uses_with(constant)
 
 
-def _attribute(module: fx.GraphModule, name: str) -> Any:
+def attribute(module: fx.GraphModule, name: str) -> Any:
     return operator.attrgetter(name)(module)
 
 
-def _is_view(node: fx.Node) -> bool:
+def is_view(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return node.target is operator.getitem or any(r.alias_info is not None for r in getattr(schema, "returns", ()))
 

@@ -173,8 +173,10 @@ def _explanation(
     with tape.attached(images):
         output = explainer.readout.run(images)
         logits = explainer.readout.logits(output)
-        targets = logits.argmax(dim=-1) if given is None else given.where(_inside(given, logits), 0)
-        values = logits.gather(1, targets.unsqueeze(1)).squeeze(1)
+        targets = logits.argmax(dim=-1) if given is None else given
+        # Whether there is such a class: where the host did not look, the graph says so itself, by NaN.
+        inside = (targets >= 0) & (targets < logits.shape[1])
+        values = logits.gather(1, targets.where(inside, 0).unsqueeze(1)).squeeze(1)
     found = tape.backward(values, explainer.target_chunk)
     read = {layer: Gating.read(slots) for layer, slots in sorted(found.recorded.items())}
     blocks = {layer: row[..., prefix:] for layer, row in sorted(found.rows.items())}
@@ -183,7 +185,7 @@ def _explanation(
         blocks = {layer: gated_map(row, gates, layer) for layer, row in blocks.items()}
     outputs = {
         "logits": logits,
-        "targets": targets if given is None else given,
+        "targets": targets,
         "values": values,
         "relevance": blocks[explainer.start_layer],
     }
@@ -194,13 +196,7 @@ def _explanation(
         if features is not None:
             outputs |= {f"features.{layer}.{name}": value for name, value in features._asdict().items()}
     if given is not None:
-        inside = _inside(given, logits)
         for name, value in outputs.items():
             if name != "logits" and value.is_floating_point():
                 outputs[name] = value.where(inside.view(-1, *[1] * (value.dim() - 1)), math.nan)
     return {name: value.detach().contiguous() for name, value in outputs.items()}
-
-
-def _inside(given: Tensor, logits: Tensor) -> Tensor:
-    """[B]: whether there is such a class. Where nobody looked, a graph says so itself, by NaN."""
-    return (given >= 0) & (given < logits.shape[1])

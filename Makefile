@@ -20,8 +20,8 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*.cpp csrc/*.c csrc/*.h csrc/*.txt csrc/cpu/* csrc/cuda/*)
 SANITIZED := build/sanitize/libfga_ops.so
-OP_TESTS := $(wildcard tests/test_attention*.py tests/test_score*.py tests/test_many_rows.py) tests/test_gate.py
-CPP_FILES := $(wildcard csrc/*.cpp csrc/*.c csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.h tests/native/*.cpp \
+OP_TESTS := $(filter-out %/test_isa.py %_cuda.py,$(wildcard tests/ops/test_*.py))
+CPP_FILES := $(wildcard csrc/*.cpp csrc/*.c csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.h tests/csrc/native/*.cpp \
 	csrc/runtime/*.cpp csrc/runtime/*.h csrc/runtime/fga_fast/*.h examples/cpp/*.cpp examples/cpp/*.h \
 	tests/runtime/*.cpp tests/runtime/*.h tests/runtime/consumer/*.cpp tests/runtime/consumer/*.h)
 

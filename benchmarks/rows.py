@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from fga_fast import __version__
-from fga_fast.atomic import atomic_write
+from fga_fast.io.atomic import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fga_fast import SparseAutoencoder
-from fga_fast.timm_import import import_timm
+from fga_fast.models.timm_import import import_timm
 
 WIDTH = 768
 

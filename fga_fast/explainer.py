@@ -29,15 +29,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fga_fast import backends, checks, settings
-from fga_fast.backends import Backend
-from fga_fast.explanation import Explanation
-from fga_fast.gate import Gate
-from fga_fast.models.layout import ModelLayout, find_layout
-from fga_fast.readout import Answer, Readout, Targets
-from fga_fast.records import Gating, gated_map
+from fga_fast.engine import backends
+from fga_fast.engine import plan as settings
+from fga_fast.engine.backends import Backend
+from fga_fast.engine.records import Gating, gated_map
+from fga_fast.engine.tape import Tape
+from fga_fast.models import checks
+from fga_fast.models.find import find_layout
+from fga_fast.models.layout import ModelLayout
+from fga_fast.precision import relevance_dtype
+from fga_fast.question.readout import Answer, Readout, Targets
+from fga_fast.result.explanation import Explanation
 from fga_fast.sae import SparseAutoencoder
-from fga_fast.tape import Tape
+from fga_fast.settings import Gate
 
 if TYPE_CHECKING:
     from fga_fast.graph.compiled import CompiledExplainer
@@ -189,7 +193,7 @@ class Explainer:
         the package takes one image at a time, of the model's size. `settings`, and all that is raised, are those of
         `graph.package.export`: `targets`, `preprocessing`, `class_names`.
         """
-        from fga_fast.graph.package import export
+        from fga_fast.graph.package.export import export
 
         if example is None:
             if self.layout.image_size is None:
@@ -252,7 +256,7 @@ class Explainer:
         with torch.no_grad():
             output = self.readout.run(images.new_zeros(1, *images.shape[1:]))[:0]
             answer = self.readout.answer(targets, output)
-        dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
+        dtype = relevance_dtype(images.dtype)
         none = images.new_zeros(*answer.targets.shape, layout.patches, dtype=dtype)
         slots = [none, none]
         if self.top_features:

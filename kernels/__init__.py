@@ -3,8 +3,8 @@
     score(x, g, sae, mode, image=, permutation=, top_features=)   as `ops.score`    -> score.py
     gate(scores, base, slope)                                     as `ops.gate`     -> gate.py
 
-What was shown is in tests/test_kernels_interpreted.py (numbers, in Triton's interpreter on the CPU) and
-tests/test_kernels_compile.py (machine code for compute capability 8.0, 9.0 and 10.0). Speed was not measured.
+What was shown is in tests/kernels/test_kernels_interpreted.py (numbers, in Triton's interpreter on the CPU) and
+tests/kernels/test_kernels_compile.py (machine code for compute capability 8.0, 9.0 and 10.0). Speed was not measured.
 """
 
 from __future__ import annotations

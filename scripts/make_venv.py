@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # What timm needs besides torch and torchvision. A torchvision must fit its torch to the build, and pip cannot tell
-# which one does; where the system's torch has none, timm is installed alone and fga_fast/timm_import.py copes.
+# which one does; where the system's torch has none, timm is installed alone and fga_fast/models/timm_import.py copes.
 TIMM_NEEDS = ["pyyaml", "huggingface_hub", "safetensors"]
 
 

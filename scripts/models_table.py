@@ -26,7 +26,7 @@ from families import Family  # noqa: E402
 from fga_fast.models.refused import REFUSED, REFUSED_PARTS  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
-BOUND = 1e-4  # of tests/test_families.py; smaller numbers differ from machine to machine
+BOUND = 1e-4  # of tests/models/test_families.py; smaller numbers differ from machine to machine
 ATTENTION = {
     "fused": "SDPA",
     "eager": "softmax",

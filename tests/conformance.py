@@ -129,7 +129,7 @@ class Case:
 
     def gate(self, run: int) -> Any:
         """The run's `fga_fast.gate.Gate`."""
-        from fga_fast.gate import Gate
+        from fga_fast.settings import Gate
 
         settings = self.header["runs"][run]
         mode, permutation = MODES[settings["gate"]], None

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fga_fast import Explainer, Explanation, Gate, SparseAutoencoder
-from fga_fast.models import ModelLayout, find_layout
+from fga_fast.models.find import find_layout
+from fga_fast.models.layout import ModelLayout
 
 # What a family's library is called in the table -> what Python imports.
 LIBRARIES = {"timm": "timm", "open_clip": "open_clip", "Hugging Face": "transformers", "torchvision": "torchvision"}

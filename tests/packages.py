@@ -9,7 +9,7 @@ from own_vit import IMAGES, WIDTH, own_vit
 from torch import Tensor
 
 from fga_fast import Explainer, SparseAutoencoder
-from fga_fast.images import Preprocess
+from fga_fast.io.images import Preprocess
 
 NAMES = ["ant", "bee", "cat", "dog", "émeu"]
 PREPROCESS = Preprocess((16, 24), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), crop_pct=0.875, interpolation="bilinear")

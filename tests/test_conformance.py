@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fga_fast.models import find_layout
+from fga_fast.models.find import find_layout
 
 FOUND = conformance.folder().is_dir()
 BACKENDS = ("reference", "native", "graph")
@@ -37,8 +37,8 @@ CONSERVATIVE = [path.name for path in conformance.conservative_files()] if FOUND
 
 
 def explain_reference(case: conformance.Case, run: int) -> Any:
-    from fga_fast.explanation import Explanation
     from fga_fast.reference import explain
+    from fga_fast.result.explanation import Explanation
 
     result = explain(case.model, case.images, None, case.saes(run), case.gate(run))
     layout = find_layout(case.model)
@@ -66,8 +66,8 @@ def explain_native(case: conformance.Case, run: int) -> Any:
 def explain_graph(case: conformance.Case, run: int, *targets: Tensor) -> Any:
     """The traced graph, without what nobody reads, run as it is."""
     from fga_fast import Explainer
-    from fga_fast.graph.biases import fold_biases
     from fga_fast.graph.outputs import explanation
+    from fga_fast.graph.passes.biases import fold_biases
     from fga_fast.graph.trace import flatten
 
     explainer = Explainer(case.model, saes=case.saes(run), gate=case.gate(run), backend="native")
@@ -246,7 +246,7 @@ def conservative_contributions(backend: str, case: conformance.Case) -> Tensor:
         with recording(layout, case.images, conservative=True) as record:
             values = case.model(case.images.clone().requires_grad_()).gather(1, targets)
         return input_x_gradient(record.inputs[0], differentiate(values.sum(), record, {}).inputs[0])
-    from fga_fast.tape import Tape
+    from fga_fast.engine.tape import Tape
 
     tape = Tape(layout, {}, method="input_x_gradient", conservative=True)
     with tape.attached(case.images):
@@ -258,7 +258,7 @@ def conservative_contributions(backend: str, case: conformance.Case) -> Tensor:
 @pytest.mark.parametrize("backend", ("reference", "native"))
 @pytest.mark.parametrize("name", CONSERVATIVE)
 def test_conservative_backward(name: str, backend: str, dtype: str) -> None:
-    from fga_fast.gate import Gate
+    from fga_fast.settings import Gate
 
     case, settings, want = conformance.load_conservative(name, DTYPES[dtype])
     assert settings["backward"] == "conservative"
@@ -278,8 +278,8 @@ def test_conservative_backward(name: str, backend: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("name", CONSERVATIVE)
 def test_conservative_numbers_are_not_those_of_the_exact_backward_pass(name: str) -> None:
-    from fga_fast.gate import Gate
     from fga_fast.reference import explain
+    from fga_fast.settings import Gate
 
     case, _, want = conformance.load_conservative(name, torch.float64)
     for method in ("rollout", "input_x_gradient"):

@@ -14,7 +14,7 @@ from explaining import PIXELS, Build, sae_for
 from torch import Tensor, nn
 
 from fga_fast import Explainer, Explanation, Gate, explain
-from fga_fast.models.layout import find_layout
+from fga_fast.models.find import find_layout
 
 
 def agree(got: Explanation, want: Explanation, tolerance: float) -> None:

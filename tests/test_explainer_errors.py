@@ -10,7 +10,7 @@ from explaining import PIXELS, Build, sae_for
 from torch import Tensor, nn
 
 from fga_fast import Explainer, Gate, SparseAutoencoder
-from fga_fast.models.layout import find_layout
+from fga_fast.models.find import find_layout
 
 
 def bad_images() -> list[tuple[Any, str]]:

@@ -21,7 +21,7 @@ from steadiness import PREPARATION, Subject, failed
 from torch import Tensor, nn
 
 from fga_fast import Explainer
-from fga_fast.backends import Backend
+from fga_fast.engine.backends import Backend
 
 FGA = "FGA relu 1700"
 SOAK = 20_000

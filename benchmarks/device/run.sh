@@ -58,8 +58,8 @@ fi
 export FGA_FAST_REQUIRE_CUDA=1
 
 # Operators and whole explanations on the device, against the reference in float64 on the CPU.
-step cuda-tests 300 "$python" -m pytest -q -p no:cacheprovider tests/test_gate_cuda.py tests/test_attention_cuda.py \
-  tests/test_kernels_cuda.py tests/test_explainer_cuda.py tests/test_compiled_cuda.py
+step cuda-tests 300 "$python" -m pytest -q -p no:cacheprovider tests/ops/test_gate_cuda.py tests/ops/test_attention_cuda.py \
+  tests/kernels/test_kernels_cuda.py tests/test_explainer_cuda.py tests/graph/test_compiled_cuda.py
 
 if [[ -n ${FGA_FAST_CONFORMANCE:-} ]]; then
   step conformance 350 "$python" -m pytest -q -p no:cacheprovider tests/test_conformance_cuda.py
@@ -71,7 +71,7 @@ if command -v compute-sanitizer >/dev/null; then
   declare -A until=([memcheck]=380 [racecheck]=410)
   for tool in memcheck racecheck; do
     step "$tool" "${until[$tool]}" compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      "$python" -m pytest -q -p no:cacheprovider tests/test_gate_cuda.py tests/test_attention_cuda.py -k small
+      "$python" -m pytest -q -p no:cacheprovider tests/ops/test_gate_cuda.py tests/ops/test_attention_cuda.py -k small
   done
 else
   skip sanitizer "compute-sanitizer is not on PATH"
@@ -90,7 +90,7 @@ else
 fi
 if [[ -n ${FGA_FAST_CMAKE_BUILD:-} ]]; then
   # It compiles packages, which may take a minute.
-  step session 480 "$python" -m pytest -q -rs -p no:cacheprovider tests/test_runtime_cuda.py
+  step session 480 "$python" -m pytest -q -rs -p no:cacheprovider tests/runtime/test_runtime_cuda.py
 else
   skip session "the C++ project is not built"
 fi

@@ -1,6 +1,6 @@
 // Everything a kernel needs that only a GPU has: tensor-core products, asynchronous copies, warp votes and shuffles,
 // launches. Kernels call these and hold no assembly, so that a host build can put its own versions in their place
-// (tests/native/cuda_on_host.h) and run the very same kernels on the CPU.
+// (tests/csrc/native/cuda_on_host.h) and run the very same kernels on the CPU.
 #pragma once
 
 #ifdef FGA_CUDA_ON_HOST

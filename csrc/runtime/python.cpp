@@ -129,7 +129,7 @@ void bind_preprocess(py::module_& m) {
     if (image.ndim() != 3) throw fga::Error("images: expected pictures [H, W, 3] or [H, W, 1] of uint8");
     return picture_of(image.data(), image.shape());
   };
-  py::class_<Preprocess>(m, "Preprocess", "fga_fast.images.Preprocess on arrays.")
+  py::class_<Preprocess>(m, "Preprocess", "fga_fast.io.images.Preprocess on arrays.")
       .def(py::init([](std::array<int64_t, 2> size, std::vector<double> mean, std::vector<double> std, double crop_pct,
                        std::string interpolation, bool squash) {
              Preprocess p{size, std::move(mean), std::move(std), crop_pct, std::move(interpolation), squash};

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from fga_fast.models.timm_import import import_timm
 from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
-from fga_fast.timm_import import import_timm
 
 _FOLDER = Path(__file__).parent / "fashion"
 

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fga_fast.backends import BACKENDS
 from fga_fast.cli.subject import Subject
+from fga_fast.engine.backends import BACKENDS
 
 if TYPE_CHECKING:
     from fga_fast.explainer import Explainer
@@ -49,7 +49,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 def explainer(subject: Subject, args: argparse.Namespace, gated: bool = True, **settings: Any) -> Explainer:
     """The explainer that the arguments ask for; `gated=False`: the same without autoencoders."""
     from fga_fast.explainer import Explainer
-    from fga_fast.gate import Gate
+    from fga_fast.settings import Gate
 
     if gated:
         base = subject.gate_base if args.base is None else args.base

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fga_fast.atomic import atomic_write, check_writable_folder
 from fga_fast.cli import arguments, report
 from fga_fast.cli.subject import Subject, load_subject, resolve_target
-from fga_fast.explanation import Explanation
-from fga_fast.images import ImageFileError, list_images, load_image
+from fga_fast.io.atomic import atomic_write, check_writable_folder
+from fga_fast.io.images import ImageFileError, list_images, load_image
+from fga_fast.result.explanation import Explanation
 
 if TYPE_CHECKING:
     from fga_fast.explainer import Explainer
@@ -122,8 +122,8 @@ def _left_out(failed: list[tuple[Path, str]], count: int) -> int:
 
 def _run_package(args: argparse.Namespace) -> int:
     """Explains with a package: overlay.png and relevance.safetensors for each image."""
-    from fga_fast.graph.package import load_package
-    from fga_fast.graph.package_metadata import DTYPES
+    from fga_fast.graph.package.load import load_package
+    from fga_fast.graph.package.metadata import DTYPES
 
     takes = {"image", "package", "target", "out", "run", "default_of", "traceback"}
     other = [name for name in vars(args) if name not in takes and getattr(args, name) != args.default_of(name)]

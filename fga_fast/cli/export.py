@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError, TypeError, RuntimeError, OSError, ImportError: for the user.
     """
-    from fga_fast.graph.package import check_path, export
+    from fga_fast.graph.package.export import check_path, export
 
     if args.batch < 1:
         raise ValueError(f"--batch: expected at least 1, got {args.batch}")

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from fga_fast.atomic import atomic_write
 from fga_fast.cli.subject import Subject
-from fga_fast.explanation import Explanation
+from fga_fast.io.atomic import atomic_write
+from fga_fast.result.explanation import Explanation
 
 SHEET_IMAGES = 24
 _TILE, _CAPTION, _MARGIN = 168, 24, 10  # pixels

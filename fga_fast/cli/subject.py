@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fga_fast.cli.checkpoint import Checkpoint
-from fga_fast.images import Preprocess
-from fga_fast.models import find_layout
+from fga_fast.io.checkpoint import Checkpoint
+from fga_fast.io.images import Preprocess
+from fga_fast.models.find import find_layout
+from fga_fast.models.timm_import import import_timm
 from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
-from fga_fast.timm_import import import_timm
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from fga_fast.ops.score import Score, without_codes
+from fga_fast.precision import relevance_dtype
 from fga_fast.sae import SparseAutoencoder
+from fga_fast.sae.features import strongest
 
 # Elements of one chunk's codes [rows, F]; with top features, contributions are as many for each target.
 _CHUNK = 1 << 24
@@ -32,7 +34,7 @@ def score(
     rows = max(1, _CHUNK // max(1, sae.d_sae * (1 + bool(top_features))))
     parts, found = [], []
     image_total: Tensor | float = 0.0
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = relevance_dtype(x.dtype)
     W_dec = sae.W_dec if permutation is None else sae.W_dec[permutation]
     per_image = max(1, rows // max(1, batch))
     for first in range(0, patches, per_image):
@@ -49,7 +51,7 @@ def score(
             contributions = None
             parts.append(((codes.to(W_dec.dtype) @ W_dec).to(dtype) * gradient.to(dtype)).sum(-1))
         if contributions is not None:
-            found.append(_strongest(contributions, top_features))
+            found.append(strongest(contributions, top_features))
             image_total = image_total + contributions.sum(-2)
     scores = torch.cat(parts, -1) if parts else x.new_zeros(batch, patches, dtype=dtype)
     if not top_features or not found:
@@ -57,11 +59,4 @@ def score(
         return Score(scores, empty.long(), empty, empty[..., 0, :].long(), empty[..., 0, :])
     assert isinstance(image_total, Tensor)
     index, value = (torch.cat(piece, -2) for piece in zip(*found, strict=True))
-    return Score(scores, index, value, *_strongest(image_total, top_features))
-
-
-def _strongest(contributions: Tensor, k: int) -> tuple[Tensor, Tensor]:  # [..., F] -> [..., k] twice
-    """The k largest in magnitude, signed, ties to the lowest feature; index -1 where fewer contribute."""
-    order = contributions.abs().sort(dim=-1, descending=True, stable=True).indices[..., :k]
-    value = contributions.gather(-1, order)
-    return torch.where(value == 0, -1, order), value
+    return Score(scores, index, value, *strongest(image_total, top_features))

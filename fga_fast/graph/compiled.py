@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from fga_fast import checks
-from fga_fast.explanation import Explanation
-from fga_fast.graph.biases import fold_biases
 from fga_fast.graph.outputs import explanation, given_classes, in_batches, packed, unpacked
+from fga_fast.graph.passes.biases import fold_biases
 from fga_fast.graph.trace import Flat, Targets, check_example, flatten, one_at_a_time
+from fga_fast.models import checks
+from fga_fast.result.explanation import Explanation
 
 if TYPE_CHECKING:
     from fga_fast.explainer import Explainer

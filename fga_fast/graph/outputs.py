@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fga_fast.explanation import Explanation, TopFeatures
-from fga_fast.targets import Difference, Embedding, pick
+from fga_fast.question.targets import Difference, Embedding, pick
+from fga_fast.result.explanation import Explanation
+from fga_fast.sae.features import TopFeatures
 
 _ALIGNMENT = 64
 

@@ -19,9 +19,9 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fga_fast.graph import rows, simplify
+from fga_fast.engine.records import Gating, gated_map
+from fga_fast.graph.passes import rows, simplify
 from fga_fast.models.layout import ModelLayout
-from fga_fast.records import Gating, gated_map
 
 if TYPE_CHECKING:
     from fga_fast.explainer import Explainer

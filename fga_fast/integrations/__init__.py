@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fga_fast.explanation import Explanation
+from fga_fast.result.explanation import Explanation
 
 
 def as_images(

@@ -1,7 +1,1 @@
-"""Where a model's blocks, patches and pooling are: one file per model family."""
-
-from __future__ import annotations
-
-from fga_fast.models.layout import ModelLayout, active_randomness, find_layout
-
-__all__ = ["ModelLayout", "active_randomness", "find_layout"]
+"""Where a model's blocks, patches and pooling are, and how its blocks are called: one file a model family."""

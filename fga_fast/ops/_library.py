@@ -123,8 +123,3 @@ def fold_image(
         return folded
     first = torch.arange(count, device=like.device) * images
     return folded + first.repeat_interleave(len(folded) // count)
-
-
-def statistic_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64 models; float32 for all others (relevance, scores, gates, softmax statistics)."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fga_fast.ops import _library
+from fga_fast.precision import relevance_dtype
 
 
 def attention(
@@ -125,7 +126,7 @@ def _attention_fake(
     signed: bool, constant_map: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     images, heads, queries, width = q.shape
-    lse = q.new_empty(images, heads, queries, dtype=_library.statistic_dtype(q.dtype))
+    lse = q.new_empty(images, heads, queries, dtype=relevance_dtype(q.dtype))
     carried, port = carrier.new_empty(images, queries), carrier.new_empty(images, k.shape[2])
     return _token_major(q, (images, heads, queries, width)), lse, carried, port
 

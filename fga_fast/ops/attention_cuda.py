@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fga_fast.ops import _library
+from fga_fast.precision import relevance_dtype
 
 WIDEST_HEAD = 128
 WIDEST_FUSED_HEAD, MOST_FUSED_TOKENS = 64, 256
@@ -180,7 +180,7 @@ def check_shapes(op: str, q: Tensor, k: Tensor, v: Tensor, carrier: Tensor, resi
                 f"{op}: expected q [B, H, Nq, D] and k, v [B, H, N, D] of one dtype on one device, got q "
                 f"{list(q.shape)} {q.dtype} {q.device} and {name} {list(t.shape)} {t.dtype} {t.device}"
             )
-    if list(carrier.shape) != [q.shape[0], k.shape[2]] or carrier.dtype != _library.statistic_dtype(q.dtype):
+    if list(carrier.shape) != [q.shape[0], k.shape[2]] or carrier.dtype != relevance_dtype(q.dtype):
         raise RuntimeError(
             f"{op}: carrier must be float32 of shape {[q.shape[0], k.shape[2]]}, got {carrier.dtype} "
             f"{list(carrier.shape)}"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fga_fast.ops import _library
+from fga_fast.precision import relevance_dtype
 
 if TYPE_CHECKING:
     from fga_fast.sae import SparseAutoencoder
@@ -92,7 +93,7 @@ def codes_of(activation: str, normalize: str | None, mode: str) -> tuple[int, in
 
 def without_codes(x: Tensor, g: Tensor, sae: SparseAutoencoder, mode: str, image: Tensor | None) -> Score:
     """The two controls without codes: sum_k h_tk = g_t . (sum_k D_k), and g_t . x_t."""
-    dtype = _library.statistic_dtype(x.dtype)
+    dtype = relevance_dtype(x.dtype)
     other = sae.dec_sum if mode == "gradient_only" else (x if image is None else x[image])
     scores = (g.to(dtype) * other.to(dtype)).sum(-1)
     rows, patches = scores.shape
@@ -107,7 +108,7 @@ def _fake(
     weigh: bool, k: int, top_features: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     rows, patches, _ = g.shape
-    dtype = _library.statistic_dtype(x.dtype)
+    dtype = relevance_dtype(x.dtype)
 
     def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
         return x.new_empty(shape, dtype=of)

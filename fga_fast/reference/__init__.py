@@ -6,7 +6,8 @@ equation that it computes, so that they can be checked by reading.
 
 from __future__ import annotations
 
-from fga_fast.reference.attention import attention, attention_backward, attention_relevance, relevance_dtype
+from fga_fast.precision import relevance_dtype
+from fga_fast.reference.attention import attention, attention_backward, attention_relevance
 from fga_fast.reference.explain import ReferenceResult, explain
 from fga_fast.reference.gate import gate
 from fga_fast.reference.input_x_gradient import input_x_gradient

@@ -7,13 +7,9 @@ Visualization, CVPR 2021, and Generic Attention-model Explainability, ICCV 2021.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-
-def relevance_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Type in which relevance, scores and gates are held: float64 for float64 models, float32 for all others."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from fga_fast.precision import relevance_dtype
 
 
 def attention(

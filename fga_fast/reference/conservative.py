@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fga_fast.reference.attention import relevance_dtype
+from fga_fast.precision import relevance_dtype
 
 if TYPE_CHECKING:
     from fga_fast.reference.recording import Recording

@@ -22,12 +22,11 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from fga_fast import checks
-from fga_fast.block_io import TapeError
-from fga_fast.explanation import TopFeatures
-from fga_fast.gate import Gate
-from fga_fast.models.layout import ModelLayout, find_layout
-from fga_fast.readout import Answer, Readout, Targets
+from fga_fast.models import checks
+from fga_fast.models.block_io import TapeError
+from fga_fast.models.find import find_layout
+from fga_fast.models.layout import ModelLayout
+from fga_fast.question.readout import Answer, Readout, Targets
 from fga_fast.reference.attention import attention_relevance
 from fga_fast.reference.gate import gate as gate_of
 from fga_fast.reference.input_x_gradient import gated, input_x_gradient
@@ -35,7 +34,9 @@ from fga_fast.reference.recording import Recording, check_pool, check_recording,
 from fga_fast.reference.rollout import gate_columns, pooled_row, rollout
 from fga_fast.reference.score import contributions, score
 from fga_fast.reference.score import top_features as strongest
+from fga_fast.sae.features import TopFeatures
 from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
+from fga_fast.settings import Gate
 
 Method = Literal["rollout", "input_x_gradient"]
 Backward = Literal["exact", "conservative"]

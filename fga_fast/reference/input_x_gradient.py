@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fga_fast.reference.attention import relevance_dtype
+from fga_fast.precision import relevance_dtype
 
 
 def input_x_gradient(

@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fga_fast.block_io import TapeError, replace_input, stream_of, with_stream
+from fga_fast.models.block_io import TapeError, replace_input, stream_of, with_stream
 from fga_fast.models.layout import ModelLayout
-from fga_fast.multihead import open_multi_head_attention
-from fga_fast.reference.attention import attention, relevance_dtype
+from fga_fast.models.multihead import open_multi_head_attention
+from fga_fast.precision import relevance_dtype
+from fga_fast.reference.attention import attention
 from fga_fast.reference.conservative import ConservativeMode
 
 _SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)

@@ -6,11 +6,10 @@ respect to it, f [., P, F] the codes of a sparse autoencoder, D [F, C] its decod
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from fga_fast.explanation import TopFeatures
-from fga_fast.reference.attention import relevance_dtype
+from fga_fast.precision import relevance_dtype
+from fga_fast.sae.features import TopFeatures, strongest
 from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
 
 
@@ -108,11 +107,4 @@ def top_features(
     if not 1 <= k <= contribution.shape[-1]:
         raise ValueError(f"k: expected 1 to {contribution.shape[-1]} (the number of features), got {k}")
     of_image = contribution.sum(dim=1)  # [M, F]
-    return TopFeatures(*_strongest(contribution, k), *_strongest(of_image, k))
-
-
-def _strongest(contribution: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    # A stable sort keeps equal strengths in the order of their indices; torch.topk promises no order.
-    order = contribution.abs().sort(dim=-1, descending=True, stable=True).indices[..., :k]
-    value = contribution.gather(-1, order)
-    return torch.where(value == 0, -1, order), value
+    return TopFeatures(*strongest(contribution, k), *strongest(of_image, k))

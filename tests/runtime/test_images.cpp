@@ -1,4 +1,4 @@
-// Pixels that Pillow gave for the same pictures; tests/test_runtime.py compares many more.
+// Pixels that Pillow gave for the same pictures; tests/runtime/test_runtime.py compares many more.
 #include <doctest/doctest.h>
 
 #include <fga_fast/images.h>

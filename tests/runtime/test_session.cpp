@@ -1,4 +1,4 @@
-// What a session refuses before a compiled model runs; tests/test_runtime.py and tests/test_runtime_programs.py test
+// What a session refuses before a compiled model runs; tests/runtime/test_runtime.py and tests/runtime/test_runtime_programs.py test
 // the rest.
 #include <doctest/doctest.h>
 

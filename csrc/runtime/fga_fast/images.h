@@ -1,4 +1,4 @@
-// Pictures, and what a model makes of them before it looks: the C++ side of fga_fast/images.py.
+// Pictures, and what a model makes of them before it looks: the C++ side of fga_fast/io/images.py.
 #pragma once
 
 #include <array>

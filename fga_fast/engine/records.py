@@ -1,0 +1,107 @@
+"""What is read from the residual stream and its gradient at one place: feature gates, or token contributions.
+
+A record says which slots it fills (tensors of zeros, whose gradients carry the results out of the backward pass, see
+taps.py) and fills them when the gradient comes by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from fga_fast.precision import relevance_dtype
+from fga_fast.sae import SparseAutoencoder
+from fga_fast.sae.features import TopFeatures
+from fga_fast.settings import Gate
+
+if TYPE_CHECKING:
+    from fga_fast.engine.backends import Stages
+
+
+class Record(Protocol):
+    """See `taps.Record`; `slots` makes its dummies for a batch of B images like `carrier` [B, N]."""
+
+    def slots(self, carrier: Tensor) -> tuple[Tensor, ...]: ...
+
+    def __call__(
+        self, x: Tensor, g: Tensor, inverse: Tensor | None
+    ) -> tuple[Tensor | None, tuple[Tensor, ...]]: ...  # [B, N, C], [B, N, C], [B]
+
+
+class Gating:
+    """Scores the patches at one block and makes gates of the scores.
+
+    Slots: scores [B, P], gates [B, P] and, with `top_features`, the four tensors of `TopFeatures`, whose indices are
+    float64 there (exact far beyond any dictionary's size), as a gradient cannot be an integer.
+    """
+
+    def __init__(
+        self, sae: SparseAutoencoder, gate: Gate, permutation: Tensor | None, prefix_tokens: int, top_features: int,
+        stages: Stages,
+    ) -> None:  # fmt: skip
+        self.sae, self.gate = sae, gate
+        self.permutation = None if permutation is None else permutation.to(sae.device)
+        self.prefix_tokens, self.top_features, self.stages = prefix_tokens, top_features, stages
+
+    def slots(self, carrier: Tensor) -> tuple[Tensor, ...]:
+        batch, patches, k = len(carrier), carrier.shape[1] - self.prefix_tokens, self.top_features
+        maps = tuple(carrier.new_zeros(batch, patches) for _ in range(2))
+        if not k:
+            return maps
+        sizes = ((batch, patches, k), (batch, k))
+        index, value = ([carrier.new_zeros(size, dtype=t) for size in sizes] for t in (torch.float64, carrier.dtype))
+        return *maps, index[0], value[0], index[1], value[1]
+
+    def __call__(self, x: Tensor, g: Tensor, inverse: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if x.shape[-1] != self.sae.d_model:
+            raise ValueError(
+                f"saes: one for a residual stream of width {self.sae.d_model} is used where the model's has width "
+                f"{x.shape[-1]}; use an SAE trained on this model"
+            )
+        prefix = self.prefix_tokens
+        if prefix:  # a slice of everything is an alias, for which vmap has no rule
+            x, g = x[:, prefix:], g[:, prefix:]
+        found = self.stages.score(
+            x, g, self.sae, self.gate.mode,
+            permutation=self.permutation, top_features=self.top_features,
+        )  # fmt: skip
+        scores, *features = found
+        features[0], features[2] = features[0].to(torch.float64), features[2].to(torch.float64)  # the indices
+        if inverse is not None and self.gate.mode != "activation_only":  # the other scores are linear in g
+            scores = scores * inverse.unsqueeze(-1)
+            features[1], features[3] = features[1] * inverse[..., None, None], features[3] * inverse.unsqueeze(-1)
+        gates = self.stages.gate(scores, self.gate.base, self.gate.slope)
+        recorded = (scores, gates, *(features if self.top_features else ()))
+        return torch.cat([gates.new_ones(len(x), prefix), gates], dim=1), recorded
+
+    @staticmethod
+    def read(recorded: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, TopFeatures | None]:
+        """Scores, gates and features of what the slots brought."""
+        scores, gates, *features = recorded
+        if not features:
+            return scores, gates, None
+        index, value, image_index, image_value = features
+        return scores, gates, TopFeatures(index.long(), value, image_index.long(), image_value)
+
+
+class Contribution:
+    """The token's share of the explained value: x . g. One slot [B, N]."""
+
+    def slots(self, carrier: Tensor) -> tuple[Tensor, ...]:
+        return (torch.zeros_like(carrier),)
+
+    def __call__(self, x: Tensor, g: Tensor, inverse: Tensor | None) -> tuple[None, tuple[Tensor, ...]]:
+        dtype = relevance_dtype(x.dtype)
+        contribution = (x.to(dtype) * g.to(dtype)).sum(-1)
+        return None, (contribution if inverse is None else contribution * inverse.unsqueeze(-1),)
+
+
+def gated_map(contribution: Tensor, gates: Mapping[int, Tensor], first: int) -> Tensor:  # [B, P] or [B, K, P]
+    """x . g at the tokens that enter block `first`, times the gates of that block and of all later ones."""
+    for layer, gate in gates.items():
+        if layer >= first:
+            contribution = contribution * gate
+    return contribution

@@ -1,0 +1,168 @@
+"""Packages as they are used: checked, loaded and run without the model. See export.py."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from fga_fast.graph.outputs import explanation, given_classes, in_batches
+from fga_fast.graph.package.metadata import DTYPES, Metadata, sha256_of, this_machine
+from fga_fast.io.images import Preprocess
+from fga_fast.models import checks
+from fga_fast.models.layout import ModelLayout
+from fga_fast.result.explanation import Explanation
+
+_ALIGNMENT = 64  # bytes; what torch's own allocations have, and compiled code may count on
+
+
+class _Size(NamedTuple):
+    """What `checks.check_images` asks a layout for."""
+
+    in_chans: int
+    image_size: tuple[int, int]
+
+
+class Package:
+    """An exported explanation, ready to run; see `load_package`. Called as an `Explainer` is, with the same result.
+
+    Several threads may share one; they run in turn.
+
+    Attributes:
+        path: NAME.pt2.
+        metadata: what NAME.json says: sizes, dtype, classes, settings, versions.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if self.path.suffix != ".pt2":
+            raise ValueError(f"package: expected a file ending in .pt2, got {self.path}")
+        if not self.path.is_file():
+            raise FileNotFoundError(f"package: no file {self.path}")
+        self.metadata = Metadata.read(self.path.with_suffix(".json"))
+        _check_machine(self.metadata, self.path)
+        if sha256_of(self.path) != self.metadata.sha256:
+            raise ValueError(
+                f"package: {self.path} is damaged, or not the file that {self.path.with_suffix('.json').name} was "
+                "written for: its sha256 is another one; export it again"
+            )
+        _load_operators(self.metadata)
+        self._device = torch.device(self.metadata.device)
+        if self.metadata.device == "cuda":
+            self._device = torch.device("cuda", torch.cuda.current_device())
+        # torch waits for a free runner without releasing Python's lock, which the thread that runs may need.
+        self._lock = threading.Lock()
+        try:
+            self._loader = _loader(self.path, self._device)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"package: {self.path} does not load in torch {torch.__version__} (made by "
+                f"{self.metadata.versions.get('torch', 'another version')}): {error}"
+            ) from error
+
+    @property
+    def preprocess(self) -> Preprocess | None:
+        """From a picture to an image [channels, H, W] that the package takes, if it was exported with it."""
+        return self.metadata.preprocess
+
+    def __call__(self, images: Tensor, targets: Any = None) -> Explanation:
+        """Explains any number of images.
+
+        Args:
+            images: [B, channels, H, W] of the package's size, dtype and device. B may be 0.
+            targets: nothing where the package explains the predicted class; where classes are given, an int or a class
+                name, or one for each image [B].
+
+        Returns:
+            An `Explanation`, as the exported explainer's.
+
+        Raises:
+            TypeError, ValueError: images or targets do not fit, or hold NaN or Inf; the message says which.
+        """
+        m = self.metadata
+        size = cast(ModelLayout, _Size(m.channels, (m.height, m.width)))
+        checks.check_images(images, size, torch.empty(0, dtype=DTYPES[m.dtype], device=self._device))
+        count = len(images)
+        inputs: tuple[Tensor, ...] = (images.detach(), *self._given(images, targets))
+        if not count:  # one blank image tells dtypes and shapes
+            inputs = tuple(t.new_zeros(1, *t.shape[1:]) for t in inputs)
+        with torch.inference_mode(False), torch.no_grad():
+            outputs = in_batches(self._batch, [m.batch], inputs)
+        found = {output.name: t[:count] for output, t in zip(m.outputs, outputs, strict=True)}
+        for name, what in (("logits", "the logits"), ("relevance", "the relevance")):
+            checks.check_finite(found[name], what, nn.Module(), images)  # a model without weights to look at
+        return explanation(
+            found, grid=m.grid, image_size=(m.height, m.width), backend=f"{m.backend}, package", names=m.class_names,
+            start_layer=m.start_layer,
+        )  # fmt: skip
+
+    def _batch(self, _: int, inputs: tuple[Tensor, ...]) -> Sequence[Tensor]:
+        whole = (t.contiguous() for t in inputs)
+        aligned = [t if t.data_ptr() % _ALIGNMENT == 0 else t.clone() for t in whole]
+        with self._lock:
+            outputs: list[Tensor] = self._loader.run(aligned)
+        got = [(tuple(t.shape), t.dtype) for t in outputs]
+        if got != [(output.shape, DTYPES[output.dtype]) for output in self.metadata.outputs]:
+            raise RuntimeError(f"package: {self.path} returns other tensors than its metadata says: {got}")
+        return outputs
+
+    def _given(self, images: Tensor, targets: Any) -> tuple[Tensor, ...]:
+        m = self.metadata
+        return given_classes("package", m.targets, targets, images, m.classes, m.class_names)
+
+
+def load_package(path: str | os.PathLike[str]) -> Package:
+    """Loads what `Explainer.export` wrote.
+
+    A package is machine code, and loading it runs that code: load packages from sources you trust only. No model, no
+    timm and no compiler are needed. Needs free space of the file's size in the folder for temporary files.
+
+    Args:
+        path: NAME.pt2; NAME.json has to lie beside it, and is checked first.
+
+    Raises:
+        FileNotFoundError: one of the two files is missing.
+        ValueError: the metadata is damaged or of another version, the package is not the one that it was written for,
+            or was compiled for a device or processor that is not here; the message says which.
+        RuntimeError: torch does not load it.
+    """
+    return Package(path)
+
+
+def _check_machine(metadata: Metadata, path: Path) -> None:
+    if metadata.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"package: {path} was exported for cuda, but torch sees no CUDA device; export one on the CPU")
+    wanted, here = metadata.machine, this_machine()
+    if not wanted:
+        return
+    lacking = [f"{wanted['architecture']}"] if wanted["architecture"] != here["architecture"] else []
+    if here["features"]:
+        lacking += [feature for feature in wanted["features"] if feature not in here["features"]]
+    if lacking:
+        raise ValueError(
+            f"package: {path} was compiled for another processor, this one lacks {', '.join(lacking)}; export it on a "
+            "machine like this one"
+        )
+
+
+def _loader(path: Path, device: torch.device) -> Any:
+    # Not torch._inductor.aoti_load_package, which has a C++ compiler try out instruction sets first, for 15 seconds.
+    index = -1 if device.index is None else device.index
+    return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, index)
+
+
+def _load_operators(metadata: Metadata) -> None:
+    """Makes the operators known that the package calls by name."""
+    if metadata.backend == "native":
+        from fga_fast import ops
+
+        ops.load()
+    if metadata.device == "cuda" and metadata.backend in ("native", "triton"):
+        from fga_fast import triton_kernels
+
+        triton_kernels.load()

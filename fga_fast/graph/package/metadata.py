@@ -1,0 +1,275 @@
+"""What lies beside a package as NAME.json: how it is called, what it returns and where it runs.
+
+The file is checked entry by entry before the package itself is touched, since it may be damaged, of another version or
+somebody else's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import platform
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from fga_fast.io.images import Preprocess
+
+FORMAT, VERSION = "fga_fast package", 1
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "int64": torch.int64}
+_MAX_BYTES = 64 * 2**20
+_MAX_VALUES = 2**31  # of one batch of images
+# Extensions of the instruction set that a compiler uses on its own; others are used by libraries that ask first.
+_EXTENSIONS = ("avx", "sse", "fma", "bmi", "f16c", "lzcnt", "popcnt", "movbe")
+
+
+class Output(NamedTuple):
+    """One tensor that the package returns."""
+
+    name: str  # as `trace.flatten` names it
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """The content of NAME.json.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        dtype: of the images: "float32", "float64" or "bfloat16".
+        batch: images of one run; more are cut into several runs, fewer are filled up.
+        channels, height, width: of an image.
+        grid: patches down and across.
+        preprocess: from pictures to images, if known.
+        classes: columns of the logits; `class_names` names them, if known.
+        targets: "predicted", or "given" for packages that take one class an image.
+        layers: blocks with an SAE.
+        outputs: what the package returns, in order.
+        backend: whose kernels it calls: "native", "triton" or "composite".
+        method, backward, start_layer, signed, gate: settings of the `Explainer`.
+        machine: what it was compiled for: {"architecture": "x86_64", "features": ["avx2", ...]}.
+        versions: of fga_fast and torch.
+        sha256: of NAME.pt2.
+    """
+
+    device: Literal["cpu", "cuda"]
+    dtype: Literal["float32", "float64", "bfloat16"]
+    batch: int
+    channels: int
+    height: int
+    width: int
+    grid: tuple[int, int]
+    preprocess: Preprocess | None
+    classes: int
+    class_names: tuple[str, ...] | None
+    targets: Literal["predicted", "given"]
+    layers: tuple[int, ...]
+    outputs: tuple[Output, ...]
+    backend: str
+    method: str
+    backward: str
+    start_layer: int
+    signed: bool
+    gate: dict[str, Any]
+    versions: dict[str, str]
+    sha256: str
+    machine: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> bytes:
+        """The content of NAME.json."""
+        entries = {"format": FORMAT, "format_version": VERSION, **asdict(self)}
+        entries["preprocessing"] = entries.pop("preprocess")
+        entries["outputs"] = [output._asdict() for output in self.outputs]
+        return (json.dumps(entries, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+    @classmethod
+    def read(cls, path: Path) -> Metadata:
+        """Reads and checks NAME.json.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: damaged, of another format or version, or an entry that is missing or wrong; it is named.
+        """
+        return _read(Entries(_parsed(path), f"package: {path}"))
+
+
+class Entries:
+    """The entries of a JSON object, each read as what it has to be; errors name it."""
+
+    def __init__(self, content: Any, where: str) -> None:
+        self.where, self.content = where, content
+        if not isinstance(content, dict):
+            raise ValueError(f"{where}: expected an object, got {type(content).__name__}")
+
+    def wrong(self, name: str, expected: str) -> ValueError:
+        got = repr(self.content[name]) if name in self.content else "nothing"
+        return ValueError(f"{self.where}: {name}: expected {expected}, got {got[:80]}")
+
+    def inner(self, name: str) -> Entries:
+        return Entries(self.content.get(name), f"{self.where}: {name}")
+
+    def text(self, name: str, *known: str) -> Any:
+        value = self.content.get(name)
+        if not isinstance(value, str) or (known and value not in known):
+            raise self.wrong(name, " or ".join(map(repr, known)) or "a string")
+        return value
+
+    def whole(self, name: str, least: int = 1) -> int:
+        value = self.content.get(name)
+        if not _is_whole(value, least):
+            raise self.wrong(name, f"a whole number of at least {least}")
+        return int(value)
+
+    def flag(self, name: str) -> bool:
+        value = self.content.get(name, False)
+        if not isinstance(value, bool):
+            raise self.wrong(name, "true or false")
+        return value
+
+    def list(self, name: str) -> list[Any]:
+        value = self.content.get(name)
+        if not isinstance(value, list):
+            raise self.wrong(name, "a list")
+        return value
+
+    def wholes(self, name: str, least: int, count: int | None = None) -> tuple[int, ...]:
+        values = self.list(name)
+        if not all(_is_whole(value, least) for value in values) or count not in (None, len(values)):
+            raise self.wrong(name, f"{'' if count is None else f'{count} '}whole numbers of at least {least}")
+        return tuple(values)
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        values = self.list(name)
+        if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values):
+            raise self.wrong(name, "numbers")
+        return tuple(map(float, values))
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        values = self.list(name)
+        if not all(isinstance(value, str) for value in values):
+            raise self.wrong(name, "strings")
+        return tuple(values)
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**31
+
+
+def _parsed(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"package: no file {path}; it has to lie beside the .pt2 file")
+    if path.stat().st_size > _MAX_BYTES:
+        raise ValueError(f"package: {path} is too large for metadata, over {_MAX_BYTES} bytes")
+    try:
+        return json.loads(path.read_bytes().decode())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"package: {path} is truncated or damaged: {error}") from error
+
+
+def _read(entries: Entries) -> Metadata:
+    entries.text("format", FORMAT)
+    if entries.whole("format_version", 0) != VERSION:
+        raise entries.wrong("format_version", f"{VERSION}, the one that this version of fga_fast reads")
+    metadata = Metadata(
+        device=entries.text("device", "cpu", "cuda"),
+        dtype=entries.text("dtype", "float32", "float64", "bfloat16"),
+        batch=entries.whole("batch"),
+        channels=entries.whole("channels"),
+        height=entries.whole("height"),
+        width=entries.whole("width"),
+        grid=_pair(entries.wholes("grid", 1, 2)),
+        preprocess=_preprocess(entries),
+        classes=entries.whole("classes"),
+        class_names=None if entries.content.get("class_names") is None else entries.texts("class_names"),
+        targets=entries.text("targets", "predicted", "given"),
+        layers=entries.wholes("layers", 0),
+        outputs=tuple(_output(Entries(one, f"{entries.where}: outputs")) for one in entries.list("outputs")),
+        backend=entries.text("backend", "native", "triton", "composite"),
+        method=entries.text("method"),
+        backward=entries.text("backward"),
+        start_layer=entries.whole("start_layer", 0),
+        signed=entries.flag("signed"),
+        gate=entries.inner("gate").content,
+        versions={name: str(version) for name, version in entries.inner("versions").content.items()},
+        sha256=entries.text("sha256"),
+        machine=_machine(entries),
+    )
+    _check(metadata, entries)
+    return metadata
+
+
+def _pair(values: tuple[int, ...]) -> tuple[int, int]:
+    return values[0], values[1]
+
+
+def _preprocess(entries: Entries) -> Preprocess | None:
+    if entries.content.get("preprocessing") is None:
+        return None
+    inner = entries.inner("preprocessing")
+    size = (entries.whole("height"), entries.whole("width"))
+    if "image_size" in inner.content and inner.wholes("image_size", 1, 2) != size:
+        raise inner.wrong("image_size", f"height and width of the package, {list(size)}")
+    try:
+        return Preprocess(
+            size, inner.numbers("mean"), inner.numbers("std"),
+            crop_pct=inner.content.get("crop_pct", 1.0), interpolation=inner.content.get("interpolation", "bicubic"),
+            squash=inner.flag("squash"),
+        )  # fmt: skip
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{inner.where}: {error}") from error
+
+
+def _output(entries: Entries) -> Output:
+    return Output(entries.text("name"), entries.wholes("shape", 1), entries.text("dtype", *DTYPES))
+
+
+def _machine(entries: Entries) -> dict[str, Any]:
+    if "machine" not in entries.content:
+        return {}
+    inner = entries.inner("machine")
+    return {"architecture": inner.text("architecture"), "features": list(inner.texts("features"))}
+
+
+def _check(metadata: Metadata, entries: Entries) -> None:
+    """That the entries fit each other."""
+    m = metadata
+    if m.batch * m.channels * m.height * m.width > _MAX_VALUES:
+        raise entries.wrong("batch", f"a batch of images of at most {_MAX_VALUES} values")
+    if m.class_names is not None and len(m.class_names) != m.classes:
+        raise ValueError(
+            f"{entries.where}: class_names: expected {m.classes}, one for each class, got {len(m.class_names)}"
+        )
+    if m.preprocess is not None and len(m.preprocess.mean) != m.channels:
+        raise entries.inner("preprocessing").wrong("mean", f"{m.channels} numbers, one for each channel")
+    each, maps = (m.batch,), (m.batch, math.prod(m.grid))
+    expected = {"logits": (m.batch, m.classes), "targets": each, "values": each, "relevance": maps}
+    expected |= {f"{kind}.{layer}": maps for layer in m.layers for kind in ("scores", "gates")}
+    found = {output.name: output.shape for output in m.outputs}
+    if len(found) < len(m.outputs):
+        raise ValueError(f"{entries.where}: outputs: expected different names, got {[o.name for o in m.outputs]}")
+    for name, shape in expected.items():
+        if found.get(name) != shape:
+            got = f"one of shape {list(found[name])}" if name in found else "none"
+            raise ValueError(f"{entries.where}: outputs: expected {name!r} of shape {list(shape)}, got {got}")
+    if any(shape[:1] != each for shape in found.values()):
+        raise ValueError(f"{entries.where}: outputs: expected {m.batch} rows each, as the batch has")
+
+
+def this_machine() -> dict[str, Any]:
+    """The processor as far as compiled code depends on it; no features where torch does not tell them."""
+    told: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    features = sorted(name for name, there in told.items() if there is True and name.startswith(_EXTENSIONS))
+    return {"architecture": platform.machine(), "features": features}
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes in lower-case hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Changes of a traced graph that leave its numbers as they are."""

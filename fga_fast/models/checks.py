@@ -1,0 +1,130 @@
+"""Checks of what a user hands over: each error names the argument, what was expected, what came and what to do."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fga_fast.models.find import active_randomness
+from fga_fast.models.layout import ModelLayout
+from fga_fast.precision import relevance_dtype
+from fga_fast.sae import SparseAutoencoder
+
+
+def check_eval(model: nn.Module) -> None:
+    """Refuses a model whose forward pass draws random numbers or changes statistics."""
+    if not any(module.training for module in model.modules()):  # the usual case, asked at every explanation
+        return
+    for name, module in model.named_modules():
+        if module.training and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ValueError(
+                f"model: '{name}' ({type(module).__name__}) is in train mode, so images would change each other's "
+                "logits and the module's statistics; call model.eval() first"
+            )
+    names = active_randomness(model)
+    if names:
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        raise ValueError(
+            f"model: dropout is active in train mode ({shown}), so an explanation would be of a random prediction; "
+            "call model.eval() first"
+        )
+
+
+def _is_block(layer: object, blocks: int) -> bool:
+    # Integral takes NumPy's integers too; a bool is one by accident of Python's.
+    return not isinstance(layer, bool) and isinstance(layer, numbers.Integral) and 0 <= int(layer) < blocks
+
+
+def check_saes(saes: Mapping[int, SparseAutoencoder], layout: ModelLayout, like: Tensor) -> None:
+    """Refuses an SAE that does not fit the block it is meant for; `like` is any parameter of the model."""
+    if not isinstance(saes, Mapping):
+        raise TypeError(f"saes: expected a mapping from block to SparseAutoencoder, got {type(saes).__name__}")
+    for layer, sae in saes.items():
+        if not isinstance(sae, SparseAutoencoder):
+            raise TypeError(f"saes[{layer}]: expected a SparseAutoencoder, got {type(sae).__name__}")
+        if not _is_block(layer, len(layout.blocks)):
+            raise ValueError(f"saes: layer {layer!r} is out of range, expected 0 to {len(layout.blocks) - 1} (blocks)")
+        if layout.d_model is not None and sae.d_model != layout.d_model:
+            raise ValueError(
+                f"saes[{layer}]: the SAE reads a residual stream of width {sae.d_model}, the model's has width "
+                f"{layout.d_model}; use an SAE trained on this model"
+            )
+        if sae.device != like.device:
+            raise ValueError(f"saes[{layer}]: is on {sae.device}, the model on {like.device}; move one with .to()")
+        wide = relevance_dtype(like.dtype)
+        if sae.dtype not in (like.dtype, wide):
+            raise ValueError(
+                f"saes[{layer}]: is {sae.dtype} for a model of {like.dtype}; convert it with sae.to({like.dtype})"
+            )
+
+
+def weights_of(model: nn.Module, layout: ModelLayout) -> list[tuple[str, nn.Parameter]]:
+    """Named weights of the explained tower; of the whole model where the layout names only its blocks."""
+    return list((model if layout.tower is None else layout.tower).named_parameters())
+
+
+def check_weights(model: nn.Module, layout: ModelLayout) -> None:
+    """Refuses a model on several devices, a tower of several dtypes, and weights that autograd cannot work with."""
+    weights = weights_of(model, layout)
+    if not weights:
+        raise ValueError(
+            f"model: {type(model).__name__} has no weights (nn.Parameter), so its dtype and device are unknown"
+        )
+    parameter = weights[0][1]
+    for name, other in model.named_parameters():
+        if other.device != parameter.device:
+            raise ValueError(
+                f"model: weight '{name}' is on {other.device}, others on {parameter.device}; move all with model.to()"
+            )
+    for name, other in weights:
+        if other.is_floating_point() and other.dtype != parameter.dtype:
+            raise ValueError(
+                f"model: weight '{name}' of the tower is {other.dtype}, others are {parameter.dtype}; convert it with "
+                f"model.to({parameter.dtype})"
+            )
+    if parameter.is_inference():
+        raise ValueError(
+            "model: its weights were made under torch.inference_mode(), where autograd does not work; build or load "
+            "the model outside of it"
+        )
+
+
+def check_images(images: Tensor, layout: ModelLayout, like: Tensor) -> None:
+    """Refuses images that the model does not take; `like` is any parameter of the model."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images: expected a tensor [B, {layout.in_chans}, H, W], got {type(images).__name__}")
+    height, width = layout.image_size or ("H", "W")  # not known of every model: its own forward pass then checks
+    expected = (layout.in_chans, *(images.shape[2:] if layout.image_size is None else layout.image_size))
+    if images.dim() != 4 or tuple(images.shape[1:]) != expected or 0 in images.shape[1:]:
+        hint = "; add a batch dimension with images[None]" if images.dim() == 3 else ""
+        raise ValueError(
+            f"images: expected shape [B, {layout.in_chans}, {height}, {width}], got {list(images.shape)}{hint}"
+        )
+    if images.dtype != like.dtype:
+        raise ValueError(f"images: expected dtype {like.dtype} like the model, got {images.dtype}; convert with .to()")
+    if images.device != like.device:
+        raise ValueError(f"images: expected device {like.device} like the model, got {images.device}; move with .to()")
+
+
+def check_finite(
+    values: Tensor, what: str, model: nn.Module, images: Tensor, saes: Mapping[int, SparseAutoencoder] | None = None
+) -> None:
+    """Passes finite values; else looks for the culprit and names it. The costly search runs only then."""
+    if bool(torch.isfinite(values).all()):
+        return
+    if not bool(torch.isfinite(images).all()):
+        raise ValueError("images: contain NaN or Inf; check the preprocessing")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"model: weight '{name}' contains NaN or Inf; reload the checkpoint")
+    for layer, sae in (saes or {}).items():
+        for name, tensor in sae.named_buffers():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"saes[{layer}]: {name} contains NaN or Inf; reload the SAE")
+    raise ValueError(
+        f"{what} came out NaN or Inf although images and weights are finite: an overflow in {values.dtype}; "
+        "run the model in a wider dtype"
+    )

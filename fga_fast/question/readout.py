@@ -1,0 +1,213 @@
+"""How a model's output answers a question: a model, targets and one differentiable number for each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from fga_fast.question.dual import MAX_PROMPTS, DualEncoder, library_of
+from fga_fast.question.targets import (
+    Answer,
+    Difference,
+    Embedding,
+    Targets,
+    computed,
+    difference,
+    leaves,
+    likeness,
+    pick,
+    shown,
+    values_at,
+)
+
+__all__ = ["Answer", "Difference", "Embedding", "Readout", "Targets"]
+
+
+class Readout:
+    """Runs a model and reads the numbers to be explained from its output.
+
+    Args:
+        model: module from images [B, channels, H, W] to logits [B, classes] (a tensor, or an output or dict that has
+            them as `logits`), a tower without a head (features [B, E]), or a dual encoder (see `DualEncoder`).
+        class_names: one a class, or a mapping that names some of them; None takes a transformers model's own
+            `config.id2label` where it says more than LABEL_0. For a dual encoder: the prompts that None (the likeliest)
+            and ints choose among.
+        tokenizer: of a dual encoder, for prompts.
+
+    Raises:
+        TypeError, ValueError: class names that are no str or empty, a tokenizer without a dual encoder.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        class_names: Sequence[str] | Mapping[int, str] | None = None,
+        tokenizer: Callable[..., Any] | None = None,
+    ) -> None:
+        self.model = model
+        self.dual = DualEncoder(model, tokenizer) if library_of(model) else None
+        if tokenizer is not None and self.dual is None:
+            raise ValueError(
+                f"tokenizer: {type(model).__name__} is no dual encoder that is known (open_clip's CLIP, transformers' "
+                "CLIPModel or SiglipModel), so it takes no prompts; for names of its classes give class_names"
+            )
+        self._names = _checked_names(class_names)
+        if self.dual is not None and self._names is not None:
+            if isinstance(self._names, dict):
+                raise TypeError("class_names: expected a sequence of prompts for a dual encoder, got a mapping")
+            if len(set(self._names)) < len(self._names):
+                raise ValueError("class_names: expected different prompts for a dual encoder, got one of them twice")
+        self._own = _own_names(model)
+        self._headless = False
+
+    def run(self, images: Tensor) -> Tensor:  # [B, channels, H, W] -> [B, classes] or [B, E]
+        """The model's output: logits, or image features of a tower without a head or of a dual encoder.
+
+        A dual encoder's features have length 1.
+
+        Raises:
+            ValueError: an output of another kind or shape; the message says what to do.
+        """
+        if self.dual is not None:
+            return _checked_output(self.dual.image_features(images), len(images))
+        found, headless = _logits_of(self.model(images))
+        # num_classes is timm's: 0 for a model without a head.
+        self._headless = headless or getattr(self.model, "num_classes", None) == 0
+        return _checked_output(found, len(images))
+
+    def logits(self, output: Tensor) -> Tensor:  # [B, classes] or [B, E] -> [B, classes]
+        """What classes are predicted from: the model's logits, or a dual encoder's for its class names.
+
+        Raises:
+            TypeError: a dual encoder without class names.
+        """
+        return output if self.dual is None else self._columns((None,), output)[0]
+
+    def answer(self, targets: Targets, output: Tensor) -> Answer:  # [B, classes] or [B, E]
+        """The numbers that `targets` ask for, from the model's output.
+
+        Values belong to their own image: autograd differentiates the sum over images, so a function in which the
+        logits of one image have a say in the value of another is refused.
+
+        Args:
+            targets: None: the predicted class. An int or str: this class, name or prompt for all images. A flat
+                sequence [B]: one an image. Nested [B][K], or integers [B, K]: K an image; with a single row: the same
+                K for all. `Difference`, `Embedding`, or a function from the output to values [B] or [B, K].
+            output: what `run` returned.
+
+        Raises:
+            TypeError, ValueError: naming `targets`: what was expected, what came and what to do.
+        """
+        if isinstance(targets, Embedding):
+            return likeness(targets, output)
+        if callable(targets) and not isinstance(targets, type):
+            return computed(targets, output, None if self.dual else self.names(output.shape[1]))
+        parts = (targets.a, targets.b) if isinstance(targets, Difference) else (targets,)
+        if self._headless and any(part is None for part in parts):
+            raise ValueError(
+                "targets: None is the predicted class, but the model has no classification head; give an Embedding, "
+                "a function of the features, or the number of a feature"
+            )
+        logits, names, classes = self._columns(parts, output)
+        picked = [pick(part, logits, names, classes) for part in parts]
+        if isinstance(targets, Difference):
+            return Answer(logits.detach(), *difference(picked[0], picked[1], logits), names)
+        return Answer(logits.detach(), picked[0], values_at(logits, picked[0]), names)
+
+    def names(self, classes: int) -> tuple[str, ...] | None:
+        """Names of all classes, or None where they have none.
+
+        Raises:
+            ValueError: the names given are not those of so many classes.
+        """
+        given = self._names
+        if given is None:
+            return self._own if self._own is not None and len(self._own) == classes else None
+        if isinstance(given, dict):
+            outside = [number for number in given if number >= classes]
+            if outside:
+                raise ValueError(f"class_names: the model has classes 0 to {classes - 1}, got a name for {outside[0]}")
+            return tuple(given.get(number, f"class {number}") for number in range(classes))
+        if len(given) != classes:
+            raise ValueError(
+                f"class_names: expected {classes} names, one for each class of the model, got {len(given)}; give a "
+                "dict from class number to name to name some of them"
+            )
+        return given
+
+    def _columns(self, parts: tuple[Any, ...], output: Tensor) -> tuple[Tensor, tuple[str, ...] | None, int]:
+        """Logits [B, T], the names of their columns, and how many of them None and ints choose among."""
+        if self.dual is None:
+            return output, self.names(output.shape[1]), output.shape[1]
+        own = self._names if isinstance(self._names, tuple) else ()
+        asked = [leaf for part in parts for leaf in leaves(part)]
+        if not own and not all(isinstance(leaf, str) for leaf in asked):
+            raise TypeError(
+                f"targets: expected prompts (str) for the dual encoder {type(self.model).__name__}, which has no "
+                f"classes to number or predict, got {shown(parts[0] if len(parts) == 1 else parts)}; give e.g. "
+                'targets="a photo of a cat", or prompts to choose among: Explainer(..., class_names=[...])'
+            )
+        prompts: tuple[str, ...] = tuple(dict.fromkeys([*own, *(leaf for leaf in asked if isinstance(leaf, str))]))
+        if not all(prompt.strip() for prompt in prompts):
+            raise ValueError("targets: expected prompts, got an empty one; say what to look for")
+        if len(prompts) > MAX_PROMPTS:
+            raise ValueError(f"targets: expected at most {MAX_PROMPTS} distinct prompts, got {len(prompts)}")
+        if not prompts:  # no targets for no images
+            return output.new_zeros(len(output), 0), (), 0
+        return self.dual.logits(output, prompts), prompts, len(own)
+
+
+def _logits_of(output: Any) -> tuple[Any, bool]:
+    """The tensor in what a model returned, and whether it is known to be features instead of logits."""
+    if isinstance(output, Tensor):
+        return output, False
+    # `image_embeds` and `pooler_output` are what transformers' towers return: projected features and what is projected.
+    for name in ("logits", "image_embeds", "pooler_output"):
+        found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if isinstance(found, Tensor):
+            return found, name != "logits"
+    return output, False
+
+
+def _checked_output(output: Any, batch: int) -> Tensor:
+    if isinstance(output, Tensor) and output.dim() == 2 and len(output) == batch and output.is_floating_point():
+        if output.shape[1]:
+            return output
+        raise ValueError(f"model: expected logits [{batch}, classes] from images, got no classes, {list(output.shape)}")
+    advice = "wrap it in a module that does"
+    if isinstance(output, (tuple, list)):
+        advice = "wrap it in a module that returns the entry with the logits"
+    elif isinstance(output, Mapping):
+        advice = (
+            f"it has no 'logits' but {', '.join(map(str, list(output)[:8]))}; wrap it in a module that returns them"
+        )
+    found = f"{list(output.shape)} {output.dtype}" if isinstance(output, Tensor) else type(output).__name__
+    raise ValueError(f"model: expected logits [B, classes] from images, with B = {batch}, got {found}; {advice}")
+
+
+def _checked_names(names: Any) -> tuple[str, ...] | dict[int, str] | None:
+    if names is None:
+        return None
+    if isinstance(names, str) or not isinstance(names, (Sequence, Mapping)):
+        raise TypeError(f"class_names: expected a sequence of str or a mapping from int to str, got {shown(names)}")
+    pairs = list(names.items()) if isinstance(names, Mapping) else list(enumerate(names))
+    for number, name in pairs:
+        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+            raise TypeError(f"class_names: expected class numbers (int from 0) as keys, got {shown(number)}")
+        if not isinstance(name, str) or not name.strip():
+            raise TypeError(f"class_names: expected a name (str) for class {number}, got {shown(name)}")
+    if not pairs:
+        raise ValueError("class_names: got none; leave the argument out where there are no names")
+    return dict(pairs) if isinstance(names, Mapping) else tuple(name for _, name in pairs)
+
+
+def _own_names(model: nn.Module) -> tuple[str, ...] | None:
+    """Names that a transformers model brings along, where they are more than numbers."""
+    labels = getattr(getattr(model, "config", None), "id2label", None)
+    if not isinstance(labels, Mapping) or not labels:
+        return None
+    found = tuple(str(labels.get(number, labels.get(str(number), ""))) for number in range(len(labels)))
+    known = all(found) and any(name != f"LABEL_{number}" for number, name in enumerate(found))
+    return found if known else None

@@ -1,0 +1,127 @@
+"""Checkpoints of the command line: read when they fit, refused when damaged, hostile or another model's."""
+
+from __future__ import annotations
+
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fga_fast.io.checkpoint import Checkpoint, CheckpointError
+
+timm = pytest.importorskip("timm")
+
+MODEL = "test_vit"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "vit.safetensors"
+    save_file(timm.create_model(MODEL, num_classes=11).state_dict(), path)
+    return path
+
+
+def state(weights: Path) -> dict[str, Tensor]:
+    return Checkpoint(weights).tensors()
+
+
+def with_header(path: Path, header: bytes, announced: int | None = None, body: bytes = b"") -> Path:
+    path.write_bytes(struct.pack("<Q", len(header) if announced is None else announced) + header + body)
+    return path
+
+
+def test_oversized_headers_are_refused_unread(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"header of 1099511627776 bytes, over the limit"):
+        Checkpoint(with_header(tmp_path / "large", b"{}", announced=2**40))
+    with pytest.raises(CheckpointError, match="truncated: a header of 5000 bytes in a file of"):
+        Checkpoint(with_header(tmp_path / "lying", b"{}", announced=5000))
+    tensor = b'{"w": {"dtype": "F32", "shape": [1000000000000], "data_offsets": [0, 4000000000000]}}'
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        Checkpoint(with_header(tmp_path / "huge", tensor, body=b"\0" * 64))
+
+
+def test_other_files_are_no_checkpoints(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("not a checkpoint")
+    with pytest.raises(CheckpointError, match="neither a safetensors nor a torch"):
+        Checkpoint(tmp_path / "text")
+    with pytest.raises(FileNotFoundError, match="no file"):
+        Checkpoint(tmp_path)
+
+
+class Harmful:
+    """Would create a file if it were unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickled_objects_are_refused_and_not_run(tmp_path: Path, zipped: bool) -> None:
+    path, trace = tmp_path / "model.pt", tmp_path / "trace"
+    torch.save({"w": torch.zeros(2), "x": Harmful(trace)}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match="pickled Python objects, which are refused"):
+        Checkpoint(path)
+    path.write_bytes(pickle.dumps(Harmful(trace), protocol=2))
+    with pytest.raises(CheckpointError, match=r"refused|damaged"):
+        Checkpoint(path)
+    assert not trace.exists()
+
+
+def test_torch_checkpoints_of_tensors_are_read(tmp_path: Path, weights: Path) -> None:
+    tensors = state(weights)
+    for number, content in enumerate(
+        [tensors, {"state_dict": tensors, "epoch": 3}, {"model": {f"module.{k}": v for k, v in tensors.items()}}]
+    ):
+        for zipped in (True, False):
+            path = tmp_path / f"{number}.pt"
+            torch.save(content, path, _use_new_zipfile_serialization=zipped)
+            model = timm.create_model(MODEL, num_classes=11)
+            Checkpoint(path).load_into(model)
+            assert all(torch.equal(value, tensors[name]) for name, value in model.state_dict().items())
+
+
+def test_damaged_torch_checkpoints(tmp_path: Path, weights: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save(state(weights), path)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        Checkpoint(path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"0" * 2**20)
+    with pytest.raises(CheckpointError, match="compressed archive"):
+        Checkpoint(path)
+    torch.save([1, 2], path)
+    with pytest.raises(CheckpointError, match="no state dict"):
+        Checkpoint(path)
+
+
+def test_mismatches_are_listed_and_the_model_is_left_alone(tmp_path: Path, weights: Path) -> None:
+    tensors = state(weights)
+    tensors["cls_token"] = torch.zeros(1, 1, 3)
+    tensors["extra"] = torch.zeros(1)
+    del tensors["norm.bias"]
+    save_file(tensors, tmp_path / "other.safetensors")
+    model = timm.create_model(MODEL, num_classes=11)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint(tmp_path / "other.safetensors").load_into(model)
+    for part in ("1 missing (norm.bias)", "1 unknown (extra)", "cls_token: model [1, 1, 64], file [1, 1, 3]"):
+        assert part in str(caught.value)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_weights_that_are_not_finite(tmp_path: Path, weights: Path) -> None:
+    tensors = state(weights)
+    tensors["norm.bias"][3] = torch.inf
+    save_file(tensors, tmp_path / "inf.safetensors")
+    with pytest.raises(CheckpointError, match=r"norm\.bias in .* contains NaN or Inf"):
+        Checkpoint(tmp_path / "inf.safetensors").load_into(timm.create_model(MODEL, num_classes=11))

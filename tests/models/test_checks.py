@@ -1,0 +1,73 @@
+"""Checks against layouts that do not say everything, as those of a user's own model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from explaining import sae_for
+from torch import nn
+
+from fga_fast import ModelLayout, SparseAutoencoder
+from fga_fast.models import checks
+
+
+def own_model() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model.embed_dim = 4  # type: ignore[assignment]
+    return model
+
+
+def own_layout(model: nn.Module, **settings: Any) -> ModelLayout:
+    return ModelLayout(**{"blocks": tuple(model), "prefix_tokens": 1, "grid": (2, 3), **settings})  # type: ignore[arg-type]
+
+
+def test_images_of_unknown_size() -> None:
+    model = own_model()
+    like = next(model.parameters())
+    layout = own_layout(model)
+    checks.check_images(torch.zeros(2, 3, 32, 48), layout, like)
+    checks.check_images(torch.zeros(0, 3, 7, 9), layout, like)
+    checks.check_images(torch.zeros(2, 3, 32, 48).contiguous(memory_format=torch.channels_last), layout, like)
+    for shape, message in (
+        ((3, 32, 48), r"images: expected shape \[B, 3, H, W\], got \[3, 32, 48\]; add a batch dimension"),
+        ((2, 1, 32, 48), r"images: expected shape \[B, 3, H, W\], got \[2, 1, 32, 48\]$"),
+        ((2, 3, 0, 48), r"got \[2, 3, 0, 48\]"),
+        ((2, 3), r"got \[2, 3\]"),
+        ((1, 2, 3, 32, 48), r"got \[1, 2, 3, 32, 48\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            checks.check_images(torch.zeros(shape), layout, like)
+    with pytest.raises(ValueError, match=r"images: expected dtype torch\.float32"):
+        checks.check_images(torch.zeros(2, 3, 32, 48).double(), layout, like)
+    with pytest.raises(ValueError, match=r"expected shape \[B, 3, 32, 48\], got \[2, 3, 48, 32\]"):
+        checks.check_images(torch.zeros(2, 3, 48, 32), own_layout(model, image_size=(32, 48)), like)
+
+
+def test_saes_of_unknown_width() -> None:
+    model = own_model()
+    like = next(model.parameters())
+    wide = SparseAutoencoder(torch.ones(5, 9), None, torch.ones(9, 5), torch.zeros(5))
+    checks.check_saes({0: wide, 1: sae_for(model)}, own_layout(model), like)  # the residual stream will tell
+    with pytest.raises(ValueError, match=r"saes\[0\]: the SAE reads a residual stream of width 5, .* has width 4"):
+        checks.check_saes({0: wide}, own_layout(model, d_model=4), like)
+    with pytest.raises(ValueError, match="layer 2 is out of range, expected 0 to 1"):
+        checks.check_saes({2: wide}, own_layout(model), like)
+
+
+def test_weights_where_the_tower_is_not_known() -> None:
+    model = own_model()
+    layout = own_layout(model)
+    checks.check_weights(model, layout)
+    assert [name for name, _ in checks.weights_of(model, layout)] == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    whole = nn.ModuleDict({"tower": model, "text": nn.Linear(2, 2).double()})
+    checks.check_weights(whole, own_layout(model, tower=model))  # another part may have another dtype
+    with pytest.raises(ValueError, match=r"model: weight 'text.weight' of the tower is torch.float64"):
+        checks.check_weights(whole, layout)
+    model[1].to("meta")  # type: ignore[index]
+    with pytest.raises(ValueError, match=r"model: weight '1.weight' is on meta, others on cpu"):
+        checks.check_weights(model, layout)
+    none = nn.Sequential(nn.Identity())
+    with pytest.raises(ValueError, match="model: Sequential has no weights"):
+        checks.check_weights(none, own_layout(none))

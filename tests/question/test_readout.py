@@ -1,0 +1,288 @@
+"""Readout: what every kind of target stands for, and which outputs and class names are taken."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from explaining import PIXELS, Build, sae_for
+from torch import Tensor, nn
+
+from fga_fast import Explainer
+from fga_fast.question.readout import Difference, Embedding, Readout
+
+NAMES = ("cat", "dog", "cow", "owl", "crane")
+LOGITS = torch.tensor([[1.0, 5.0, 2.0, -3.0, 0.5], [4.0, 0.0, 2.5, 4.5, 1.0], [0.0, 1.0, 2.0, 3.0, 9.0]])
+
+
+class Returning(nn.Module):
+    """Turns images into whatever it is told to make of LOGITS."""
+
+    def __init__(self, make: Any = lambda logits: logits) -> None:
+        super().__init__()
+        self.make = make
+
+    def forward(self, images: Tensor) -> Any:
+        return self.make(images)
+
+
+def ask(targets: Any, names: Any = NAMES, logits: Tensor = LOGITS) -> Any:
+    logits = logits.clone().requires_grad_() * 1.0
+    return Readout(Returning(), names).answer(targets, logits)
+
+
+@pytest.mark.parametrize(
+    ("targets", "columns"),
+    [
+        (None, [1, 3, 4]),
+        (2, [2, 2, 2]),
+        ("owl", [3, 3, 3]),
+        ([2, 0, 1], [2, 0, 1]),
+        ((2, 0, 1), [2, 0, 1]),
+        (["cow", 0, "dog"], [2, 0, 1]),
+        (torch.tensor([2, 0, 1]), [2, 0, 1]),
+        (torch.tensor([2, 0, 1], dtype=torch.uint8), [2, 0, 1]),
+        (torch.tensor(4), [4, 4, 4]),
+        (np.array([2, 0, 1]), [2, 0, 1]),
+        (np.int32(3), [3, 3, 3]),
+        (np.array(["cow", "cat", "dog"]), [2, 0, 1]),
+        (np.array(["cow", 0, "dog"], dtype=object), [2, 0, 1]),
+        ([torch.tensor(2), np.int64(0), 1], [2, 0, 1]),
+        ([[2, "cat"]], [[2, 0]] * 3),
+        (torch.tensor([[2, 0]]), [[2, 0]] * 3),
+        ([[0, 1], [1, 2], [2, 2]], [[0, 1], [1, 2], [2, 2]]),
+        ([torch.tensor([0, 1]), np.array([1, 2]), ("cow", 2)], [[0, 1], [1, 2], [2, 2]]),
+        (np.array([[0, 1], [1, 2], [2, 2]]), [[0, 1], [1, 2], [2, 2]]),
+        ([["crane"]], [[4]] * 3),
+    ],
+)
+def test_targets_pick_columns(targets: Any, columns: Any) -> None:
+    answer = ask(targets)
+    assert answer.targets.tolist() == columns and answer.targets.dtype == torch.int64
+    picked = torch.tensor(columns).reshape(3, -1)
+    assert torch.equal(answer.values.detach().reshape(3, -1), LOGITS.gather(1, picked))
+    assert answer.values.shape == answer.targets.shape and answer.values.requires_grad
+    assert torch.equal(answer.logits, LOGITS) and not answer.logits.requires_grad
+    assert answer.names == NAMES
+
+
+def test_targets_are_copied() -> None:
+    given = torch.tensor([[1, 2, 3]])
+    answer = ask(given)
+    given += 1
+    assert answer.targets.tolist() == [[1, 2, 3]] * 3 and answer.targets.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "columns", "values"),
+    [
+        (1, 0, [1, 1, 1], [4.0, -4.0, 1.0]),
+        ("dog", "cat", [1, 1, 1], [4.0, -4.0, 1.0]),
+        (None, [0, 1, 2], [1, 3, 4], [4.0, 4.5, 7.0]),
+        ([[0, 1]], [[2, 3]], [[0, 1]] * 3, [[-1.0, 8.0], [1.5, -4.5], [-2.0, -2.0]]),
+        (0, [[1, 2]], [[0, 0]] * 3, [[-4.0, -1.0], [4.0, 1.5], [-1.0, -2.0]]),
+        ([[1, 2]], "cat", [[1, 2]] * 3, [[4.0, 1.0], [-4.0, -1.5], [1.0, 2.0]]),
+    ],
+)
+def test_differences(a: Any, b: Any, columns: Any, values: Any) -> None:
+    answer = ask(Difference(a, b))
+    assert answer.targets.tolist() == columns and answer.values.tolist() == values
+
+
+def test_embeddings() -> None:
+    torch.manual_seed(1)
+    one, each, several = torch.randn(5), torch.randn(3, 5), torch.randn(3, 2, 5)
+    answer = ask(Embedding(one))
+    torch.testing.assert_close(answer.values.detach(), F.cosine_similarity(LOGITS, one, dim=-1))
+    torch.testing.assert_close(answer.logits, answer.values.detach()[:, None])
+    assert answer.targets.tolist() == [0, 0, 0] and answer.names == ("embedding",)
+    want = F.cosine_similarity(LOGITS, each, dim=-1)
+    for vector in (each, each.double().numpy(), (1e6 * each).tolist()):
+        torch.testing.assert_close(ask(Embedding(vector)).values.detach(), want)
+    answer = ask(Embedding(several))
+    torch.testing.assert_close(answer.values.detach(), F.cosine_similarity(LOGITS[:, None], several, dim=-1))
+    assert answer.targets.tolist() == [[0, 1]] * 3 and torch.equal(answer.logits, answer.values.detach())
+    torch.testing.assert_close(ask(Embedding(one[None])).values, ask(Embedding(one)).values)
+    assert ask(Embedding(several[:1])).values.shape == (3, 2)
+    low = ask(Embedding(one), logits=LOGITS.bfloat16()).values
+    assert low.dtype == torch.float32
+
+
+def test_functions() -> None:
+    answer = ask(lambda logits: logits.softmax(-1)[:, 2])
+    torch.testing.assert_close(answer.values.detach(), LOGITS.softmax(-1)[:, 2])
+    assert answer.targets.tolist() == [-1, -1, -1] and torch.equal(answer.logits, LOGITS)
+    answer = ask(lambda logits: torch.stack([logits[:, 0], logits[:, 1] - logits[:, 2]], 1))
+    assert answer.targets.tolist() == [[-1, -1]] * 3 and answer.values.tolist()[0] == [1.0, 3.0]
+    assert ask(lambda logits: logits.mul_(2)[:, 0]).logits.tolist() == LOGITS.tolist()  # not theirs to change
+    assert ask(nn.Linear(5, 2)).values.shape == (3, 2)
+    assert ask(lambda logits: logits - logits[0].detach()).values.shape == (3, 5)
+
+
+def test_bad_functions() -> None:
+    def rank(logits: Tensor) -> Tensor:
+        return logits.argmax(-1)
+
+    for function, message in (
+        (rank, "expected rank to return a floating-point tensor, one value an image, got torch.int64"),
+        (lambda logits: 3.0, "expected <lambda> to return a floating-point tensor.* got float"),
+        (lambda logits: logits.detach().numpy(), "got ndarray"),
+        (
+            lambda logits: logits.mean(),
+            r"one value an image, shape \[3\] \(or \[3, K\]\), from logits \[3, 5\], got \[\]",
+        ),
+        (lambda logits: logits[:2, 0], r"got \[2\]"),
+        (lambda logits: logits[:, None, :], r"got \[3, 1, 5\]"),
+        (lambda logits: logits[:, :0], r"got \[3, 0\]"),
+        (lambda logits: logits.detach()[:, 0], "carries no gradient to the logits; compute it with torch"),
+        (lambda logits: torch.ones(3, requires_grad=True) * 2, "carries no gradient to the logits"),
+        (lambda logits: (logits[:, 0] - 10).log(), "<lambda> returned NaN or Inf for finite logits"),
+        (lambda logits: logits.softmax(0)[:, 1], "the value of an image depends on the logits of other images"),
+        (lambda logits: logits[:, 1] - logits[:, 1].mean(), "depends on the logits of other images"),
+        (lambda logits: logits[:, 1] - logits[0, 1], "depends on the logits of other images"),
+        (lambda logits: logits.flip(0)[:, 1].roll(1), "depends on the logits of other images"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=rf"targets: .*{message}"):
+            ask(function)
+
+
+def test_bad_targets() -> None:
+    for targets, message in (
+        (5, "expected classes 0 to 4, got 5"),
+        (-1, "expected classes 0 to 4, got -1"),
+        (2**80, "expected classes 0 to 4, got 1208925819614629174706176"),
+        ([0, 1, 7], "expected classes 0 to 4, got 7"),
+        (torch.tensor([[0, 1, -2]]), "expected classes 0 to 4, got -2"),
+        ([0, 1], r"expected one class an image, shape \[3\], got \[2\]; K classes an image are \[3, K\]"),
+        ([], r"shape \[3\], got \[0\]"),
+        (torch.zeros(2, 2, dtype=torch.int64), r"shape \[3\], got \[2, 2\]"),
+        (torch.zeros(3, 0, dtype=torch.int64), r"shape \[3\], got \[3, 0\]"),
+        (torch.zeros(3, 1, 1, dtype=torch.int64), r"got \[3, 1, 1\]"),
+        (True, r"expected integer class indices or class names, got True \(bool\)"),
+        ([0, 1.0, 2], r"expected integer class indices or class names, got 1.0 \(float\)"),
+        ([0, None, 2], r"expected integer class indices or class names, got None"),
+        (np.array([0.0, 1, 2]), "expected integer class indices, got dtype torch.float64"),
+        ([[0], [1, 2], [3]], r"lists of different lengths or empty ones \(1, 2\)"),
+        ([0, [1], 2], r"lists of different lengths or empty ones \(one without a list, 1\)"),
+        ([[], [], []], "or empty ones"),
+        ([[[0]]], "got deeper ones"),
+        (b"cat", "expected None, an int or integers .*got b'cat'"),
+        ({0, 1}, "expected None, an int or integers"),
+        (nn.Linear, "expected None, an int or integers"),
+        ("", "expected the name of a class, got an empty one"),
+        ("cats", r"'cats' is not among the names of the 5 classes; did you mean 'cat'\?"),
+        ("Cow", r"did you mean 'cow'\?"),
+        ("zebra fish", "they begin 'cat', 'dog', 'cow'"),
+        (Difference(1, 1), r"Difference of a class and itself is 0 .* image 0, 1, 2; leave it out"),
+        (Difference(None, 4), "got one for image 2;"),
+        (Difference([[0, 1]], [[2, 3, 4]]), "as many classes in both parts of a Difference, got 2 and 3"),
+        (Difference(Difference(0, 1), 2), "a Difference is of classes, names or prompts, got Difference"),
+        (Difference(0, Embedding([1.0])), r"got Embedding\("),
+        (Difference(0, lambda logits: logits), "got <function"),
+        (Embedding(torch.ones(4)), r"shape \[5\], \[3, 5\] or \[3, K, 5\] .*\[3, 5\], got \[4\]"),
+        (Embedding(torch.ones(2, 5)), r"got \[2, 5\]"),
+        (Embedding(torch.ones(())), r"got \[\]"),
+        (Embedding(torch.ones(3, 0, 5)), r"got \[3, 0, 5\]"),
+        (Embedding(torch.ones(3, 1, 1, 5)), r"got \[3, 1, 1, 5\]"),
+        (Embedding(torch.zeros(5)), "zero, or holds NaN or Inf"),
+        (Embedding([1.0, torch.nan, 0, 0, 0]), "zero, or holds NaN or Inf"),
+        (Embedding(torch.ones(5, dtype=torch.bool)), "expected real numbers in Embedding, got dtype torch.bool"),
+        (Embedding("cat"), "expected numbers .* in Embedding"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=rf"targets: .*{message}"):
+            ask(targets)
+
+
+def test_class_names() -> None:
+    with pytest.raises(ValueError, match=r"targets: got the class name 'cat', but .* class_names=\[...\]"):
+        ask("cat", names=None)
+    with pytest.raises(ValueError, match=r"targets: 'crane' is the name of classes 1, 3; give the number"):
+        ask("crane", names=["a", "crane", "b", "crane", "c"])
+    some = ask("owl", names={3: "owl", 0: "cat"})
+    assert some.targets.tolist() == [3, 3, 3] and some.names == ("cat", "class 1", "class 2", "owl", "class 4")
+    for names, message in (
+        ("cat", "expected a sequence of str or a mapping from int to str, got 'cat'"),
+        (3, "expected a sequence of str or a mapping"),
+        (["a", "b", "c"], "expected 5 names, one for each class of the model, got 3"),
+        (["a", 1], r"expected a name \(str\) for class 1, got 1"),
+        (["a", " "], r"for class 1, got ' '"),
+        ({"cat": 0}, r"expected class numbers \(int from 0\) as keys, got 'cat'"),
+        ({True: "cat"}, "as keys, got True"),
+        ({-1: "cat"}, "as keys, got -1"),
+        ({7: "cat"}, "the model has classes 0 to 4, got a name for 7"),
+        ([], "got none; leave the argument out"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"class_names: .*{message}"):
+            ask(None, names=names)
+
+
+def test_names_of_a_transformers_model() -> None:
+    def own(labels: Any, classes: int = 5) -> Any:
+        model = Returning()
+        model.config = SimpleNamespace(id2label=labels)  # type: ignore[assignment]
+        return Readout(model).names(classes)
+
+    assert own(dict(enumerate(NAMES))) == NAMES
+    assert own({str(number): name for number, name in enumerate(NAMES)}) == NAMES
+    assert own({number: f"LABEL_{number}" for number in range(5)}) is None
+    assert own(dict(enumerate(NAMES)), classes=7) is None  # a head that was replaced
+    assert own({0: "cat", 5: "dog"}) is None and own({}) is None and own(None) is None
+
+
+def test_outputs() -> None:
+    for make in (
+        lambda x: x,
+        lambda x: {"loss": None, "logits": x},
+        lambda x: SimpleNamespace(logits=x, hidden_states=()),
+        lambda x: SimpleNamespace(image_embeds=x, last_hidden_state=x[:, None]),
+        lambda x: SimpleNamespace(pooler_output=x),
+    ):
+        assert torch.equal(Readout(Returning(make)).run(LOGITS), LOGITS)
+    for make, message in (
+        (lambda x: (x, None), "got tuple; wrap it in a module that returns the entry with the logits"),
+        (lambda x: {"scores": x}, "got dict; it has no 'logits' but scores; wrap it"),
+        (lambda x: x[:, None], r"with B = 3, got \[3, 1, 5\] torch.float32; wrap it in a module that does"),
+        (lambda x: torch.cat([x, x]), r"with B = 3, got \[6, 5\]"),
+        (lambda x: x.argmax(-1), r"got \[3\] torch.int64"),
+        (lambda x: x > 0, r"got \[3, 5\] torch.bool"),
+        (lambda x: x[:, :0], r"got no classes, \[3, 0\]"),
+        (lambda x: None, "got NoneType"),
+    ):
+        with pytest.raises(ValueError, match=rf"model: expected logits \[.*{message}"):
+            Readout(Returning(make)).run(LOGITS)
+
+
+def test_towers_without_a_head_have_no_predicted_class() -> None:
+    readout = Readout(Returning(lambda x: SimpleNamespace(pooler_output=x)))
+    output = readout.run(LOGITS)
+    for targets in (None, Difference(None, 1)):
+        with pytest.raises(ValueError, match="targets: None is the predicted class, but the model has no classif"):
+            readout.answer(targets, output)
+    assert readout.answer(Embedding(torch.ones(5)), output).values.shape == (3,)
+    assert readout.answer(2, output).targets.tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("backend", ("native", "reference"))
+def test_explained_by_any_spelling(backend: Any, tiny_vit: Build) -> None:
+    """A class, its name, a function that returns its logit: the same question, so the same relevance."""
+    model, images = tiny_vit().double(), torch.randn(2, *PIXELS, dtype=torch.float64)
+    explainer = Explainer(model, {1: sae_for(model)}, class_names=NAMES, backend=backend, top_features=2)
+    want = explainer(images, 3)
+    vector = torch.randn(5, dtype=torch.float64)
+    for targets in ("owl", [3, "owl"], lambda logits: logits[:, 3], Difference(3, 1), Embedding(vector), [["dog", 3]]):
+        got = explainer(images, targets)
+        if isinstance(targets, Difference):
+            same = explainer(images, lambda logits: logits[:, 3] - logits[:, 1])
+        elif isinstance(targets, Embedding):
+            same = explainer(images, lambda logits: F.cosine_similarity(logits, vector[None]))
+        else:
+            same = want
+        relevance = got.relevance[:, 1] if got.relevance.dim() == 3 else got.relevance
+        torch.testing.assert_close(relevance, same.relevance, rtol=1e-9, atol=1e-14)
+        assert got.values is not None and same.values is not None
+        assert torch.allclose(got.values.reshape(2, -1)[:, -1], same.values)
+    assert want.names == NAMES and "owl" in repr(want)

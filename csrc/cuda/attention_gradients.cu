@@ -2,7 +2,7 @@
 // multiprocessor: dq, dk, dv and the relevance messages, of which the probabilities and dA are there anyway.
 //
 // STATUS: compiled for sm_80, sm_90a and sm_100, its arithmetic and indexing run on the CPU by an emulation of threads
-// and tensor cores (tests/native); it has never run on a device. Off unless asked for, until a device shows a gain.
+// and tensor cores (tests/csrc/native); it has never run on a device. Off unless asked for, until a device shows a gain.
 //
 // A block owns one (row m, head h), a warp 32 keys of it. All of K and V stay in shared memory; tiles of 64
 // queries of Q and dO come through a double buffer. For 16 queries at a time a warp computes

@@ -1,7 +1,7 @@
 // Robust gate on CUDA, one block per row of scores.
 //
 // STATUS: compiled for sm_80, sm_90a and sm_100, its arithmetic run on the CPU by an emulation of threads
-// (tests/native); it has never run on a device. Used only where the caller asks for backend="native".
+// (tests/csrc/native); it has never run on a device. Used only where the caller asks for backend="native".
 //
 // The lower median is found by radix selection, not by sorting: float bits are mapped to integers of the same order,
 // and each pass counts one byte of the keys that agree with the bytes found so far. Four passes over the row (eight in

@@ -76,13 +76,13 @@ def test_refusals_of_a_package(demo: Path, tmp_path: Path, capsys: pytest.Captur
 def test_package_without_preprocessing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fga_fast.graph import package
+    from fga_fast.graph.package import export, load
 
     path = tmp_path / "x.pt2"
     with monkeypatch.context() as patch:
         patch.setattr(torch._inductor, "aoti_compile_and_package", lambda _, package_path: path_of(package_path))
-        package.export(explainer(), path, images(1))
-    monkeypatch.setattr(package, "_loader", lambda *_: None)
+        export.export(explainer(), path, images(1))
+    monkeypatch.setattr(load, "_loader", lambda *_: None)
     text = refused(capsys, "explain", fashion_scenes()[0], "--package", path, "--out", tmp_path / "out")
     assert "was exported without preprocessing, so it takes no image files" in text
 

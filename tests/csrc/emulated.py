@@ -1,4 +1,4 @@
-"""Builds the CUDA kernels for the CPU (tests/native) and calls them on tensors through ctypes."""
+"""Builds the CUDA kernels for the CPU (tests/csrc/native) and calls them on tensors through ctypes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class AttentionRelevance(ctypes.Structure):
 
 def build(path: Path, flags: Sequence[str] = ("-O2",), sources: Sequence[Path] | None = None) -> None:
     """Compiles kernels, by default all, for this machine's CPU into one shared object."""
-    native, kernels = ROOT / "tests" / "native", ROOT / "csrc" / "cuda"
+    native, kernels = ROOT / "tests" / "csrc" / "native", ROOT / "csrc" / "cuda"
     if sources is None:
         sources = [native / "emulated.cpp", *(kernels / f"{stem}.cu" for stem in KERNELS)]
     warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-unknown-pragmas", "-Wno-clobbered"]

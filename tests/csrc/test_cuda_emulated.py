@@ -1,4 +1,4 @@
-"""The CUDA attention kernels, compiled for the CPU and run thread by thread (tests/native), against the reference.
+"""The CUDA attention kernels, compiled for the CPU and run thread by thread (tests/csrc/native), against the reference.
 
 What this cannot show is speed, and what only a real device does; tests/ops/test_attention_cuda.py is for those.
 """

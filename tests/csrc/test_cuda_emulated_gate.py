@@ -1,4 +1,4 @@
-"""The CUDA gate kernel, run on the CPU by the emulation of tests/native, against the reference."""
+"""The CUDA gate kernel, run on the CPU by the emulation of tests/csrc/native, against the reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fused CUDA kernel of gradients and relevance, run on the CPU by the emulation of tests/native."""
+"""The fused CUDA kernel of gradients and relevance, run on the CPU by the emulation of tests/csrc/native."""
 
 from __future__ import annotations
 

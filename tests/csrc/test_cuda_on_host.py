@@ -1,4 +1,4 @@
-"""The emulation of tests/native finds what it says it finds."""
+"""The emulation of tests/csrc/native finds what it says it finds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KERNELS = ("right", "without_wait", "without_barrier", "barrier_for_some", "lane
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     path = tmp_path_factory.mktemp("broken") / "libbroken.so"
-    emulated.build(path, ("-O1",), sources=[emulated.ROOT / "tests" / "native" / "broken_kernels.cpp"])
+    emulated.build(path, ("-O1",), sources=[emulated.ROOT / "tests" / "csrc" / "native" / "broken_kernels.cpp"])
     library = ctypes.CDLL(str(path))
     library.run_broken.restype = ctypes.c_char_p
     return library

@@ -16,7 +16,7 @@ import pytest
 import torch
 from packages import explainer, images
 
-from fga_fast.graph import package as module
+from fga_fast.graph.package import export as module
 from fga_fast.graph.package.export import export
 from fga_fast.io.images import Preprocess
 

@@ -1,4 +1,7 @@
-"""How SAE scores become gates: the settings of the method, one frozen object."""
+"""How to explain: every choice there is, and the settings of an explanation as frozen objects.
+
+Nothing here knows a model; what has to fit one is checked in engine/plan.py.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,30 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+Method = Literal["rollout", "input_x_gradient"]
+Backward = Literal["exact", "conservative"]
+Backend = Literal["auto", "native", "triton", "composite", "reference"]
 Mode = Literal["combined", "activation_only", "gradient_only", "no_sae", "shuffled"]
+Pooling = Literal["token", "average", "attention"]
+TargetMode = Literal["predicted", "given"]  # what a graph explains: the predicted class, or one that a call is given
+Activation = Literal["relu", "topk", "topk_signed", "batch_topk", "jumprelu", "gated"]
+Normalisation = Literal["layer_norm", "constant_norm"]
+
+
+def check_choice(name: str, value: object, choices: object) -> None:
+    """Raises ValueError unless `value` is one of a Literal's."""
+    known = get_args(choices)
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}")
+
+
+def check_count(name: str, value: object, least: int, most: int | None = None, of: str = "") -> None:
+    """Raises TypeError or ValueError unless `value` is an int from `least` to `most` (which counts `of`)."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < least or (most is not None and value > most):
+        wanted = f"at least {least}" if most is None else f"{least} to {most} ({of})"
+        raise ValueError(f"{name}: expected {wanted}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -37,8 +63,7 @@ class Gate:
     permutation: Tensor | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
-            raise ValueError(f"mode: expected one of {', '.join(get_args(Mode))}, got {self.mode!r}")
+        check_choice("mode", self.mode, Mode)
         if not (math.isfinite(self.base) and self.base > 0):
             raise ValueError(f"base: expected a finite number above 0, got {self.base}")
         if not math.isfinite(self.slope):
@@ -68,3 +93,36 @@ class Gate:
                 f"got shape {tuple(permutation.shape)}"
             )
         return permutation
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is explained, apart from its SAEs and the question; `Explainer` says what each of them means.
+
+    Raises:
+        TypeError, ValueError: a value of the wrong type or outside its range.
+    """
+
+    gate: Gate = field(default_factory=Gate)
+    method: Method = "rollout"
+    backward: Backward = "exact"
+    backend: Backend = "auto"
+    top_features: int = 0
+    start_layer: int = 0
+    signed: bool = False
+    per_block: bool = False
+    target_chunk: int = 8
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.gate, Gate):
+            raise TypeError(f"gate: expected a Gate such as Gate(base=10.0), got {type(self.gate).__name__}")
+        for name, choices in (("method", Method), ("backward", Backward), ("backend", Backend)):
+            check_choice(name, getattr(self, name), choices)
+        for name in ("signed", "per_block"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        check_count("start_layer", self.start_layer, 0)
+        check_count("target_chunk", self.target_chunk, 1)
+        check_count("top_features", self.top_features, 0)
+        if self.top_features and self.gate.mode in ("gradient_only", "no_sae"):
+            raise ValueError(f"top_features: gate mode {self.gate.mode!r} has no feature contributions to rank; give 0")

@@ -164,8 +164,8 @@ std::string content_of(const std::string& path) {
 
 void read_entries(const Reader& in, Metadata& m) {
   in.one_of("format", {"fga_fast package"});
-  if (in.size("format_version") != 1)
-    in.fail("format_version", "1, got " + std::to_string(in.size("format_version")) + "; use a newer runtime");
+  if (in.size("format_version") != 2)
+    in.fail("format_version", "2, got " + std::to_string(in.size("format_version")) + "; use a newer runtime");
   m.device = in.one_of("device", {"cpu", "cuda"});
   m.dtype = in.one_of("dtype", {"float32", "float64", "bfloat16"});
   m.batch = in.size("batch");
@@ -181,7 +181,7 @@ void read_entries(const Reader& in, Metadata& m) {
   if (in.find("class_names") != nullptr) m.class_names = in.texts("class_names");
   if (!m.class_names.empty() && static_cast<int64_t>(m.class_names.size()) != m.classes)
     in.fail("class_names", std::to_string(m.classes) + " names");
-  m.targets_given = in.one_of("targets", {"predicted", "given"}) == "given";
+  m.targets_given = in.one_of("target_mode", {"predicted", "given"}) == "given";
   m.layers = in.wholes("layers", 0);
   if (in.find("preprocessing") != nullptr) m.preprocess = read_preprocess(in.inner("preprocessing"), m);
   read_outputs(in, m);

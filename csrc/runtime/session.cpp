@@ -105,7 +105,7 @@ void Session::State::check(const Images& images, const std::optional<std::vector
         "images: the package says nothing of preprocessing, so pictures of uint8 cannot be taken; pass normalised "
         "floats [B, C, H, W], or export it with preprocessing");
   if (targets.has_value() && !m.targets_given)
-    throw Error("targets: this package explains the predicted class; make one with targets=\"given\" to choose");
+    throw Error("targets: this package explains the predicted class; make one with target_mode=\"given\" to choose");
   if (!targets.has_value() && m.targets_given)
     throw Error("targets: this package explains given classes; pass one for each image, or one for all");
   if (!targets) return;

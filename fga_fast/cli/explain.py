@@ -7,7 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +69,7 @@ class _Explainers:
     def __call__(self, images: Tensor, targets: Tensor) -> Explanation:  # [M, C, H, W], [M]
         explanation = self.gated(images, targets)
         if self.ungated is not None:
-            explanation.ungated = self.ungated(images, targets).relevance
+            explanation = replace(explanation, ungated=self.ungated(images, targets).relevance)
         return explanation
 
 
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     check_writable_folder(args.out)
     subject = load_subject(args)
     explainers = _build(subject, args)
-    args.base = explainers.gated.gate.base
+    args.base = explainers.gated.settings.gate.base
     writer = report.Writer(args.out, subject, args, many)
     failed: list[tuple[Path, str]] = []
     batches = _batches(_progress(paths) if many else paths, args.batch_size, many, failed)

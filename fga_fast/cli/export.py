@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError, TypeError, RuntimeError, OSError, ImportError: for the user.
     """
-    from fga_fast.graph.package.export import check_path, export
+    from fga_fast.graph.package.export import check_path
 
     if args.batch < 1:
         raise ValueError(f"--batch: expected at least 1, got {args.batch}")
@@ -56,9 +56,9 @@ def run(args: argparse.Namespace) -> int:
     subject.model.to(dtype)
     explainer = arguments.explainer(subject, args)
     example = torch.randn(args.batch, explainer.layout.in_chans, *subject.preprocess.image_size)
-    path = export(
-        explainer, args.out, example.to(args.device, dtype),
-        targets=args.targets, preprocessing=subject.preprocess, class_names=subject.class_names,
+    path = explainer.export(
+        args.out, example.to(args.device, dtype), target_mode=args.targets, preprocessing=subject.preprocess,
+        class_names=subject.class_names,
     )  # fmt: skip
     print(f"wrote {path} ({path.stat().st_size / 2**20:.1f} MiB) and {path.with_suffix('.json').name}")
     return 0

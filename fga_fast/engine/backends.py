@@ -7,14 +7,14 @@ which it calls.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 
 from fga_fast import composite, ops, triton_kernels
+from fga_fast.settings import Backend, check_choice
 
-Backend = Literal["auto", "native", "triton", "composite", "reference"]
-BACKENDS = ("auto", "native", "triton", "composite", "reference")
+BACKENDS = get_args(Backend)
 
 
 class Stages(NamedTuple):
@@ -51,8 +51,7 @@ def choose(backend: Backend, device: torch.device, dtype: torch.dtype = torch.fl
         ValueError: unknown name.
         RuntimeError: an explicit choice cannot run here; an explicit choice never falls back.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}, got {backend!r}")
+    check_choice("backend", backend, Backend)
     if backend == "reference":
         return Choice(backend, None)
     if backend == "composite":

@@ -1,119 +1,142 @@
-"""Checks of how an `Explainer` is set up: each error names the argument, what was expected, what came, what to do."""
+"""What is explained, and how: a model with its layout, SAEs and settings, checked to fit each other."""
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from fga_fast.models import refused
+from fga_fast.engine import backends
+from fga_fast.models import checks
+from fga_fast.models.find import find_layout
 from fga_fast.models.layout import ModelLayout
-from fga_fast.settings import Gate
-
-if TYPE_CHECKING:
-    from fga_fast.engine.tape import Tape
-    from fga_fast.explainer import Explainer
+from fga_fast.question.readout import Readout
+from fga_fast.sae import SparseAutoencoder
+from fga_fast.settings import Backend, Backward, Gate, Method, Settings, check_count
 
 logger = logging.getLogger(__name__)
 
-_CHOICES = {"method": ("rollout", "input_x_gradient"), "backward": ("exact", "conservative")}
+
+class ExplainerSettings(TypedDict, total=False):
+    """The keywords of `Explainer` beside model and SAEs, for functions that pass them on."""
+
+    gate: Gate | None
+    method: Method
+    backward: Backward
+    backend: Backend
+    top_features: int
+    ungated: bool
+    layout: ModelLayout | None
+    class_names: Sequence[str] | Mapping[int, str] | None
+    tokenizer: Callable[..., Any] | None
+    start_layer: int
+    signed: bool
+    per_block: bool
+    target_chunk: int
 
 
-def check_layout(layout: ModelLayout, model: nn.Module) -> None:
-    """Refuses a layout of something else than this model."""
-    if not isinstance(layout, ModelLayout):
-        raise TypeError(f"layout: expected a ModelLayout, got {type(layout).__name__}")
-    inside = set(model.modules())
-    for index, block in enumerate(layout.blocks):
-        hidden = refused.opaque(block)
-        if hidden is not None:
-            raise ValueError(f"layout: blocks[{index}] ({type(block).__name__}) cannot be explained: {hidden}")
-        if block not in inside:
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Everything that an explanation needs beside images and targets."""
+
+    model: nn.Module
+    layout: ModelLayout
+    found: bool  # the layout was read from the model, so that it can be read again for another image size
+    readout: Readout
+    saes: dict[int, SparseAutoencoder]  # block -> SAE of what leaves it, in order
+    settings: Settings
+    permutations: dict[int, Tensor | None]  # block -> [F], for the control with shuffled decoder rows
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """Any parameter of the explained tower, which says on which device and in which dtype it is."""
+        return next((self.layout.tower or self.model).parameters())
+
+    def choice(self) -> backends.Choice:
+        """The backend for the model's device and dtype, both of which may have changed since the last call."""
+        return backends.choose(self.settings.backend, self.parameter.device, self.parameter.dtype)
+
+    def layout_for(self, images: object) -> ModelLayout:
+        """The layout; for a tower that takes several image sizes, the one for images of this size."""
+        size = tuple(images.shape[-2:]) if isinstance(images, Tensor) else ()
+        if not self.found or len(size) != 2 or self.layout.image_size in (None, size):
+            return self.layout
+        try:
+            return find_layout(self.model, (int(size[0]), int(size[1])))
+        except ValueError:  # it takes one size; the check of the images says which
+            return self.layout
+
+    def check(self, images: Tensor) -> ModelLayout:
+        """The layout for these images; refuses what does not fit, now or since the plan was made.
+
+        Raises:
+            TypeError, ValueError: a model in train mode, other images than the model takes, SAEs that were moved.
+        """
+        checks.check_eval(self.model)
+        layout = self.layout_for(images)
+        checks.check_images(images, layout.in_chans, layout.image_size, self.parameter)
+        checks.check_saes(self.saes, self.layout, self.parameter)
+        return layout
+
+    def without_saes(self) -> Plan:
+        """The same explanation without gates."""
+        settings = replace(self.settings, gate=Gate(), top_features=0, per_block=False)
+        return replace(self, saes={}, permutations={}, settings=settings)
+
+
+def make_plan(
+    model: nn.Module,
+    saes: Mapping[int, SparseAutoencoder] | None,
+    settings: Settings,
+    layout: ModelLayout | None,
+    class_names: Sequence[str] | Mapping[int, str] | None,
+    tokenizer: Callable[..., Any] | None,
+) -> Plan:
+    """A plan whose parts fit each other; see `Explainer` for what they are.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message says which, and what to do.
+        RuntimeError: an explicit backend cannot run here.
+    """
+    found = layout is None
+    layout = find_layout(model) if layout is None else layout
+    checks.check_layout(layout, model)
+    checks.check_weights(model, layout)
+    saes = {} if saes is None else saes
+    checks.check_saes(saes, layout, next((layout.tower or model).parameters()))
+    ordered = {int(block): saes[block] for block in sorted(saes)}
+    _check_fit(settings, ordered, layout)
+    cpu = torch.device("cpu")
+    permutations = {block: settings.gate.decoder_permutation(sae.d_sae, cpu) for block, sae in ordered.items()}
+    plan = Plan(model, layout, found, Readout(model, class_names, tokenizer), ordered, settings, permutations)
+    plan.choice()  # now, so that a backend that cannot run is said here
+    return plan
+
+
+def _check_fit(settings: Settings, saes: dict[int, SparseAutoencoder], layout: ModelLayout) -> None:
+    """Refuses settings that do not fit the model or its SAEs."""
+    last, start = len(layout.blocks) - 1, settings.start_layer
+    check_count("start_layer", start, 0, last, "blocks")
+    for block, sae in saes.items():
+        if block < start:
             raise ValueError(
-                f"layout: blocks[{index}] ({type(block).__name__}) is no module inside the model; take the blocks from "
-                "the very model that is explained"
+                f"saes[{block}]: would gate nothing, since start_layer={start} leaves block {block} out; lower "
+                "start_layer or leave the SAE out"
             )
-    if next((layout.tower or model).parameters(), None) is None:
-        raise ValueError("model: it has no parameters, so there is nothing to differentiate")
-
-
-def check(explainer: Explainer) -> None:
-    """Refuses settings that do not fit each other or the model."""
-    if not isinstance(explainer.gate, Gate):
-        raise TypeError(f"gate: expected a Gate such as Gate(base=10.0), got {type(explainer.gate).__name__}")
-    for name, known in _CHOICES.items():
-        if getattr(explainer, name) not in known:
-            raise ValueError(f"{name}: expected {' or '.join(map(repr, known))}, got {getattr(explainer, name)!r}")
-    for name in ("signed", "per_block"):
-        if not isinstance(getattr(explainer, name), bool):
-            raise TypeError(f"{name}: expected True or False, got {getattr(explainer, name)!r}")
-    last = len(explainer.layout.blocks) - 1
-    _check_count("start_layer", explainer.start_layer, 0, last, "blocks")
-    _check_count("target_chunk", explainer.target_chunk, 1, None, "")
-    for layer in explainer.saes:
-        if layer < explainer.start_layer:
-            raise ValueError(
-                f"saes[{layer}]: would gate nothing, since start_layer={explainer.start_layer} leaves block {layer} "
-                "out; lower start_layer or leave the SAE out"
-            )
-        told = explainer.saes[layer].metadata.get("layer", str(layer))
-        if told.isdecimal() and int(told) != layer:
+        told = sae.metadata.get("layer", str(block))
+        if told.isdecimal() and int(told) != block:
             logger.warning(
                 "saes[%d]: its checkpoint says it was trained on block %s; sae.self_check tells whether it fits here",
-                layer, told,
+                block, told,
             )  # fmt: skip
-    _check_top_features(explainer)
-    if explainer.method == "rollout" and explainer.layout.pooling == "token" and last in explainer.saes:
+    if settings.top_features:
+        if not saes:
+            raise ValueError(f"top_features: got {settings.top_features}, but there are no SAEs; give saes={{...}}")
+        fewest = min(sae.d_sae for sae in saes.values())
+        check_count("top_features", settings.top_features, 0, fewest, "features of the smallest SAE")
+    if settings.method == "rollout" and layout.pooling == "token" and last in saes:
         logger.warning("the SAE after the last block gates nothing: only the class token is read there")
-
-
-def _check_top_features(explainer: Explainer) -> None:
-    count, mode = explainer.top_features, explainer.gate.mode
-    _check_count("top_features", count, 0, None, "")
-    if not count:
-        return
-    if mode in ("gradient_only", "no_sae"):
-        raise ValueError(f"top_features: gate mode {mode!r} has no feature contributions to rank")
-    if not explainer.saes:
-        raise ValueError(f"top_features: got {count}, but there are no SAEs; give saes={{...}}")
-    fewest = min(sae.d_sae for sae in explainer.saes.values())
-    _check_count("top_features", count, 0, fewest, "features of the smallest SAE")
-
-
-def _check_count(name: str, value: object, least: int, most: int | None, of: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < least or (most is not None and value > most):
-        wanted = f"at least {least}" if most is None else f"{least} to {most} ({of})"
-        raise ValueError(f"{name}: expected {wanted}, got {value}")
-
-
-def warn_of_other_pooling(tape: Tape, values: Tensor, layout: ModelLayout) -> None:
-    """Says so where the values depend on other tokens of the last residual stream than the layout's pooled ones, not on
-    all of these, or on attention after the blocks that is not the layout's pool.
-
-    That is how a wrong `ModelLayout` shows, and a wrapper that pools the tower's tokens itself.
-    """
-    stream, last = tape.last_stream, layout.pooled[1] - 1
-    if stream is None or layout.pooling == "attention" or not (stream.requires_grad and values.requires_grad):
-        return
-    g, *others = torch.autograd.grad(
-        values.sum(), [stream, *(x for x in tape.outside if x.requires_grad)], retain_graph=True, materialize_grads=True
-    )
-    read = (g != 0).flatten(2).any(-1).any(1 if layout.tokens_first else 0).tolist()  # [N]
-    besides = [token for token, is_read in enumerate(read) if is_read and not layout.pooled[0] <= token <= last]
-    if besides:
-        what = f"{len(besides)} token(s) of the last residual stream besides the pooled ones, such as {besides[0]}"
-    elif any(read) and not all(read[layout.pooled[0] : last + 1]):
-        what = "only some of the pooled tokens of the last residual stream"
-    elif any(bool(other.any()) for other in others):
-        what = "attention after the blocks, which the layout does not know of"
-    else:
-        return
-    logger.warning(
-        "the explained value depends on %s, pooled being tokens %d to %d (%s), so the rollout starts from the wrong "
-        "place or from a part only; if the model pools otherwise, pass layout=ModelLayout(...) that says how",
-        what, layout.pooled[0], last, layout.pooling,
-    )  # fmt: skip

@@ -1,34 +1,20 @@
 """What is read from the residual stream and its gradient at one place: feature gates, or token contributions.
 
-A record says which slots it fills (tensors of zeros, whose gradients carry the results out of the backward pass, see
-taps.py) and fills them when the gradient comes by.
+Both are a `taps.Record`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
+from fga_fast.engine.backends import Stages
 from fga_fast.precision import relevance_dtype
 from fga_fast.sae import SparseAutoencoder
 from fga_fast.sae.features import TopFeatures
 from fga_fast.settings import Gate
-
-if TYPE_CHECKING:
-    from fga_fast.engine.backends import Stages
-
-
-class Record(Protocol):
-    """See `taps.Record`; `slots` makes its dummies for a batch of B images like `carrier` [B, N]."""
-
-    def slots(self, carrier: Tensor) -> tuple[Tensor, ...]: ...
-
-    def __call__(
-        self, x: Tensor, g: Tensor, inverse: Tensor | None
-    ) -> tuple[Tensor | None, tuple[Tensor, ...]]: ...  # [B, N, C], [B, N, C], [B]
 
 
 class Gating:

@@ -25,8 +25,8 @@ from torch.overrides import TorchFunctionMode
 from fga_fast import composite, ops
 from fga_fast.engine.backward import Graph, differentiate
 from fga_fast.engine.conservative import Conservative
-from fga_fast.engine.records import Contribution, Record
-from fga_fast.engine.taps import linear_of_few_rows, tap_map, tap_stream
+from fga_fast.engine.records import Contribution
+from fga_fast.engine.taps import Record, linear_of_few_rows, tap_map, tap_stream
 from fga_fast.models.block_io import (
     TapeError,
     check_attention,

@@ -7,8 +7,7 @@ scores and contributions all leave through one call of `torch.autograd.grad`, al
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +15,22 @@ from torch import Tensor
 
 from fga_fast.ops.few_rows import few_rows_product
 
-# (x_l [B, N, C], g_l [B, N, C], inverse [B] or None) -> gate of every token [B, N] or None, and what fills the slots.
-# `g_l` is the gradient times a loss scale, `inverse` its inverse; None stands for 1.
-Record = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor | None, tuple[Tensor, ...]]]
+
+class Record(Protocol):
+    """What is read at one place of the residual stream when its gradient comes by (records.py)."""
+
+    def slots(self, carrier: Tensor) -> tuple[Tensor, ...]:
+        """Dummies of zeros for a batch of B images like `carrier` [B, N]; their gradients carry the results out."""
+        ...
+
+    def __call__(
+        self,
+        x: Tensor,  # [B, N, C]
+        g: Tensor,  # [B, N, C], the gradient times a loss scale
+        inverse: Tensor | None,  # [B], the inverse of that scale; None: 1
+    ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+        """The gate of every token [B, N], or None, and what fills the slots."""
+        ...
 
 
 class _StreamTap(torch.autograd.Function):
@@ -141,7 +153,7 @@ def linear_of_few_rows(
     bias: Tensor | None = None,  # [out]
 ) -> Tensor:
     """`F.linear` whose backward pass leaves out the rows without gradient."""
-    if weight.requires_grad or (bias is not None and bias.requires_grad):  # computed from the input: they have a say
+    if weight.requires_grad or (bias is not None and bias.requires_grad):  # made from the input, so they need gradients
         return F.linear(input, weight, bias)
     # Flat rows, so that the function's output is no view and the model may change it in place.
     out: Tensor = _LinearOfFewRows.apply(input.reshape(-1, input.shape[-1]), weight, bias)  # type: ignore[no-untyped-call]

@@ -12,19 +12,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
+from fga_fast.engine.plan import Plan
 from fga_fast.graph.outputs import explanation, given_classes, in_batches, packed, unpacked
 from fga_fast.graph.passes.biases import fold_biases
-from fga_fast.graph.trace import Flat, Targets, check_example, flatten, one_at_a_time
+from fga_fast.graph.trace import Flat, check_example, flatten, one_at_a_time
 from fga_fast.models import checks
 from fga_fast.result.explanation import Explanation
-
-if TYPE_CHECKING:
-    from fga_fast.explainer import Explainer
+from fga_fast.settings import TargetMode
 
 Run = Callable[..., Sequence[Tensor]]
 
@@ -35,17 +34,17 @@ class CompiledExplainer:
     """What `Explainer.compile` returns; see there. Called as the explainer is, with the same result.
 
     Attributes:
-        explainer: what was compiled. A change of its model's weights or SAEs does not reach the compiled graph; nor
-            does autocast around a call, since the graph holds the casts of the autocast that it was compiled under.
+        plan: what was compiled. A change of its model's weights or SAEs does not reach the compiled graph; nor does
+            autocast around a call, since the graph holds the casts of the autocast that it was compiled under.
         batches: batch sizes that were compiled, rising.
-        targets: "predicted" or "given".
+        target_mode: "predicted" or "given".
     """
 
     def __init__(
-        self, explainer: Explainer, example: Tensor, targets: Targets, mode: str | None, batches: Sequence[int] | None
+        self, plan: Plan, example: Tensor, target_mode: TargetMode, mode: str | None, batches: Sequence[int] | None
     ) -> None:
         check_example(example)
-        self.explainer, self.targets = explainer, targets
+        self.plan, self.target_mode = plan, target_mode
         self.batches = _checked_batches(batches, example)
         options = _options(mode, example)
         self._runs: dict[int, Run] = {}
@@ -53,11 +52,11 @@ class CompiledExplainer:
         frozen: dict[Any, tuple[Tensor, Tensor]] = {}
         for size in self.batches:
             images = example[:1].detach().expand(size, *example.shape[1:]).contiguous()
-            flat = flatten(explainer, images, targets)
+            flat = flatten(plan, images, target_mode)
             self._outputs, self._classes, self._class_names = flat.outputs, flat.classes, flat.class_names
             fold_biases(flat.module)
             _freeze(flat.module, frozen)
-            self._runs[size] = _compiled(flat, images, targets, options)
+            self._runs[size] = _compiled(flat, images, target_mode, options)
 
     def __call__(self, images: Tensor, targets: Any = None) -> Explanation:
         """Explains any number of images of the size that was compiled, from 1.
@@ -70,8 +69,8 @@ class CompiledExplainer:
             TypeError, ValueError: as `Explainer`; on CUDA, NaN and Inf are not looked for, nor class numbers out of
                 range in a tensor there, which give NaN: the host would have to wait for the device.
         """
-        explainer = self.explainer
-        checks.check_images(images, explainer._layout_for(images), self._example)
+        plan, layout = self.plan, self.plan.layout_for(images)
+        checks.check_images(images, layout.in_chans, layout.image_size, self._example)
         if images.shape[1:] != self._example.shape[1:] or len(images) == 0:
             raise ValueError(
                 f"images: expected [B, {', '.join(map(str, self._example.shape[1:]))}] with B at least 1, as compiled, "
@@ -84,16 +83,16 @@ class CompiledExplainer:
         found = dict(zip(self._outputs, outputs, strict=True))
         if images.device.type == "cpu":
             for name, what in (("logits", "the logits"), ("relevance", "the relevance")):
-                checks.check_finite(found[name], what, explainer.model, images, explainer.saes)
+                checks.check_finite(found[name], what, plan.model, images, plan.saes)
         return explanation(
-            found, grid=explainer._layout_for(images).grid, image_size=(images.shape[-2], images.shape[-1]),
-            backend=f"{explainer.backend}, compiled", names=self._class_names,
-            start_layer=explainer.start_layer,
+            found, grid=layout.grid, image_size=(images.shape[-2], images.shape[-1]),
+            backend=plan.choice().name, backend_reason="compiled", names=self._class_names,
+            start_layer=plan.settings.start_layer,
         )  # fmt: skip
 
     def _given(self, images: Tensor, targets: Any) -> tuple[Tensor, ...]:
         names, ranged = self._class_names, not images.is_cuda
-        return given_classes("graph", self.targets, targets, images, self._classes, names, ranged=ranged)
+        return given_classes("graph", self.target_mode, targets, images, self._classes, names, ranged=ranged)
 
 
 def _checked_batches(batches: Sequence[int] | None, example: Tensor) -> tuple[int, ...]:
@@ -138,8 +137,8 @@ def _plain(images: Tensor) -> Iterator[None]:
         yield
 
 
-def _compiled(flat: Flat, images: Tensor, targets: Targets, options: dict[str, Any]) -> Run:
-    given = [torch.zeros(len(images), dtype=torch.int64, device=images.device)] if targets == "given" else []
+def _compiled(flat: Flat, images: Tensor, target_mode: TargetMode, options: dict[str, Any]) -> Run:
+    given = [torch.zeros(len(images), dtype=torch.int64, device=images.device)] if target_mode == "given" else []
     inputs = [images, *given]
     with one_at_a_time, _plain(images):
         run: Run = torch._inductor.compile(flat.module, [*inputs], options=options)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor, nn
 
-from fga_fast.graph.trace import Targets, flatten
-
-if TYPE_CHECKING:
-    from fga_fast.explainer import Explainer
+from fga_fast.engine.plan import Plan
+from fga_fast.graph.trace import flatten
+from fga_fast.settings import TargetMode
 
 
 class ExplanationModule(nn.Module):
@@ -19,9 +16,9 @@ class ExplanationModule(nn.Module):
         names: of the tensors that a call returns, in order.
     """
 
-    def __init__(self, explainer: Explainer, example: Tensor, targets: Targets) -> None:
+    def __init__(self, plan: Plan, example: Tensor, target_mode: TargetMode) -> None:
         super().__init__()
-        flat = flatten(explainer, example, targets)
+        flat = flatten(plan, example, target_mode)
         # The same memory under names of its own: what a graph computes has no gradients.
         for name, parameter in list(flat.module.named_parameters()):
             setattr(flat.module, name, nn.Parameter(parameter.detach(), requires_grad=False))

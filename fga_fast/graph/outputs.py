@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fga_fast.engine.run import Tensors
 from fga_fast.question.targets import Difference, Embedding, pick
 from fga_fast.result.explanation import Explanation
 from fga_fast.sae.features import TopFeatures
+from fga_fast.settings import TargetMode
 
 _ALIGNMENT = 64
 
@@ -40,7 +42,7 @@ def in_batches(
 
 def given_classes(
     what: str,
-    wanted: str,
+    target_mode: TargetMode,
     targets: Any,
     images: Tensor,
     classes: int,
@@ -52,17 +54,17 @@ def given_classes(
 
     Args:
         what: "graph" or "package", for messages.
-        wanted: "predicted" or "given", as it was made.
+        target_mode: as it was made.
         ranged: whether to look for numbers out of range in a tensor of a device, for which the host waits; otherwise
             the graph gives NaN for them.
 
     Raises:
         TypeError, ValueError: targets that it does not take; the message says why and what to do.
     """
-    if wanted == "predicted":
+    if target_mode == "predicted":
         if targets is not None:
             raise ValueError(
-                f'targets: this {what} explains the predicted class; make one with targets="given" to choose'
+                f'targets: this {what} explains the predicted class; make one with target_mode="given" to choose'
             )
         return ()
     if targets is None:
@@ -102,8 +104,20 @@ def _places(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
     return [0, *ends[:-1]], ends[-1]
 
 
+def flat(found: Tensors) -> dict[str, Tensor]:
+    """All tensors of an explanation by name: "logits", "relevance", "scores.6", "features.6.patch_index" and so on."""
+    named = {"logits": found.logits, "targets": found.targets, "values": found.values, "relevance": found.relevance}
+    if found.blocks is not None:
+        named["blocks"] = found.blocks
+    for block, scores in found.scores.items():
+        named |= {f"scores.{block}": scores, f"gates.{block}": found.gates[block]}
+        if block in found.features:
+            named |= {f"features.{block}.{name}": value for name, value in found.features[block]._asdict().items()}
+    return named
+
+
 def explanation(found: dict[str, Tensor], **about: Any) -> Explanation:
-    """The result with the names of `trace.flatten`; `about`: what a graph does not return, see `Explanation`."""
+    """The result from the names of `flat`; `about`: what a graph does not return, see `Explanation`."""
     layers = sorted(int(name.split(".")[1]) for name in found if name.startswith("scores."))
     features = {
         layer: TopFeatures(*(found[f"features.{layer}.{name}"] for name in TopFeatures._fields))

@@ -12,26 +12,25 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fga_fast.engine.records import Gating, gated_map
+from fga_fast.engine import run
+from fga_fast.engine.plan import Plan
+from fga_fast.graph.outputs import flat
 from fga_fast.graph.passes import rows, simplify
 from fga_fast.models.layout import ModelLayout
-
-if TYPE_CHECKING:
-    from fga_fast.explainer import Explainer
+from fga_fast.question.readout import Answer
+from fga_fast.settings import TargetMode, check_choice
 
 logger = logging.getLogger(__name__)
 
 # Tracing patches nn.Module, and compiling changes settings, for the whole process.
 one_at_a_time = threading.RLock()
-
-Targets = Literal["predicted", "given"]
 
 
 class Flat(NamedTuple):
@@ -43,35 +42,38 @@ class Flat(NamedTuple):
     class_names: tuple[str, ...] | None
 
 
-def flatten(explainer: Explainer, images: Tensor, targets: Targets = "predicted", prune: bool = True) -> Flat:
-    """The graph of `explainer(images, targets)` for images of this shape, dtype and device.
+def flatten(plan: Plan, images: Tensor, target_mode: TargetMode = "predicted", prune: bool = True) -> Flat:
+    """The graph of an explanation of images of this shape, dtype and device.
 
     Args:
-        explainer: what to trace; it and its model stay as they are, and their weights are shared, not copied.
+        plan: what to trace; it and its model stay as they are, and their weights are shared, not copied.
         images: [B, channels, H, W], an example; explained once eagerly, so that everything that is checked is.
-        targets: "predicted": the graph explains the predicted class; "given": it takes targets [B], class numbers.
-        prune: leave out what is computed for tokens that nobody reads; exact (rows.py).
+        target_mode: "predicted": the graph explains the predicted class; "given": it takes class numbers [B].
+        prune: leave out what is computed for tokens that nobody reads; exact (passes/rows.py).
 
     Raises:
         TypeError, ValueError: what cannot be a fixed graph; the message says why and what to do.
     """
-    _check(explainer, images, targets)
-    with one_at_a_time:
-        eager = explainer(images, None if targets == "predicted" else 0)
-    layout = explainer._layout_for(images)
+    _check(plan, images, target_mode)
+    layout = plan.check(images)
+    images = images.detach()
+    with one_at_a_time, torch.inference_mode(False):
+        target = None if target_mode == "predicted" else 0
+        whole = images.clone() if images.is_inference() else images
+        eager = run.explain(plan, layout, whole, lambda output: plan.readout.answer(target, output), first=True)
+    inputs = (images, *([eager.targets] if target_mode == "given" else []))
     names: list[str] = []
 
     def explain(images: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
-        found = _explanation(explainer, layout, images, *given)
+        found = _explanation(plan, layout, images, *given)
         names[:] = found
         return tuple(found.values())
 
-    inputs = (images.detach(), *([eager.targets] if targets == "given" else []))
     if threading.current_thread() is not threading.main_thread():
         _keep_device_guard()
     with one_at_a_time, torch.inference_mode(False), torch.no_grad():
-        with _left_as_it_was(explainer.model):
-            module = _traced(explain, inputs, type(explainer.model).__name__)
+        with _left_as_it_was(plan.model):
+            module = _traced(explain, inputs, type(plan.model).__name__)
         before = len(module.graph.nodes)
         with torch.autocast(images.device.type, enabled=False):  # whose casts the graph holds
             module = simplify.functional(module, inputs)
@@ -143,13 +145,13 @@ def check_example(images: Any) -> None:
         raise ValueError(f"example: expected images [B, channels, H, W] with B at least 1, got {what}")
 
 
-def _check(explainer: Explainer, images: Any, targets: str) -> None:
-    if targets not in get_args(Targets):
-        raise ValueError(f'targets: expected "predicted" or "given", got {targets!r}')
+def _check(plan: Plan, images: Any, target_mode: str) -> None:
+    check_choice("target_mode", target_mode, TargetMode)
     check_example(images)
-    if explainer._choose().stages is None:
+    choice = plan.choice()
+    if choice.stages is None:
         raise ValueError(
-            f"backend: {explainer.backend!r} is not compiled; it is there to say what is correct. Use backend="
+            f"backend: {choice.name!r} is not compiled; it is there to say what is correct. Use backend="
             '"auto", "native", "triton" or "composite"'
         )
     if images.dtype == torch.float16 or (
@@ -159,44 +161,23 @@ def _check(explainer: Explainer, images: Any, targets: str) -> None:
             "dtype: float16 gradients get a loss scale that is chosen from their values, which a fixed graph cannot; "
             "use bfloat16 or float32"
         )
-    if explainer._ungated is not None:
-        raise ValueError("ungated: a graph holds one explanation; compile a second Explainer without SAEs beside it")
 
 
-def _explanation(
-    explainer: Explainer, layout: ModelLayout, images: Tensor, given: Tensor | None = None
-) -> dict[str, Tensor]:
-    """As `Explainer._explain`, without what looks at values."""
-    stages = explainer._choose().stages
-    assert stages is not None  # _check
-    tape, prefix = explainer._tape(layout, stages), layout.prefix_tokens
-    with tape.attached(images):
-        output = explainer.readout.run(images)
-        logits = explainer.readout.logits(output)
+def _explanation(plan: Plan, layout: ModelLayout, images: Tensor, given: Tensor | None = None) -> dict[str, Tensor]:
+    """An explanation without a look at values: of the predicted classes, or of the `given` ones [B]."""
+    inside: list[Tensor] = []
+
+    def answer(output: Tensor) -> Answer:
+        logits = plan.readout.logits(output)
         targets = logits.argmax(dim=-1) if given is None else given
         # Whether there is such a class: where the host did not look, the graph says so itself, by NaN.
-        inside = (targets >= 0) & (targets < logits.shape[1])
-        values = logits.gather(1, targets.where(inside, 0).unsqueeze(1)).squeeze(1)
-    found = tape.backward(values, explainer.target_chunk)
-    read = {layer: Gating.read(slots) for layer, slots in sorted(found.recorded.items())}
-    blocks = {layer: row[..., prefix:] for layer, row in sorted(found.rows.items())}
-    if explainer.method == "input_x_gradient":
-        gates = {layer: gate for layer, (_, gate, _) in read.items()}
-        blocks = {layer: gated_map(row, gates, layer) for layer, row in blocks.items()}
-    outputs = {
-        "logits": logits,
-        "targets": targets,
-        "values": values,
-        "relevance": blocks[explainer.start_layer],
-    }
-    if explainer.per_block:
-        outputs["blocks"] = torch.stack(list(blocks.values()), dim=-2)
-    for layer, (scores, gate, features) in read.items():
-        outputs |= {f"scores.{layer}": scores, f"gates.{layer}": gate}
-        if features is not None:
-            outputs |= {f"features.{layer}.{name}": value for name, value in features._asdict().items()}
+        inside.append((targets >= 0) & (targets < logits.shape[1]))
+        values = logits.gather(1, targets.where(inside[0], 0).unsqueeze(1)).squeeze(1)
+        return Answer(logits.detach(), targets, values, None)
+
+    outputs = flat(run.explain(plan, layout, images, answer, look_at_values=False))
     if given is not None:
         for name, value in outputs.items():
             if name != "logits" and value.is_floating_point():
-                outputs[name] = value.where(inside.view(-1, *[1] * (value.dim() - 1)), math.nan)
+                outputs[name] = value.where(inside[0].view(-1, *[1] * (value.dim() - 1)), math.nan)
     return {name: value.detach().contiguous() for name, value in outputs.items()}

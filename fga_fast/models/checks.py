@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from fga_fast.models import refused
 from fga_fast.models.find import active_randomness
 from fga_fast.models.layout import ModelLayout
 from fga_fast.precision import relevance_dtype
@@ -33,6 +34,22 @@ def check_eval(model: nn.Module) -> None:
         )
 
 
+def check_layout(layout: ModelLayout, model: nn.Module) -> None:
+    """Refuses a layout of something else than this model."""
+    if not isinstance(layout, ModelLayout):
+        raise TypeError(f"layout: expected a ModelLayout, got {type(layout).__name__}")
+    inside = set(model.modules())
+    for index, block in enumerate(layout.blocks):
+        hidden = refused.opaque(block)
+        if hidden is not None:
+            raise ValueError(f"layout: blocks[{index}] ({type(block).__name__}) cannot be explained: {hidden}")
+        if block not in inside:
+            raise ValueError(
+                f"layout: blocks[{index}] ({type(block).__name__}) is no module inside the model; take the blocks from "
+                "the very model that is explained"
+            )
+
+
 def _is_block(layer: object, blocks: int) -> bool:
     # Integral takes NumPy's integers too; a bool is one by accident of Python's.
     return not isinstance(layer, bool) and isinstance(layer, numbers.Integral) and 0 <= int(layer) < blocks
@@ -46,7 +63,7 @@ def check_saes(saes: Mapping[int, SparseAutoencoder], layout: ModelLayout, like:
         if not isinstance(sae, SparseAutoencoder):
             raise TypeError(f"saes[{layer}]: expected a SparseAutoencoder, got {type(sae).__name__}")
         if not _is_block(layer, len(layout.blocks)):
-            raise ValueError(f"saes: layer {layer!r} is out of range, expected 0 to {len(layout.blocks) - 1} (blocks)")
+            raise ValueError(f"saes: expected blocks 0 to {len(layout.blocks) - 1} as keys, got {layer!r}")
         if layout.d_model is not None and sae.d_model != layout.d_model:
             raise ValueError(
                 f"saes[{layer}]: the SAE reads a residual stream of width {sae.d_model}, the model's has width "
@@ -92,17 +109,19 @@ def check_weights(model: nn.Module, layout: ModelLayout) -> None:
         )
 
 
-def check_images(images: Tensor, layout: ModelLayout, like: Tensor) -> None:
-    """Refuses images that the model does not take; `like` is any parameter of the model."""
+def check_images(images: Tensor, channels: int, size: tuple[int, int] | None, like: Tensor) -> None:
+    """Refuses images that the model does not take; `like` is any parameter of the model.
+
+    Args:
+        size: (height, width); None where it is not known, so that the model's own forward pass checks it.
+    """
     if not isinstance(images, Tensor):
-        raise TypeError(f"images: expected a tensor [B, {layout.in_chans}, H, W], got {type(images).__name__}")
-    height, width = layout.image_size or ("H", "W")  # not known of every model: its own forward pass then checks
-    expected = (layout.in_chans, *(images.shape[2:] if layout.image_size is None else layout.image_size))
+        raise TypeError(f"images: expected a tensor [B, {channels}, H, W], got {type(images).__name__}")
+    height, width = size or ("H", "W")
+    expected = (channels, *(images.shape[2:] if size is None else size))
     if images.dim() != 4 or tuple(images.shape[1:]) != expected or 0 in images.shape[1:]:
         hint = "; add a batch dimension with images[None]" if images.dim() == 3 else ""
-        raise ValueError(
-            f"images: expected shape [B, {layout.in_chans}, {height}, {width}], got {list(images.shape)}{hint}"
-        )
+        raise ValueError(f"images: expected shape [B, {channels}, {height}, {width}], got {list(images.shape)}{hint}")
     if images.dtype != like.dtype:
         raise ValueError(f"images: expected dtype {like.dtype} like the model, got {images.dtype}; convert with .to()")
     if images.device != like.device:

@@ -16,7 +16,8 @@ from typing import Any
 from torch import nn
 
 from fga_fast.models.common import attribute, cannot, class_of, cut, pair
-from fga_fast.models.layout import ModelLayout, Pooling
+from fga_fast.models.layout import ModelLayout
+from fga_fast.settings import Pooling
 
 _PACKAGE = "transformers.models"
 

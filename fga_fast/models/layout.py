@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Literal, get_args
+from typing import get_args
 
 from torch import nn
 
-Pooling = Literal["token", "average", "attention"]
+from fga_fast.settings import Pooling
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from __future__ import annotations
 from torch import nn
 
 from fga_fast.models.common import attribute, cannot, cut, is_a, only_size, pair
-from fga_fast.models.layout import ModelLayout, Pooling
+from fga_fast.models.layout import ModelLayout
+from fga_fast.settings import Pooling
 
 _PACKAGE = "open_clip.transformer"
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from torch import nn
 
 from fga_fast.models.common import attribute, cannot, class_of, only_size, pair
-from fga_fast.models.layout import ModelLayout, Pooling
+from fga_fast.models.layout import ModelLayout
+from fga_fast.settings import Pooling
 
 # Class -> methods that decide which tokens are patches and which are pooled; a subclass must not replace them.
 _TOWERS: dict[str, tuple[str, ...]] = {

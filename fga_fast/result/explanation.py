@@ -65,6 +65,7 @@ class Explanation:
     scores: dict[int, Tensor] = field(default_factory=dict)  # [B, P] or [B, K, P]
     gates: dict[int, Tensor] = field(default_factory=dict)  # [B, P] or [B, K, P]
     backend: str = "reference"
+    backend_reason: str = ""
     ungated: Tensor | None = None  # [B, P] or [B, K, P]
     features: dict[int, TopFeatures] = field(default_factory=dict)
     values: Tensor | None = None  # [B] or [B, K]

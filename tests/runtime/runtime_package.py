@@ -80,11 +80,11 @@ def metadata(package: Path, given: bool, dtype: str) -> dict[str, Any]:
     ]
     names = ("mean", "std", "crop_pct", "interpolation")
     return {
-        "format": "fga_fast package", "format_version": 1, "device": "cpu", "dtype": dtype,
+        "format": "fga_fast package", "format_version": 2, "device": "cpu", "dtype": dtype,
         "batch": BATCH, "channels": CHANNELS, "height": HEIGHT, "width": WIDTH, "grid": list(GRID),
         "preprocessing": {name: getattr(PREPROCESS, name) for name in names},
         "classes": CLASSES, "class_names": ["ant", "bee", "cat", "dog", "émeu"],
-        "targets": "given" if given else "predicted", "layers": [LAYER], "outputs": outputs,
+        "target_mode": "given" if given else "predicted", "layers": [LAYER], "outputs": outputs,
         "backend": "native", "method": "rollout", "backward": "exact",
         "start_layer": 0, "gate": {"mode": "combined", "base": 10.0, "slope": 1.0},
         "versions": {"fga_fast": "0.1.0", "torch": torch.__version__},

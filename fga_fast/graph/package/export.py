@@ -1,6 +1,6 @@
 """Packages: an explanation compiled ahead of time with its weights, as NAME.pt2 and NAME.json, for Python and for C++.
 
-A .pt2 file holds machine code, and loading it runs that code: load packages from sources you trust only. NAME.json is
+A .pt2 file holds machine code, and loading it runs that code: load only packages you trust. NAME.json is
 data (package_metadata.py); its sha256 tells a damaged file, not a malicious one.
 
 Weights are not frozen into layouts of their own, as `Explainer.compile` does: in a package the forward and the backward
@@ -14,41 +14,40 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fga_fast.engine.plan import Plan
 from fga_fast.graph.package.metadata import Metadata, Output, sha256_of, this_machine
 from fga_fast.graph.passes.biases import fold_biases
-from fga_fast.graph.trace import Flat, Targets, flatten, one_at_a_time
+from fga_fast.graph.trace import Flat, flatten, one_at_a_time
 from fga_fast.io.atomic import atomic_write, check_writable_folder
 from fga_fast.io.images import Preprocess
 from fga_fast.question.readout import Readout
-
-if TYPE_CHECKING:
-    from fga_fast.explainer import Explainer
+from fga_fast.settings import TargetMode
 
 logger = logging.getLogger(__name__)
 
 
 def export(
-    explainer: Explainer,
+    plan: Plan,
     path: str | os.PathLike[str],
-    example: Tensor,
-    *,
-    targets: Targets = "predicted",
+    example: Tensor | None,
+    target_mode: TargetMode = "predicted",
     preprocessing: Preprocess | None = None,
     class_names: Sequence[str] | Mapping[int, str] | None = None,
 ) -> Path:
-    """Compiles `explainer` with its model and SAEs into a package; takes a minute or so and needs a C++ compiler.
+    """Compiles a plan with its model and SAEs into a package; takes a minute or so and needs a C++ compiler.
 
     Args:
-        explainer: what to export; it stays as it is.
+        plan: what to export; it stays as it is.
         path: NAME.pt2; NAME.json is written beside it. Both are replaced only when the new ones are complete.
         example: [B, channels, H, W], images of the size, dtype and device that are to be explained. B becomes the
-            package's batch: it takes any number of images, but computes B at a time.
-        targets: "predicted": the package explains the predicted class; "given": it takes one class an image.
+            package's batch: it takes any number of images, but computes B at a time. None: one image of the model's
+            size.
+        target_mode: "predicted": the package explains the predicted class; "given": it takes one class an image.
         preprocessing: from pictures to images, for whoever runs the package on image files.
         class_names: as for `Explainer`; None: the explainer's own.
 
@@ -61,16 +60,17 @@ def export(
         OSError: the folder cannot be written.
     """
     path = check_path(path)
+    example = _blank(plan) if example is None else example
     _check_preprocessing(preprocessing, example)
     check_writable_folder(path.parent)
-    flat = flatten(explainer, example, targets)
+    flat = flatten(plan, example, target_mode)
     fold_biases(flat.module)
-    names = flat.class_names if class_names is None else Readout(explainer.model, class_names).names(flat.classes)
+    names = flat.class_names if class_names is None else Readout(plan.model, class_names).names(flat.classes)
     # In the same folder, since files are moved atomically only within one file system.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         staged = Path(folder) / path.name
-        outputs = _compile(flat, example, targets, staged)
-        metadata = _metadata(explainer, flat, example, targets, outputs, sha256_of(staged))
+        outputs = _compile(flat, example, target_mode, staged)
+        metadata = _metadata(plan, flat, example, target_mode, outputs, sha256_of(staged))
         metadata |= {"preprocess": preprocessing, "class_names": names}
         atomic_write(staged.with_suffix(".json"), Metadata(**metadata).to_json())
         _move(staged, path)
@@ -93,6 +93,12 @@ def check_path(path: str | os.PathLike[str]) -> Path:
     return path
 
 
+def _blank(plan: Plan) -> Tensor:
+    if plan.layout.image_size is None:
+        raise ValueError("example: the model does not say what size of images it takes; give some")
+    return plan.parameter.new_zeros(1, plan.layout.in_chans, *plan.layout.image_size)
+
+
 def _check_preprocessing(preprocessing: Preprocess | None, example: Tensor) -> None:
     if preprocessing is None or not isinstance(example, Tensor) or example.dim() != 4:  # flatten says what is wrong
         return
@@ -105,7 +111,7 @@ def _check_preprocessing(preprocessing: Preprocess | None, example: Tensor) -> N
         )
 
 
-def _compile(flat: Flat, example: Tensor, targets: Targets, path: Path) -> tuple[Output, ...]:
+def _compile(flat: Flat, example: Tensor, target_mode: TargetMode, path: Path) -> tuple[Output, ...]:
     """Writes the package to `path`; what it returns."""
     from torch._inductor import config
 
@@ -113,7 +119,7 @@ def _compile(flat: Flat, example: Tensor, targets: Targets, path: Path) -> tuple
     built.mkdir()
     with one_at_a_time, torch.inference_mode(False), torch.no_grad():
         images = example.detach().clone(memory_format=torch.contiguous_format)
-        given = [torch.zeros(len(images), dtype=torch.int64, device=images.device)] if targets == "given" else []
+        given = [torch.zeros(len(images), dtype=torch.int64, device=images.device)] if target_mode == "given" else []
         inputs = (images, *given)
         # Not into the compiler's cache, where it would leave a copy of everything for good, weights included.
         with config.patch({"aot_inductor.output_path": str(built)}):
@@ -127,19 +133,19 @@ def _compile(flat: Flat, example: Tensor, targets: Targets, path: Path) -> tuple
 
 
 def _metadata(
-    explainer: Explainer, flat: Flat, example: Tensor, targets: Targets, outputs: tuple[Output, ...], sha256: str
+    plan: Plan, flat: Flat, example: Tensor, target_mode: TargetMode, outputs: tuple[Output, ...], sha256: str
 ) -> dict[str, Any]:
     from fga_fast import __version__
 
-    gate = explainer.gate
+    settings, gate = plan.settings, plan.settings.gate
     batch, channels, height, width = example.shape
     return {
         "device": example.device.type, "dtype": str(example.dtype).removeprefix("torch."),
         "batch": batch, "channels": channels, "height": height, "width": width,
-        "grid": explainer._layout_for(example).grid, "classes": flat.classes, "targets": targets,
-        "layers": tuple(explainer.saes), "outputs": outputs, "backend": explainer.backend,
-        "method": explainer.method, "backward": explainer.backward, "start_layer": explainer.start_layer,
-        "signed": explainer.signed, "gate": {"mode": gate.mode, "base": gate.base, "slope": gate.slope},
+        "grid": plan.layout_for(example).grid, "classes": flat.classes, "target_mode": target_mode,
+        "layers": tuple(plan.saes), "outputs": outputs, "backend": plan.choice().name,
+        "method": settings.method, "backward": settings.backward, "start_layer": settings.start_layer,
+        "signed": settings.signed, "gate": {"mode": gate.mode, "base": gate.base, "slope": gate.slope},
         "versions": {"fga_fast": __version__, "torch": torch.__version__}, "machine": this_machine(), "sha256": sha256,
     }  # fmt: skip
 

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +15,9 @@ from fga_fast.graph.outputs import explanation, given_classes, in_batches
 from fga_fast.graph.package.metadata import DTYPES, Metadata, sha256_of, this_machine
 from fga_fast.io.images import Preprocess
 from fga_fast.models import checks
-from fga_fast.models.layout import ModelLayout
 from fga_fast.result.explanation import Explanation
 
 _ALIGNMENT = 64  # bytes; what torch's own allocations have, and compiled code may count on
-
-
-class _Size(NamedTuple):
-    """What `checks.check_images` asks a layout for."""
-
-    in_chans: int
-    image_size: tuple[int, int]
 
 
 class Package:
@@ -85,8 +77,8 @@ class Package:
             TypeError, ValueError: images or targets do not fit, or hold NaN or Inf; the message says which.
         """
         m = self.metadata
-        size = cast(ModelLayout, _Size(m.channels, (m.height, m.width)))
-        checks.check_images(images, size, torch.empty(0, dtype=DTYPES[m.dtype], device=self._device))
+        like = torch.empty(0, dtype=DTYPES[m.dtype], device=self._device)
+        checks.check_images(images, m.channels, (m.height, m.width), like)
         count = len(images)
         inputs: tuple[Tensor, ...] = (images.detach(), *self._given(images, targets))
         if not count:  # one blank image tells dtypes and shapes
@@ -97,8 +89,8 @@ class Package:
         for name, what in (("logits", "the logits"), ("relevance", "the relevance")):
             checks.check_finite(found[name], what, nn.Module(), images)  # a model without weights to look at
         return explanation(
-            found, grid=m.grid, image_size=(m.height, m.width), backend=f"{m.backend}, package", names=m.class_names,
-            start_layer=m.start_layer,
+            found, grid=m.grid, image_size=(m.height, m.width), backend=m.backend, backend_reason="package",
+            names=m.class_names, start_layer=m.start_layer,
         )  # fmt: skip
 
     def _batch(self, _: int, inputs: tuple[Tensor, ...]) -> Sequence[Tensor]:
@@ -113,13 +105,13 @@ class Package:
 
     def _given(self, images: Tensor, targets: Any) -> tuple[Tensor, ...]:
         m = self.metadata
-        return given_classes("package", m.targets, targets, images, m.classes, m.class_names)
+        return given_classes("package", m.target_mode, targets, images, m.classes, m.class_names)
 
 
 def load_package(path: str | os.PathLike[str]) -> Package:
     """Loads what `Explainer.export` wrote.
 
-    A package is machine code, and loading it runs that code: load packages from sources you trust only. No model, no
+    A package is machine code, and loading it runs that code: load only packages you trust. No model, no
     timm and no compiler are needed. Needs free space of the file's size in the folder for temporary files.
 
     Args:

@@ -12,13 +12,14 @@ import math
 import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
 from fga_fast.io.images import Preprocess
+from fga_fast.settings import Backward, Method, TargetMode
 
-FORMAT, VERSION = "fga_fast package", 1
+FORMAT, VERSION = "fga_fast package", 2
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "int64": torch.int64}
 _MAX_BYTES = 64 * 2**20
 _MAX_VALUES = 2**31  # of one batch of images
@@ -46,7 +47,7 @@ class Metadata:
         grid: patches down and across.
         preprocess: from pictures to images, if known.
         classes: columns of the logits; `class_names` names them, if known.
-        targets: "predicted", or "given" for packages that take one class an image.
+        target_mode: "predicted", or "given" for packages that take one class an image.
         layers: blocks with an SAE.
         outputs: what the package returns, in order.
         backend: whose kernels it calls: "native", "triton" or "composite".
@@ -66,7 +67,7 @@ class Metadata:
     preprocess: Preprocess | None
     classes: int
     class_names: tuple[str, ...] | None
-    targets: Literal["predicted", "given"]
+    target_mode: TargetMode
     layers: tuple[int, ...]
     outputs: tuple[Output, ...]
     backend: str
@@ -185,12 +186,12 @@ def _read(entries: Entries) -> Metadata:
         preprocess=_preprocess(entries),
         classes=entries.whole("classes"),
         class_names=None if entries.content.get("class_names") is None else entries.texts("class_names"),
-        targets=entries.text("targets", "predicted", "given"),
+        target_mode=entries.text("target_mode", *get_args(TargetMode)),
         layers=entries.wholes("layers", 0),
         outputs=tuple(_output(Entries(one, f"{entries.where}: outputs")) for one in entries.list("outputs")),
         backend=entries.text("backend", "native", "triton", "composite"),
-        method=entries.text("method"),
-        backward=entries.text("backward"),
+        method=entries.text("method", *get_args(Method)),
+        backward=entries.text("backward", *get_args(Backward)),
         start_layer=entries.whole("start_layer", 0),
         signed=entries.flag("signed"),
         gate=entries.inner("gate").content,

@@ -5,11 +5,13 @@ Start with `Explainer`. Importing this package loads neither the native library 
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from fga_fast.explainer import Explainer, explain
+from fga_fast.models.find import find_layout
 from fga_fast.models.layout import ModelLayout
-from fga_fast.question.readout import Difference, Embedding
+from fga_fast.question.targets import Difference, Embedding
 from fga_fast.result.explanation import Explanation
 from fga_fast.sae import SparseAutoencoder
 from fga_fast.sae.features import TopFeatures
@@ -17,6 +19,7 @@ from fga_fast.settings import Gate
 
 if TYPE_CHECKING:
     from fga_fast.graph.package.load import Package, load_package
+    from fga_fast.io.images import Preprocess
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,16 +30,23 @@ __all__ = [
     "Gate",
     "ModelLayout",
     "Package",
+    "Preprocess",
     "SparseAutoencoder",
     "TopFeatures",
     "explain",
+    "find_layout",
     "load_package",
 ]
 
+# Loaded when they are first asked for, since they import PIL and torch's tracer.
+_LATE = {
+    "Package": "fga_fast.graph.package.load",
+    "load_package": "fga_fast.graph.package.load",
+    "Preprocess": "fga_fast.io.images",
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name in ("Package", "load_package"):  # which import torch's tracer, of no use to most
-        from fga_fast.graph.package import load
-
-        return getattr(load, name)
+    if name in _LATE:
+        return getattr(importlib.import_module(_LATE[name]), name)
     raise AttributeError(f"module 'fga_fast' has no attribute {name!r}")

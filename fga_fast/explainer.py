@@ -181,8 +181,8 @@ class Explainer:
 
     def __repr__(self) -> str:
         saes = ", ".join(f"{block}: {sae.d_sae} features" for block, sae in self.saes.items())
-        name, blocks = type(self.layout.tower or self.model).__name__, len(self.layout.blocks)
-        return f"Explainer({name}, {blocks} blocks, grid {self.layout.grid}, saes {{{saes}}}, {self.settings})"
+        name, blocks, grid = type(self.layout.tower or self.model).__name__, len(self.layout.blocks), self.layout.grid
+        return f"Explainer({name}, {blocks} blocks, grid {grid}, saes {{{saes}}}, {self.settings}, on {self.backend})"
 
 
 def _tensors(plan: Plan, layout: ModelLayout, images: Tensor, targets: Targets, first: bool = False) -> run.Tensors:

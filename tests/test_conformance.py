@@ -71,7 +71,7 @@ def explain_graph(case: conformance.Case, run: int, *targets: Tensor) -> Any:
     from fga_fast.graph.trace import flatten
 
     explainer = Explainer(case.model, saes=case.saes(run), gate=case.gate(run), backend="native")
-    flat = flatten(explainer, case.images, "given" if targets else "predicted")
+    flat = flatten(explainer.plan, case.images, "given" if targets else "predicted")
     fold_biases(flat.module)  # as before it is compiled
     layout = find_layout(case.model)
     found = dict(zip(flat.outputs, flat.module(case.images, *targets), strict=True))
@@ -229,7 +229,7 @@ def conservative_relevance(
         return result.relevance, result.gates
     from fga_fast import Explainer
 
-    explainer = Explainer(case.model, saes, gate, method=method, backward="conservative", backend="native")
+    explainer = Explainer(case.model, saes, gate=gate, method=method, backward="conservative", backend="native")
     explanation = explainer(case.images)
     assert explanation.backend == "native"
     return explanation.relevance, explanation.gates

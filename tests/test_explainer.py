@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from explaining import PIXELS, Build, sae_for
 from torch import Tensor, nn
 
 from fga_fast import Explainer, Explanation, Gate, explain
+from fga_fast.engine.plan import ExplainerSettings
 from fga_fast.models.find import find_layout
 
 
@@ -77,13 +79,13 @@ def test_gate_settings(tiny_vit: Build) -> None:
     seen = []
     for gate in (Gate(), Gate(base=3.0, slope=0.5), Gate("activation_only"), Gate("gradient_only"), Gate("shuffled"),
                  Gate("shuffled", seed=1)):  # fmt: skip
-        got = Explainer(model, saes, gate, backend="native")(images)
-        agree(got, Explainer(model, saes, gate, backend="reference")(images), 1e-9)
+        got = Explainer(model, saes, gate=gate, backend="native")(images)
+        agree(got, Explainer(model, saes, gate=gate, backend="reference")(images), 1e-9)
         assert bool((got.gates[1] <= gate.base).all()) and bool((got.gates[1] >= 1 / gate.base).all())
         seen.append(got.relevance)
     for i, one in enumerate(seen):
         assert not any(torch.allclose(one, other) for other in seen[i + 1 :])
-    ungated = Explainer(model, saes, Gate(base=1.0), backend="native")(images).relevance
+    ungated = Explainer(model, saes, gate=Gate(base=1.0), backend="native")(images).relevance
     torch.testing.assert_close(ungated, Explainer(model, backend="native")(images).relevance)
 
 
@@ -151,7 +153,7 @@ def test_explain_is_the_same_in_one_call(tiny_vit: Build) -> None:
     model, images = tiny_vit(), torch.randn(1, *PIXELS)
     saes = {1: sae_for(model)}
     one = explain(model, images, 3, saes=saes, gate=Gate(base=2.0))
-    assert torch.equal(one.relevance, Explainer(model, saes, Gate(base=2.0))(images, 3).relevance)
+    assert torch.equal(one.relevance, Explainer(model, saes, gate=Gate(base=2.0))(images, 3).relevance)
 
 
 @pytest.mark.parametrize("context", (torch.no_grad, torch.inference_mode))
@@ -191,7 +193,7 @@ def test_auto_falls_back_and_says_why(tiny_vit: Build, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(ops, "load", missing)
     e = Explainer(tiny_vit())(torch.randn(1, *PIXELS))
-    assert e.backend == "composite (no compiled library)"
+    assert (e.backend, e.backend_reason) == ("composite", "no compiled library")
     with pytest.raises(RuntimeError, match="native cannot run: no compiled library"):
         Explainer(tiny_vit(), backend="native")
 
@@ -203,9 +205,17 @@ def test_a_missing_library_is_said_with_the_way_to_build_it(tmp_path: Any) -> No
     assert ran.returncode == 1 and "pip install ." in ran.stderr and "does not load" in ran.stderr
 
 
-def test_importing_loads_neither_the_native_library_nor_triton() -> None:
-    code = "import sys, fga_fast; print(set(sys.modules) & {'fga_fast._C', 'triton', 'timm', 'matplotlib'} or 'none')"
+def test_importing_loads_little() -> None:
+    late = {"fga_fast._C", "fga_fast.reference", "fga_fast.graph", "triton", "timm", "PIL", "matplotlib"}
+    code = f"import sys, fga_fast; print(set(sys.modules) & {late} or 'none')"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "none\n"
+
+
+def test_keywords_that_are_passed_on_are_those_of_the_explainer() -> None:
+    own = inspect.signature(Explainer).parameters
+    keywords = {name for name, parameter in own.items() if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
+    assert keywords == set(ExplainerSettings.__annotations__)
+    assert set(own) - keywords == {"model", "saes"}
 
 
 def test_repr_helps(tiny_vit: Build) -> None:

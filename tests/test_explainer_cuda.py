@@ -44,11 +44,11 @@ def test_float32(tiny_vit: Build, backend: Any, setting: str, sae: str, targets:
     # Head widths of 32 and more, as kernels take them.
     model = tiny_vit(embed_dim=64, num_heads=2, global_pool="avg" if setting == "signed, late" else "token")
     saes, images = {1: sae_for(model, **SAES[sae])}, torch.randn(2, *PIXELS)
-    got = Explainer(model.cuda(), {1: saes[1].cuda()}, Gate(base=3.0), backend=backend, **SETTINGS[setting])(
+    got = Explainer(model.cuda(), {1: saes[1].cuda()}, gate=Gate(base=3.0), backend=backend, **SETTINGS[setting])(
         images.cuda(), targets
     )
     wide = {1: saes[1].cpu().double()}
-    want = Explainer(model.cpu().double(), wide, Gate(base=3.0), backend="reference", **SETTINGS[setting])(
+    want = Explainer(model.cpu().double(), wide, gate=Gate(base=3.0), backend="reference", **SETTINGS[setting])(
         images.double(), targets
     )
     assert got.relevance.is_cuda and got.relevance.dtype == torch.float32

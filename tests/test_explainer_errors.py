@@ -57,14 +57,14 @@ def test_bad_saes(tiny_vit: Build) -> None:
     narrow = SparseAutoencoder(torch.ones(width - 1, 9), None, torch.ones(9, width - 1), torch.zeros(width - 1))
     for saes, message in (
         ({1: narrow}, f"width {width - 1}, the model's has width {width}"),
-        ({3: sae_for(model)}, "layer 3 is out of range, expected 0 to 2"),
-        ({-1: sae_for(model)}, "layer -1 is out of range"),
-        ({"1": sae_for(model)}, "layer '1' is out of range"),
+        ({3: sae_for(model)}, "expected blocks 0 to 2 as keys, got 3"),
+        ({-1: sae_for(model)}, "as keys, got -1"),
+        ({"1": sae_for(model)}, "as keys, got '1'"),
         ({1: sae_for(model).double()}, r"saes\[1\]: is torch.float64 for a model of torch.float32"),
         ({1: sae_for(model).to("meta")}, r"saes\[1\]: is on meta, the model on cpu"),
         ({1: nn.Linear(2, 2)}, "expected a SparseAutoencoder, got Linear"),
         ([sae_for(model)], "saes: expected a mapping from block to SparseAutoencoder, got list"),
-        ({1: sae_for(model), "2": sae_for(model)}, "layer '2' is out of range"),
+        ({1: sae_for(model), "2": sae_for(model)}, "as keys, got '2'"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             Explainer(model, saes)  # type: ignore[arg-type]
@@ -94,8 +94,8 @@ def test_bad_targets(backend: Any, tiny_vit: Build) -> None:
 def test_bad_settings(tiny_vit: Build) -> None:
     model = tiny_vit()
     for settings, message in (
-        ({"method": "lrp"}, "method: expected 'rollout' or 'input_x_gradient', got 'lrp'"),
-        ({"backward": "lrp"}, "backward: expected 'exact' or 'conservative', got 'lrp'"),
+        ({"method": "lrp"}, "method: expected one of 'rollout', 'input_x_gradient', got 'lrp'"),
+        ({"backward": "lrp"}, "backward: expected one of 'exact', 'conservative', got 'lrp'"),
         ({"start_layer": 3}, r"start_layer: expected 0 to 2 \(blocks\), got 3"),
         ({"start_layer": True}, "start_layer: expected an int, got bool"),
         ({"start_layer": 2, "saes": {1: sae_for(model)}}, r"saes\[1\]: would gate nothing, since start_layer=2"),
@@ -103,7 +103,7 @@ def test_bad_settings(tiny_vit: Build) -> None:
         ({"signed": 1}, "signed: expected True or False, got 1"),
         ({"layout": "timm"}, "layout: expected a ModelLayout, got str"),
         ({"layout": find_layout(tiny_vit())}, r"layout: blocks\[0\] \(Block\) is no module inside the model"),
-        ({"backend": "fast"}, "backend: expected auto, native, triton, composite or reference, got 'fast'"),
+        ({"backend": "fast"}, "backend: expected one of 'auto', 'native', .*, got 'fast'"),
         ({"top_features": 41, "saes": {1: sae_for(model)}}, "top_features: expected 0 to 40"),
         ({"top_features": 2}, "top_features: got 2, but there are no SAEs"),
         ({"top_features": 2.5}, "top_features: expected an int, got float"),

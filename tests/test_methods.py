@@ -71,7 +71,7 @@ class Gated(nn.Module):
 def agree(model: nn.Module, saes: dict[int, Any], images: Tensor, **settings: Any) -> None:
     targets = torch.tensor([[0, 3], [1, 1]])
     got, want = (
-        Explainer(model, saes, Gate(base=3.0), backend=backend, per_block=True, **settings)(images, targets)
+        Explainer(model, saes, gate=Gate(base=3.0), backend=backend, per_block=True, **settings)(images, targets)
         for backend in ("native", "reference")
     )
     assert float(want.relevance.norm()) > 0

@@ -42,7 +42,7 @@ def test_explanations(tiny_vit: Build, setting: str, pooling: dict[str, Any]) ->
     images = torch.randn(2, *PIXELS, dtype=torch.float64)
     for targets in (TARGETS, TARGETS[:, 0]):
         got, want = (
-            Explainer(model, saes, Gate(base=3.0), backend=backend, top_features=3, **SETTINGS[setting])(
+            Explainer(model, saes, gate=Gate(base=3.0), backend=backend, top_features=3, **SETTINGS[setting])(
                 images, targets
             )
             for backend in ("composite", "reference")

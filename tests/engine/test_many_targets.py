@@ -31,7 +31,7 @@ def test_each_target_is_explained_as_if_it_were_alone(tiny_vit: Build, method: A
     model = tiny_vit().double()
     saes = {0: sae_for(model), 1: sae_for(model, activation="topk", k=4, normalize="layer_norm")}
     settings: dict[str, Any] = {"method": method, "backward": backward, "top_features": 3, "per_block": True}
-    explainer = Explainer(model, saes, Gate(base=4.0), backend="native", target_chunk=chunk, **settings)
+    explainer = Explainer(model, saes, gate=Gate(base=4.0), backend="native", target_chunk=chunk, **settings)
     images = torch.randn(2, *PIXELS, dtype=torch.float64)
     together = explainer(images, TARGETS)
     assert together.relevance.shape == (2, 3, 6) and together.targets.tolist() == TARGETS.tolist()

@@ -35,7 +35,7 @@ def error(got: Tensor, want: Tensor) -> float:
 
 
 def explain(model: nn.Module, saes: dict[int, Any], images: Tensor, targets: Any, **settings: Any) -> Explanation:
-    return Explainer(model, saes, Gate(base=2.0), backend="native", **settings)(images, targets)
+    return Explainer(model, saes, gate=Gate(base=2.0), backend="native", **settings)(images, targets)
 
 
 @pytest.mark.parametrize("targets", (torch.tensor([2, 0]), TARGETS))
@@ -105,7 +105,7 @@ def test_autocast(tiny_vit: Build, dtype: torch.dtype, settings: dict[str, Any],
     """Under autocast the model computes in 16 bits; relevance stays float32 and near that without autocast."""
     model = tiny_vit(qk_norm=True, init_values=0.5)
     saes, images = {1: sae_for(model)}, torch.randn(2, *PIXELS)
-    explainer = Explainer(model, saes, Gate(base=2.0), backend=backend, **settings)
+    explainer = Explainer(model, saes, gate=Gate(base=2.0), backend=backend, **settings)
     want = explainer(images, TARGETS)
     with torch.autocast("cpu", dtype=dtype):
         plain = model(images)

@@ -42,7 +42,7 @@ def predicted(explainer: Explainer) -> CompiledExplainer:
 
 @pytest.fixture(scope="module")
 def given(explainer: Explainer) -> CompiledExplainer:
-    return explainer.compile(images(2), targets="given")
+    return explainer.compile(images(2), target_mode="given")
 
 
 def images(count: int, seed: int = 5) -> Tensor:

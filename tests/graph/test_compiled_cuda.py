@@ -64,7 +64,7 @@ def test_small_replays_allocate_nothing_new(tiny_vit: Build) -> None:
 def test_small_replays_never_make_the_host_wait(tiny_vit: Build, targets: str) -> None:
     model = tiny_vit(depth=2).to("cuda")
     images = torch.randn(2, *PIXELS, device="cuda")
-    compiled = Explainer(model, backend="composite").compile(images, targets="given")
+    compiled = Explainer(model, backend="composite").compile(images, target_mode="given")
     chosen = 1 if targets == "an int" else torch.tensor([1, 1], device="cuda")
     want = compiled(images, chosen).relevance
     torch.cuda.synchronize()
@@ -94,7 +94,7 @@ def test_small_replays_are_one_launch(tiny_vit: Build) -> None:
 def test_small_classes_that_are_not_there_give_nan(tiny_vit: Build) -> None:
     model = tiny_vit(depth=2).to("cuda")
     images = torch.randn(2, *PIXELS, device="cuda")
-    compiled = Explainer(model, backend="composite").compile(images, targets="given")
+    compiled = Explainer(model, backend="composite").compile(images, target_mode="given")
     got = compiled(images, torch.tensor([1, 10_000], device="cuda")).relevance
     assert bool(got[0].isfinite().all()) and bool(got[1].isnan().all())
     with pytest.raises(ValueError, match=r"targets: .*10000"):

@@ -40,10 +40,10 @@ def test_every_family(family: Family) -> None:
         if family.prompts
         else {}
     )
-    explainer = Explainer(model, families.autoencoders(layout), Gate(base=4.0), layout=layout, **names)
+    explainer = Explainer(model, families.autoencoders(layout), gate=Gate(base=4.0), layout=layout, **names)
     images = family.images()
     want = explainer(images, 1)
-    flat = flatten(explainer, images, "given")
+    flat = flatten(explainer.plan, images, "given")
     fold_biases(flat.module)  # as before it is compiled
     got = run(flat, images, want.targets)
     start = families.seed(layout)
@@ -73,7 +73,7 @@ def test_every_setting(tiny_vit: Build, settings: dict[str, Any], pooling: str) 
     # Before block 2, patches are read through a LayerNorm alone, and g . x there is rounding.
     layers = (0,) if settings.get("gate") == Gate(mode="no_sae") else (1,) if "start_layer" in settings else (0, 1)
     explainer = Explainer(model, {layer: sae_for(model) for layer in layers}, **settings)
-    want, got = explainer(images), run(flatten(explainer, images), images)
+    want, got = explainer(images), run(flatten(explainer.plan, images), images)
     assert torch.equal(got.targets, want.targets)
     assert families.error(got.relevance, want.relevance) < 1e-9
     for layer in want.scores:
@@ -93,13 +93,13 @@ def test_an_autoencoder_after_the_last_block(subject: tuple[nn.Module, Tensor]) 
     """It reads all tokens of the last residual stream, whose gradient is that of one."""
     model, images = subject
     explainer = Explainer(model, {2: sae_for(model)})
-    assert families.error(run(flatten(explainer, images), images).relevance, explainer(images).relevance) < 1e-9
+    assert families.error(run(flatten(explainer.plan, images), images).relevance, explainer(images).relevance) < 1e-9
 
 
 def test_given_targets_and_another_image(subject: tuple[nn.Module, Tensor]) -> None:
     model, images = subject
     explainer = Explainer(model, {0: sae_for(model)})
-    flat = flatten(explainer, images, "given")
+    flat = flatten(explainer.plan, images, "given")
     other, targets = torch.randn_like(images), torch.tensor([4, 0])
     assert families.error(run(flat, other, targets).relevance, explainer(other, targets).relevance) < 1e-9
 
@@ -108,7 +108,7 @@ def test_a_wrapped_tower_and_gradients_switched_off(subject: tuple[nn.Module, Te
     model, images = subject
     wrapped = nn.Sequential(model, nn.LogSoftmax(-1)).requires_grad_(False)
     explainer = Explainer(wrapped)
-    assert families.error(run(flatten(explainer, images), images).relevance, explainer(images).relevance) < 1e-9
+    assert families.error(run(flatten(explainer.plan, images), images).relevance, explainer(images).relevance) < 1e-9
 
 
 def flops(module: nn.Module, *inputs: Tensor) -> int:
@@ -124,7 +124,7 @@ def test_last_block_works_for_the_pooled_token_only(tiny_vit: Build) -> None:
     images = torch.randn(1, *PIXELS, dtype=DOUBLE)
     explainer = Explainer(model)
     tokens = explainer.layout.tokens
-    whole, less = (flops(flatten(explainer, images, prune=p).module, images) for p in (False, True))
+    whole, less = (flops(flatten(explainer.plan, images, prune=p).module, images) for p in (False, True))
     width = int(model.embed_dim)  # type: ignore[arg-type]
     hidden = model.blocks[0].mlp.fc1.out_features  # type: ignore[union-attr,index]
     saved = 2 * (tokens - 1) * 2 * (width * width + 2 * width * hidden)
@@ -134,13 +134,13 @@ def test_last_block_works_for_the_pooled_token_only(tiny_vit: Build) -> None:
 def test_nothing_is_pruned_where_all_tokens_are_read(tiny_vit: Build) -> None:
     model = tiny_vit(depth=2, global_pool="avg")
     explainer, images = Explainer(model), torch.randn(1, *PIXELS)
-    whole, less = (flops(flatten(explainer, images, prune=p).module, images) for p in (False, True))
+    whole, less = (flops(flatten(explainer.plan, images, prune=p).module, images) for p in (False, True))
     assert whole == less
 
 
 def test_first_block_has_no_gradients_of_its_own(subject: tuple[nn.Module, Tensor]) -> None:
     """No dq, dk, dv, and no gradient of the patch embedding."""
-    flat = flatten(Explainer(subject[0]), subject[1])
+    flat = flatten(Explainer(subject[0]).plan, subject[1])
     *_, first = (node for node in flat.module.graph.nodes if "attention_backward" in str(node.target))
     assert first.args[-2:] == (False, False)
     assert not any("convolution_backward" in str(node.target) for node in flat.module.graph.nodes)
@@ -150,7 +150,7 @@ def test_weights_are_shared_and_the_model_is_left_as_it_came(subject: tuple[nn.M
     model, images = subject
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
     state = {name: (p.requires_grad, p.data_ptr()) for name, p in model.named_parameters()}
-    flat = flatten(Explainer(model, {0: sae_for(model)}), images)
+    flat = flatten(Explainer(model, {0: sae_for(model)}).plan, images)
     assert state == {name: (p.requires_grad, p.data_ptr()) for name, p in model.named_parameters()}
     assert hooks == [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
     own = {p.data_ptr() for p in model.parameters()}
@@ -160,7 +160,7 @@ def test_weights_are_shared_and_the_model_is_left_as_it_came(subject: tuple[nn.M
 def test_casts_of_weights_are_made_once(tiny_vit: Build) -> None:
     model, images = tiny_vit(depth=2), torch.randn(1, *PIXELS)
     with torch.autocast("cpu", torch.bfloat16):
-        flat = flatten(Explainer(model), images)
+        flat = flatten(Explainer(model).plan, images)
         want = Explainer(model)(images)
     weights = {node for node in flat.module.graph.nodes if node.op == "get_attr"}
     casts = [n for n in flat.module.graph.nodes if n.target is torch.ops.aten._to_copy.default]
@@ -184,17 +184,16 @@ def refused(tiny_vit: Build) -> Iterator[tuple[Explainer, Tensor, str, str]]:
     model, images = tiny_vit(depth=2), torch.randn(1, *PIXELS)
     yield Explainer(_Counting(model)), images, "predicted", "cannot be traced .* looks at values"
     yield Explainer(model, backend="reference"), images, "predicted", "backend: 'reference' is not compiled"
-    yield Explainer(model, {0: sae_for(model)}, ungated=True), images, "predicted", "ungated"
-    yield Explainer(model), images, "all", 'targets: expected "predicted" or "given"'
+    yield Explainer(model), images, "all", "target_mode: expected one of 'predicted', 'given', got 'all'"
     yield Explainer(model), images[:0], "given", r"example: .* got a tensor \[0, 3, 32, 48\]"
     yield Explainer(tiny_vit(depth=2).half()), images.half(), "given", "float16 gradients get a loss scale"
 
 
-@pytest.mark.parametrize("case", range(6))
+@pytest.mark.parametrize("case", range(5))
 def test_refused_with_the_reason(tiny_vit: Build, case: int) -> None:
-    explainer, images, targets, words = list(refused(tiny_vit))[case]
+    explainer, images, target_mode, words = list(refused(tiny_vit))[case]
     with pytest.raises(ValueError, match=words):
-        flatten(explainer, images, targets)  # type: ignore[arg-type]
+        flatten(explainer.plan, images, target_mode)  # type: ignore[arg-type]
 
 
 def test_a_selected_row_is_computed_alone() -> None:
@@ -284,7 +283,7 @@ def test_what_models_do_to_tensors(tiny_vit: Build, change: Callable[..., Tensor
     model = tiny_vit(depth=2, global_pool=pooling).to(DOUBLE)
     model.blocks[-1].mlp = _After(model.blocks[-1].mlp, change)  # type: ignore[index,union-attr]
     explainer, images = Explainer(model, {0: sae_for(model)}), torch.randn(2, *PIXELS, dtype=DOUBLE)
-    flat, want = flatten(explainer, images), explainer(images)
+    flat, want = flatten(explainer.plan, images), explainer(images)
     for _ in range(2):
         got = run(flat, images)
         assert families.error(got.relevance, want.relevance) < 1e-9
@@ -295,7 +294,7 @@ def test_a_model_that_changes_its_own_weights_is_refused(tiny_vit: Build) -> Non
     model = tiny_vit(depth=2).to(DOUBLE)
     model.head = _After(model.head, lambda self, _, y: y + self.table.add_(1)[0])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="changes its weights or buffers in place"):
-        flatten(Explainer(model), torch.randn(1, *PIXELS, dtype=DOUBLE))
+        flatten(Explainer(model).plan, torch.randn(1, *PIXELS, dtype=DOUBLE))
 
 
 def test_models_may_keep_what_they_compute(tiny_vit: Build) -> None:
@@ -308,7 +307,7 @@ def test_models_may_keep_what_they_compute(tiny_vit: Build) -> None:
     model, images = tiny_vit(depth=2).to(DOUBLE), torch.randn(1, *PIXELS, dtype=DOUBLE)
     model.blocks[0].mlp = keeping = _After(model.blocks[0].mlp, remember)  # type: ignore[index,union-attr]
     explainer = Explainer(model)
-    flat, want = flatten(explainer, images), explainer(images)
+    flat, want = flatten(explainer.plan, images), explainer(images)
     assert type(keeping.last) is type(keeping.table) is Tensor
     assert families.error(run(flat, images).relevance, want.relevance) < 1e-9
 
@@ -328,7 +327,7 @@ def test_queries_that_are_keys_too(tiny_vit: Build, shared: str) -> None:
     for block in model.blocks:  # type: ignore[union-attr]
         block.attn.forward = attention.__get__(block.attn)
     explainer, images = Explainer(model, {1: sae_for(model)}), torch.randn(2, *PIXELS, dtype=DOUBLE)
-    assert families.error(run(flatten(explainer, images), images).relevance, explainer(images).relevance) < 1e-9
+    assert families.error(run(flatten(explainer.plan, images), images).relevance, explainer(images).relevance) < 1e-9
 
 
 def test_attention_of_the_last_block_works_for_the_pooled_token_only(subject: tuple[nn.Module, Tensor]) -> None:
@@ -342,7 +341,7 @@ def test_attention_of_the_last_block_works_for_the_pooled_token_only(subject: tu
             return super().call_function(target, args, kwargs)
 
     model, images = subject
-    Watch(flatten(Explainer(model), images).module).run(images)
+    Watch(flatten(Explainer(model).plan, images).module).run(images)
     assert queries == [7, 7, 1, 1, 7, 7]
 
 
@@ -351,7 +350,7 @@ def test_threads_trace_in_turn(subject: tuple[nn.Module, Tensor]) -> None:
     model, images = subject
     call, found = nn.Module.__call__, list[Flat]()
     explainer = Explainer(model)
-    threads = [threading.Thread(target=lambda: found.append(flatten(explainer, images))) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: found.append(flatten(explainer.plan, images))) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -370,7 +369,7 @@ def test_autocast_of_the_caller_is_no_part_of_folding(tiny_vit: Build) -> None:
     model, images = tiny_vit(depth=2), torch.randn(1, *PIXELS)
     model.blocks[-1].mlp = _After(model.blocks[-1].mlp, wide)  # type: ignore[index,union-attr]
     with torch.autocast("cpu", torch.bfloat16):
-        flat = flatten(Explainer(model), images)
+        flat = flatten(Explainer(model).plan, images)
     (total,) = (float(b) for b in flat.module.buffers() if b.dim() == 0)
     assert total == pytest.approx(16**3 * 1.001**2, rel=1e-6)
 
@@ -379,7 +378,7 @@ def test_classes_that_are_not_there_give_nan(subject: tuple[nn.Module, Tensor]) 
     """Of a device's tensor nobody looked at the numbers."""
     model, images = subject
     explainer = Explainer(model, {0: sae_for(model)}, per_block=True)
-    flat = flatten(explainer, images, "given")
+    flat = flatten(explainer.plan, images, "given")
     for beyond in (-1, flat.classes):
         got = run(flat, images, torch.tensor([1, beyond]))
         assert got.targets.tolist() == [1, beyond]

@@ -20,7 +20,7 @@ VIEWS = ("reshape", "view", "permute", "unbind", "transpose", "clone", "slice", 
 
 def folded(tiny_vit: Build, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, fx.GraphModule]:
     model = tiny_vit(depth=3).to(dtype)
-    module = flatten(Explainer(model, {1: sae_for(model)}), torch.randn(2, *PIXELS, dtype=dtype)).module
+    module = flatten(Explainer(model, {1: sae_for(model)}).plan, torch.randn(2, *PIXELS, dtype=dtype)).module
     fold_biases(module)
     return model, module
 
@@ -53,7 +53,7 @@ def test_other_dtypes_keep_their_biases(tiny_vit: Build, dtype: torch.dtype) -> 
 def test_products_that_autocast_makes_16_bit_keep_theirs(tiny_vit: Build) -> None:
     explainer = Explainer(tiny_vit(depth=3))
     with torch.autocast("cpu", torch.bfloat16):
-        module = flatten(explainer, torch.randn(2, *PIXELS)).module
+        module = flatten(explainer.plan, torch.randn(2, *PIXELS)).module
     fold_biases(module)
     assert made_of(module) == {"addmm"}
 

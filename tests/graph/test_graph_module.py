@@ -31,7 +31,7 @@ def test_a_module_gives_the_explainers_numbers(subject: tuple[nn.Module, Explain
 
 def test_given_classes(subject: tuple[nn.Module, Explainer, Tensor]) -> None:
     _, explainer, images = subject
-    got = explainer.module(images, "given")(images, torch.tensor([3, 0]))
+    got = explainer.module(images, target_mode="given")(images, torch.tensor([3, 0]))
     assert got["targets"].tolist() == [3, 0]
     assert families.error(got["relevance"], explainer(images, [3, 0]).relevance) < (
         1e-9 if images.dtype == torch.float64 else 1e-4

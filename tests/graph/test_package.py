@@ -18,14 +18,13 @@ from torch import Tensor
 
 import fga_fast
 from fga_fast import Explainer, Explanation, Package, load_package
-from fga_fast.graph.package.export import export
 
 
 @pytest.fixture(scope="module")
 def predicted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """float64, two SAEs, batches of two, with all that metadata can say."""
     path = tmp_path_factory.mktemp("packages") / "predicted.pt2"
-    return export(explainer(), path, images(2), preprocessing=PREPROCESS, class_names=NAMES)
+    return explainer().export(path, images(2), preprocessing=PREPROCESS, class_names=NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +32,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """float32, given classes, batches of three, with everything that an explanation can have besides."""
     path = tmp_path_factory.mktemp("packages") / "given.pt2"
     full = explainer(torch.float32, top_features=4, per_block=True, signed=True, class_names=NAMES)
-    return export(full, path, images(3, torch.float32), targets="given")
+    return full.export(path, images(3, torch.float32), target_mode="given")
 
 
 def assert_close(found: Explanation, expected: Explanation, tolerance: float) -> None:
@@ -135,7 +134,7 @@ def test_given_targets_that_are_none(given: Path) -> None:
 @pytest.mark.slow
 def test_bfloat16(tmp_path: Path) -> None:
     low, high = explainer(torch.bfloat16, saes={}), explainer(torch.float32, saes={})
-    package = load_package(export(low, tmp_path / "low.pt2", images(2, torch.bfloat16)))
+    package = load_package(low.export(tmp_path / "low.pt2", images(2, torch.bfloat16)))
     found, eager = package(images(2, torch.bfloat16)), low(images(2, torch.bfloat16))
     assert found.logits.dtype == torch.bfloat16 and found.relevance.dtype == torch.float32
     assert found.targets.tolist() == eager.targets.tolist()
@@ -151,7 +150,7 @@ def test_dual_encoder_with_prompts_inside(tmp_path: Path) -> None:
     model = open_clip_model("CLIP").eval()
     asked = Explainer(model, class_names=PROMPTS, tokenizer=tokenize)
     two = torch.randn(2, 3, 32, 32)
-    package = load_package(export(asked, tmp_path / "clip.pt2", two, targets="given"))
+    package = load_package(asked.export(tmp_path / "clip.pt2", two, target_mode="given"))
     assert package.metadata.class_names == tuple(PROMPTS)
     assert_close(package(two, PROMPTS[1]), asked(two, PROMPTS[1]), 1e-4)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ import pytest
 import torch
 from packages import explainer, images
 
+from fga_fast import Explainer
 from fga_fast.graph.package import export as module
-from fga_fast.graph.package.export import export
 from fga_fast.io.images import Preprocess
 
 
@@ -33,7 +32,7 @@ def test_weights_are_in_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", weigh)
     small = explainer()
     with pytest.raises(RuntimeError, match="no compiler today"):
-        export(small, tmp_path / "x.pt2", images(2))
+        small.export(tmp_path / "x.pt2", images(2))
     weights = sum(p.nbytes for p in small.model.parameters())
     saes = sum(b.nbytes for one in small.saes.values() for b in one.buffers())
     assert found[0] <= 1.05 * (weights + saes)
@@ -66,12 +65,12 @@ def test_failure_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.Monke
     path = tmp_path / "x.pt2"
     if where != "move":
         with pytest.raises(RuntimeError, match="stopped"):
-            export(explainer(), path, images(1))
+            explainer().export(path, images(1))
         assert list(tmp_path.iterdir()) == []
     path.write_bytes(b"old")
     path.with_suffix(".json").write_bytes(b"old too")
     with pytest.raises(RuntimeError, match="stopped"):
-        export(explainer(), path, images(1))
+        explainer().export(path, images(1))
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"x.pt2": b"old", "x.json": b"old too"}
     monkeypatch.undo()
 
@@ -85,7 +84,7 @@ def test_existing_package_is_replaced(tmp_path: Path, monkeypatch: pytest.Monkey
     path = tmp_path / "x.pt2"
     path.write_bytes(b"old")
     path.with_suffix(".json").write_bytes(b"old too")
-    assert export(explainer(), path, images(1)) == path
+    assert explainer().export(path, images(1)) == path
     assert path.read_bytes() == b"new"
     assert json.loads(path.with_suffix(".json").read_text())["sha256"] == hashlib.sha256(b"new").hexdigest()
     assert {p.name for p in tmp_path.iterdir()} == {"x.pt2", "x.json"}
@@ -97,15 +96,15 @@ def test_what_cannot_be_exported_is_said_before_compiling(tmp_path: Path, monkey
 
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compiling)
     two, path = images(2), tmp_path / "x.pt2"
-    write: Any = partial(export, explainer())
+    write: Any = explainer().export
     cases: list[tuple[type[Exception], str, Any]] = [
         (ValueError, r"path: expected the name of a file ending in \.pt2", lambda: write(tmp_path / "x", two)),
-        (ValueError, "targets: expected", lambda: write(path, two, targets="all")),
+        (ValueError, "target_mode: expected", lambda: write(path, two, target_mode="all")),
         (ValueError, "example: expected images", lambda: write(path, two[0])),
         (ValueError, "class_names: expected 5 names", lambda: write(path, two, class_names=["a"])),
         (ValueError, "makes images", lambda: write(path, two, preprocessing=Preprocess((8, 8)))),
         (TypeError, "preprocessing: expected a Preprocess, got dict", lambda: write(path, two, preprocessing={})),
-        (ValueError, "backend", lambda: export(explainer(backend="reference"), path, two)),
+        (ValueError, "backend", lambda: explainer(backend="reference").export(path, two)),
     ]
     for kind, message, call in cases:
         with pytest.raises(kind, match=message):
@@ -120,7 +119,7 @@ def test_what_cannot_be_exported_is_said_before_compiling(tmp_path: Path, monkey
 
 
 def test_without_an_example_the_size_has_to_be_known(tmp_path: Path) -> None:
-    asked = explainer()
-    asked.layout = dataclasses.replace(asked.layout, image_size=None)
+    known = explainer()
+    asked = Explainer(known.model, layout=dataclasses.replace(known.layout, image_size=None))
     with pytest.raises(ValueError, match="example: the model does not say what size of images it takes"):
         asked.export(tmp_path / "x.pt2")

@@ -24,12 +24,10 @@ def own_layout(model: nn.Module, **settings: Any) -> ModelLayout:
 
 
 def test_images_of_unknown_size() -> None:
-    model = own_model()
-    like = next(model.parameters())
-    layout = own_layout(model)
-    checks.check_images(torch.zeros(2, 3, 32, 48), layout, like)
-    checks.check_images(torch.zeros(0, 3, 7, 9), layout, like)
-    checks.check_images(torch.zeros(2, 3, 32, 48).contiguous(memory_format=torch.channels_last), layout, like)
+    like = next(own_model().parameters())
+    checks.check_images(torch.zeros(2, 3, 32, 48), 3, None, like)
+    checks.check_images(torch.zeros(0, 3, 7, 9), 3, None, like)
+    checks.check_images(torch.zeros(2, 3, 32, 48).contiguous(memory_format=torch.channels_last), 3, None, like)
     for shape, message in (
         ((3, 32, 48), r"images: expected shape \[B, 3, H, W\], got \[3, 32, 48\]; add a batch dimension"),
         ((2, 1, 32, 48), r"images: expected shape \[B, 3, H, W\], got \[2, 1, 32, 48\]$"),
@@ -38,11 +36,11 @@ def test_images_of_unknown_size() -> None:
         ((1, 2, 3, 32, 48), r"got \[1, 2, 3, 32, 48\]"),
     ):
         with pytest.raises(ValueError, match=message):
-            checks.check_images(torch.zeros(shape), layout, like)
+            checks.check_images(torch.zeros(shape), 3, None, like)
     with pytest.raises(ValueError, match=r"images: expected dtype torch\.float32"):
-        checks.check_images(torch.zeros(2, 3, 32, 48).double(), layout, like)
+        checks.check_images(torch.zeros(2, 3, 32, 48).double(), 3, None, like)
     with pytest.raises(ValueError, match=r"expected shape \[B, 3, 32, 48\], got \[2, 3, 48, 32\]"):
-        checks.check_images(torch.zeros(2, 3, 48, 32), own_layout(model, image_size=(32, 48)), like)
+        checks.check_images(torch.zeros(2, 3, 48, 32), 3, (32, 48), like)
 
 
 def test_saes_of_unknown_width() -> None:
@@ -52,7 +50,7 @@ def test_saes_of_unknown_width() -> None:
     checks.check_saes({0: wide, 1: sae_for(model)}, own_layout(model), like)  # the residual stream will tell
     with pytest.raises(ValueError, match=r"saes\[0\]: the SAE reads a residual stream of width 5, .* has width 4"):
         checks.check_saes({0: wide}, own_layout(model, d_model=4), like)
-    with pytest.raises(ValueError, match="layer 2 is out of range, expected 0 to 1"):
+    with pytest.raises(ValueError, match="expected blocks 0 to 1 as keys, got 2"):
         checks.check_saes({2: wide}, own_layout(model), like)
 
 

@@ -13,6 +13,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +136,6 @@ def _compile(flat: Flat, example: Tensor, target_mode: TargetMode, path: Path) -
 def _metadata(
     plan: Plan, flat: Flat, example: Tensor, target_mode: TargetMode, outputs: tuple[Output, ...], sha256: str
 ) -> dict[str, Any]:
-    from fga_fast import __version__
-
     settings, gate = plan.settings, plan.settings.gate
     batch, channels, height, width = example.shape
     return {
@@ -146,7 +145,8 @@ def _metadata(
         "layers": tuple(plan.saes), "outputs": outputs, "backend": plan.choice().name,
         "method": settings.method, "backward": settings.backward, "start_layer": settings.start_layer,
         "signed": settings.signed, "gate": {"mode": gate.mode, "base": gate.base, "slope": gate.slope},
-        "versions": {"fga_fast": __version__, "torch": torch.__version__}, "machine": this_machine(), "sha256": sha256,
+        "versions": {"fga_fast": version("fga_fast"), "torch": torch.__version__},
+        "machine": this_machine(), "sha256": sha256,
     }  # fmt: skip
 
 

@@ -13,10 +13,8 @@ The stages of a call, in order:
 engine/run.py calls stages 1 to 3. What each of them computes is written in plain PyTorch in the file of the same name
 under `reference/`; `backend="reference"` runs that instead, slowly.
 
-Sources: Chefer, Gur and Wolf, "Transformer Interpretability Beyond Attention Visualization" and "Generic
-Attention-model Explainability" (2021) for TransMM; Šula, TU Wien 2026, doi 10.34726/hss.2026.132361 for the gate; Ali
-et al., "XAI for Transformers: Better Explanations through Conservative Propagation", ICML 2022 for the conservative
-backward pass.
+Sources: Chefer, Gur and Wolf, "Generic Attention-model Explainability", ICCV 2021 (TransMM); Šula, TU Wien 2026, doi
+10.34726/hss.2026.132361 (gate); Ali et al., "XAI for Transformers", ICML 2022 (conservative backward pass).
 """
 
 from __future__ import annotations
@@ -51,9 +49,8 @@ class Explainer:
 
     Args:
         model: any module from images [B, channels, H, W] to logits [B, classes] with one supported vision transformer
-            in it (see `find_layout`), or a dual encoder such as CLIP; in eval mode. It is never changed: hooks live
-            only during a call, no `requires_grad`, mode or gradient is touched, and several threads may explain with
-            it at once.
+            in it (see `find_layout`), or a dual encoder such as CLIP; in eval mode. It is left as it came, and several
+            threads may explain with it at once.
         saes: block (from 0) -> SAE of the residual stream after it. Empty: plain TransMM.
         gate: how SAE scores become gates.
         method: "rollout", the pooled row of TransMM's R, never negative; or "input_x_gradient", x . g at the tokens
@@ -61,12 +58,11 @@ class Explainer:
         backward: "exact", the model's own gradient; or "conservative", for which norms, activations' gates and
             attention maps are constants, so that contributions add up to the logit (see docs/conservative.md).
         backend: "native": C++ kernels on CPUs; on CUDA, CUDA kernels for attention and gate and Triton kernels for the
-            score. "triton": Triton kernels for score and gate on CUDA. "composite": PyTorch's operators in chunks, any
-            device. "reference": textbook PyTorch, any device. "auto": native on CPUs, else composite; the result says
-            which ran, and why. No kernel for CUDA has run on a device yet.
+            score. "triton": Triton kernels for score and gate, on CUDA. "composite": PyTorch's operators in chunks.
+            "reference": textbook PyTorch. "auto": native on CPUs, else composite, as no kernel has run on CUDA yet; the
+            result says which ran, and why.
         top_features: report the k strongest features of each patch and each image at every gated block.
-        ungated: also explain without gates (TransMM), for the result's `ungated` and for `plot`. A second explanation
-            without SAEs: about one more forward and backward pass.
+        ungated: also explain without gates (TransMM), for the result's `ungated` and for `plot`; a second explanation.
         layout: where the model's blocks and patches are, for models that `find_layout` does not know.
         class_names: names of the classes, so that targets may be given by name.
         tokenizer: for dual encoders, so that targets may be text prompts: open_clip's or Hugging Face's.
@@ -135,10 +131,8 @@ class Explainer:
     ) -> CompiledExplainer:  # fmt: skip
         """This explainer as one compiled graph, called like it, with the same result; takes a minute or so.
 
-        Weights and SAEs are frozen into it. Other models, settings and image sizes are other graphs.
-
         Args:
-            example: [B, channels, H, W], images of the size, dtype and device that are to be explained.
+            example: [B, channels, H, W], images of the size, dtype and device that will be explained.
             target_mode: "predicted": the predicted class; "given": the call takes one class an image.
             mode: a mode of `torch.compile`, such as "max-autotune".
             batches: batch sizes to compile, by default the example's; others are filled up to the next, or cut.
@@ -154,9 +148,8 @@ class Explainer:
     def module(self, example: Tensor, *, target_mode: TargetMode = "predicted") -> ExplanationModule:
         """This explainer as a plain module of operators, which `torch.export` and other compilers take as it is.
 
-        Arguments and errors are those of `compile`. Called with images of the example's shape, and class numbers [B]
-        int64 if they are given, it returns a dict of tensors: "relevance" [B, P], "logits", "targets", "values",
-        "scores.9", "gates.9" and so on. It shares the model's weights, and checks nothing.
+        Arguments and errors are those of `compile`. A call returns a dict of tensors: "relevance" [B, P], "logits",
+        "targets", "values", "scores.9", "gates.9" and so on. It shares the model's weights, and checks nothing.
         """
         from fga_fast.graph.module import ExplanationModule
 

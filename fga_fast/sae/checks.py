@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from fga_fast.sae.normalise import check_normalisation
+from fga_fast.settings import Activation
 
-ACTIVATIONS: tuple[str, ...] = ("relu", "topk", "topk_signed", "batch_topk", "jumprelu", "gated")
 DTYPES: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 GATED_NAMES: tuple[str, ...] = ("b_gate", "r_mag", "b_mag")
 
@@ -21,8 +22,9 @@ def check_settings(activation: object, k: object, threshold: object, normalize: 
         ValueError: an unknown activation or normalisation, or ``k`` or ``threshold`` missing or out of place.
         TypeError: ``k`` is not an integer.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+    activations = get_args(Activation)
+    if activation not in activations:
+        raise ValueError(f"activation: expected one of {', '.join(map(repr, activations))}, got {activation!r}")
     check_normalisation(normalize)
     if k is not None and (isinstance(k, bool) or not isinstance(k, int)):
         raise TypeError(f"k: expected an int or None, got {type(k).__name__}")
@@ -101,6 +103,17 @@ def check_threshold(
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
         raise TypeError(f"threshold: expected a number or a tensor [] or [F], got {type(threshold).__name__}")
     return torch.tensor(float(threshold), dtype=like.dtype, device=like.device)
+
+
+def check_expected_l0(value: object, d_sae: int) -> float | None:
+    """Return ``value`` as a float, or None; raise TypeError/ValueError unless it is None or in (0, d_sae]."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"expected_l0: expected a number or None, got {type(value).__name__}")
+    if not 0 < value <= d_sae:  # so that NaN and Inf fail as well
+        raise ValueError(f"expected_l0: expected 0 < expected_l0 <= {d_sae} (the SAE's features), got {value}")
+    return float(value)
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

@@ -15,9 +15,9 @@ import torch
 from formats import C, F, RunsOnLoad, state_dict, tokens, touch
 from safetensors.torch import save_file
 
+from fga_fast.io.safetensors_file import MAX_HEADER_BYTES
 from fga_fast.sae import SparseAutoencoder
 from fga_fast.sae.formats import native
-from fga_fast.sae.formats.safetensors_file import MAX_HEADER_BYTES
 
 
 def native_sae(activation: str = "relu", dtype: torch.dtype = torch.float32) -> SparseAutoencoder:
@@ -29,9 +29,8 @@ def native_sae(activation: str = "relu", dtype: torch.dtype = torch.float32) -> 
     if activation == "batch_topk":
         extra |= {"k": 3, "threshold": 0.3}
     state = state_dict(activation == "gated", dtype)
-    return SparseAutoencoder(
-        **state, activation=activation, normalize="constant_norm", metadata={"layer": "3"}, **extra
-    )
+    settings = {"normalize": "constant_norm", "metadata": {"layer": "3"}, "expected_l0": 2.5}
+    return SparseAutoencoder(**state, activation=activation, **settings, **extra)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
@@ -53,6 +52,15 @@ def test_native_without_encoder_bias(tmp_path: Path) -> None:
     state = state_dict() | {"b_enc": None}
     SparseAutoencoder(**state).save(str(tmp_path / "sae"))
     assert SparseAutoencoder.from_pretrained(str(tmp_path / "sae")).b_enc is None
+
+
+@pytest.mark.parametrize(("stored", "expected"), [("3.5", 3.5), ("many", None), ("nan", None), ("11", None)])
+def test_files_that_keep_l0_in_their_metadata(saved: Path, stored: str, expected: float | None) -> None:
+    entries = json.loads((saved / native.CONFIG).read_text()) | {"metadata": {"l0": stored}}
+    assert entries.pop("expected_l0") == 2.5
+    (saved / native.CONFIG).write_text(json.dumps(entries))
+    sae = SparseAutoencoder.from_pretrained(saved)
+    assert (sae.expected_l0, sae.metadata) == (expected, {"l0": stored})
 
 
 def test_native_save_replaces_an_earlier_one(tmp_path: Path) -> None:
@@ -121,7 +129,7 @@ def saved(tmp_path: Path) -> Path:
 def test_native_truncated(saved: Path, keep: int) -> None:
     weights = saved / native.WEIGHTS
     weights.write_bytes(weights.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"sae\.safetensors: truncated: expected"):
+    with pytest.raises(ValueError, match=r"sae\.safetensors: truncated"):
         SparseAutoencoder.from_pretrained(saved)
 
 
@@ -129,19 +137,19 @@ def test_native_truncated(saved: Path, keep: int) -> None:
 def test_native_oversized_header(saved: Path, length: int) -> None:
     weights = saved / native.WEIGHTS
     weights.write_bytes(struct.pack("<Q", length) + weights.read_bytes()[8:])
-    with pytest.raises(ValueError, match=rf"oversized header: expected at most \d+ bytes, got {length}"):
+    with pytest.raises(ValueError, match=rf"a header of {length} bytes, over the limit of {MAX_HEADER_BYTES}"):
         SparseAutoencoder.from_pretrained(saved)
 
 
 HEADER_CASES: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
-    (lambda h: h.pop("W_dec"), "tensors missing: ['W_dec']"),
-    (lambda h: h.update(W_skip=h.pop("b_mag")), "tensors not known: ['W_skip']"),
+    (lambda h: h.pop("W_dec"), "truncated or damaged: tensors claim"),
+    (lambda h: h.update(W_skip=h.pop("b_mag")), "tensors missing: none; not known: W_skip"),
     (lambda h: h["W_enc"].update(shape=[F, C]), "W_enc: expected shape [6, 10] (from config.json), got [10, 6]"),
-    (lambda h: h["W_enc"].update(shape=[C, 10**15]), "W_enc: expected shape [6, 10]"),
-    (lambda h: h["W_enc"].update(shape="6x10"), "W_enc: expected shape [6, 10]"),
-    (lambda h: h["b_dec"].update(dtype="I64"), "b_dec: expected dtype float32 (from config.json), got 'I64'"),
-    (lambda h: h["b_dec"].update(dtype="F64"), "b_dec: expected dtype float32 (from config.json), got 'F64'"),
-    (lambda h: h.update(b_dec=[1, 2]), "b_dec: expected dtype float32 (from config.json), got [1, 2]"),
+    (lambda h: h["W_enc"].update(shape=[C, 10**15]), "bytes, the file stores"),
+    (lambda h: h["W_enc"].update(shape="6x10"), "W_enc: expected a shape of at most 64 whole numbers, got 6x10"),
+    (lambda h: h["b_dec"].update(dtype="I32"), "b_dec: expected a dense floating-point tensor, got torch.int32"),
+    (lambda h: h["b_dec"].update(dtype="F64"), "bytes, the file stores"),
+    (lambda h: h.update(b_dec=[1, 2]), "b_dec: expected a dtype of F64, F32"),
     (lambda h: h["b_dec"].update(data_offsets=[0, 10**12]), "not a readable safetensors file"),
     (lambda h: h.pop("__metadata__"), "do not belong together"),
 ]
@@ -158,13 +166,13 @@ def test_native_header_that_lies(saved: Path, change: Callable[[dict[str, Any]],
 @pytest.mark.parametrize("text", [b"{" * 100_000, b"[" * 100_000, b"[1]", b"\xff\xfe", b"nonsense", b'{"k": NaN}', b""])
 def test_broken_json(saved: Path, text: bytes) -> None:
     (saved / native.CONFIG).write_bytes(text)
-    with pytest.raises(ValueError, match=r"config\.json: (not valid JSON|expected a JSON object)"):
+    with pytest.raises(ValueError, match=r"config\.json: (.*not valid JSON|expected a JSON object)"):
         SparseAutoencoder.from_pretrained(saved)
 
 
 def test_oversized_json(saved: Path) -> None:
     (saved / native.CONFIG).write_bytes(b" " * (1 << 20) + b"{}")
-    with pytest.raises(ValueError, match="expected a settings file of at most 1048576 bytes, got 1048578"):
+    with pytest.raises(ValueError, match="expected a file of at most 1048576 bytes, got 1048578"):
         SparseAutoencoder.from_pretrained(saved)
 
 
@@ -192,11 +200,14 @@ def test_native_config_that_lies(saved: Path, change: dict[str, Any], message: s
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "value"), [("activation", "gelu"), ("k", "four"), ("k", 3), ("normalize", [1])])
+WRONG = (("activation", "gelu"), ("k", "four"), ("k", 3), ("normalize", [1]), ("expected_l0", 0), ("expected_l0", []))
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG)
 def test_native_settings_that_agree_and_are_wrong(saved: Path, name: str, value: Any) -> None:
     entries = json.loads((saved / native.CONFIG).read_text()) | {name: value}
     (saved / native.CONFIG).write_text(json.dumps(entries))
-    copy = json.dumps({key: entries[key] for key in entries if key != "metadata"})
+    copy = json.dumps({key: entries[key] for key in entries if key not in ("metadata", "expected_l0")})
     rewrite_header(saved / native.WEIGHTS, lambda h: h["__metadata__"].update(fga_fast=copy))
     with pytest.raises(ValueError, match=f"sae: {name}: "):
         SparseAutoencoder.from_pretrained(saved)

@@ -14,8 +14,9 @@ import pytest
 import torch
 from formats import RunsOnLoad, config, public_folder, state_dict, touch, trainer_file
 
+from fga_fast.io import torch_file
 from fga_fast.sae import SparseAutoencoder
-from fga_fast.sae.formats import torch_archive
+from fga_fast.sae.formats import checkpoint
 
 
 def malicious(kind: str, marker: Path) -> Any:
@@ -112,14 +113,14 @@ def test_strange_pickles(tmp_path: Path, program: bytes, message: str) -> None:
     with pytest.raises(ValueError) as caught:
         SparseAutoencoder.from_pretrained(path, allow_pickled_config=True)
     assert message in str(caught.value)
-    assert not hasattr(torch_archive.ConfigRecord, "a")
+    assert not hasattr(checkpoint.ConfigRecord, "a")
 
 
 def test_second_guard_holds_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Were the list of names bypassed, PyTorch's restricted reader would still refuse."""
     marker = tmp_path / "marker"
     torch.save({"cfg": malicious("os.system", marker), "state_dict": state_dict()}, tmp_path / "sae.pt")
-    monkeypatch.setattr(torch_archive, "_GLOBALS", torch_archive._GLOBALS | {"posix system"})
+    monkeypatch.setattr(torch_file, "foreign_names", lambda path, content=None: [])
     with pytest.raises(ValueError, match=r"damaged or refused by torch\.load"):
         SparseAutoencoder.from_pretrained(tmp_path, allow_pickled_config=True)
     assert not marker.exists()
@@ -158,7 +159,7 @@ def test_compressed_archive(tmp_path: Path) -> None:
 
 
 def test_oversized_pickle(tmp_path: Path) -> None:
-    path = archive_with(tmp_path / "sae.pt", b"N" * (torch_archive.MAX_PICKLE_BYTES + 1))
+    path = archive_with(tmp_path / "sae.pt", b"N" * (torch_file.MAX_PICKLE_BYTES + 1))
     with pytest.raises(ValueError, match="oversized pickle: expected at most 4194304 bytes, got 4194305"):
         SparseAutoencoder.from_pretrained(path)
 

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from fga_fast.io.images import Preprocess
+from fga_fast.io.json_file import read_json
 
 FORMAT, VERSION = "fga_fast package", 1
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "int64": torch.int64}
@@ -162,12 +163,10 @@ def _is_whole(value: Any, least: int) -> bool:
 def _parsed(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"package: no file {path}; it has to lie beside the .pt2 file")
-    if path.stat().st_size > _MAX_BYTES:
-        raise ValueError(f"package: {path} is too large for metadata, over {_MAX_BYTES} bytes")
     try:
-        return json.loads(path.read_bytes().decode())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"package: {path} is truncated or damaged: {error}") from error
+        return read_json(path, _MAX_BYTES)
+    except ValueError as error:
+        raise ValueError(f"package: {error}") from error
 
 
 def _read(entries: Entries) -> Metadata:

@@ -302,7 +302,9 @@ class SparseAutoencoder(nn.Module):
 
         Raises:
             OSError: the folder cannot be written (FileNotFoundError: its parent is missing).
+            TypeError, ValueError: an ``expected_l0`` was assigned that the constructor refuses.
         """
+        check_expected_l0(self.expected_l0, self.d_sae)  # which may have been assigned
         tensors = {name: getattr(self, name) for name in native.TENSORS}
         return native.save(path, tensors, {name: getattr(self, name) for name in native.SETTINGS})
 
@@ -350,8 +352,8 @@ class SparseAutoencoder(nn.Module):
         Raises:
             FileNotFoundError: the path, its weights or its configuration is missing, or a hub id without download.
             ImportError: ``download`` without huggingface_hub.
-            ValueError: unknown, damaged, oversized or refused file, settings that cannot be used, arguments that the
-                file leaves no room for, or an SAE that cannot gate patches of the residual stream.
+            ValueError: unknown, damaged, oversized or refused file, settings that cannot be used, an argument for what
+                the file itself stores, or an SAE that cannot gate patches of the residual stream.
         """
         local = locate(path, download=download, revision=revision, subfolder=subfolder)
         options = Options(

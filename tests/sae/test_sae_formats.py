@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from formats import C, F, RunsOnLoad, state_dict, tokens, touch
+from formats_case import refused
 from safetensors.torch import save_file
 
 from fga_fast.io.safetensors_file import MAX_HEADER_BYTES
@@ -101,12 +102,16 @@ def test_read_only_folder(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_save_into_a_file_or_a_missing_parent(tmp_path: Path) -> None:
+def test_what_save_refuses(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("text")
     with pytest.raises(NotADirectoryError, match="expected a folder to save the SAE in, got a file"):
         native_sae().save(tmp_path / "file")
     with pytest.raises(FileNotFoundError, match="make it before saving the SAE in sae"):
         native_sae().save(tmp_path / "missing" / "sae")
+    sae = native_sae()
+    sae.expected_l0 = 0.0
+    with pytest.raises(ValueError, match="expected_l0: expected 0 < expected_l0 <= 10"):
+        sae.save(tmp_path / "sae")
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
@@ -158,9 +163,7 @@ HEADER_CASES: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
 @pytest.mark.parametrize(("change", "message"), HEADER_CASES)
 def test_native_header_that_lies(saved: Path, change: Callable[[dict[str, Any]], Any], message: str) -> None:
     rewrite_header(saved / native.WEIGHTS, change)
-    with pytest.raises(ValueError) as caught:
-        SparseAutoencoder.from_pretrained(saved)
-    assert message in str(caught.value)
+    refused(saved, message)
 
 
 @pytest.mark.parametrize("text", [b"{" * 100_000, b"[" * 100_000, b"[1]", b"\xff\xfe", b"nonsense", b'{"k": NaN}', b""])
@@ -172,8 +175,7 @@ def test_broken_json(saved: Path, text: bytes) -> None:
 
 def test_oversized_json(saved: Path) -> None:
     (saved / native.CONFIG).write_bytes(b" " * (1 << 20) + b"{}")
-    with pytest.raises(ValueError, match="expected a file of at most 1048576 bytes, got 1048578"):
-        SparseAutoencoder.from_pretrained(saved)
+    refused(saved, "expected a file of at most 1048576 bytes, got 1048578")
 
 
 @pytest.mark.parametrize(
@@ -195,9 +197,7 @@ def test_oversized_json(saved: Path) -> None:
 def test_native_config_that_lies(saved: Path, change: dict[str, Any], message: str) -> None:
     entries = json.loads((saved / native.CONFIG).read_text()) | change
     (saved / native.CONFIG).write_text(json.dumps({k: v for k, v in entries.items() if v is not ...}))
-    with pytest.raises(ValueError) as caught:
-        SparseAutoencoder.from_pretrained(saved)
-    assert message in str(caught.value)
+    refused(saved, message)
 
 
 WRONG = (("activation", "gelu"), ("k", "four"), ("k", 3), ("normalize", [1]), ("expected_l0", 0), ("expected_l0", []))
@@ -229,8 +229,7 @@ def test_native_missing_file(saved: Path, missing: str) -> None:
 
 
 def test_native_keeps_its_normalisation(saved: Path) -> None:
-    with pytest.raises(ValueError, match="stores its own normalisation; got normalize=None"):
-        SparseAutoencoder.from_pretrained(saved, normalize=None)
+    refused(saved, "stores its own normalisation; got normalize=None", normalize=None)
 
 
 def test_missing_path(tmp_path: Path) -> None:
@@ -241,8 +240,7 @@ def test_missing_path(tmp_path: Path) -> None:
 
 
 def test_unknown_folder_and_file(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="found nothing"):
-        SparseAutoencoder.from_pretrained(tmp_path)
+    refused(tmp_path, "found nothing")
     save_file({"weight": torch.zeros(3, 2), "bias": torch.zeros(3)}, tmp_path / "model.safetensors")
     for path in (tmp_path, tmp_path / "model.safetensors"):
         with pytest.raises(ValueError, match=r"not an SAE checkpoint .*; model\.safetensors holds bias, weight"):

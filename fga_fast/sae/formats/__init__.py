@@ -1,4 +1,4 @@
-"""Checkpoint formats, one file each. Which one a checkpoint has is told by its file names, tensors and settings.
+"""Checkpoint formats, one file each. A checkpoint's file names, tensors and settings tell which one it has.
 
 No format runs code from a file, follows a file name found in one, or allocates from a size it has not checked.
 """

@@ -9,7 +9,7 @@ archetypal dictionary; dictionary.multiplier []; thresholds [F] of a JumpSAE, st
     relu(z) >= the running threshold, which is not in the state dict
     reconstruction f D, with D the dictionary, normalised, times exp(multiplier)
 
-Which of these an SAE is, k and the normalisation are attributes that a state dict does not hold: the caller says.
+A state dict does not hold which of these an SAE is, k, or the normalisation: the caller gives them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Reading plain ``name: value`` settings from a small YAML file that is not trusted.
 
-Only scalars are read, at the outermost level and one below it; everything else YAML can express (anchors, tags, lists,
-long texts) is left alone, so nothing in the file can call, refer or grow.
+Only scalars are read, at the outermost level and one below it. Everything else that YAML can express (anchors, tags,
+lists, long texts) is ignored, so nothing in the file can call a function, refer to something else, or expand.
 """
 
 from __future__ import annotations

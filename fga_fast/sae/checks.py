@@ -51,18 +51,16 @@ def check_weights(
         TypeError: not a dense floating-point tensor.
         ValueError: wrong rank, empty, or shapes that do not fit together.
     """
-    for name, value in (("W_enc", W_enc), ("W_dec", W_dec)):
-        tensor = check_tensor(name, value)
+    encoder, decoder = check_tensor("W_enc", W_enc), check_tensor("W_dec", W_dec)
+    for name, tensor in (("W_enc", encoder), ("W_dec", decoder)):
         if tensor.ndim != 2 or 0 in tensor.shape:
             raise ValueError(f"{name}: expected a non-empty matrix, got shape {list(tensor.shape)}")
-    if not isinstance(W_enc, Tensor) or not isinstance(W_dec, Tensor):  # unreachable; tells the type checker
-        raise TypeError("W_enc, W_dec: expected torch.Tensor")
-    d_model, d_sae = W_enc.shape
-    if W_dec.shape != (d_sae, d_model):
-        hint = "; it looks transposed: pass W_dec.t()" if W_dec.shape == W_enc.shape else ""
+    d_model, d_sae = encoder.shape
+    if decoder.shape != (d_sae, d_model):
+        hint = "; it looks transposed: pass W_dec.t()" if decoder.shape == encoder.shape else ""
         raise ValueError(
             f"W_dec: expected shape [{d_sae}, {d_model}] ([F, C], from W_enc [C, F] = [{d_model}, {d_sae}]), "
-            f"got {list(W_dec.shape)}{hint}"
+            f"got {list(decoder.shape)}{hint}"
         )
     return d_model, d_sae
 

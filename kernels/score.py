@@ -67,11 +67,8 @@ def score(
 
 
 def _density(sae: SparseAutoencoder) -> float | None:
-    """Share of the dictionary that is active in a token, from the SAE's own record `metadata["l0"]`; None: unknown."""
-    try:
-        return float(sae.metadata["l0"]) / sae.d_sae
-    except (KeyError, ValueError):
-        return None
+    """Share of the dictionary that is active in a token; None: unknown."""
+    return None if sae.expected_l0 is None else sae.expected_l0 / sae.d_sae
 
 
 @triton.jit(do_not_specialize=["P"])

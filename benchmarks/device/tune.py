@@ -134,7 +134,7 @@ def sparse_share(device: Device, shape: argparse.Namespace) -> float:
         case.sae.bias.fill_(-float(z.kthvalue(rank).values))
         times = {}
         for route, l0 in (("dense", shape.features), ("sparse", 0)):
-            case.sae.metadata["l0"] = str(l0)
+            case.sae.expected_l0 = float(l0)
             times[route] = device.seconds(case, rounds=10, warm_up=2)[0]
         print(f"{active} active features: {times}", flush=True)
         if times["sparse"] > times["dense"]:

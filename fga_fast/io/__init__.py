@@ -1,1 +1,1 @@
-"""Files: images in, results out whole or not at all, and what is checked before an untrusted file is believed."""
+"""Reading and writing files: images, results written whole or not at all, and checks of files that are not trusted."""

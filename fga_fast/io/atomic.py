@@ -1,4 +1,4 @@
-"""Whole files or none: what a reader finds under a name was written completely."""
+"""Writes files whole or not at all."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> Path:
 
 
 def check_writable_folder(folder: str | os.PathLike[str]) -> Path:
-    """Creates `folder` if need be and proves, by writing and removing a file, that results will go into it.
+    """Creates `folder` if it is missing, then writes and removes a file to check that results can be written there.
 
     Raises:
         OSError: of the kind the system gave (PermissionError, NotADirectoryError, ...), its message naming the folder.

@@ -1,4 +1,4 @@
-"""Image files to what a model sees, and pictures to what an overlay is painted on; PIL and torch alone."""
+"""Turns image files into a model's input, and pictures into the RGB that an overlay is painted on."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 class ImageFileError(ValueError):
-    """A file that is no picture, is broken, or is larger than PIL's decompression-bomb guard allows."""
+    """A file that is not an image, is damaged, or is larger than PIL's decompression-bomb guard allows."""
 
 
 def load_image(path: str | os.PathLike[str]) -> Image.Image:

@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from fga_fast.io.atomic import atomic_write
+from fga_fast.io.json_file import parse_json
+from fga_fast.io.safetensors_file import SafetensorsFile
 from fga_fast.result.explanation import Explanation
 from fga_fast.sae.features import TopFeatures
 
@@ -48,26 +50,17 @@ def read(kind: type[Explanation], path: str | os.PathLike[str]) -> Explanation:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    from safetensors import SafetensorError, safe_open
-
     if not path.is_file():
         raise FileNotFoundError(f"path: no file {path}")
-    with path.open("rb") as file:
-        header = int.from_bytes(file.read(8), "little")
-    if header > min(_MAX_HEADER, path.stat().st_size - 8):
-        raise ValueError(f"path: {path} is truncated or no explanation: it announces a header of {header} bytes")
     try:
-        with safe_open(path, framework="pt", device="cpu") as stored:
-            metadata = stored.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(f"path: {path} is no explanation: format {metadata.get('format')!r}, not {_FORMAT!r}")
-            about = json.loads(metadata.get("explanation", "null"))
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"path: {path} is truncated or damaged: {error}") from error
-    if not isinstance(about, dict):
-        raise ValueError(f"path: {path} has no 'explanation' entry in its metadata")
-    return tensors, about
+        stored = SafetensorsFile(path, _MAX_HEADER)
+        if stored.metadata.get("format") != _FORMAT:
+            raise ValueError(f"format {stored.metadata.get('format')!r}, not {_FORMAT!r}")
+        if "explanation" not in stored.metadata:
+            raise ValueError("no 'explanation' entry in its metadata")
+        return stored.tensors(), parse_json(stored.metadata["explanation"], "explanation")
+    except ValueError as error:
+        raise ValueError(f"path: {path} is no explanation, or is damaged: {error}") from error
 
 
 def _assemble(cls: type[Explanation], tensors: dict[str, Tensor], about: dict[str, Any]) -> Explanation:

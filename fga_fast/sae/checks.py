@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from fga_fast.sae.normalise import check_normalisation
+from fga_fast.settings import Activation
 
-ACTIVATIONS: tuple[str, ...] = ("relu", "topk", "topk_signed", "batch_topk", "jumprelu", "gated")
 DTYPES: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 GATED_NAMES: tuple[str, ...] = ("b_gate", "r_mag", "b_mag")
 
@@ -21,8 +22,9 @@ def check_settings(activation: object, k: object, threshold: object, normalize: 
         ValueError: an unknown activation or normalisation, or ``k`` or ``threshold`` missing or out of place.
         TypeError: ``k`` is not an integer.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+    activations = get_args(Activation)
+    if activation not in activations:
+        raise ValueError(f"activation: expected one of {', '.join(map(repr, activations))}, got {activation!r}")
     check_normalisation(normalize)
     if k is not None and (isinstance(k, bool) or not isinstance(k, int)):
         raise TypeError(f"k: expected an int or None, got {type(k).__name__}")
@@ -49,18 +51,16 @@ def check_weights(
         TypeError: not a dense floating-point tensor.
         ValueError: wrong rank, empty, or shapes that do not fit together.
     """
-    for name, value in (("W_enc", W_enc), ("W_dec", W_dec)):
-        tensor = check_tensor(name, value)
+    encoder, decoder = check_tensor("W_enc", W_enc), check_tensor("W_dec", W_dec)
+    for name, tensor in (("W_enc", encoder), ("W_dec", decoder)):
         if tensor.ndim != 2 or 0 in tensor.shape:
             raise ValueError(f"{name}: expected a non-empty matrix, got shape {list(tensor.shape)}")
-    if not isinstance(W_enc, Tensor) or not isinstance(W_dec, Tensor):  # unreachable; tells the type checker
-        raise TypeError("W_enc, W_dec: expected torch.Tensor")
-    d_model, d_sae = W_enc.shape
-    if W_dec.shape != (d_sae, d_model):
-        hint = "; it looks transposed: pass W_dec.t()" if W_dec.shape == W_enc.shape else ""
+    d_model, d_sae = encoder.shape
+    if decoder.shape != (d_sae, d_model):
+        hint = "; it looks transposed: pass W_dec.t()" if decoder.shape == encoder.shape else ""
         raise ValueError(
             f"W_dec: expected shape [{d_sae}, {d_model}] ([F, C], from W_enc [C, F] = [{d_model}, {d_sae}]), "
-            f"got {list(W_dec.shape)}{hint}"
+            f"got {list(decoder.shape)}{hint}"
         )
     return d_model, d_sae
 
@@ -101,6 +101,17 @@ def check_threshold(
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
         raise TypeError(f"threshold: expected a number or a tensor [] or [F], got {type(threshold).__name__}")
     return torch.tensor(float(threshold), dtype=like.dtype, device=like.device)
+
+
+def check_expected_l0(value: object, d_sae: int) -> float | None:
+    """Return ``value`` as a float, or None; raise TypeError/ValueError unless it is None or in (0, d_sae]."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"expected_l0: expected a number or None, got {type(value).__name__}")
+    if not 0 < value <= d_sae:  # so that NaN and Inf fail as well
+        raise ValueError(f"expected_l0: expected 0 < expected_l0 <= {d_sae} (the SAE's features), got {value}")
+    return float(value)
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

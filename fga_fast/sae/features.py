@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class TopFeatures(NamedTuple):
-    """The k strongest SAE features of one layer; with K targets an image, [B,P,k] is [B,K,P,k] and so on."""
+    """The k strongest SAE features of one block; with K targets an image, [B,P,k] is [B,K,P,k] and so on."""
 
     patch_index: Tensor  # [B, P, k] int64, feature numbers
     patch_contribution: Tensor  # [B, P, k] code times feature gradient

@@ -6,13 +6,13 @@ unbiased one (divisor C - 1) and the epsilon is added outside the square root.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-Normalisation = Literal["layer_norm", "constant_norm"]
-NORMALISATIONS: tuple[str, ...] = ("layer_norm", "constant_norm")
+from fga_fast.settings import Normalisation
+
 LAYER_NORM_EPS = 1e-5
 
 
@@ -72,8 +72,9 @@ def denormalise(
 
 def check_normalisation(kind: object) -> None:
     """Raise ValueError unless ``kind`` is None or the name of a known normalisation."""
-    if kind is not None and kind not in NORMALISATIONS:
-        raise ValueError(f"normalize: expected None or one of {', '.join(map(repr, NORMALISATIONS))}, got {kind!r}")
+    known = get_args(Normalisation)
+    if kind is not None and kind not in known:
+        raise ValueError(f"normalize: expected None or one of {', '.join(map(repr, known))}, got {kind!r}")
 
 
 def _constant_norm_scale(

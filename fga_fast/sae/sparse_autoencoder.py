@@ -14,6 +14,7 @@ from fga_fast.sae.checks import (
     DTYPES,
     GATED_NAMES,
     check_activations,
+    check_expected_l0,
     check_finite,
     check_metadata,
     check_settings,
@@ -22,8 +23,10 @@ from fga_fast.sae.checks import (
     check_weights,
 )
 from fga_fast.sae.folding import derived_tensors
+from fga_fast.sae.formats import load, locate, native
+from fga_fast.sae.formats.options import Options
 from fga_fast.sae.normalise import denormalise, normalise
-from fga_fast.sae.self_check import SelfCheck, l0, self_check
+from fga_fast.sae.self_check import SelfCheck, self_check
 
 _RAW = ("_W_enc_t", "W_dec", "b_enc", "b_dec", "threshold", *GATED_NAMES)
 _DERIVED = ("bias", "gate_scale", "mag_bias", "theta", "dec_sum")
@@ -50,6 +53,8 @@ class SparseAutoencoder(nn.Module):
         normalize: None, "layer_norm" or "constant_norm", see `fga_fast.sae.normalise`.
         b_gate, r_mag, b_mag: [F] each, "gated" only.
         metadata: strings kept with the SAE and its file, such as {"layer": "9"}.
+        expected_l0: mean number of active features a token, where it is known, 0 < expected_l0 <= F. On CUDA it chooses
+            between the dense and the sparse score kernel, never what is computed. It may be assigned later.
 
     Attributes:
         W_enc: [C, F], a view; its memory is feature-major (``W_enc.t()`` is contiguous), which the kernels rely on.
@@ -58,7 +63,7 @@ class SparseAutoencoder(nn.Module):
         gate_scale, mag_bias: [F] = exp(r_mag), b_mag - exp(r_mag) * (b_dec W_enc); None unless gated.
         theta: [F], the threshold of each feature; None unless jumprelu or batch_topk.
         dec_sum: [C], the sum of the decoder rows.
-        activation, k, normalize, d_model (C), d_sae (F), metadata, dtype, device.
+        activation, k, normalize, d_model (C), d_sae (F), metadata, expected_l0, dtype, device.
 
     The derived tensors are computed in float64 and rounded once, and are computed anew from the parameters when the
     dtype changes, so ``SparseAutoencoder(float32 weights).double()`` is exact. The tensors given are copied.
@@ -99,12 +104,14 @@ class SparseAutoencoder(nn.Module):
         r_mag: Tensor | None = None,  # [F]
         b_mag: Tensor | None = None,  # [F]
         metadata: Mapping[str, str] | None = None,
+        expected_l0: float | None = None,
     ) -> None:
         super().__init__()
         check_settings(activation, k, threshold, normalize)
         self.d_model, self.d_sae = check_weights(W_enc, W_dec)
         self.activation, self.k, self.normalize = activation, k, normalize
         self.metadata = check_metadata(metadata)
+        self.expected_l0 = check_expected_l0(expected_l0, self.d_sae)
         if k is not None and not 1 <= k <= self.d_sae:
             raise ValueError(f"k: expected 1 <= k <= {self.d_sae} (the SAE's features), got {k}")
         if normalize == "layer_norm" and self.d_model < 2:
@@ -268,7 +275,7 @@ class SparseAutoencoder(nn.Module):
 
         Good numbers are those of the SAE's card. Without a card: an explained variance of 0.6 to 0.99, an l0 near the
         published or trained k (SAEs of vision models reach from tens to some 2,000), and few dead features once some
-        10,000 tokens were seen. An explained variance near or below 0 says that layer, model or normalisation is
+        10,000 tokens were seen. An explained variance near or below 0 says that the block, model or normalisation is
         not the one the SAE was trained on; so does an l0 many times too large or near 0.
 
         Args:
@@ -281,31 +288,8 @@ class SparseAutoencoder(nn.Module):
         Raises:
             TypeError, ValueError: as `encode`; fewer than two tokens or no variance.
         """
-        return self_check(self, x)
-
-    def explained_variance(
-        self,
-        x: Tensor,  # [..., C]
-    ) -> float:
-        """Share of the tokens' variance the SAE reconstructs: ``1 - sum (x - x^)^2 / sum (x - mean)^2``, in float64.
-
-        Args:
-            x: [..., C], at least two tokens that differ.
-
-        Returns:
-            At most 1; negative if the reconstruction is worse than the mean token.
-
-        Raises:
-            TypeError, ValueError: as `encode`; fewer than two tokens or no variance.
-        """
-        return self_check(self, x).explained_variance
-
-    def l0(
-        self,
-        x: Tensor,  # [..., C]
-    ) -> float:
-        """Mean number of active features a token, 0 to F; raises ValueError without tokens, and as `encode`."""
-        return l0(self, x)
+        x = check_activations("x", x, self.d_model, self._W_enc_t)
+        return self_check(self.encode, self.decode, x, self.d_sae)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the folder ``path`` with ``sae.safetensors`` and ``config.json``; nothing half-written is left behind.
@@ -318,10 +302,11 @@ class SparseAutoencoder(nn.Module):
 
         Raises:
             OSError: the folder cannot be written (FileNotFoundError: its parent is missing).
+            TypeError, ValueError: an ``expected_l0`` was assigned that the constructor refuses.
         """
-        from fga_fast.sae.formats import native
-
-        return native.save(self, path)
+        check_expected_l0(self.expected_l0, self.d_sae)  # which may have been assigned
+        tensors = {name: getattr(self, name) for name in native.TENSORS}
+        return native.save(path, tensors, {name: getattr(self, name) for name in native.SETTINGS})
 
     @staticmethod
     def from_pretrained(
@@ -367,23 +352,26 @@ class SparseAutoencoder(nn.Module):
         Raises:
             FileNotFoundError: the path, its weights or its configuration is missing, or a hub id without download.
             ImportError: ``download`` without huggingface_hub.
-            ValueError: unknown, damaged, oversized or refused file, settings that cannot be used, arguments that the
-                file leaves no room for, or an SAE that cannot gate patches of the residual stream.
+            ValueError: unknown, damaged, oversized or refused file, settings that cannot be used, an argument for what
+                the file itself stores, or an SAE that cannot gate patches of the residual stream.
         """
-        from fga_fast.sae import formats
-        from fga_fast.sae.formats.options import Options
-
-        local = formats.locate(path, download=download, revision=revision, subfolder=subfolder)
+        local = locate(path, download=download, revision=revision, subfolder=subfolder)
         options = Options(
             allow_pickled_config, normalize, activation, k, threshold, decoder_norm, pre_mean, pre_scale, subtract_b_dec
         )
-        return formats.load(local, options)
+        arguments, where = load(local, options)
+        try:
+            return SparseAutoencoder(**arguments)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {error}") from error
 
     def extra_repr(self) -> str:
         """Sizes and settings, for repr()."""
         parts = [f"d_model={self.d_model}", f"d_sae={self.d_sae}", f"activation={self.activation!r}"]
         if self.k is not None:
             parts.append(f"k={self.k}")
+        if self.expected_l0 is not None:
+            parts.append(f"expected_l0={self.expected_l0}")
         parts += [f"normalize={self.normalize!r}", f"dtype={self.dtype}", f"device='{self.device}'"]
         if self.metadata:
             parts.append(f"metadata={self.metadata!r}")

@@ -176,7 +176,7 @@ def test_few_active_features_are_gathered(monkeypatch: pytest.MonkeyPatch, mode:
     sae = make_sae("relu", dtype=FLOAT, shift=-2.0)
     more = {"permutation": torch.randperm(70)} if mode == "shuffled" else {}
     dense = kernels.score(x, g, sae, mode, image=IMAGE, **more)
-    sae.metadata["l0"] = "0.1"
+    sae.expected_l0 = 0.1
     monkeypatch.setitem(kernels.score.__globals__, "dense", None)  # not called
     gathered = kernels.score(x, g, sae, mode, image=IMAGE, **more)
     assert close(gathered, x, g, sae, mode, image=IMAGE, **more)

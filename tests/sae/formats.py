@@ -4,33 +4,34 @@ from __future__ import annotations
 
 import collections
 import json
+import os
 import sys
 import types
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from formats_case import C, F, changed, draw
 from torch import Tensor
 
-C, F = 6, 10
 MODULE = "fake_prisma.sae.config"
 
 
 def state_dict(gated: bool = False, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(3)
     shapes = {"W_enc": (C, F), "W_dec": (F, C), "b_enc": (F,), "b_dec": (C,)}
     if gated:
         shapes |= {"b_gate": (F,), "r_mag": (F,), "b_mag": (F,)}
-    return {name: torch.randn(*shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    return {name: draw(*shape, seed=seed, dtype=dtype) for seed, (name, shape) in enumerate(shapes.items())}
 
 
 def tokens(dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(3, C, generator=torch.Generator().manual_seed(5)).to(dtype)
+    return draw(3, C, seed=5, dtype=dtype)
 
 
 def config(**changes: Any) -> dict[str, Any]:
-    """Settings as ViT-Prisma writes them; a change to `...` leaves the entry out."""
+    """Settings as ViT-Prisma writes them."""
     entries = {
         "hook_point_layer": 9,
         "layer_subtype": "hook_resid_post",
@@ -48,14 +49,15 @@ def config(**changes: Any) -> dict[str, Any]:
         "model_name": "open-clip:laion/some-model",
         "total_training_tokens": 10**10,
         "lr": 1e-3,
-    } | changes
-    return {name: value for name, value in entries.items() if value is not ...}
+    }
+    return changed(entries, changes)
 
 
 def public_folder(folder: Path, state: Any = None, **changes: Any) -> Path:
     """Layout (ii): a bare state dict and config.json."""
     folder.mkdir(exist_ok=True)
-    torch.save(collections.OrderedDict(state_dict() if state is None else state), folder / "n_images_2600058.pt")
+    state = state_dict() if state is None else state
+    torch.save(collections.OrderedDict(state) if isinstance(state, dict) else state, folder / "n_images_2600058.pt")
     (folder / "config.json").write_text(json.dumps(config(**changes)))
     return folder
 
@@ -92,3 +94,21 @@ class RunsOnLoad:
 
     def __reduce__(self) -> Any:
         return self.call
+
+
+def malicious(marker: Path) -> list[RunsOnLoad]:
+    """Objects whose unpickling creates ``marker``; the last would load it instead."""
+    return [
+        RunsOnLoad(os.system, f"touch {marker}"),
+        RunsOnLoad(eval, f"open({str(marker)!r}, 'w')"),
+        RunsOnLoad(touch, str(marker)),
+        RunsOnLoad(torch.load, str(marker)),
+    ]
+
+
+def rezip(path: Path, change: Callable[[str, bytes], bytes], compression: int = zipfile.ZIP_STORED) -> None:
+    with zipfile.ZipFile(path) as archive:
+        entries = [(name, archive.read(name)) for name in archive.namelist()]
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in entries:
+            archive.writestr(name, change(name, data))

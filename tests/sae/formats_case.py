@@ -9,8 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
+
+from fga_fast.sae import SparseAutoencoder
 
 C, F, T = 6, 10, 40
 DTYPE = torch.float64
@@ -28,6 +32,26 @@ class Case:
 
 def draw(*shape: int, seed: int, dtype: torch.dtype = DTYPE) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def changed(entries: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The settings with these changes; a change to `...` leaves the entry out."""
+    return {name: value for name, value in (entries | changes).items() if value is not ...}
+
+
+def store(path: Path, state: dict[str, Tensor]) -> Path:
+    """``state`` as a safetensors file, whose folder is made if it is missing."""
+    path.parent.mkdir(exist_ok=True, parents=True)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+    return path
+
+
+def refused(path: Path, message: str = "", **options: Any) -> str:
+    """The error of a file that is refused without allocating anything large."""
+    with bounded_memory(), pytest.raises(ValueError) as caught:
+        SparseAutoencoder.from_pretrained(path, **options)
+    assert message in str(caught.value) and "allocate" not in str(caught.value)
+    return str(caught.value)
 
 
 def activations() -> Tensor:

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from formats_case import C, Case, F, draw, largest
-from safetensors.torch import save_file
+from formats_case import C, Case, F, draw, largest, store
 from torch import Tensor
 
 POINTS = 7
@@ -73,11 +72,10 @@ def dictionary(form: str = "l2") -> tuple[dict[str, Tensor], Tensor]:
 
 
 def write(path: Path, state: Any) -> Path:
-    path.parent.mkdir(exist_ok=True)
     if path.suffix == ".safetensors":
-        save_file({n: t.contiguous() for n, t in state.items()}, path)
-    else:
-        torch.save(state, path)
+        return store(path, state)
+    path.parent.mkdir(exist_ok=True)
+    torch.save(state, path)
     return path
 
 

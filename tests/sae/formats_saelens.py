@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from formats_case import C, Case, F, draw, largest
-from safetensors.torch import save_file
+from formats_case import C, Case, F, changed, draw, largest, store
 from torch import Tensor
 
 
@@ -24,7 +23,7 @@ def tensors(architecture: str = "standard") -> dict[str, Tensor]:
 
 
 def settings(**changes: Any) -> dict[str, Any]:
-    """cfg.json of version 6; a change to `...` leaves the entry out."""
+    """cfg.json of version 6."""
     entries = {
         "architecture": "standard",
         "d_in": C,
@@ -40,8 +39,8 @@ def settings(**changes: Any) -> dict[str, Any]:
             "hook_name": "blocks.7.hook_resid_post",
             "hook_head_index": None,
         },
-    } | changes
-    return {name: value for name, value in entries.items() if value is not ...}
+    }
+    return changed(entries, changes)
 
 
 def before_6(**changes: Any) -> dict[str, Any]:
@@ -61,9 +60,8 @@ def before_6(**changes: Any) -> dict[str, Any]:
 
 
 def write(folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> Path:
-    folder.mkdir(exist_ok=True)
-    save_file({n: t.contiguous() for n, t in state.items()}, folder / "sae_weights.safetensors")
-    save_file({"sparsity": torch.zeros(F)}, folder / "sparsity.safetensors")
+    store(folder / "sae_weights.safetensors", state)
+    store(folder / "sparsity.safetensors", {"sparsity": torch.zeros(F)})
     (folder / "cfg.json").write_text(json.dumps(config))
     return folder
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from formats_case import C, Case, F, draw, largest
-from safetensors.torch import save_file
+from formats_case import C, Case, F, changed, draw, largest, store
 from torch import Tensor
 
 
@@ -23,7 +22,7 @@ def tensors() -> dict[str, Tensor]:
 
 
 def settings(**changes: Any) -> dict[str, Any]:
-    """cfg.json; a change to `...` leaves the entry out."""
+    """cfg.json."""
     entries = {
         "activation": "topk",
         "expansion_factor": 32,
@@ -34,13 +33,12 @@ def settings(**changes: Any) -> dict[str, Any]:
         "skip_connection": False,
         "transcode": False,
         "d_in": C,
-    } | changes
-    return {name: value for name, value in entries.items() if value is not ...}
+    }
+    return changed(entries, changes)
 
 
 def write(folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> Path:
-    folder.mkdir(exist_ok=True, parents=True)
-    save_file({n: t.contiguous() for n, t in state.items()}, folder / "sae.safetensors")
+    store(folder / "sae.safetensors", state)
     (folder / "cfg.json").write_text(json.dumps(config))
     return folder
 

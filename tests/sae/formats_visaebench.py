@@ -9,7 +9,7 @@ from typing import Any
 
 import formats_overcomplete
 import torch
-from formats_case import C, Case, F, draw
+from formats_case import C, Case, F, changed, draw
 from torch import Tensor
 
 THRESHOLD = 0.7
@@ -42,7 +42,7 @@ def tensors(bias: bool = True) -> dict[str, Tensor]:
 
 
 def settings(**changes: Any) -> dict[str, Any]:
-    """config.json; a change to `...` leaves the entry out."""
+    """config.json."""
     entries = {
         "architecture": "batchtopk",
         "d_in": C,
@@ -51,8 +51,8 @@ def settings(**changes: Any) -> dict[str, Any]:
         "threshold": THRESHOLD,
         "layer": 11,
         "backbone": "some-vit",
-    } | changes
-    return {name: value for name, value in entries.items() if value is not ...}
+    }
+    return changed(entries, changes)
 
 
 def write(path: Path, state: Any, config: dict[str, Any] | str | None) -> Path:

@@ -83,6 +83,11 @@ SETTING_CASES = [
     ("jumprelu", {"threshold": "1"}, TypeError, "threshold: expected a number or a tensor"),
     ("gated", {"r_mag": None}, ValueError, "r_mag: is needed by activation 'gated'"),
     ("relu", {"b_gate": torch.zeros(F).double()}, ValueError, "b_gate: belongs to activation 'gated'"),
+    ("relu", {"expected_l0": "12"}, TypeError, "expected_l0: expected a number or None, got str"),
+    ("relu", {"expected_l0": True}, TypeError, "expected_l0: expected a number or None, got bool"),
+    ("relu", {"expected_l0": 0}, ValueError, "expected_l0: expected 0 < expected_l0 <= 40 (the SAE's features), got 0"),
+    ("relu", {"expected_l0": F + 1}, ValueError, "expected_l0: expected 0 < expected_l0 <= 40"),
+    ("relu", {"expected_l0": float("nan")}, ValueError, "(the SAE's features), got nan"),
     ("relu", {"metadata": {"layer": 9}}, TypeError, "metadata['layer']: expected str keys and values, got int"),
     ("relu", {"metadata": "layer 9"}, TypeError, "metadata: expected a mapping"),
 ]

@@ -14,19 +14,13 @@ import formats_sparsify as sparsify
 import formats_visaebench as visaebench
 import pytest
 import torch
-from formats_case import C, F, draw
+from formats_case import C, F, draw, refused
 from torch import Tensor
 
 from fga_fast.sae import SparseAutoencoder
 from fga_fast.sae.formats.scope import residual_layer
 
 Change = Callable[[dict[str, Any]], Any]
-
-
-def refused(path: Path, message: str, **options: Any) -> None:
-    with pytest.raises(ValueError) as caught:
-        SparseAutoencoder.from_pretrained(path, **options)
-    assert message in str(caught.value)
 
 
 def hooked(name: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 
 from fga_fast.io.images import Preprocess
+from fga_fast.io.json_file import read_json
 from fga_fast.settings import Backward, Method, TargetMode
 
 FORMAT, VERSION = "fga_fast package", 2
@@ -163,12 +164,10 @@ def _is_whole(value: Any, least: int) -> bool:
 def _parsed(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"package: no file {path}; it has to lie beside the .pt2 file")
-    if path.stat().st_size > _MAX_BYTES:
-        raise ValueError(f"package: {path} is too large for metadata, over {_MAX_BYTES} bytes")
     try:
-        return json.loads(path.read_bytes().decode())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"package: {path} is truncated or damaged: {error}") from error
+        return read_json(path, _MAX_BYTES)
+    except ValueError as error:
+        raise ValueError(f"package: {error}") from error
 
 
 def _read(entries: Entries) -> Metadata:

@@ -1,4 +1,4 @@
-"""Checkpoint formats, one file each. Which one a checkpoint has is told by its file names, tensors and settings.
+"""Checkpoint formats, one file each. A checkpoint's file names, tensors and settings tell which one it has.
 
 No format runs code from a file, follows a file name found in one, or allocates from a size it has not checked.
 """
@@ -11,14 +11,13 @@ from pathlib import Path
 from fga_fast.sae.formats import hub, native, overcomplete, prisma, saelens, saev, sparsify, visaebench
 from fga_fast.sae.formats.checkpoint import open_checkpoint
 from fga_fast.sae.formats.options import Options
+from fga_fast.sae.formats.parameters import Loaded
 from fga_fast.sae.formats.paths import check_subfolder, inside
-from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
 
 __all__ = ["FORMATS", "load", "locate"]
 
 # In the order they are asked: visaebench before overcomplete, whose names it may use.
-_OTHERS = (saev, sparsify, visaebench, overcomplete, saelens, prisma)
-FORMATS: tuple[str, ...] = (native.NAME, *(other.NAME for other in _OTHERS))
+FORMATS = (native, saev, sparsify, visaebench, overcomplete, saelens, prisma)
 
 _READABLE = (
     "a folder with sae.safetensors and config.json (SparseAutoencoder.save), or a file or folder of ViT-Prisma, "
@@ -51,8 +50,8 @@ def locate(
     raise FileNotFoundError(f"SAE path {path}: no such file or folder (nothing is downloaded); expected {_READABLE}")
 
 
-def load(path: Path, options: Options) -> SparseAutoencoder:
-    """Read an SAE of any known format from a local file or folder; see `SparseAutoencoder.from_pretrained`.
+def load(path: Path, options: Options) -> Loaded:
+    """Read a local file or folder of any known format; see `SparseAutoencoder.from_pretrained`.
 
     Raises:
         FileNotFoundError: the path, its weights or its configuration is missing.
@@ -65,15 +64,12 @@ def load(path: Path, options: Options) -> SparseAutoencoder:
             f"{path}: a raw pickle ({path.name}) can run any code when it is read, and is refused; in an environment "
             "you trust, save its state dict with torch.save as .pt and its settings as config.json"
         )
-    if native.matches(path):
-        options.check(native.NAME, native.TAKES, path)
-        return native.load(path)
     found = open_checkpoint(path, options)
-    for known in _OTHERS:
+    for known in FORMATS:
         if found is not None and known.matches(found):
             options.check(known.NAME, known.TAKES, path)
-            sae: SparseAutoencoder = known.load(found, options)
-            return sae
+            loaded: Loaded = known.load(found, options)
+            return loaded
     if found is not None:
         holds = f"{found.weights.name} holds {', '.join(sorted(found.names)[:8]) or 'no tensors'}"
     elif path.is_dir():

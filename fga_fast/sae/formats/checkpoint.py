@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,17 +10,33 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from fga_fast.sae.formats.build import check_stored
-from fga_fast.sae.formats.json_config import MAX_JSON_BYTES, parse_json, read_json
+from fga_fast.io import torch_file
+from fga_fast.io.json_file import parse_json, read_json
+from fga_fast.io.safetensors_file import SafetensorsFile
 from fga_fast.sae.formats.options import Options
+from fga_fast.sae.formats.parameters import check_stored
 from fga_fast.sae.formats.paths import inside
-from fga_fast.sae.formats.safetensors_file import read_tensors, tensor_names
-from fga_fast.sae.formats.torch_archive import config_classes, read_archive
 from fga_fast.sae.formats.yaml_config import read_yaml
 
+MAX_SETTINGS_BYTES = 1 << 20
 SPARSITY_SUFFIX = "_log_feature_sparsity.pt"  # ViT-Prisma writes it beside the weights; not an SAE
-_SAFETENSORS = ("sae_weights.safetensors", "sae.safetensors", "model.safetensors")
+_SAFETENSORS = ("sae.safetensors", "sae_weights.safetensors", "model.safetensors")
 _TORCH = (".pt", ".pth")
+CONFIG_CLASS = "VisionModelSAERunnerConfig"  # ViT-Prisma's trainer pickles its settings as an object of this class
+
+
+class ConfigRecord:
+    """Stands for the pickled configuration object: keeps its attributes as a dict, has no behaviour."""
+
+    __slots__ = ("fields",)
+
+    def __init__(self) -> None:
+        self.fields: dict[str, Any] = {}
+
+    def __setstate__(self, state: object) -> None:
+        if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+            raise ValueError(f"{CONFIG_CLASS}: expected a state of named fields, got {type(state).__name__}")
+        self.fields = dict(state)
 
 
 @dataclass(frozen=True)
@@ -30,26 +47,25 @@ class Checkpoint:
         weights: the file with the tensors.
         kind: how they are stored; "saev" is a line of JSON and then what torch.save writes.
         names: names of the tensors.
-        content: what torch.save wrote; None for safetensors.
-        header: the JSON line of "saev".
-        given: what the caller named, a file or a folder.
+        content: what torch.save wrote, or the safetensors file.
+        header: the JSON line of "saev", or the metadata of a safetensors file.
     """
 
-    given: Path
     weights: Path
     kind: Literal["safetensors", "torch", "saev"]
     names: frozenset[str]
-    content: Mapping[str, Any] | None = None
-    header: dict[str, Any] = field(default_factory=dict)
+    content: Mapping[str, Any] | SafetensorsFile
+    header: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
         """The folder the weights lie in."""
         return self.weights.parent
 
-    def state(self) -> Mapping[str, Any]:
-        """The state dict of a file of torch.save, which may be the whole content or its entry "state_dict"."""
-        return {} if self.content is None else self.content.get("state_dict", self.content)
+    def saved(self, *names: str) -> Any:
+        """The first of the entries ``names`` of what torch.save wrote; None if it has none."""
+        content = {} if isinstance(self.content, SafetensorsFile) else self.content
+        return next((content[name] for name in names if name in content), None)
 
     def tensors(self, names: tuple[str, ...]) -> dict[str, Tensor]:
         """Those of the tensors ``names`` that the checkpoint holds, checked against the file's size.
@@ -57,9 +73,10 @@ class Checkpoint:
         Raises:
             ValueError: not a dense floating-point tensor, or larger than the file.
         """
-        if self.content is None:
-            return read_tensors(self.weights, names)
-        state = self.state()
+        if isinstance(self.content, SafetensorsFile):
+            state: Mapping[str, Any] = self.content.tensors(names)
+        else:
+            state = self.content.get("state_dict", self.content)
         return {name: check_stored(name, state[name], self.weights) for name in names if name in state}
 
     def require(self, format_name: str, required: tuple[str, ...], optional: tuple[str, ...]) -> dict[str, Tensor]:
@@ -84,7 +101,7 @@ class Checkpoint:
             file = self.folder / name
             if file.is_file() or file.is_symlink():
                 file = inside(file, self.folder)
-                return (read_json(file) if file.suffix == ".json" else read_yaml(file)), str(file)
+                return (read_json if file.suffix == ".json" else read_yaml)(file, MAX_SETTINGS_BYTES), str(file)
         return None
 
     def required_config(self, name: str) -> tuple[dict[str, Any], str]:
@@ -112,44 +129,45 @@ def open_checkpoint(path: Path, options: Options) -> Checkpoint | None:
     if weights is None:
         return None
     if weights.suffix == ".safetensors":
-        return Checkpoint(path, weights, "safetensors", tensor_names(weights))
+        stored = SafetensorsFile(weights)
+        return Checkpoint(weights, "safetensors", frozenset(stored.shapes), stored, stored.metadata)
     with weights.open("rb") as file:
-        if file.read(1) == b"{":
-            return _with_header(path, weights)
-    return _archive(Checkpoint(path, weights, "torch", frozenset()), None, options.allow_pickled_config)
-
-
-def _archive(found: Checkpoint, archive: bytes | None, allow_pickled_config: bool) -> Checkpoint:
-    classes = config_classes(found.weights, archive)
-    if classes and archive is not None:
-        raise ValueError(
-            f"{found.weights}: refused without running it: it refers to {classes[0]}, which is not a tensor"
-        )
-    if classes and not allow_pickled_config:
-        raise ValueError(
-            f"{found.weights}: holds its configuration as a pickled object ({classes[0]}), which is refused by "
-            "default; pass allow_pickled_config=True to read that object as plain settings (no code of the file is run)"
-        )
-    content = read_archive(found.weights, classes, archive)
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{found.weights}: expected a dict of tensors, got {type(content).__name__}")
-    state = content.get("state_dict", content)
-    names = frozenset(str(name) for name in state) if isinstance(state, Mapping) else frozenset()
-    return Checkpoint(found.given, found.weights, found.kind, names, content, found.header)
-
-
-def _with_header(path: Path, weights: Path) -> Checkpoint:
-    with weights.open("rb") as file:
-        line = file.readline(MAX_JSON_BYTES + 1)
+        if file.read(1) != b"{":
+            return _archive(weights, None, {}, options.allow_pickled_config)
+        file.seek(0)
+        line = file.readline(MAX_SETTINGS_BYTES + 1)
         if not line.endswith(b"\n"):
-            kind = "oversized" if len(line) > MAX_JSON_BYTES else "truncated"
+            kind = "oversized" if len(line) > MAX_SETTINGS_BYTES else "truncated"
             raise ValueError(
-                f"{weights}: {kind} header: expected one line of JSON of at most {MAX_JSON_BYTES} bytes before the "
+                f"{weights}: {kind} header: expected one line of JSON of at most {MAX_SETTINGS_BYTES} bytes before the "
                 "tensors, as saev writes it"
             )
-        header = parse_json(line, f"{weights}: header")
-        archive = file.read()
-    return _archive(Checkpoint(path, weights, "saev", frozenset(), header=header), archive, False)
+        return _archive(weights, file.read(), parse_json(line, f"{weights}: header"), False)
+
+
+def _archive(weights: Path, archive: bytes | None, header: dict[str, Any], allow_pickled_config: bool) -> Checkpoint:
+    """What torch.save wrote: the whole file, or the ``archive`` after a ``header``."""
+    classes = torch_file.foreign_names(weights, archive)
+    for name in classes:
+        if archive is not None or not re.fullmatch(rf"[\w.]+ {CONFIG_CLASS}", name):
+            raise ValueError(
+                f"{weights}: refused without running it: it refers to {name.replace(' ', '.')}, which is not a tensor "
+                "or plain setting; convert it where you trust it"
+            )
+    if classes and not allow_pickled_config:
+        shown = classes[0].replace(" ", ".")
+        raise ValueError(
+            f"{weights}: holds its configuration as a pickled object ({shown}), which is refused by default; pass "
+            "allow_pickled_config=True to read that object as plain settings (no code of the file is run)"
+        )
+    content = torch_file.load(weights, archive, stand_ins=dict.fromkeys(classes, ConfigRecord))
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{weights}: expected a dict of tensors, got {type(content).__name__}")
+    state = content.get("state_dict", content)
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{weights}: state_dict: expected a dict of tensors, got {type(state).__name__}")
+    names = frozenset(str(name) for name in state)
+    return Checkpoint(weights, "torch" if archive is None else "saev", names, content, header)
 
 
 def _weights_file(path: Path) -> Path | None:

@@ -1,4 +1,4 @@
-"""What a caller of `SparseAutoencoder.from_pretrained` may say about a checkpoint that does not say it itself."""
+"""What a caller of `SparseAutoencoder.from_pretrained` can say where the checkpoint does not."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Options:
     subtract_b_dec: bool | None = None
 
     def check(self, format_name: str, taken: tuple[str, ...], where: object) -> None:
-        """Raise ValueError if an option is given that files of this format leave no room for."""
+        """Raise ValueError for an option that files of this format store themselves."""
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name in (*taken, "allow_pickled_config") or value is field.default:

@@ -9,7 +9,7 @@ archetypal dictionary; dictionary.multiplier []; thresholds [F] of a JumpSAE, st
     relu(z) >= the running threshold, which is not in the state dict
     reconstruction f D, with D the dictionary, normalised, times exp(multiplier)
 
-Which of these an SAE is, k and the normalisation are attributes that a state dict does not hold: the caller says.
+A state dict does not hold which of these an SAE is, k, or the normalisation: the caller gives them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fga_fast.sae.formats.build import Parameters, build, oriented, reached
 from fga_fast.sae.formats.checkpoint import Checkpoint
 from fga_fast.sae.formats.options import Options
+from fga_fast.sae.formats.parameters import Loaded, Parameters, folded, oriented, reached
 from fga_fast.sae.formats.scope import describe
-from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
 
 NAME = "overcomplete"
 TAKES = ("activation", "k", "threshold", "decoder_norm", "pre_mean", "pre_scale")
@@ -44,7 +43,7 @@ def matches(found: Checkpoint) -> bool:
     return any(name.startswith(_DICTIONARY) for name in found.names)
 
 
-def load(found: Checkpoint, options: Options) -> SparseAutoencoder:
+def load(found: Checkpoint, options: Options) -> Loaded:
     """Read an SAE of overcomplete; see `SparseAutoencoder.from_pretrained`.
 
     Raises:
@@ -64,7 +63,7 @@ def load(found: Checkpoint, options: Options) -> SparseAutoencoder:
         threshold=threshold,
         metadata=describe(NAME, found.weights.name),
     )
-    return build(parameters, options, str(found.weights))
+    return folded(parameters, options, str(found.weights))
 
 
 def linear_encoder(found: Checkpoint, others: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:

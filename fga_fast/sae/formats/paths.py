@@ -1,4 +1,4 @@
-"""Which files of a checkpoint's folder may be read: those in it, and nothing that a link points to elsewhere."""
+"""Only files inside a checkpoint's folder are read; links that lead out of it are not followed."""
 
 from __future__ import annotations
 

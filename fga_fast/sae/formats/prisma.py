@@ -10,63 +10,56 @@ are read; file names in the configuration (dataset, cached activations, checkpoi
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from fga_fast.sae.checks import GATED_NAMES
-from fga_fast.sae.formats.build import check_stored
-from fga_fast.sae.formats.checkpoint import Checkpoint
+from fga_fast.sae.formats.checkpoint import CONFIG_CLASS, Checkpoint, ConfigRecord
 from fga_fast.sae.formats.options import AS_STORED, Options
-from fga_fast.sae.formats.scope import describe
-from fga_fast.sae.formats.torch_archive import CONFIG_CLASS, ConfigRecord
+from fga_fast.sae.formats.parameters import Loaded, check_sizes
+from fga_fast.sae.formats.scope import describe, warn_unnamed
 from fga_fast.sae.normalise import check_normalisation
-from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
-
-_log = logging.getLogger(__name__)
 
 NAME = "vit-prisma"
 TAKES = ("normalize",)
 HOOK = "hook_resid_post"
 
 _STANDARD = ("W_enc", "W_dec", "b_enc", "b_dec")
+_GATED = ("W_enc", "W_dec", "b_dec", *GATED_NAMES)
 _NORMALISATIONS = {None: None, "none": None, "layer_norm": "layer_norm", "constant_norm_rescale": "constant_norm"}
 
 
 def matches(found: Checkpoint) -> bool:
     """Whether ``torch.save`` wrote tensors of these names, or a trainer's pair of configuration and state dict."""
     known = not found.names.isdisjoint((*_STANDARD, *GATED_NAMES))
-    return found.kind == "torch" and (known or (found.content is not None and "cfg" in found.content))
+    return found.kind == "torch" and (known or found.saved("cfg") is not None)
 
 
-def load(found: Checkpoint, options: Options) -> SparseAutoencoder:
+def load(found: Checkpoint, options: Options) -> Loaded:
     """Read a ViT-Prisma SAE; see `SparseAutoencoder.from_pretrained`.
 
     Raises:
         FileNotFoundError: no settings.
         ValueError: damaged, oversized or refused file, or an SAE that cannot gate patches of the residual stream.
     """
-    weights, content, state = found.weights, found.content or {}, found.state()
-    if "cfg" in content:
-        where, config = f"{weights}: cfg", _fields(content["cfg"], weights)
-    else:
-        config, where = found.required_config("config.json")
+    weights, cfg = found.weights, found.saved("cfg")
+    config, where = found.required_config("config.json") if cfg is None else (_fields(cfg, weights), f"{weights}: cfg")
     config = {name: _plain(value) for name, value in config.items()}
-    gated = _check_state(state, weights)
+    gated = not found.names.isdisjoint(GATED_NAMES)
+    state = found.require(NAME, _GATED if gated else _STANDARD, ("b_enc",) if gated else ())
+    _check_shapes(state, "b_gate" if gated else "b_enc", weights)
     _check_scope(config, where)
-    _check_sizes(config, state, where)
+    check_sizes(config, {"d_in": state["W_enc"].shape[0], "d_sae": state["W_enc"].shape[1]}, where)
     activation, k = _activation(config, gated, where)
-    normalize = _normalisation(config, options.normalize, where)
-    metadata = _metadata(config, weights)
-    try:
-        return SparseAutoencoder(
-            **{"b_enc": None, **state}, activation=activation, k=k, normalize=normalize, metadata=metadata
-        )
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{weights}: {error}") from error
+    settings = {
+        "activation": activation,
+        "k": k,
+        "normalize": _normalisation(config, options.normalize, where),
+        "metadata": _metadata(config, weights),
+    }
+    return Loaded({"b_enc": None, **state, **settings}, str(weights))
 
 
 def _fields(cfg: object, weights: Path) -> dict[str, Any]:
@@ -84,31 +77,15 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _check_state(state: object, weights: Path) -> bool:
-    """Check names, types and sizes of the state dict; return whether it is a gated SAE."""
-    if not isinstance(state, Mapping):
-        raise ValueError(f"{weights}: state_dict: expected a dict of tensors, got {type(state).__name__}")
-    gated = any(name in state for name in GATED_NAMES)
-    expected = (*_STANDARD, *GATED_NAMES) if gated else _STANDARD
-    missing = [name for name in expected if name not in state and not (gated and name == "b_enc")]
-    unknown = sorted(str(name) for name in state if name not in expected)
-    if missing or unknown:
-        raise ValueError(
-            f"{weights}: tensors missing: {', '.join(missing) or 'none'}; not known: "
-            f"{', '.join(unknown[:8]) or 'none'}; a {'gated' if gated else 'standard'} ViT-Prisma SAE holds "
-            f"{', '.join(expected)}"
-        )
-    for name, value in state.items():
-        check_stored(name, value, weights)
-    d_model, n_features = state["b_dec"].numel(), state["b_gate" if gated else "b_enc"].numel()
-    for name, shape in (("W_enc", (d_model, n_features)), ("W_dec", (n_features, d_model))):
+def _check_shapes(state: dict[str, Tensor], bias: str, weights: Path) -> None:
+    d_model, d_sae = state["b_dec"].numel(), state[bias].numel()
+    for name, shape in (("W_enc", (d_model, d_sae)), ("W_dec", (d_sae, d_model))):
         if tuple(state[name].shape) != shape:
             hint = "; it is transposed" if tuple(state[name].shape) == shape[::-1] else ""
             raise ValueError(
                 f"{weights}: {name}: expected shape {list(shape)} (from the lengths of the biases), got "
                 f"{list(state[name].shape)}{hint}"
             )
-    return gated
 
 
 def _check_scope(config: dict[str, Any], where: str) -> None:
@@ -124,21 +101,12 @@ def _check_scope(config: dict[str, Any], where: str) -> None:
     if config.get("hook_point_head_index") is not None:
         raise ValueError(f"{where}: hook_point_head_index: expected null, got an SAE of one attention head's output")
     if "layer_subtype" not in config and "hook_point" not in config:
-        _log.warning("%s: does not say which activations the SAE was trained on; taken as %s", where, HOOK)
+        warn_unnamed(where)
     subtype = config.get("layer_subtype", str(config.get("hook_point", HOOK)).rpartition(".")[2])
     if subtype != HOOK:
         raise ValueError(
             f"{where}: layer_subtype: expected {HOOK!r} (the residual stream after a block), got {subtype!r}"
         )
-
-
-def _check_sizes(config: dict[str, Any], state: Mapping[str, Tensor], where: str) -> None:
-    d_model, d_sae = state["W_enc"].shape
-    for name, size in (("d_in", d_model), ("d_sae", d_sae)):
-        if config.get(name) not in (None, size):
-            raise ValueError(
-                f"{where}: {name}: the weights have {size}, got {config[name]!r}; files of different SAEs?"
-            )
 
 
 def _activation(config: dict[str, Any], gated: bool, where: str) -> tuple[str, int | None]:
@@ -175,7 +143,7 @@ def _normalisation(config: dict[str, Any], given: str | None, where: str) -> str
         if given == AS_STORED:
             raise ValueError(
                 f"{where}: normalize_activations is missing, and ViT-Prisma's default changed over time; pass "
-                "normalize=None, 'layer_norm' or 'constant_norm', and compare explained_variance() with the SAE's card"
+                "normalize=None, 'layer_norm' or 'constant_norm', and compare self_check() with the SAE's card"
             )
         return given
     value = config["normalize_activations"]

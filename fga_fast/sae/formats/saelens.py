@@ -17,11 +17,18 @@ from typing import Any
 
 from torch import Tensor
 
-from fga_fast.sae.formats.build import Parameters, build, oriented, unit_decoder, widened
 from fga_fast.sae.formats.checkpoint import Checkpoint
 from fga_fast.sae.formats.options import Options
+from fga_fast.sae.formats.parameters import (
+    Loaded,
+    Parameters,
+    check_sizes,
+    folded,
+    oriented,
+    unit_decoder,
+    widened,
+)
 from fga_fast.sae.formats.scope import check_tokens, describe, residual_layer, warn_unnamed
-from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
 
 NAME = "saelens"
 TAKES = ("pre_mean", "pre_scale")
@@ -49,7 +56,7 @@ def matches(found: Checkpoint) -> bool:
     return found.kind == "safetensors" and not found.names.isdisjoint(("W_enc", "W_dec"))
 
 
-def load(found: Checkpoint, options: Options) -> SparseAutoencoder:
+def load(found: Checkpoint, options: Options) -> Loaded:
     """Read an SAE of SAELens; see `SparseAutoencoder.from_pretrained`.
 
     Raises:
@@ -65,7 +72,7 @@ def load(found: Checkpoint, options: Options) -> SparseAutoencoder:
     tensors = found.require(NAME, (*_COMMON, *_NEEDS[architecture]), (*_SCALES, *unused))
     parameters = _parameters(config, tensors, architecture, where)
     metadata = describe(NAME, found.weights.name, hook, layer, config.get("model_name"))
-    return build(replace(parameters, normalize=normalize, metadata=metadata), options, where)
+    return folded(replace(parameters, normalize=normalize, metadata=metadata), options, where)
 
 
 def _current(stored: dict[str, Any]) -> dict[str, Any]:
@@ -98,7 +105,7 @@ def _architecture(config: dict[str, Any], found: Checkpoint, where: str) -> str:
 
 
 def _scope(config: dict[str, Any], where: str) -> tuple[str | None, int | None]:
-    """The hook and the block it follows; refuses what is not the residual stream of patches."""
+    """The hook and its block; raises ValueError for anything but the residual stream of patches."""
     check_tokens(config, where)
     if config.get("hook_head_index") is not None:
         raise ValueError(f"{where}: hook_head_index: expected null, got an SAE of one attention head's output")
@@ -139,11 +146,7 @@ def _parameters(config: dict[str, Any], tensors: dict[str, Tensor], architecture
     gated = architecture == "gated"
     names = ("b_gate", "b_mag") if gated else ("b_enc",)
     d_model, d_sae = tensors["b_dec"].numel(), tensors[names[0]].numel()
-    for name, size in (("d_in", d_model), ("d_sae", d_sae)):
-        if config.get(name) not in (None, size):
-            raise ValueError(
-                f"{where}: {name}: the weights have {size}, got {config[name]!r}; files of different SAEs?"
-            )
+    check_sizes(config, {"d_in": d_model, "d_sae": d_sae}, where)
     k = None
     if architecture == "topk":
         kwargs = config.get("activation_fn_kwargs")

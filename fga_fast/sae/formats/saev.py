@@ -11,15 +11,15 @@ pre_mean and pre_scale.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from fga_fast.sae.formats.build import Parameters, build, oriented
 from fga_fast.sae.formats.checkpoint import Checkpoint
 from fga_fast.sae.formats.options import Options
+from fga_fast.sae.formats.parameters import Loaded, Parameters, check_sizes, folded, oriented
 from fga_fast.sae.formats.scope import check_tokens, describe
-from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
 
 NAME = "saev"
 TAKES = ("threshold", "pre_mean", "pre_scale", "subtract_b_dec")
@@ -36,7 +36,7 @@ def matches(found: Checkpoint) -> bool:
     return found.kind == "saev"
 
 
-def load(found: Checkpoint, options: Options) -> SparseAutoencoder:
+def load(found: Checkpoint, options: Options) -> Loaded:
     """Read an SAE of saev; see `SparseAutoencoder.from_pretrained`.
 
     Raises:
@@ -54,11 +54,7 @@ def load(found: Checkpoint, options: Options) -> SparseAutoencoder:
     tensors = found.require(NAME, _REQUIRED, (_THRESHOLD,) if activation == "batch_topk" else ())
     threshold = _threshold(tensors, options, activation, where)
     d_model, d_sae = tensors["b_dec"].numel(), tensors["b_enc"].numel()
-    for name, size in (("d_vit", d_model), ("d_model", d_model), ("d_sae", d_sae)):
-        if config.get(name) not in (None, size):
-            raise ValueError(
-                f"{where}: {name}: the weights have {size}, got {config[name]!r}; files of different SAEs?"
-            )
+    check_sizes(config, {"d_vit": d_model, "d_model": d_model, "d_sae": d_sae}, where)
     parameters = Parameters(
         W_enc=oriented("W_enc", tensors["W_enc"], d_model, d_sae, found.weights),
         W_dec=oriented("W_dec", tensors["W_dec"], d_sae, d_model, found.weights),
@@ -70,10 +66,10 @@ def load(found: Checkpoint, options: Options) -> SparseAutoencoder:
         threshold=threshold,
         metadata=describe(NAME, found.weights.name),
     )
-    return build(parameters, options, str(found.weights))
+    return folded(parameters, options, str(found.weights))
 
 
-def _activation(header: dict[str, Any], config: dict[str, Any], where: str) -> tuple[str, int | None]:
+def _activation(header: Mapping[str, Any], config: dict[str, Any], where: str) -> tuple[str, int | None]:
     """The activation's name here and its k. Headers name it in three ways, by age."""
     entry = config.get("activation")
     if isinstance(entry, dict):

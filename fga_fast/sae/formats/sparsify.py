@@ -10,11 +10,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from fga_fast.sae.formats.build import Parameters, build, oriented
 from fga_fast.sae.formats.checkpoint import Checkpoint
 from fga_fast.sae.formats.options import Options
+from fga_fast.sae.formats.parameters import Loaded, Parameters, check_sizes, folded, oriented
 from fga_fast.sae.formats.scope import check_tokens, describe, residual_layer
-from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
 
 NAME = "sparsify"
 TAKES = ("pre_mean", "pre_scale")
@@ -30,7 +29,7 @@ def matches(found: Checkpoint) -> bool:
     return found.names >= {"encoder.weight", "b_dec"} and "decoder.weight" not in found.names
 
 
-def load(found: Checkpoint, options: Options) -> SparseAutoencoder:
+def load(found: Checkpoint, options: Options) -> Loaded:
     """Read an SAE of sparsify; see `SparseAutoencoder.from_pretrained`.
 
     Raises:
@@ -50,11 +49,7 @@ def load(found: Checkpoint, options: Options) -> SparseAutoencoder:
     tensors = found.require(NAME, _REQUIRED, ())
     encoder = tensors["encoder.weight"]
     d_model, d_sae = tensors["b_dec"].numel(), tensors["encoder.bias"].numel()
-    for name, size in (("d_in", d_model), ("num_latents", d_sae)):
-        if config.get(name) not in (None, 0, size):  # num_latents 0: from expansion_factor
-            raise ValueError(
-                f"{where}: {name}: the weights have {size}, got {config[name]!r}; files of different SAEs?"
-            )
+    check_sizes(config, {"d_in": d_model, "num_latents": d_sae}, where, 0)  # num_latents 0: from expansion_factor
     parameters = Parameters(
         W_enc=oriented("encoder.weight", encoder, d_sae, d_model, where).t(),
         W_dec=oriented("W_dec", tensors["W_dec"], d_sae, d_model, where).to(encoder.dtype),
@@ -65,7 +60,7 @@ def load(found: Checkpoint, options: Options) -> SparseAutoencoder:
         k=k,
         metadata=describe(NAME, found.weights.name, hook, layer),
     )
-    return build(parameters, options, where)
+    return folded(parameters, options, where)
 
 
 def _k(config: dict[str, Any], where: str) -> int:

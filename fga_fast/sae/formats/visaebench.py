@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fga_fast.sae.formats.build import Parameters, build, oriented, reached
 from fga_fast.sae.formats.checkpoint import Checkpoint
 from fga_fast.sae.formats.options import Options
 from fga_fast.sae.formats.overcomplete import dictionary, linear_encoder
+from fga_fast.sae.formats.parameters import Loaded, Parameters, check_sizes, folded, oriented, reached
 from fga_fast.sae.formats.scope import check_tokens, describe, residual_layer, warn_unnamed
-from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
 
 NAME = "visaebench"
 TAKES = ("threshold", "decoder_norm", "pre_mean", "pre_scale")
@@ -47,7 +46,7 @@ def matches(found: Checkpoint) -> bool:
     return not found.names.isdisjoint(_THRESHOLDS) or "threshold" in _settings(found)[0]
 
 
-def load(found: Checkpoint, options: Options) -> SparseAutoencoder:
+def load(found: Checkpoint, options: Options) -> Loaded:
     """Read an SAE of visaebench; see `SparseAutoencoder.from_pretrained`.
 
     Raises:
@@ -63,10 +62,8 @@ def load(found: Checkpoint, options: Options) -> SparseAutoencoder:
         W_enc_t, b_enc = linear_encoder(found, _THRESHOLDS)
         W_dec = dictionary(found, options, W_enc_t)
         b_dec = W_dec.new_zeros(W_dec.shape[1])
-    for names, size in ((("d_in", "d_model"), W_dec.shape[1]), (("d_sae", "n_features"), W_dec.shape[0])):
-        for name in names:
-            if config.get(name) not in (None, size):
-                raise ValueError(f"{where}: {name}: the weights have {size}, got {config[name]!r}")
+    d_sae, d_model = W_dec.shape
+    check_sizes(config, {"d_in": d_model, "d_model": d_model, "d_sae": d_sae, "n_features": d_sae}, where)
     activation, k, threshold = _activation(found, config, options, W_enc_t.dtype, where)
     parameters = Parameters(
         W_enc=W_enc_t.t(),
@@ -79,14 +76,14 @@ def load(found: Checkpoint, options: Options) -> SparseAutoencoder:
         threshold=threshold,
         metadata=describe(NAME, found.weights.name, hook, layer, config.get("model_name", config.get("backbone"))),
     )
-    return build(parameters, options, where)
+    return folded(parameters, options, where)
 
 
 def _settings(found: Checkpoint) -> tuple[dict[str, Any], str]:
     """The settings, those of known sections among them, and where they are from; empty if there are none."""
     stored = found.config(*CONFIGS)
-    if stored is None and found.content is not None:
-        inner = found.content.get("config", found.content.get("cfg"))
+    if stored is None:
+        inner = found.saved("config", "cfg")
         stored = (dict(inner), f"{found.weights}: config") if isinstance(inner, dict) else None
     if stored is None:
         return {}, str(found.weights)

@@ -1,7 +1,7 @@
 """Reading plain ``name: value`` settings from a small YAML file that is not trusted.
 
-Only scalars are read, at the outermost level and one below it; everything else YAML can express (anchors, tags, lists,
-long texts) is left alone, so nothing in the file can call, refer or grow.
+Only scalars are read, at the outermost level and one below it. Everything else that YAML can express (anchors, tags,
+lists, long texts) is ignored, so nothing in the file can call a function, refer to something else, or expand.
 """
 
 from __future__ import annotations
@@ -10,23 +10,21 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fga_fast.sae.formats.json_config import MAX_JSON_BYTES
+from fga_fast.io.json_file import read_bounded
 
 _LINE = re.compile(r"( *)([A-Za-z_][\w.-]*):(?:\s+(.*?))?\s*")
 _WORDS: dict[str, Any] = {"true": True, "false": False, "null": None, "~": None, "": None}
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, limit: int) -> dict[str, Any]:
     """Return the scalars in ``path``, those one level below a name as a dict under that name.
 
     Raises:
-        ValueError: larger than 1 MiB, or not UTF-8.
+        FileNotFoundError: no such file.
+        ValueError: larger than ``limit`` bytes, or not UTF-8.
     """
-    size = path.stat().st_size
-    if size > MAX_JSON_BYTES:
-        raise ValueError(f"{path}: expected a settings file of at most {MAX_JSON_BYTES} bytes, got {size}")
     try:
-        lines = path.read_bytes().decode("utf-8").splitlines()
+        lines = read_bounded(path, limit).decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not valid YAML ({error})") from error
     settings: dict[str, Any] = {}

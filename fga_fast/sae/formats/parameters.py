@@ -1,4 +1,4 @@
-"""From a format's own parameters to `SparseAutoencoder`: scales and input statistics are folded into the weights.
+"""From a format's own parameters to the arguments of `SparseAutoencoder`: scales and input statistics are folded in.
 
 A format encodes ``z = (u - c b_dec) W_enc + b_enc`` with ``u = (x - pre_mean) / pre_scale`` and c 0 or 1, and
 reconstructs ``pre_scale (f W_dec + b_dec) + pre_mean``. With
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,12 +22,18 @@ from torch import Tensor
 from fga_fast.sae.checks import DTYPES, check_finite
 from fga_fast.sae.folding import folded_centring
 from fga_fast.sae.formats.options import Options
-from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
+
+
+class Loaded(NamedTuple):
+    """What a format read."""
+
+    arguments: dict[str, Any]  # of SparseAutoencoder, by name
+    where: str  # the file that an error in them names
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """An SAE as its format stores it, its matrices already [C, F] and [F, C]; `bias_names` are added to u W_enc."""
+    """An SAE as its format stores it, its matrices already [C, F] and [F, C]; `biases` are added to u W_enc."""
 
     W_enc: Tensor  # [C, F]
     W_dec: Tensor  # [F, C]
@@ -42,11 +48,13 @@ class Parameters:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
-def build(parameters: Parameters, options: Options, where: str) -> SparseAutoencoder:
-    """Fold what is to be folded and make the SAE, in the file's dtype (float32 for a 16-bit file that needs folding).
+def folded(parameters: Parameters, options: Options, where: str) -> Loaded:
+    """The arguments of the SAE in the residual stream's own space, in the file's dtype.
+
+    A 16-bit file becomes float32 where something is folded.
 
     Raises:
-        ValueError: input statistics of a wrong shape or not usable here, or anything `SparseAutoencoder` refuses.
+        ValueError: input statistics of a wrong shape or not usable here.
     """
     try:
         p = parameters
@@ -57,12 +65,13 @@ def build(parameters: Parameters, options: Options, where: str) -> SparseAutoenc
         threshold = p.threshold
         if isinstance(threshold, Tensor):
             threshold = threshold.to(p.W_enc).reshape(() if threshold.numel() == 1 else (-1,))
-        return SparseAutoencoder(
-            p.W_enc, p.biases.get("b_enc"), p.W_dec, p.b_dec, p.activation, p.k, threshold, p.normalize,
-            b_gate=p.biases.get("b_gate"), r_mag=p.r_mag, b_mag=p.biases.get("b_mag"), metadata=p.metadata,
-        )  # fmt: skip
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
+    arguments = {
+        "W_enc": p.W_enc, "W_dec": p.W_dec, "b_dec": p.b_dec, "b_enc": None, **p.biases, "r_mag": p.r_mag,
+        "activation": p.activation, "k": p.k, "threshold": threshold, "normalize": p.normalize, "metadata": p.metadata,
+    }  # fmt: skip
+    return Loaded(arguments, where)
 
 
 def widened(p: Parameters) -> Parameters:
@@ -156,6 +165,15 @@ def _statistic(name: str, value: Any, width: int) -> Tensor:
     if not bool(torch.isfinite(tensor).all()):
         raise ValueError(f"{name}: holds NaN or Inf")
     return tensor.expand(width)
+
+
+def check_sizes(config: Mapping[str, Any], sizes: Mapping[str, int], where: str, *unset: object) -> None:
+    """Raise ValueError if the settings name another size than the weights have; ``unset`` values say nothing."""
+    for name, size in sizes.items():
+        if config.get(name) not in (None, size, *unset):
+            raise ValueError(
+                f"{where}: {name}: the weights have {size}, got {config[name]!r}; files of different SAEs?"
+            )
 
 
 def check_stored(name: str, value: object, where: object) -> Tensor:

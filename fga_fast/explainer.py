@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -64,7 +65,7 @@ class Explainer:
             attention maps are constants, so that contributions add up to the logit (see docs/conservative.md).
         backend: "native" kernels (CPU), "composite" (PyTorch's operators in chunks, any device), "reference" (textbook
             PyTorch, any device) or "auto", which takes native where it can, else composite; the result's `backend` says
-            which ran, and why if not native. "triton" has no kernels in this version.
+            which ran, its `backend_reason` why if not native. "triton" has no kernels in this version.
         top_features: report the k strongest features a patch and an image at every gated block.
         ungated: also explain without gates (TransMM), for the result's `ungated` and for `plot`. A second explanation
             without SAEs: about one more forward and backward pass.
@@ -149,7 +150,7 @@ class Explainer:
             else:
                 e = self._explain(images, layout, targets, stages)
         if self._ungated is not None:
-            e.ungated = self._ungated(images, targets).relevance
+            e = replace(e, ungated=self._ungated(images, targets).relevance)
         return e
 
     def compile(
@@ -275,11 +276,12 @@ class Explainer:
         self, images: Tensor, layout: ModelLayout, answer: Answer, relevance: Tensor, scores: dict[int, Tensor],
         gates: dict[int, Tensor], features: dict[int, Any], blocks: Tensor | None,
     ) -> Explanation:  # fmt: skip
+        choice = self._choose()
         return Explanation(
             relevance=relevance, logits=answer.logits, targets=answer.targets, grid=layout.grid,
             image_size=(images.shape[-2], images.shape[-1]), scores=dict(sorted(scores.items())),
             gates=dict(sorted(gates.items())), features=dict(sorted(features.items())),
-            backend=str(self._choose()),
+            backend=choice.name, backend_reason=choice.reason,
             values=answer.values.detach(), names=answer.names, blocks=blocks, start_layer=self.start_layer,
         )  # fmt: skip
 

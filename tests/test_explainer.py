@@ -191,7 +191,7 @@ def test_auto_falls_back_and_says_why(tiny_vit: Build, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(ops, "load", missing)
     e = Explainer(tiny_vit())(torch.randn(1, *PIXELS))
-    assert e.backend == "composite (no compiled library)"
+    assert (e.backend, e.backend_reason) == ("composite", "no compiled library")
     with pytest.raises(RuntimeError, match="native cannot run: no compiled library"):
         Explainer(tiny_vit(), backend="native")
 

@@ -7,7 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +69,7 @@ class _Explainers:
     def __call__(self, images: Tensor, targets: Tensor) -> Explanation:  # [M, C, H, W], [M]
         explanation = self.gated(images, targets)
         if self.ungated is not None:
-            explanation.ungated = self.ungated(images, targets).relevance
+            explanation = replace(explanation, ungated=self.ungated(images, targets).relevance)
         return explanation
 
 

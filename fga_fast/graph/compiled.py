@@ -87,7 +87,7 @@ class CompiledExplainer:
                 checks.check_finite(found[name], what, explainer.model, images, explainer.saes)
         return explanation(
             found, grid=explainer._layout_for(images).grid, image_size=(images.shape[-2], images.shape[-1]),
-            backend=f"{explainer.backend}, compiled", names=self._class_names,
+            backend=explainer.backend, backend_reason="compiled", names=self._class_names,
             start_layer=explainer.start_layer,
         )  # fmt: skip
 

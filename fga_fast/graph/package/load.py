@@ -97,8 +97,8 @@ class Package:
         for name, what in (("logits", "the logits"), ("relevance", "the relevance")):
             checks.check_finite(found[name], what, nn.Module(), images)  # a model without weights to look at
         return explanation(
-            found, grid=m.grid, image_size=(m.height, m.width), backend=f"{m.backend}, package", names=m.class_names,
-            start_layer=m.start_layer,
+            found, grid=m.grid, image_size=(m.height, m.width), backend=m.backend, backend_reason="package",
+            names=m.class_names, start_layer=m.start_layer,
         )  # fmt: skip
 
     def _batch(self, _: int, inputs: tuple[Tensor, ...]) -> Sequence[Tensor]:

@@ -36,9 +36,6 @@ class Choice(NamedTuple):
     stages: Stages | None  # None for "reference", which has no stages of its own
     reason: str = ""
 
-    def __str__(self) -> str:
-        return self.name + (f" ({self.reason})" if self.reason else "")
-
 
 # Whether the kernels for CUDA have run on a device and have rows in benchmarks/results; until then `auto` leaves them.
 CUDA_MEASURED = False

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from fga_fast.engine.plan import Plan
-from fga_fast.graph.outputs import explanation, given_classes, in_batches, packed, unpacked
+from fga_fast.graph.outputs import given_classes, in_batches, packed, unpacked
 from fga_fast.graph.passes.biases import fold_biases
 from fga_fast.graph.trace import Flat, check_example, flatten, one_at_a_time
 from fga_fast.models import checks
 from fga_fast.result.explanation import Explanation
+from fga_fast.result.fields import nested
 from fga_fast.settings import TargetMode
 
 Run = Callable[..., Sequence[Tensor]]
@@ -84,8 +85,8 @@ class CompiledExplainer:
         if images.device.type == "cpu":
             for name, what in (("logits", "the logits"), ("relevance", "the relevance")):
                 checks.check_finite(found[name], what, plan.model, images, plan.saes)
-        return explanation(
-            found, grid=layout.grid, image_size=(images.shape[-2], images.shape[-1]),
+        return Explanation(
+            **nested(found), grid=layout.grid, image_size=(images.shape[-2], images.shape[-1]),
             backend=plan.choice().name, backend_reason="compiled", names=self._class_names,
             start_layer=plan.settings.start_layer,
         )  # fmt: skip

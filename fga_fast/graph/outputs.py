@@ -9,10 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fga_fast.engine.run import Tensors
 from fga_fast.question.targets import Difference, Embedding, pick
-from fga_fast.result.explanation import Explanation
-from fga_fast.sae.features import TopFeatures
 from fga_fast.settings import TargetMode
 
 _ALIGNMENT = 64
@@ -102,31 +99,3 @@ def _places(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
     """Where each begins, in bytes, and how much all take; at multiples of what any dtype or vector needs."""
     ends = list(itertools.accumulate(-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors))
     return [0, *ends[:-1]], ends[-1]
-
-
-def flat(found: Tensors) -> dict[str, Tensor]:
-    """All tensors of an explanation by name: "logits", "relevance", "scores.6", "features.6.patch_index" and so on."""
-    named = {"logits": found.logits, "targets": found.targets, "values": found.values, "relevance": found.relevance}
-    if found.blocks is not None:
-        named["blocks"] = found.blocks
-    for block, scores in found.scores.items():
-        named |= {f"scores.{block}": scores, f"gates.{block}": found.gates[block]}
-        if block in found.features:
-            named |= {f"features.{block}.{name}": value for name, value in found.features[block]._asdict().items()}
-    return named
-
-
-def explanation(found: dict[str, Tensor], **about: Any) -> Explanation:
-    """The result from the names of `flat`; `about`: what a graph does not return, see `Explanation`."""
-    layers = sorted(int(name.split(".")[1]) for name in found if name.startswith("scores."))
-    features = {
-        layer: TopFeatures(*(found[f"features.{layer}.{name}"] for name in TopFeatures._fields))
-        for layer in layers
-        if f"features.{layer}.patch_index" in found
-    }
-    return Explanation(
-        relevance=found["relevance"], logits=found["logits"], targets=found["targets"], values=found["values"],
-        scores={layer: found[f"scores.{layer}"] for layer in layers},
-        gates={layer: found[f"gates.{layer}"] for layer in layers},
-        features=features, blocks=found.get("blocks"), **about,
-    )  # fmt: skip

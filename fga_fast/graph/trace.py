@@ -21,10 +21,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fga_fast.engine import run
 from fga_fast.engine.plan import Plan
-from fga_fast.graph.outputs import flat
 from fga_fast.graph.passes import rows, simplify
 from fga_fast.models.layout import ModelLayout
 from fga_fast.question.readout import Answer
+from fga_fast.result.fields import flat
 from fga_fast.settings import TargetMode, check_choice
 
 logger = logging.getLogger(__name__)
@@ -175,7 +175,8 @@ def _explanation(plan: Plan, layout: ModelLayout, images: Tensor, given: Tensor 
         values = logits.gather(1, targets.where(inside[0], 0).unsqueeze(1)).squeeze(1)
         return Answer(logits.detach(), targets, values, None)
 
-    outputs = flat(run.explain(plan, layout, images, answer, look_at_values=False))
+    found = run.explain(plan, layout, images, answer, look_at_values=False)._asdict()
+    outputs = flat({name: value for name, value in found.items() if name != "names"})
     if given is not None:
         for name, value in outputs.items():
             if name != "logits" and value.is_floating_point():

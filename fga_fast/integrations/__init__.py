@@ -26,7 +26,7 @@ def as_images(
 
     Args:
         inputs: normalised images; NumPy arrays of any float dtype and strides, never changed.
-        model: where the images go.
+        model: its first parameter says the device and, for NumPy arrays, the dtype.
         channels: channels the model takes.
         channel_first: None reads it from the shape, channels first where both fit.
 
@@ -37,7 +37,7 @@ def as_images(
     if isinstance(inputs, np.ndarray):
         if inputs.dtype.kind != "f":
             raise TypeError(f"inputs: expected floats, normalised as the model wants them, got dtype {inputs.dtype}")
-        # A copy, since torch knows neither negative strides nor foreign byte orders; float64 holds all narrower types.
+        # A copy, since torch takes no negative strides or foreign byte orders; float64 holds all narrower types.
         images = torch.from_numpy(np.array(inputs, dtype=np.float64, order="C")).to(parameter)
     elif isinstance(inputs, Tensor):
         images = inputs.to(parameter.device)
@@ -48,16 +48,11 @@ def as_images(
     return images if channel_first else images.movedim(-1, 1)
 
 
-def as_pixels(e: Explanation, images: Tensor, library: str) -> Tensor:  # [B, channels, H, W] -> [B, 1, H, W]
+def as_pixels(e: Explanation, images: Tensor) -> Tensor:  # [B, channels, H, W] -> [B, 1, H, W]
     """Raw relevance at every pixel: bilinear (`align_corners=False`), neither rescaled nor divided among pixels.
 
     Raises:
-        ValueError: several targets an image, which `library` has no place for.
+        ValueError: several targets an image.
     """
-    if e.relevance.dim() != 2:
-        raise ValueError(
-            f"target: {library} explains one target an image, got {list(e.targets.shape)}; call it once for each, or "
-            "use fga_fast.Explainer, which explains several at once"
-        )
-    maps = e.relevance.reshape(len(e), 1, *e.grid)
+    maps = e.single().relevance.reshape(len(e), 1, *e.grid)
     return functional.interpolate(maps, size=images.shape[2:], mode="bilinear", align_corners=False)

@@ -7,13 +7,17 @@ For what captum builds on attributions: `visualization`, `metrics.infidelity`, `
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from fga_fast.engine.plan import ExplainerSettings
 from fga_fast.explainer import Explainer
 from fga_fast.integrations import as_pixels
 from fga_fast.sae import SparseAutoencoder
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 try:
     from captum.attr import Attribution  # type: ignore[import-not-found, import-untyped, unused-ignore]
@@ -34,7 +38,12 @@ class FeatureGradientAttribution(Attribution):  # type: ignore[misc, unused-igno
         TypeError, ValueError, RuntimeError: as `Explainer`.
     """
 
-    def __init__(self, model: nn.Module, saes: Mapping[int, SparseAutoencoder] | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        saes: Mapping[int, SparseAutoencoder] | None = None,
+        **settings: Unpack[ExplainerSettings],
+    ) -> None:
         super().__init__(model)
         self.explainer = Explainer(model, saes, **settings)
 
@@ -71,8 +80,8 @@ class FeatureGradientAttribution(Attribution):  # type: ignore[misc, unused-igno
             raise ValueError(f"inputs: expected one tensor of images, got a tuple of {len(inputs)}")
         images = inputs[0] if isinstance(inputs, tuple) else inputs
         e = self.explainer(images, _as_targets(target))
-        # Written out, since captum's metrics flatten it with view().
-        pixels = as_pixels(e, images, "captum").expand(images.shape).contiguous()
+        # Contiguous, since captum's metrics flatten it with view().
+        pixels = as_pixels(e, images).expand(images.shape).contiguous()
         return (pixels,) if isinstance(inputs, tuple) else pixels
 
 

@@ -1,7 +1,7 @@
 """FGA with the interface of pytorch-grad-cam: `FGACam(model, saes=...)(input_tensor, targets)`.
 
-The library itself is not needed; its targets and `show_cam_on_image` fit. No `target_layers` and no
-`reshape_transform` either: `Explainer` reads them from the model. Source of the interface: grad-cam 1.5,
+This module does not need the library, but takes its targets and makes maps for its `show_cam_on_image`. There is no
+`target_layers` and no `reshape_transform`: `Explainer` finds out from the model. Source of the interface: grad-cam 1.5,
 https://github.com/jacobgil/pytorch-grad-cam.
 """
 
@@ -9,16 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fga_fast.engine.plan import ExplainerSettings
 from fga_fast.explainer import Explainer
 from fga_fast.integrations import as_images
 from fga_fast.sae import SparseAutoencoder
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 
 Target = Callable[[Tensor], Tensor]  # output of one image, [classes] -> a scalar
 
@@ -35,7 +40,12 @@ class FGACam:
         TypeError, ValueError, RuntimeError: as `Explainer`.
     """
 
-    def __init__(self, model: nn.Module, saes: Mapping[int, SparseAutoencoder] | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        saes: Mapping[int, SparseAutoencoder] | None = None,
+        **settings: Unpack[ExplainerSettings],
+    ) -> None:
         self.explainer = Explainer(model, saes, **settings)
 
     def __call__(
@@ -73,9 +83,7 @@ class FGACam:
         return mean
 
     def _maps(self, images: Tensor, targets: Any) -> NDArray[np.float32]:  # [B, channels, H, W] -> [B, H, W]
-        e = self.explainer(images, targets)
-        if e.relevance.dim() != 2:
-            raise ValueError(f"targets: expected one an image, got {list(e.targets.shape)}; call once for each")
+        e = self.explainer(images, targets).single()
         heat = replace(e, relevance=e.relevance.clamp(min=0)).heatmap((images.shape[2], images.shape[3]))
         return heat.float().cpu().numpy()
 
@@ -87,7 +95,7 @@ class FGACam:
 
 
 def _together(targets: Any, batch: int) -> Any:
-    """A list of callables, one an image, as one callable on the whole batch's logits; all else as it came."""
+    """A list of callables, one an image, as one callable on the logits of the batch; anything else unchanged."""
     if not isinstance(targets, Sequence) or not targets or not all(map(callable, targets)):
         return targets
     if len(targets) != batch:

@@ -6,15 +6,19 @@ Quantus itself is not needed here. Source of the interface: Quantus 0.6, `quantu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fga_fast.engine.plan import ExplainerSettings
 from fga_fast.explainer import Explainer
 from fga_fast.integrations import as_images, as_pixels
 from fga_fast.sae import SparseAutoencoder
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def explain_func(
@@ -23,43 +27,42 @@ def explain_func(
     targets: Any,
     *,
     saes: Mapping[int, SparseAutoencoder] | None = None,
-    method: str = "rollout",
     device: torch.device | str | None = None,
     channel_first: bool | None = None,
-    **settings: Any,
+    **settings: Unpack[ExplainerSettings],
 ) -> NDArray[Any]:
     """Raw relevance of every pixel, which is that of the patches around it.
 
-    An `Explainer` is made at each call, in about a thousandth of a forward pass's time, so that nothing is kept of the
-    models that Quantus copies and randomises.
+    Each call makes an `Explainer`, in about a thousandth of a forward pass's time. It keeps nothing of the models
+    that Quantus copies and randomises.
 
     Args:
         model: the model to explain, as for `Explainer`.
         inputs: normalised images; NumPy arrays of any float dtype and strides.
         targets: class of each image, integers [B]; or anything else that `Explainer` takes.
         saes: block -> SAE, as for `Explainer`. Empty: plain TransMM.
-        method: as for `Explainer`. `quantus.evaluate` passes its own name of the explanation here, so call it
-            "rollout" or "input_x_gradient" there.
-        device: Quantus's device; the model must be there already, since it is not moved.
+        device: Quantus's device; the model must already be there, this function does not move it.
         channel_first: None reads it from the shape.
-        settings: other arguments of `Explainer`, such as `gate`, `backward`, `layout`.
+        settings: other arguments of `Explainer`, such as `gate`, `backward`, `layout`. `quantus.evaluate` passes its
+            own name of the explanation as `method`, so call it "rollout" or "input_x_gradient" there.
 
     Returns:
-        [B, 1, H, W] float32 (float64 for float64 models), channels first as Quantus wants it; absolute values and
-        normalisation are the metric's.
+        [B, 1, H, W] float32 (float64 for float64 models), channels first as Quantus wants it. Metrics take absolute
+        values and normalise where they need to.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `Explainer`; or another device.
     """
+    method: str = settings.get("method", "rollout")
     if method not in ("rollout", "input_x_gradient"):
         raise ValueError(
             f'method: expected "rollout" or "input_x_gradient", got {method!r}; quantus.evaluate passes the key of '
             "xai_methods here, so use one of these as the key"
         )
-    explainer = Explainer(model, saes, **{**settings, "method": method})
+    explainer = Explainer(model, saes, **settings)
     images = as_images(inputs, model, explainer.layout.in_chans, channel_first)
     _check_device(device, images.device)
-    pixels: NDArray[Any] = as_pixels(explainer(images, targets), images, "Quantus").cpu().numpy()
+    pixels: NDArray[Any] = as_pixels(explainer(images, targets), images).cpu().numpy()
     return pixels
 
 

@@ -26,7 +26,7 @@ def apply_colormap(values: Tensor, name: str = "turbo") -> Tensor:  # [...] -> [
     """Colours of numbers in [0,1].
 
     Args:
-        values: [...] floating point; what lies outside [0,1] takes the end's colour.
+        values: [...] floating point; values outside [0,1] get the colour of the nearer end.
         name: one of `NAMES` (turbo, viridis, magma, gray).
 
     Returns:

@@ -6,12 +6,15 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fga_fast.question.names import label
+from fga_fast.result.features import ranked
+from fga_fast.result.figure import draw
+from fga_fast.result.file import read, write
 from fga_fast.result.heatmap import paint, to_picture
 from fga_fast.sae.features import TopFeatures
 
@@ -21,35 +24,32 @@ if TYPE_CHECKING:
     from fga_fast.io.images import ImageInput
 
 
-class FeatureContribution(NamedTuple):
-    """One SAE feature and what it contributes to the score."""
-
-    feature: int
-    contribution: float
-
-
-@dataclass(eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Explanation:
     """Relevance of every patch for one or K targets of each image, with all that led to it.
 
-    `len(e)` is B; `e[i]`, `e[i:j]` and iteration give explanations of a batch of one or more images.
+    `len(e)` is B; `e[i]`, `e[i:j]` and iteration give explanations of a batch of one or more images. An explanation
+    does not change; `dataclasses.replace(e, ungated=...)` makes another one.
+
+    The K axis is there exactly if the call asked for K targets an image ([B,K] numbers, nested lists and so on), even
+    if K is 1: then shapes are [B,K,...], otherwise [B,...]. `single()` takes away an axis of K = 1.
 
     Attributes:
-        relevance: [B,P] or [B,K,P] float32 (float64 for float64 models), the pooled token's row of R at the patches.
-            At least 0, unless signed relevance or input x gradient was asked for: then evidence against is below 0.
+        relevance: [B,(K,)P] float32 (float64 for float64 models), the pooled token's row of R at the patches. At least
+            0, except with signed relevance or input x gradient: there, evidence against the target is below 0.
         logits: [B,classes]; similarities to the T prompts of a call, [B,T], or to embeddings.
-        targets: [B] or [B,K] int64, the explained classes: columns of `logits`; -1 where a function was explained. Of a
-            difference the class that was preferred.
+        targets: [B,(K)] int64, the explained classes: columns of `logits`; -1 where a function was explained. For a
+            difference, the class that was preferred.
         grid: patches (rows, columns); P = rows * columns, row by row.
         image_size: (height, width) of the model's input in pixels.
-        scores, gates: per gated layer, like `relevance`; gates lie in [1/base, base].
-        backend: what computed it: "native", "triton", "composite" or "reference", with the reason in brackets where
-            "auto" could not take native kernels.
+        scores, gates: per gated block, like `relevance`; gates lie in [1/base, base].
+        backend: what computed it: "native", "triton", "composite" or "reference".
+        backend_reason: why "auto" could not take native kernels, or how they ran ("compiled", "package"); else empty.
         ungated: like `relevance` but without gates (TransMM), if it was computed.
-        features: per gated layer the strongest SAE features, if they were asked for.
+        features: per gated block the strongest SAE features, if they were asked for.
         values: like `targets`, the explained numbers: a logit, a difference of two, a cosine, a function's value.
-        blocks: [B,L',P] or [B,K,L',P], if asked for: entry i is the relevance of the patches that enter block
-            start_layer + i, so entry 0 equals `relevance`.
+        blocks: [B,(K,)L',P], if asked for: entry i is the relevance of the patches that enter block start_layer + i,
+            so entry 0 equals `relevance`.
         names: of the columns of `logits`, where known: class names or prompts.
         start_layer: the first block that was rolled out.
 
@@ -57,57 +57,40 @@ class Explanation:
         ValueError: shapes that do not fit together.
     """
 
-    relevance: Tensor  # [B, P] or [B, K, P]
+    relevance: Tensor  # [B, (K,) P]
     logits: Tensor  # [B, classes]
-    targets: Tensor  # [B] or [B, K]
+    targets: Tensor  # [B, (K)]
     grid: tuple[int, int]
     image_size: tuple[int, int]
-    scores: dict[int, Tensor] = field(default_factory=dict)  # [B, P] or [B, K, P]
-    gates: dict[int, Tensor] = field(default_factory=dict)  # [B, P] or [B, K, P]
+    scores: dict[int, Tensor] = field(default_factory=dict)  # [B, (K,) P]
+    gates: dict[int, Tensor] = field(default_factory=dict)  # [B, (K,) P]
     backend: str = "reference"
     backend_reason: str = ""
-    ungated: Tensor | None = None  # [B, P] or [B, K, P]
+    ungated: Tensor | None = None  # [B, (K,) P]
     features: dict[int, TopFeatures] = field(default_factory=dict)
-    values: Tensor | None = None  # [B] or [B, K]
-    blocks: Tensor | None = None  # [B, L', P] or [B, K, L', P]
+    values: Tensor | None = None  # [B, (K)]
+    blocks: Tensor | None = None  # [B, (K,) L', P]
     names: tuple[str, ...] | None = None
     start_layer: int = 0
 
     def __post_init__(self) -> None:
-        self.grid = (int(self.grid[0]), int(self.grid[1]))
-        self.image_size = (int(self.image_size[0]), int(self.image_size[1]))
+        for name in ("grid", "image_size"):
+            first, second = getattr(self, name)
+            object.__setattr__(self, name, (int(first), int(second)))
         shape = tuple(self.relevance.shape)
         if len(shape) not in (2, 3) or shape[-1] != self.grid[0] * self.grid[1]:
             raise ValueError(
                 f"relevance: expected [B,P] or [B,K,P] with P = {self.grid[0]} * {self.grid[1]}, got {shape}"
             )
-        if tuple(self.targets.shape) != shape[:-1]:
-            raise ValueError(f"targets: expected shape {shape[:-1]} beside {shape}, got {tuple(self.targets.shape)}")
         if self.logits.dim() != 2 or self.logits.shape[0] != shape[0]:
             raise ValueError(f"logits: expected [{shape[0]}, classes], got {tuple(self.logits.shape)}")
-        alike = {f"scores[{layer}]": value for layer, value in self.scores.items()}
-        alike |= {f"gates[{layer}]": value for layer, value in self.gates.items()}
-        alike |= {} if self.ungated is None else {"ungated": self.ungated}
-        for name, value in alike.items():
-            if tuple(value.shape) != shape:
-                raise ValueError(f"{name}: expected shape {shape} like relevance, got {tuple(value.shape)}")
-        self._check_extras(shape)
-        for layer, top in self.features.items():
-            k = top.image_index.shape[-1]
-            for name, value in top._asdict().items():
-                expected = (*(shape if name.startswith("patch") else shape[:-1]), k)
-                if tuple(value.shape) != expected:
-                    raise ValueError(f"features[{layer}].{name}: expected {expected}, got {tuple(value.shape)}")
-
-    def _check_extras(self, shape: tuple[int, ...]) -> None:
-        if self.values is not None and tuple(self.values.shape) != shape[:-1]:
-            raise ValueError(f"values: expected shape {shape[:-1]} like targets, got {tuple(self.values.shape)}")
-        if self.blocks is not None:
-            found = tuple(self.blocks.shape)
-            if len(found) != len(shape) + 1 or (*found[:-2], found[-1]) != shape or found[-2] == 0:
-                raise ValueError(f"blocks: expected shape {(*shape[:-1], 'blocks', shape[-1])}, got {found}")
+        for name, tensor, expected in self._expected(shape):
+            if tensor is not None and tuple(tensor.shape) != expected:
+                raise ValueError(
+                    f"{name}: expected shape {expected} beside relevance {shape}, got {tuple(tensor.shape)}"
+                )
         if self.names is not None:
-            self.names = tuple(self.names)
+            object.__setattr__(self, "names", tuple(self.names))
             if len(self.names) != self.logits.shape[1] or not all(isinstance(name, str) for name in self.names):
                 raise ValueError(
                     f"names: expected {self.logits.shape[1]} str, one a column of logits, got {self.names!r:.80}"
@@ -115,18 +98,33 @@ class Explanation:
         if isinstance(self.start_layer, bool) or not isinstance(self.start_layer, int) or self.start_layer < 0:
             raise ValueError(f"start_layer: expected a block number from 0, got {self.start_layer!r}")
 
+    def _expected(self, shape: tuple[int, ...]) -> Iterator[tuple[str, Tensor | None, tuple[int, ...]]]:
+        """Name, tensor and its right shape, beside relevance of shape (B, (K,) P)."""
+        leading = shape[:-1]
+        yield from (("targets", self.targets, leading), ("values", self.values, leading))
+        yield "ungated", self.ungated, shape
+        for kind, maps in (("scores", self.scores), ("gates", self.gates)):
+            yield from ((f"{kind}[{layer}]", tensor, shape) for layer, tensor in maps.items())
+        if self.blocks is not None:
+            yield "blocks", self.blocks, (*leading, *(max(n, 1) for n in self.blocks.shape[-2:-1]), shape[-1])
+        for layer, top in self.features.items():
+            for name, tensor in top._asdict().items():
+                before = shape if name.startswith("patch") else leading
+                yield f"features[{layer}].{name}", tensor, (*before, *top.image_index.shape[-1:])
+
     def __repr__(self) -> str:
         batch, patches = self.relevance.shape[0], f"{self.grid[0]}x{self.grid[1]} patches"
         few = self.targets.reshape(-1)[: 8 if self.names is None else 4].tolist()
         targets = [str(target) if self.names is None and target >= 0 else label(target, self.names) for target in few]
         more = ", ..." if self.targets.numel() > len(targets) else ""
         start = f", from block {self.start_layer}" if self.start_layer else ""
-        gated = f"gated layers {sorted(self.gates)}" if self.gates else "ungated"
-        features = f", top features of layers {sorted(self.features)}" if self.features else ""
+        gated = f"gated blocks {sorted(self.gates)}" if self.gates else "ungated"
+        features = f", top features of blocks {sorted(self.features)}" if self.features else ""
+        reason = f" ({self.backend_reason})" if self.backend_reason else ""
         return (
             f"Explanation({batch} image{'' if batch == 1 else 's'} of {self.image_size[0]}x{self.image_size[1]} px, "
-            f"{patches}, targets [{', '.join(targets)}{more}], {gated}{features}{start}, "
-            f"backend {self.backend!r}, {str(self.relevance.dtype).removeprefix('torch.')} on {self.relevance.device})"
+            f"{patches}, targets [{', '.join(targets)}{more}], {gated}{features}{start}, backend {self.backend!r}"
+            f"{reason}, {str(self.relevance.dtype).removeprefix('torch.')} on {self.relevance.device})"
         )
 
     def __len__(self) -> int:
@@ -151,19 +149,30 @@ class Explanation:
         """A copy with every tensor on `device`."""
         return self._map(lambda tensor: tensor.to(device))
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Explanation:
-        return replace(
-            self,
-            relevance=change(self.relevance),
-            logits=change(self.logits),
-            targets=change(self.targets),
-            scores={layer: change(value) for layer, value in self.scores.items()},
-            gates={layer: change(value) for layer, value in self.gates.items()},
-            ungated=None if self.ungated is None else change(self.ungated),
-            features={layer: TopFeatures(*map(change, top)) for layer, top in self.features.items()},
-            values=None if self.values is None else change(self.values),
-            blocks=None if self.blocks is None else change(self.blocks),
-        )
+    def single(self) -> Explanation:
+        """This explanation without the K axis, for code that takes one target an image: relevance is [B,P].
+
+        Raises:
+            ValueError: several targets an image.
+        """
+        if self.targets.dim() == 1:
+            return self
+        if self.targets.shape[1] != 1:
+            raise ValueError(
+                f"targets: expected one an image here, got {list(self.targets.shape)}; explain one at a time, or use "
+                "fga_fast.Explainer, whose relevance is [B,K,P]"
+            )
+        return self._map(lambda tensor: tensor[:, 0], but="logits")
+
+    def _map(self, change: Callable[[Tensor], Tensor], but: str = "") -> Explanation:
+        def changed(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return change(value)
+            if isinstance(value, TopFeatures):
+                return TopFeatures(*map(change, value))
+            return {key: changed(entry) for key, entry in value.items()} if isinstance(value, dict) else value
+
+        return replace(self, **{name: changed(value) for name, value in vars(self).items() if name != but})
 
     def heatmap(self, size: int | tuple[int, int] | None = None) -> Tensor:  # -> [B, H, W] or [B, K, H, W]
         """Relevance as a picture: bilinear (`align_corners=False`), then per map `(h - min) / (max - min + 1e-8)`.
@@ -177,15 +186,10 @@ class Explanation:
         Raises:
             ValueError: a size below 1 pixel.
         """
-        return to_picture(self.relevance, self.grid, self._size(size))
-
-    def _size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
-        if size is None:
-            return self.image_size
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = self.image_size if size is None else (size, size) if isinstance(size, int) else size
         if min(height, width) < 1:
             raise ValueError(f"size: expected at least 1 pixel a side, got {size}")
-        return height, width
+        return to_picture(self.relevance, self.grid, (height, width))
 
     def overlay(self, image: ImageInput, colormap: str = "turbo", alpha: float = 0.5) -> Tensor:  # -> [B, (K,) H, W, 3]
         """The heat map painted over the picture, at the picture's own resolution.
@@ -203,9 +207,14 @@ class Explanation:
             TypeError, ValueError: not such an image, another number of them, values outside [0,1], relevance that is
                 not finite, no such colour map.
         """
-        from fga_fast.io.images import as_rgb
+        pictures = self._pictures(image)
+        painted = paint(self.relevance.flatten(0, -2), self.grid, pictures, colormap, alpha)
+        return painted.reshape(*self.targets.shape, *pictures.shape[1:])
 
-        return paint(self.relevance, self.grid, as_rgb(image, len(self)), colormap, alpha)
+    def _pictures(self, image: ImageInput) -> Tensor:  # -> [M, H, W, 3], one for each image and target
+        from fga_fast.io.images import as_rgb  # needs PIL
+
+        return as_rgb(image, len(self)).repeat_interleave(self.targets.shape[1:].numel(), 0)
 
     def plot(
         self,
@@ -230,16 +239,21 @@ class Explanation:
             ImportError: matplotlib is missing.
             TypeError, ValueError: as for `overlay`; or no image, or more than 64 rows.
         """
-        from fga_fast.io.images import as_rgb
-        from fga_fast.result.figure import draw
 
-        return draw(self, as_rgb(image, len(self)), class_names, colormap)
+        def rows(values: Tensor) -> Tensor:  # [B, (K,) P] -> [M, P]
+            return values.flatten(0, -2).cpu()
+
+        return draw(
+            self._pictures(image).cpu(), rows(self.relevance), None if self.ungated is None else rows(self.ungated),
+            {layer: rows(gate) for layer, gate in self.gates.items()}, self.grid,
+            [label(target, class_names, self.names) for target in self.targets.flatten().tolist()], colormap,
+        )  # fmt: skip
 
     def top_features(self, layer: int, k: int | None = None, patch: tuple[int, int] | None = None) -> list[Any]:
-        """The strongest features of a layer, largest contribution in magnitude first.
+        """The strongest features of a block, largest contribution in magnitude first.
 
         Args:
-            layer: a gated layer.
+            layer: a gated block.
             k: how many at most; None is all that were recorded.
             patch: (row, column) in the grid for one patch's features; None is those of the whole image.
 
@@ -248,28 +262,9 @@ class Explanation:
             than k where fewer features contribute.
 
         Raises:
-            ValueError: no features recorded for this layer, fewer than k recorded, or a patch outside the grid.
+            ValueError: no features recorded for this block, fewer than k recorded, or a patch outside the grid.
         """
-        if layer not in self.features:
-            recorded = f"only for layers {sorted(self.features)}" if self.features else "for no layer"
-            raise ValueError(
-                f"layer: features were recorded {recorded}, got {layer}; "
-                f"construct Explainer(..., saes={{{layer}: sae}}, top_features=k)"
-            )
-        top = self.features[layer]
-        recorded_k = top.image_index.shape[-1]
-        if k is not None and not 0 < k <= recorded_k:
-            raise ValueError(
-                f"k: expected 1 to {recorded_k}, got {k}; construct Explainer(..., top_features=k) for more"
-            )
-        index, contribution = top.image_index, top.image_contribution  # [B, (K,) k]
-        if patch is not None:
-            (row, column), (rows, columns) = patch, self.grid
-            if not (0 <= row < rows and 0 <= column < columns):
-                raise ValueError(f"patch: expected a (row, column) inside the {rows}x{columns} grid, got {patch}")
-            index = top.patch_index[..., row * columns + column, :]
-            contribution = top.patch_contribution[..., row * columns + column, :]
-        return _ranked(index.tolist(), contribution.tolist(), k)
+        return ranked(self.features, self.grid, layer, k, patch)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes one safetensors file, whole or not at all; `load` reads it back.
@@ -277,9 +272,7 @@ class Explanation:
         Raises:
             OSError: the folder does not exist or cannot be written.
         """
-        from fga_fast.result.file import write
-
-        return write(self, path)
+        return write(path, vars(self))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Explanation:
@@ -287,15 +280,7 @@ class Explanation:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: not an explanation, truncated, an oversized header, missing or unknown or misshapen entries.
+            ValueError: not an explanation, of another version, truncated, an oversized header, missing or unknown or
+                misshapen entries.
         """
-        from fga_fast.result.file import read
-
-        return read(cls, path)
-
-
-def _ranked(index: list[Any], contribution: list[Any], k: int | None) -> list[Any]:
-    if index and isinstance(index[0], list):
-        return [_ranked(i, c, k) for i, c in zip(index, contribution, strict=True)]
-    pairs = [FeatureContribution(i, c) for i, c in zip(index, contribution, strict=True) if i >= 0]  # -1: none
-    return sorted(pairs, key=lambda pair: -abs(pair.contribution))[:k]
+        return read(path, cls)

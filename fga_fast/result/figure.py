@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fga_fast.question.names import label
 from fga_fast.result.colours import apply_colormap
-from fga_fast.result.explanation import Explanation
 from fga_fast.result.heatmap import paint
 
 if TYPE_CHECKING:
@@ -24,32 +22,36 @@ _PANEL, _GAP, _LEFT, _TOP, _BOTTOM = 2.1, 0.07, 0.36, 0.36, 0.36  # inches
 
 
 def draw(
-    explanation: Explanation,
-    pictures: Tensor,  # [B, H, W, 3] float32 in [0,1]
-    class_names: Sequence[str] | Mapping[int, str] | None,
+    pictures: Tensor,  # [M, H, W, 3] float32 in [0,1]
+    relevance: Tensor,  # [M, P]
+    ungated: Tensor | None,  # [M, P]
+    gates: Mapping[int, Tensor],  # block -> [M, P]
+    grid: tuple[int, int],
+    labels: Sequence[str],  # M
     colormap: str,
 ) -> Figure:
-    """One row per image and target; columns image, TransMM if computed, one gate per gated layer, the result.
+    """M rows, one for each image and target; columns image, TransMM if computed, one gate per gated block, the result.
 
     Returns:
         A figure that pyplot does not know of, so nothing has to be closed.
 
     Raises:
         ImportError: matplotlib is missing.
-        ValueError: an empty batch or more than 64 rows.
+        ValueError: no rows or more than 64.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            "Explanation.plot needs matplotlib, an optional extra: pip install 'fga_fast[plot]' (overlay needs it not)"
+            "Explanation.plot needs matplotlib, an optional extra: pip install 'fga_fast[plot]'; "
+            "overlay() does not need it"
         ) from error
-    rows = explanation.targets.numel()
+    rows = len(labels)
     if not 0 < rows <= _MAX_ROWS:
         raise ValueError(f"explanation: expected 1 to {_MAX_ROWS} image-target rows to draw, got {rows}; slice it")
-    pictures = _enlarge(pictures).cpu()
-    signed = bool((explanation.relevance < 0).any())
-    columns = _columns(explanation.to("cpu"), pictures, colormap, signed)
+    logs = {block: gate.detach().float().log().reshape(-1, *grid) for block, gate in sorted(gates.items())}
+    limit, signed = _gate_limit(logs), bool((relevance < 0).any())
+    columns = _columns(_enlarge(pictures), relevance, ungated, logs, grid, colormap, signed)
     panel_height = _PANEL * pictures.shape[1] / pictures.shape[2]
     width = _LEFT + len(columns) * (_PANEL + _GAP)
     height = _TOP + rows * (panel_height + _GAP) + _BOTTOM
@@ -60,8 +62,6 @@ def draw(
         left, bottom = _LEFT + column * (_PANEL + _GAP), height - _TOP - below - high
         return figure.add_axes((left / width, bottom / height, wide / width, high / height))
 
-    limit = _gate_limit(explanation)
-    labels = [label(target, class_names, explanation.names) for target in explanation.targets.flatten().tolist()]
     for row in range(rows):
         for number, (title, values) in enumerate(columns):
             axes = place(number, row * (panel_height + _GAP), _PANEL, panel_height)
@@ -72,9 +72,9 @@ def draw(
                 axes.set_ylabel(labels[row], fontsize=11, labelpad=7)
     below = rows * (panel_height + _GAP) + 0.02
     _heat_bar(place(len(columns) - 1, below, _PANEL, 0.09), colormap, signed)
-    gates = [number for number, (title, _) in enumerate(columns) if title.startswith("gate")]
-    if gates:
-        _gate_bar(place(gates[0], below, len(gates) * (_PANEL + _GAP) - _GAP, 0.09), limit)
+    if logs:  # the gates' columns are the last but one
+        first = len(columns) - 1 - len(logs)
+        _gate_bar(place(first, below, len(logs) * (_PANEL + _GAP) - _GAP, 0.09), limit)
     return figure
 
 
@@ -88,38 +88,33 @@ def _enlarge(pictures: Tensor) -> Tensor:  # [B, H, W, 3] -> [B, H', W', 3]
 
 
 def _columns(
-    explanation: Explanation,
-    pictures: Tensor,  # [B, H, W, 3]
+    pictures: Tensor,  # [M, H, W, 3]
+    relevance: Tensor,  # [M, P]
+    ungated: Tensor | None,  # [M, P]
+    logs: Mapping[int, Tensor],  # block -> [M, gh, gw], logarithms of gates
+    grid: tuple[int, int],
     colormap: str,
     signed: bool,
 ) -> list[tuple[str, Tensor]]:
-    """Titles with one value per row: [rows, H, W, 3] pictures or [rows, gh, gw] logarithms of gates."""
-    per_image = explanation.targets.numel() // max(len(explanation), 1)
-    columns = [("image", pictures.repeat_interleave(per_image, 0))]
-
-    # Under the heat maps the picture is grey: its own colours could not be told from the map's.
-    luminance = pictures @ pictures.new_tensor([0.299, 0.587, 0.114])  # [B, H, W]
+    """Titles with one value per row: [M, H, W, 3] pictures or [M, gh, gw] logarithms of gates."""
+    # The picture under a heat map is grey: nobody could tell its own colours from those of the map.
+    luminance = pictures @ pictures.new_tensor([0.299, 0.587, 0.114])  # [M, H, W]
     grey = luminance.unsqueeze(-1).expand_as(pictures)
-
-    def painted(relevance: Tensor) -> Tensor:
-        return paint(relevance, explanation.grid, grey, colormap, 0.55, signed).flatten(0, relevance.dim() - 2)
-
-    if explanation.ungated is not None and explanation.gates:
-        columns.append(("ungated" if signed else "TransMM", painted(explanation.ungated)))
-    for layer, gate in sorted(explanation.gates.items()):
-        columns.append((f"gate, block {layer}", gate.detach().float().log().reshape(-1, *explanation.grid)))
-    # Neither name is meant for relevance with a sign.
-    method = "relevance" if signed else "FGA" if explanation.gates else "TransMM"
-    columns.append((method, painted(explanation.relevance)))
-    return columns
+    columns = [("image", pictures)]
+    if ungated is not None and logs:
+        columns.append(("ungated" if signed else "TransMM", paint(ungated, grid, grey, colormap, 0.55, signed)))
+    columns += [(f"gate, block {block}", values) for block, values in logs.items()]
+    # The names FGA and TransMM stand for relevance without a sign.
+    method = "relevance" if signed else "FGA" if logs else "TransMM"
+    return [*columns, (method, paint(relevance, grid, grey, colormap, 0.55, signed))]
 
 
-def _gate_limit(explanation: Explanation) -> float:
+def _gate_limit(logs: Mapping[int, Tensor]) -> float:  # block -> [M, gh, gw]
     """The largest |log gate| shown, so that the colour scale is centred at 1 and shared by all gate panels."""
-    logs = [float(gate.detach().float().log().abs().max()) for gate in explanation.gates.values()]
-    if not all(torch.isfinite(torch.tensor(logs))):
-        raise ValueError("gates: contain values that are not finite and above 0")
-    return max([*logs, 0.05])
+    largest = [float(values.abs().max()) for values in logs.values()]
+    if not all(map(math.isfinite, largest)):
+        raise ValueError("gates: contain values that are not finite and above 0, which cannot be drawn")
+    return max([*largest, 0.05])
 
 
 def _panel(axes: Any, values: Tensor, limit: float) -> None:

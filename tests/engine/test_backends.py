@@ -31,13 +31,12 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_auto_takes_native_kernels_on_the_cpu() -> None:
     assert backends.choose("auto", CPU) == backends.Choice("native", backends.NATIVE)
-    assert str(backends.choose("auto", CPU)) == "native"
 
 
 def test_kernels_that_never_ran_are_left_by_auto_and_taken_on_request(kernels: Any) -> None:
     choice = backends.choose("auto", CUDA)
-    assert choice.stages == backends.COMPOSITE
-    assert str(choice) == "composite (the CUDA kernels have not been measured on a device yet)"
+    reason = "the CUDA kernels have not been measured on a device yet"
+    assert choice == backends.Choice("composite", backends.COMPOSITE, reason)
     assert backends.choose("native", CUDA).stages == (ops.attention, kernels.score, ops.gate)
     assert backends.choose("triton", CUDA).stages == (composite.attention, kernels.score, kernels.gate)
 

@@ -60,7 +60,7 @@ def test_it_computes_what_the_reference_does(predicted: Path, count: int) -> Non
     expected = explainer(backend="reference", class_names=NAMES)(images(count))
     assert_close(found, expected, 1e-9)
     assert found.names == tuple(NAMES)
-    assert found.backend == "native, package"
+    assert (found.backend, found.backend_reason) == ("native", "package")
     torch.testing.assert_close(found.heatmap(), expected.heatmap(), rtol=1e-6, atol=1e-6)
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+from adapters import assert_shared, images, upsampled
 from explaining import PIXELS, Build, sae_for
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fga_fast import Explainer
 
@@ -31,15 +30,6 @@ def fga(model: nn.Module) -> FeatureGradientAttribution:
     return FeatureGradientAttribution(model, saes={1: sae_for(model, activation="relu")})
 
 
-def images(batch: int = 2, seed: int = 1) -> Tensor:
-    return torch.randn(batch, *PIXELS, generator=torch.Generator().manual_seed(seed))
-
-
-def upsampled(relevance: Tensor) -> Tensor:  # [B, 6] -> [B, 3, 32, 48]
-    maps = relevance.reshape(-1, 1, 2, 3)
-    return functional.interpolate(maps, size=PIXELS[1:], mode="bilinear", align_corners=False).expand(-1, 3, -1, -1)
-
-
 def noise(inputs: Tensor) -> tuple[Tensor, Tensor]:
     drawn = 0.1 * torch.randn_like(inputs)
     return drawn, inputs - drawn
@@ -50,7 +40,7 @@ def test_it_is_the_explainers_relevance_at_every_pixel(model: nn.Module, fga: Fe
     assert fga.get_name() == "Feature Gradient Attribution"
     attributions = fga.attribute(images(), target=2)
     expected = Explainer(model, saes=fga.explainer.saes)(images(), 2).relevance
-    assert torch.equal(attributions, upsampled(expected))
+    assert torch.equal(attributions, upsampled(expected).expand(-1, 3, -1, -1))
     assert attributions.shape == (2, *PIXELS)
     assert attributions.is_contiguous()
     assert not attributions.requires_grad
@@ -134,19 +124,8 @@ def test_visualization_draws_it(fga: FeatureGradientAttribution, monkeypatch: py
     figure.clear()
 
 
-def test_the_model_is_left_as_it_came(model: nn.Module, fga: FeatureGradientAttribution) -> None:
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    fga.attribute(images().requires_grad_(), target=2)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert all(value.requires_grad and value.grad is None for value in model.parameters())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-
-
-def test_threads_share_one(fga: FeatureGradientAttribution) -> None:
-    expected = [fga.attribute(images(seed=seed), target=2) for seed in range(4)]
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda seed: fga.attribute(images(seed=seed), target=2), range(4)))
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+def test_the_model_is_left_as_it_came_and_threads_share_it(model: nn.Module, fga: FeatureGradientAttribution) -> None:
+    assert_shared(model, lambda batch: fga.attribute(batch.requires_grad_(), target=2))
 
 
 def test_float64_models_give_float64(model: nn.Module) -> None:
@@ -161,14 +140,10 @@ def test_float64_models_give_float64(model: nn.Module) -> None:
         ({"inputs": images(), "target": (1, 2)}, r"target: .*one index an image.*\(1, 2\)"),
         ({"inputs": images(), "target": [1, 2, 3]}, "targets: "),
         ({"inputs": images(), "target": 5}, "targets: "),
+        ({"inputs": images(), "target": torch.tensor([[0, 1], [2, 3]])}, "targets: expected one an image"),
         ({"inputs": images(), "additional_forward_args": 1}, "additional_forward_args: expected None"),
     ],
 )
 def test_errors_name_the_argument(fga: FeatureGradientAttribution, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         fga.attribute(**arguments)
-
-
-def test_several_targets_an_image_are_refused(fga: FeatureGradientAttribution) -> None:
-    with pytest.raises(ValueError, match="target"):
-        fga.attribute(images(), target=torch.tensor([[0, 1], [2, 3]]))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from explaining import PIXELS, Build, sae_for
+from adapters import assert_shared, images
+from explaining import Build, sae_for
 from torch import Tensor, nn
 
 from fga_fast.integrations.grad_cam import FGACam
@@ -35,10 +35,6 @@ def model(tiny_vit: Build) -> nn.Module:
 @pytest.fixture
 def cam(model: nn.Module) -> FGACam:
     return FGACam(model, saes={1: sae_for(model, activation="relu")})
-
-
-def images(batch: int = 2, seed: int = 1) -> Tensor:
-    return torch.randn(batch, *PIXELS, generator=torch.Generator().manual_seed(seed))
 
 
 def heat(cam: FGACam, targets: Any, inputs: Tensor | None = None) -> np.ndarray:
@@ -149,14 +145,7 @@ def test_numpy_images_of_any_layout(cam: FGACam) -> None:
 
 
 def test_the_model_is_left_as_it_came_and_threads_share_it(model: nn.Module, cam: FGACam) -> None:
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    expected = [cam(images(seed=seed), targets=2) for seed in range(4)]
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda seed: cam(images(seed=seed), targets=2), range(4)))
-    np.testing.assert_array_equal(found, expected)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert all(value.requires_grad and value.grad is None for value in model.parameters())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert_shared(model, lambda batch: cam(batch, targets=2))
 
 
 def test_an_exception_passes_the_context(model: nn.Module) -> None:
@@ -171,7 +160,7 @@ def test_an_exception_passes_the_context(model: nn.Module) -> None:
         ({"targets": [ClassifierOutputTarget(1)]}, "targets: expected one callable an image, 2, got 1"),
         ({"targets": [RawScoresOutputTarget()] * 2}, r"targets: RawScoresOutputTarget gave a tensor \[5\]"),
         ({"targets": [lambda output: 1.0] * 2}, "targets: function gave float"),
-        ({"targets": torch.tensor([[0, 1], [1, 2]])}, "targets: "),
+        ({"targets": torch.tensor([[0, 1], [1, 2]])}, "targets: expected one an image"),
         ({"targets": 5}, "targets: "),
         ({"targets": 2, "eigen_smooth": True}, "eigen_smooth: expected False"),
         ({"input_tensor": [[1.0]]}, "inputs: expected a tensor or a NumPy array"),

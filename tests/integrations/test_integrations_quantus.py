@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from explaining import PIXELS, Build, sae_for
-from torch import Tensor, nn
-from torch.nn import functional
+from adapters import images as tensors
+from adapters import upsampled
+from explaining import Build, sae_for
+from torch import nn
 
 from fga_fast import Explainer
 from fga_fast.integrations.quantus import explain_func
@@ -26,13 +27,8 @@ def model(tiny_vit: Build) -> nn.Module:
     return tiny_vit()
 
 
-def images(batch: int = 2, seed: int = 1) -> np.ndarray:
-    return torch.randn(batch, *PIXELS, generator=torch.Generator().manual_seed(seed)).numpy()
-
-
-def upsampled(relevance: Tensor) -> np.ndarray:  # [B, 6] -> [B, 1, 32, 48]
-    maps = relevance.reshape(-1, 1, 2, 3)
-    return functional.interpolate(maps, size=PIXELS[1:], mode="bilinear", align_corners=False).numpy()
+def images() -> np.ndarray:
+    return tensors().numpy()
 
 
 def test_it_is_the_explainers_relevance_at_every_pixel(model: nn.Module) -> None:
@@ -41,7 +37,7 @@ def test_it_is_the_explainers_relevance_at_every_pixel(model: nn.Module) -> None
     assert found.shape == (2, 1, 32, 48)
     assert found.dtype == np.float32
     expected = Explainer(model, saes=saes)(torch.from_numpy(images()), torch.from_numpy(CLASSES)).relevance
-    np.testing.assert_array_equal(found, upsampled(expected))
+    np.testing.assert_array_equal(found, upsampled(expected).numpy())
     assert np.abs(found - explain_func(model, images(), CLASSES)).max() > 0
 
 
@@ -126,7 +122,7 @@ def test_nothing_is_kept_of_a_model_and_a_changed_one_is_seen(tiny_vit: Build) -
     ("settings", "message"),
     [
         ({"device": "cuda"}, "device: the model is on cpu, asked for cuda"),
-        ({"targets": np.array([[0, 1], [1, 2]])}, "target"),
+        ({"targets": np.array([[0, 1], [1, 2]])}, "targets: expected one an image"),
         ({"targets": np.array([0.0, 1.0])}, "targets: "),
         ({"targets": np.array([0, 5])}, "targets: "),
         ({"inputs": "cat.jpg"}, "inputs: expected a tensor or a NumPy array"),

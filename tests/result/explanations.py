@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fga_fast.result.explanation import Explanation
 from fga_fast.sae.features import TopFeatures
+
+NAMES = ("cat", "dog", "a photo of an owl on a branch", "cow", "fox", "hen", "ant")
 
 
 def example(
@@ -39,21 +44,36 @@ def example(
     )
 
 
-def tensors(explanation: Explanation) -> dict[str, Tensor]:
-    found = {"relevance": explanation.relevance, "logits": explanation.logits, "targets": explanation.targets}
-    if explanation.ungated is not None:
-        found["ungated"] = explanation.ungated
-    for name in ("scores", "gates"):
-        found |= {f"{name}.{layer}": value for layer, value in getattr(explanation, name).items()}
-    for layer, top in explanation.features.items():
-        found |= {f"features.{layer}.{name}": value for name, value in top._asdict().items()}
-    return found
+def full(batch: int = 2, targets: int | None = 3, signed: bool = False) -> Explanation:
+    """An example with every field set."""
+    plain = example(batch, targets)
+    leading = plain.targets.shape
+    blocks = torch.randn(*leading, 4, 12)
+    relevance = blocks[..., 0, :] if signed else blocks[..., 0, :].abs()
+    return replace(
+        plain, relevance=relevance, values=torch.randn(leading), blocks=blocks, names=NAMES, start_layer=2,
+        backend_reason="compiled",
+    )  # fmt: skip
+
+
+def tensors(value: Any, name: str = "") -> dict[str, Tensor]:
+    """Every tensor of an explanation by its place."""
+    if isinstance(value, Tensor):
+        return {name: value}
+    parts = vars(value) if isinstance(value, Explanation) else value
+    parts = parts._asdict() if isinstance(parts, TopFeatures) else parts
+    if not isinstance(parts, dict):
+        return {}
+    return {place: tensor for key, part in parts.items() for place, tensor in tensors(part, f"{name}.{key}").items()}
+
+
+def plain(explanation: Explanation) -> dict[str, Any]:
+    return {name: value for name, value in vars(explanation).items() if not isinstance(value, (Tensor, dict))}
 
 
 def assert_same(one: Explanation, other: Explanation) -> None:
-    assert (one.grid, one.image_size, one.backend) == (other.grid, other.image_size, other.backend)
     left, right = tensors(one), tensors(other)
-    assert left.keys() == right.keys()
+    assert plain(one) == plain(other) and left.keys() == right.keys()
     for name, value in left.items():
         assert value.dtype == right[name].dtype
         assert torch.equal(value, right[name]), name

@@ -5,30 +5,34 @@ from __future__ import annotations
 import json
 import pickle
 import struct
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from explanations import assert_same, example
+from explanations import assert_same, example, full
 
 from fga_fast.io.atomic import atomic_write
 from fga_fast.result.explanation import Explanation
 
 
-@pytest.mark.parametrize("targets", [None, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_save_and_load(tmp_path: Path, targets: int | None, dtype: torch.dtype) -> None:
-    explanation = example(2, targets, dtype=dtype)
-    path = explanation.save(tmp_path / "kept.safetensors")
-    assert_same(Explanation.load(path), explanation)
+@pytest.mark.parametrize("targets", (None, 1, 3))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_what_is_saved_comes_back(tmp_path: Path, targets: int | None, dtype: torch.dtype) -> None:
+    for batch in (0, 2):
+        for explanation in (example(batch, targets, dtype=dtype), full(batch, targets)):
+            path = explanation.save(tmp_path / "kept.safetensors")
+            assert_same(Explanation.load(path), explanation)
     assert [file.name for file in tmp_path.iterdir()] == ["kept.safetensors"]
 
 
 def test_save_parts_that_share_memory(tmp_path: Path) -> None:
     explanation = example(2)
-    explanation.ungated = explanation.relevance
-    assert_same(Explanation.load(explanation.save(tmp_path / "shared")), explanation)
-    assert_same(Explanation.load(explanation[1].save(tmp_path / "slice")), explanation[1])
+    shared = replace(explanation, ungated=explanation.relevance)
+    for part in (shared, shared[1]):
+        assert_same(Explanation.load(part.save(tmp_path / "file")), part)
 
 
 def test_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,17 +58,20 @@ def test_atomic_write_keeps_the_umask(tmp_path: Path) -> None:
         atomic_write(tmp_path / "no folder" / "file", b"x")
 
 
-def rewrite(path: Path, change: object) -> None:
-    """Applies `change` to the header of a safetensors file."""
-    data = path.read_bytes()
-    (size,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + size])
-    change(header)  # type: ignore[operator]
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
+def metadata(**change: object) -> Callable[[dict[str, Any]], object]:
+    return lambda header: header["__metadata__"].update(change)
 
 
-def rename(old: str, new: str) -> object:
+def about(**change: object) -> Callable[[dict[str, Any]], object]:
+    def apply(header: dict[str, Any]) -> None:
+        entries = json.loads(header["__metadata__"]["explanation"]) | change
+        kept = {name: value for name, value in entries.items() if value is not ...}
+        header["__metadata__"]["explanation"] = json.dumps(kept)
+
+    return apply
+
+
+def rename(old: str, new: str) -> Callable[[dict[str, Any]], object]:
     return lambda header: header.__setitem__(new, header.pop(old))
 
 
@@ -72,31 +79,36 @@ def rename(old: str, new: str) -> object:
     ("change", "message"),
     [
         (lambda header: header.pop("__metadata__"), "format None"),
-        (lambda header: header["__metadata__"].update(format="other"), "format 'other'"),
-        (lambda header: header["__metadata__"].pop("explanation"), "no 'explanation' entry"),
-        (lambda header: header["__metadata__"].update(explanation="{"), "truncated or damaged"),
-        (lambda header: header["__metadata__"].update(explanation='{"grid": [3, 4]}'), "missing image_size, backend"),
-        (
-            lambda header: header["__metadata__"].update(
-                explanation='{"grid": [3], "image_size": [24, 32], "backend": "native"}'
-            ),
-            "not a valid explanation",
-        ),
-        (
-            lambda header: header["__metadata__"].update(
-                explanation='{"grid": [3, 5], "image_size": [24, 32], "backend": "native"}'
-            ),
-            r"relevance: expected",
-        ),
-        (rename("targets", "aims"), "missing targets"),
-        (rename("ungated", "extra"), "unknown entry 'extra'"),
+        (metadata(format="fga_fast.explanation.1"), "'fga_fast.explanation.1', .* explain the images again"),
+        (lambda header: header["__metadata__"].pop("explanation"), "expected the entries grid, .* got None"),
+        (metadata(explanation="{"), "truncated or damaged"),
+        (metadata(explanation="[" * 100_000), "truncated or damaged"),
+        (about(backend_reason=...), "expected the entries grid, .*backend_reason, .* got"),
+        (about(ungated=None), "expected the entries grid, "),
+        (about(grid=[3]), "not a valid explanation"),
+        (about(grid=[float("inf"), 4]), "not a valid explanation"),
+        (about(grid=[3, 5]), "relevance: expected"),
+        (about(names="cat"), "names: expected list .*got 'cat'"),
+        (about(names={"0": "cat"}), "names: expected list"),
+        (about(names=["cat"]), "names: expected 7 str"),
+        (about(names=[1] * 7), "names: expected 7 str"),
+        (about(start_layer=-1), "start_layer: expected a block"),
+        (about(start_layer="2"), "start_layer: expected int"),
+        (rename("targets", "aims"), "unknown entry 'aims'"),
+        (rename("relevance", "scores.9"), "missing .*'relevance'"),
+        (rename("gates.2", "gates"), "unknown entry 'gates'"),
         (rename("gates.2", "gates.two"), "not a valid explanation"),
         (rename("features.2.patch_index", "features.2.other"), "not a valid explanation"),
     ],
 )
-def test_load_checks_what_it_reads(tmp_path: Path, change: object, message: str) -> None:
-    path = example().save(tmp_path / "changed.safetensors")
-    rewrite(path, change)
+def test_load_checks_what_it_reads(tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:
+    path = full().save(tmp_path / "changed.safetensors")
+    data = path.read_bytes()
+    (size,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + size])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
     with pytest.raises(ValueError, match=message):
         Explanation.load(path)
 

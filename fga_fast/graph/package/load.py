@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fga_fast.graph.outputs import explanation, given_classes, in_batches
+from fga_fast.graph.outputs import given_classes, in_batches
 from fga_fast.graph.package.metadata import DTYPES, Metadata, sha256_of, this_machine
 from fga_fast.io.images import Preprocess
 from fga_fast.models import checks
 from fga_fast.result.explanation import Explanation
+from fga_fast.result.fields import nested
 
 _ALIGNMENT = 64  # bytes; what torch's own allocations have, and compiled code may count on
 
@@ -88,8 +89,8 @@ class Package:
         found = {output.name: t[:count] for output, t in zip(m.outputs, outputs, strict=True)}
         for name, what in (("logits", "the logits"), ("relevance", "the relevance")):
             checks.check_finite(found[name], what, nn.Module(), images)  # a model without weights to look at
-        return explanation(
-            found, grid=m.grid, image_size=(m.height, m.width), backend=m.backend, backend_reason="package",
+        return Explanation(
+            **nested(found), grid=m.grid, image_size=(m.height, m.width), backend=m.backend, backend_reason="package",
             names=m.class_names, start_layer=m.start_layer,
         )  # fmt: skip
 

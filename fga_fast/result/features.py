@@ -1,0 +1,46 @@
+"""The strongest SAE features of an explanation, as lists to read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from fga_fast.sae.features import TopFeatures
+
+
+class FeatureContribution(NamedTuple):
+    """One SAE feature and what it contributes to the score."""
+
+    feature: int
+    contribution: float
+
+
+def ranked(
+    features: Mapping[int, TopFeatures], grid: tuple[int, int], layer: int, k: int | None, patch: tuple[int, int] | None
+) -> list[Any]:
+    """Lists of `FeatureContribution`, largest in magnitude first; see `Explanation.top_features`."""
+    if layer not in features:
+        recorded = f"only for blocks {sorted(features)}" if features else "for no block"
+        raise ValueError(
+            f"layer: features were recorded {recorded}, got {layer}; "
+            f"construct Explainer(..., saes={{{layer}: sae}}, top_features=k)"
+        )
+    top = features[layer]
+    recorded_k = top.image_index.shape[-1]
+    if k is not None and not 0 < k <= recorded_k:
+        raise ValueError(f"k: expected 1 to {recorded_k}, got {k}; construct Explainer(..., top_features=k) for more")
+    index, contribution = top.image_index, top.image_contribution  # [B, (K,) k]
+    if patch is not None:
+        (row, column), (rows, columns) = patch, grid
+        if not (0 <= row < rows and 0 <= column < columns):
+            raise ValueError(f"patch: expected a (row, column) inside the {rows}x{columns} grid, got {patch}")
+        index = top.patch_index[..., row * columns + column, :]
+        contribution = top.patch_contribution[..., row * columns + column, :]
+    return _sorted(index.tolist(), contribution.tolist(), k)
+
+
+def _sorted(index: list[Any], contribution: list[Any], k: int | None) -> list[Any]:
+    if index and isinstance(index[0], list):
+        return [_sorted(i, c, k) for i, c in zip(index, contribution, strict=True)]
+    pairs = [FeatureContribution(i, c) for i, c in zip(index, contribution, strict=True) if i >= 0]  # -1: none
+    return sorted(pairs, key=lambda pair: -abs(pair.contribution))[:k]

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 Mode = Literal["combined", "activation_only", "gradient_only", "no_sae", "shuffled"]
+Method = Literal["rollout", "input_x_gradient"]
+Backward = Literal["exact", "conservative"]
 
 
 @dataclass(frozen=True)

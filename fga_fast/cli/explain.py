@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +67,16 @@ def run(args: argparse.Namespace) -> int:
     way = ways.by_model(args) if args.package is None else ways.by_package(args)
     writer = report.Writer(args.out, way, many)
     failed: list[tuple[Path, str]] = []
-    timing: report.Timing | None = None
-    shown = tqdm(paths, unit="image", desc="explaining") if many else paths
-    for group, pictures in _batches(shown, way.batch, many, failed):
-        views = [way.preprocess.view(picture) for picture in pictures]
+    milliseconds: dict[str, float | None] = {}
+    pictures = _pictures(paths, many, failed)
+    while group := list(itertools.islice(pictures, way.batch)):
+        views = [way.preprocess.view(picture) for _, picture in group]
         images = torch.stack([way.preprocess.normalise(view) for view in views]).to(way.like)
-        if timing is None:
-            timing = _measure(way, images[:1])
-        for path, view, explanation in zip(group, views, way.explain(images), strict=True):
-            writer.add(path, view, explanation, timing)
+        if not milliseconds:
+            milliseconds["milliseconds"] = _median(way.timed, images[:1])
+            milliseconds["milliseconds_forward_pass"] = way.forward and _median(way.forward, images[:1])
+        for (path, _), view, explanation in zip(group, views, way.explain(images).to("cpu"), strict=True):
+            writer.add(path, view, explanation, milliseconds)
     writer.finish(failed)
     for path, reason in failed:
         print(f"fga-fast: left out {path.name}: {reason}", file=sys.stderr)
@@ -114,32 +116,17 @@ def _paths(args: argparse.Namespace) -> list[Path]:
     return [args.image]
 
 
-def _batches(
-    paths: Iterable[Path], size: int, many: bool, failed: list[tuple[Path, str]]
-) -> Iterator[tuple[list[Path], list[Image.Image]]]:
-    """Groups of up to `size` pictures; a broken file of a folder is noted in `failed` instead of ending the run."""
-    group: list[Path] = []
-    pictures: list[Image.Image] = []
-    for path in paths:
+def _pictures(paths: list[Path], many: bool, failed: list[tuple[Path, str]]) -> Iterator[tuple[Path, Image.Image]]:
+    """Reads the pictures; a broken file of a folder is noted in `failed` instead of ending the run."""
+    for path in tqdm(paths, unit="image", desc="explaining", disable=not many):
         try:
-            pictures.append(load_image(path))
+            picture = load_image(path)
         except (ImageFileError, OSError) as error:
             if not many:
                 raise
             failed.append((path, str(error)))
-            continue
-        group.append(path)
-        if len(group) == size:
-            yield group, pictures
-            group, pictures = [], []
-    if group:
-        yield group, pictures
-
-
-def _measure(way: ways.Way, image: torch.Tensor) -> report.Timing:  # [1, channels, H, W]
-    """How long one explanation of one image takes, and the plain forward pass."""
-    forward = None if way.forward is None else _median(way.forward, image)
-    return report.Timing(_median(way.timed, image), forward)
+        else:
+            yield path, picture
 
 
 def _median(action: Callable[[torch.Tensor], Any], image: torch.Tensor) -> float:  # [1, channels, H, W]
@@ -151,4 +138,4 @@ def _median(action: Callable[[torch.Tensor], Any], image: torch.Tensor) -> float
         if image.is_cuda:
             torch.cuda.synchronize(image.device)
         times.append(time.perf_counter() - start)
-    return 1000 * statistics.median(times[1:])
+    return round(1000 * statistics.median(times[1:]), 3)

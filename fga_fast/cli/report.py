@@ -7,7 +7,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -17,13 +17,6 @@ from fga_fast.result.explanation import Explanation
 
 SHEET_IMAGES = 24
 _TILE, _CAPTION, _MARGIN = 168, 24, 10  # pixels
-
-
-class Timing(NamedTuple):
-    """Milliseconds for one image and one target."""
-
-    explanation: float
-    forward: float | None  # the model's forward pass alone; a package has none
 
 
 class Writer:
@@ -38,10 +31,13 @@ class Writer:
         self._sheet: list[Image.Image] = []
         self._count = 0
 
-    def add(self, path: Path, view: Image.Image, explanation: Explanation, timing: Timing) -> None:
-        """Reports one image and its K targets: relevance [1, K, P]; `view` is what the model saw."""
+    def add(self, path: Path, view: Image.Image, explanation: Explanation, milliseconds: dict[str, Any]) -> None:
+        """Reports one image and its targets, relevance [1, P] or [1, K, P].
+
+        `view` is what the model saw, `milliseconds` what the JSON says about the time for one image and one target.
+        """
         self._count += 1
-        facts = self._facts(path, explanation, timing)
+        facts = self._facts(path, explanation, milliseconds)
         if len(self._sheet) < SHEET_IMAGES:
             self._sheet.append(_strip(view, explanation, facts))
         if self._count > 1 and not self.many:
@@ -66,7 +62,7 @@ class Writer:
         else:
             print(f"\nwrote {', '.join(written)} into {self.out}")
 
-    def _facts(self, path: Path, explanation: Explanation, timing: Timing) -> dict[str, Any]:
+    def _facts(self, path: Path, explanation: Explanation, milliseconds: dict[str, Any]) -> dict[str, Any]:
         return {
             "image": str(path),
             "model": self.way.name,
@@ -76,21 +72,23 @@ class Writer:
             "gated_layers": sorted(explanation.gates),
             "gate_base": self.way.gate_base if explanation.gates else None,
             "probability_is": {None: None, True: "sigmoid", False: "softmax"}[self.way.multi_label],
-            "milliseconds": round(timing.explanation, 3),
-            "milliseconds_forward_pass": None if timing.forward is None else round(timing.forward, 3),
-            "explained": [self._row(explanation, k) for k in range(explanation.targets.shape[1])],
+            **milliseconds,
+            "explained": [self._row(explanation, k) for k in range(explanation.targets.numel())],
         }
 
     def _row(self, explanation: Explanation, k: int) -> dict[str, Any]:
         """What explanation.json says about the k-th target of the image."""
-        target, probabilities = int(explanation.targets[0, k]), self.way.probabilities(explanation.logits)
-        listed = {block: explanation.top_features(block)[0][k] for block in explanation.features}
+        target, logits = int(explanation.targets.flatten()[k]), explanation.logits[0].double()  # [classes]
+        chances = {None: None, True: logits.sigmoid(), False: logits.softmax(-1)}[self.way.multi_label]
+        listed = {block: explanation.top_features(block)[0] for block in explanation.features}
+        if explanation.targets.dim() == 2:
+            listed = {block: features[k] for block, features in listed.items()}
         return {
             "target": target,
             "name": f"class {target}" if explanation.names is None else explanation.names[target],
-            "logit": float(explanation.logits[0, target]),
-            "probability": None if probabilities is None else float(probabilities[0, target]),
-            "strongest_patch": divmod(int(explanation.relevance[0, k].argmax()), explanation.grid[1]),
+            "logit": float(logits[target]),
+            "probability": None if chances is None else float(chances[target]),
+            "strongest_patch": divmod(int(explanation.relevance.flatten(0, -2)[k].argmax()), explanation.grid[1]),
             "top_features": {
                 str(block): [pair._asdict() for pair in listed.get(block, [])] for block in sorted(explanation.gates)
             },
@@ -153,7 +151,7 @@ def _strip(view: Image.Image, explanation: Explanation, facts: dict[str, Any]) -
     tile = (_TILE, _TILE * view.height // view.width)
     large = view.convert("RGB").resize(tile, Image.Resampling.BICUBIC)
     grey = large.convert("L").convert("RGB")  # so that all colour in an overlay is the heat map's
-    overlays = explanation.overlay(grey, alpha=0.55)[0]  # [K, H, W, 3]
+    overlays = explanation.overlay(grey, alpha=0.55).flatten(0, -4)  # [K, H, W, 3]
     tiles = [large, *(Image.fromarray(one.numpy()) for one in overlays)]
     captions = ["image", *map(_caption, facts["explained"])]
     strip = Image.new("RGB", (len(tiles) * (_TILE + 4) - 4, tile[1] + _CAPTION), "white")

@@ -13,7 +13,6 @@ from torch import nn
 
 from fga_fast.io.checkpoint import Checkpoint
 from fga_fast.io.images import Preprocess
-from fga_fast.models.find import find_layout
 from fga_fast.models.timm_import import import_timm
 from fga_fast.question.names import class_number
 from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
@@ -52,10 +51,8 @@ def target_number(given: str, classes: int, names: Sequence[str] | None) -> int:
         number = int(given)
     except ValueError:
         if names is None:
-            raise ValueError(
-                f"--target: expected a class from 0 to {classes - 1}, got {given!r}; the names of these classes are "
-                "not known, so give the number"
-            ) from None
+            expected = f"a number from 0 to {classes - 1}, since the names of the classes are not known"
+            raise ValueError(f"--target: expected {expected}, got {given!r}") from None
         return class_number(given, names, "--target")
     if not 0 <= number < classes:
         raise ValueError(f"--target: expected a class from 0 to {classes - 1}, got {number}")
@@ -70,10 +67,7 @@ def load_subject(args: argparse.Namespace) -> Subject:
     """
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"--device: expected a device of this machine, got {args.device!r}, but torch sees no CUDA device; leave "
-            "it out to compute on the CPU"
-        )
+        raise ValueError(f"--device: got {args.device!r}, but torch sees no CUDA device; leave it out to use the CPU")
     if args.model is None:
         for name in ("checkpoint", "pretrained", "random_weights"):
             if getattr(args, name):
@@ -107,20 +101,14 @@ def _fashion_subject() -> Subject:
     from fga_fast.assets import fashion_config, fashion_model, fashion_saes
 
     config, model = fashion_config(), fashion_model()
-    size = find_layout(model).image_size
-    if size is None:
-        raise ValueError("the fashion demo model: its layout has no image size; reinstall the package")
-    preprocess = Preprocess(size, tuple(config.mean), tuple(config.std))
+    preprocess = Preprocess((config.model_args["img_size"],) * 2, config.mean, config.std)
     return Subject(
         "the fashion demo model", model, preprocess, fashion_saes(), config.class_names, True, config.gate_base
     )
 
 
 def _timm_subject(args: argparse.Namespace) -> Subject:
-    try:
-        timm: Any = import_timm()
-    except ImportError as error:
-        raise ImportError(f"--model: needs timm ({error}); pip install 'fga_fast[models]'") from error
+    timm: Any = import_timm()
     model = _timm_model(args, timm)
     data = timm.data.resolve_model_data_config(model)
     preprocess = Preprocess(
@@ -162,12 +150,10 @@ def _timm_model(args: argparse.Namespace, timm: Any) -> nn.Module:
 
 
 def _create(timm: Any, name: str, **settings: Any) -> nn.Module:
-    model = timm.create_model(name, **settings)
+    model: nn.Module = timm.create_model(name, **settings)
     if getattr(model, "dynamic_img_size", False):
         # The same weights with a fixed patch grid; preprocessing makes all pictures one size anyway.
         model = timm.create_model(name, dynamic_img_size=False, **settings)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"--model: expected a torch module from timm, got {type(model).__name__}; name another model")
     return model
 
 

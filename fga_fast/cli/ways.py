@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +14,6 @@ from fga_fast.cli import arguments
 from fga_fast.cli.subject import load_subject, target_number
 from fga_fast.io.images import Preprocess
 from fga_fast.result.explanation import Explanation
-from fga_fast.sae.features import TopFeatures
 
 if TYPE_CHECKING:
     from fga_fast.graph.package.metadata import Metadata
@@ -31,7 +30,7 @@ class Way:
         gate_base: gates lie in [1/gate_base, gate_base]; None: not known.
         batch: images at once.
         like: any tensor of the images' dtype and device.
-        explain: images [B, channels, H, W] -> Explanation with K targets an image, relevance [B, K, P].
+        explain: images [B, channels, H, W] -> an `Explanation` of one target an image, or of K.
         timed: explains one image and one target, without the ungated explanation beside it.
         forward: the model's forward pass alone; None where there is none.
     """
@@ -45,13 +44,6 @@ class Way:
     explain: Callable[[Tensor], Explanation]
     timed: Callable[[Tensor], object]
     forward: Callable[[Tensor], object] | None
-
-    def probabilities(self, logits: Tensor) -> Tensor | None:  # [B, classes] -> [B, classes]
-        """Sigmoid or softmax of the logits in float32 or wider; None if it is not known which."""
-        if self.multi_label is None:
-            return None
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        return logits.sigmoid() if self.multi_label else logits.softmax(-1)
 
 
 def by_model(args: argparse.Namespace) -> Way:
@@ -73,15 +65,17 @@ def by_model(args: argparse.Namespace) -> Way:
     blank = torch.zeros(1, explainer.layout.in_chans, *subject.preprocess.image_size, device=args.device)
     classes = forward(blank).shape[1]
     given = [target_number(target, classes, subject.class_names) for target in args.target]
-    # A scene of several garments has several likely classes; a photograph with one label has one.
-    likeliest = min(2 if subject.multi_label else 1, classes)
+    one = given[0] if given else None
 
-    def explain(images: Tensor) -> Explanation:
-        return explainer(images, [given] if given else forward(images).topk(likeliest).indices).to("cpu")
+    def explain(images: Tensor) -> Explanation:  # [B, channels, H, W]
+        if subject.multi_label and not given:
+            # A scene of several garments has several likely classes; a photograph with one label has one.
+            return explainer(images, forward(images).topk(2).indices)
+        return explainer(images, [given] if len(given) > 1 else one)
 
     return Way(
         subject.name, subject.preprocess, subject.multi_label, explainer.gate.base, args.batch_size, blank,
-        explain, lambda image: timed(image, given[0] if given else None), forward,
+        explain, lambda image: timed(image, one), forward,
     )  # fmt: skip
 
 
@@ -103,13 +97,12 @@ def by_package(args: argparse.Namespace) -> Way:
         )
     target = _package_target(args, about)
 
-    def explain(images: Tensor) -> Explanation:
-        return _with_target_axis(package(images, target).to("cpu"))
+    def explain(images: Tensor) -> Explanation:  # [B, channels, H, W]
+        return package(images, target)
 
     return Way(
         f"the package {args.package.name}", package.preprocess, None, about.gate.get("base"), about.batch,
-        torch.empty(0, dtype=DTYPES[about.dtype], device=about.device), explain, lambda image: package(image, target),
-        None,
+        torch.empty(0, dtype=DTYPES[about.dtype], device=about.device), explain, explain, None,
     )  # fmt: skip
 
 
@@ -128,16 +121,3 @@ def _package_target(args: argparse.Namespace, about: Metadata) -> int | None:
             "out, or export a package with `--targets given`"
         )
     return None
-
-
-def _with_target_axis(e: Explanation) -> Explanation:  # relevance [B, P] -> [B, 1, P]
-    def wide(tensor: Tensor) -> Tensor:
-        return tensor.unsqueeze(1)
-
-    return replace(
-        e, relevance=wide(e.relevance), targets=wide(e.targets),
-        scores={block: wide(scores) for block, scores in e.scores.items()},
-        gates={block: wide(gates) for block, gates in e.gates.items()},
-        features={block: TopFeatures(*map(wide, top)) for block, top in e.features.items()},
-        values=None if e.values is None else wide(e.values), blocks=None if e.blocks is None else wide(e.blocks),
-    )  # fmt: skip

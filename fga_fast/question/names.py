@@ -7,16 +7,10 @@ from collections.abc import Mapping, Sequence
 
 
 def class_number(name: str, names: Sequence[str], argument: str = "targets") -> int:
-    """Number of the class that `name` means.
+    """Number of the class that `name` means; errors call it `argument`.
 
     An exact name wins. Otherwise it is the one class that has `name` as a comma-separated synonym, or in other letter
-    case: of "tabby, tabby cat", "Tabby cat" will do. A part of a name is not enough; the error suggests those that
-    contain it.
-
-    Args:
-        name: what was asked for.
-        names: of all classes, by class number.
-        argument: what errors call `name`.
+    case: "Tabby cat" finds "tabby, tabby cat". A part of a name is not enough, but the error suggests names with it.
 
     Raises:
         ValueError: an empty name, no class of this name, or several.

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fga_fast.question.dual import MAX_PROMPTS, DualEncoder, library_of
+from fga_fast.question.dual import DualEncoder, library_of
 from fga_fast.question.targets import (
     Answer,
     Difference,
@@ -154,10 +154,6 @@ class Readout:
         prompts: tuple[str, ...] = tuple(dict.fromkeys([*own, *(leaf for leaf in asked if isinstance(leaf, str))]))
         if not all(prompt.strip() for prompt in prompts):
             raise ValueError("targets: expected prompts, got an empty one; name what to look for")
-        if len(prompts) > MAX_PROMPTS:
-            raise ValueError(
-                f"targets: expected at most {MAX_PROMPTS} distinct prompts, got {len(prompts)}; make several calls"
-            )
         if not prompts:  # no targets for no images
             return output.new_zeros(len(output), 0), (), 0
         return self.dual.logits(output, prompts), prompts, len(own)
@@ -179,9 +175,7 @@ def _checked_output(output: Any, batch: int) -> Tensor:
     if isinstance(output, Tensor) and output.dim() == 2 and len(output) == batch and output.is_floating_point():
         if output.shape[1]:
             return output
-        raise ValueError(
-            f"model: expected logits [{batch}, classes] from images, got {list(output.shape)}; give it a head"
-        )
+        raise ValueError(f"model: expected logits [{batch}, classes], got {list(output.shape)}; give it a head")
     advice = "wrap it in a module that does"
     if isinstance(output, (tuple, list)):
         advice = "wrap it in a module that returns the entry with the logits"

@@ -91,13 +91,16 @@ def pick(
     batch = len(logits)
     if targets is None:
         return logits[:, :classes].detach().argmax(-1)
+    if not picks_classes(targets):
+        raise TypeError(
+            f"targets: expected classes, names or prompts in a Difference, got {shown(targets)}; compute other "
+            "differences in a function of the logits"
+        )
     if hasattr(targets, "__array__") and not isinstance(targets, Tensor):  # NumPy's arrays and numbers
         # Text and objects; what else torch cannot take, it says itself.
         targets = targets.tolist() if targets.dtype.kind in "OUST" else torch.as_tensor(targets)
     if not isinstance(targets, Tensor):
-        _check_kind(targets)
-        numbers = _numbered(targets, names, classes)
-        picked = torch.tensor(numbers, dtype=torch.int64, device=logits.device)
+        picked = torch.tensor(_numbered(targets, names, classes), dtype=torch.int64, device=logits.device)
     elif targets.dtype == torch.bool or targets.is_floating_point() or targets.is_complex():
         raise TypeError(f"targets: expected integer class indices, got dtype {targets.dtype}; convert them")
     else:
@@ -135,44 +138,27 @@ def leaves(targets: Any) -> Iterator[Any]:
         yield targets
 
 
-def _check_kind(targets: Any) -> None:
-    if not picks_classes(targets):
-        raise TypeError(
-            f"targets: expected classes, names or prompts in a Difference, got {shown(targets)}; compute other "
-            "differences in a function of the logits"
-        )
-    if isinstance(targets, (bytes, bytearray)) or not (
-        isinstance(targets, (str, int, float, Sequence)) or hasattr(targets, "__index__")
-    ):
-        raise TypeError(
-            "targets: expected None, an int or integers [B] or [B, K], names or prompts likewise, a Difference, an "
-            f"Embedding or a function of the logits, got {shown(targets)}"
-        )
-
-
 def _numbered(targets: Any, names: Sequence[str] | None, classes: int, depth: int = 0) -> Any:
     """Ints, names and lists of them as ints and lists of ints, checked."""
     if hasattr(targets, "tolist"):
         targets = targets.tolist()
-    if isinstance(targets, Sequence) and not isinstance(targets, (str, bytes)):
+    if isinstance(targets, Sequence) and not isinstance(targets, (str, bytes, bytearray)):
         if depth == 2:
-            raise TypeError(
-                "targets: expected an int or a flat list of ints or names, or lists of them, got deeper ones"
-            )
+            raise TypeError("targets: expected ints or names, a list of them, or a list of such lists, got deeper ones")
         rows = [_numbered(part, names, classes, depth + 1) for part in targets]
         sizes = {len(row) if isinstance(row, list) else -1 for row in rows}  # -1: a single target
         if len(sizes) > 1 or sizes == {0}:
             told = ", ".join("one without a list" if size < 0 else str(size) for size in sorted(sizes))
             raise TypeError(
                 "targets: expected an int or a flat list of ints or names, one an image, or lists with equally many "
-                f"for every image, got lists of different lengths or empty ones ({told})"
+                f"for each image, got lists of different lengths or empty ones ({told})"
             )
         return rows
     if isinstance(targets, str):
         if names is None:
             raise ValueError(
                 f"targets: got the class name {targets!r}, but the model's classes have no names; construct "
-                "Explainer(..., class_names=[...]) or give the class's number"
+                "Explainer(..., class_names=[...]) or give the number"
             )
         return class_number(targets, names)
     try:
@@ -180,7 +166,11 @@ def _numbered(targets: Any, names: Sequence[str] | None, classes: int, depth: in
             raise TypeError
         number = operator.index(targets)
     except TypeError:
-        raise TypeError(f"targets: expected integer class indices or class names, got {shown(targets)}") from None
+        expected = "integer class indices, names or prompts"
+        if depth == 0:
+            expected = "None, an int or integers [B] or [B, K], names or prompts likewise, a Difference, an Embedding"
+            expected += " or a function of the logits"
+        raise TypeError(f"targets: expected {expected}, got {shown(targets)}") from None
     if not 0 <= number < classes:
         raise _out_of_range(number, classes)
     return number

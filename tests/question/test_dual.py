@@ -333,7 +333,7 @@ def test_bad_prompts() -> None:
         (["a cat", "  "], "got an empty one"),
         (["a cat", "an owl", "a fox"], r"shape \[2\], got \[3\]; K classes an image"),
         ([["a cat"], ["an owl", "a fox"]], r"lists of different lengths"),
-        ([[str(i) for i in range(MAX_PROMPTS + 1)]], f"at most {MAX_PROMPTS} distinct prompts, got {MAX_PROMPTS + 1}"),
+        ([[str(i) for i in range(MAX_PROMPTS + 1)]], f"1 to {MAX_PROMPTS} distinct prompts, got {MAX_PROMPTS + 1}"),
     ):
         with pytest.raises((TypeError, ValueError), match=rf"targets: .*{message}"):
             readout.answer(targets, output)

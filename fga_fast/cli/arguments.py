@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import get_args
 
 from fga_fast.cli.subject import Subject
-from fga_fast.engine.backends import BACKENDS
-
-if TYPE_CHECKING:
-    from fga_fast.explainer import Explainer
+from fga_fast.explainer import Explainer
+from fga_fast.settings import Backend, Backward, Gate, Method
 
 
 def add_subject(parser: argparse.ArgumentParser) -> None:
@@ -21,24 +19,24 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pretrained", action="store_true", help="let timm use its cache or download the weights")
     parser.add_argument("--random-weights", action="store_true", help="no weights, for timing; explains nothing")
     parser.add_argument(
-        "--sae", action="extend", nargs="+", default=[], metavar="LAYER=PATH", help="a sparse autoencoder after a block"
+        "--sae", action="extend", nargs="+", default=[], metavar="BLOCK=PATH", help="a sparse autoencoder after a block"
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
     parser.add_argument(
-        "--allow-pickled-config",
-        action="store_true",
-        help="read old SAE files with a pickled configuration, restricted",
-    )
+        "--allow-pickled-config", action="store_true",
+        help="also read SAE files with a pickled configuration, as plain settings only",
+    )  # fmt: skip
     parser.add_argument(
-        "--sae-normalize", choices=("none", "layer_norm", "constant_norm"), help="for SAE files that do not say it"
-    )
+        "--sae-normalize", choices=("none", "layer_norm", "constant_norm"),
+        help="how the SAE's input is normalised, for files that do not say",
+    )  # fmt: skip
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """Adds what `explainer` reads."""
-    parser.add_argument("--backend", choices=BACKENDS, default="auto")
-    parser.add_argument("--method", choices=("rollout", "input_x_gradient"), default="rollout")
-    parser.add_argument("--backward", choices=("exact", "conservative"), default="exact")
+    parser.add_argument("--backend", choices=get_args(Backend), default="auto")
+    parser.add_argument("--method", choices=get_args(Method), default="rollout")
+    parser.add_argument("--backward", choices=get_args(Backward), default="exact")
     parser.add_argument(
         "--start-layer", type=int, default=0, metavar="L", help="explain from this block on (default: %(default)s)"
     )
@@ -46,15 +44,11 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", type=float, help="gates lie in [1/BASE, BASE] (default: 10; the demo's own: 2)")
 
 
-def explainer(subject: Subject, args: argparse.Namespace, gated: bool = True, **settings: Any) -> Explainer:
-    """The explainer that the arguments ask for; `gated=False`: the same without autoencoders."""
-    from fga_fast.explainer import Explainer
-    from fga_fast.settings import Gate
-
-    if gated:
-        base = subject.gate_base if args.base is None else args.base
-        settings |= {"saes": subject.saes, "gate": Gate(base=base)}
+def explainer(subject: Subject, args: argparse.Namespace, *, top_features: int = 0, ungated: bool = False) -> Explainer:
+    """The explainer that the arguments ask for."""
+    base = subject.gate_base if args.base is None else args.base
     return Explainer(
-        subject.model, method=args.method, backward=args.backward, backend=args.backend,
-        start_layer=args.start_layer, signed=args.signed, **settings,
+        subject.model, subject.saes, gate=Gate(base=base), method=args.method, backward=args.backward,
+        backend=args.backend, class_names=subject.class_names, start_layer=args.start_layer, signed=args.signed,
+        top_features=top_features, ungated=ungated,
     )  # fmt: skip

@@ -1,14 +1,16 @@
-"""`fga-fast export`: an explanation with its model as machine code, for Python and C++ without the model."""
+"""`fga-fast export`: compiles a model and its explanation into a package that runs without the model."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from fga_fast.cli import arguments
 from fga_fast.cli.subject import load_subject
+from fga_fast.settings import TargetMode
 
 DEMO = "demo"
 
@@ -20,7 +22,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="compile a model with its explanation into a package",
         description="Writes OUT.pt2, machine code with the weights in it, and OUT.json beside it. `fga-fast explain "
         "--package OUT.pt2`, fga_fast.load_package and the C++ runtime read them. Takes a minute or so and needs a C++ "
-        "compiler; the package runs on processors like this one.",
+        "compiler. The package runs on processors like this one.",
     )
     parser.add_argument("model", metavar="MODEL", help=f"a timm model, or '{DEMO}': the shipped fashion demo model")
     parser.add_argument("out", metavar="OUT.pt2", type=Path, help="the package to write")
@@ -28,11 +30,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     arguments.add_settings(parser)
     parser.add_argument(
         "--batch", type=int, default=1, metavar="N",
-        help="images computed at once, whatever the number of images (default: %(default)s)",
+        help="how many images the package computes at once; it takes any number (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--targets", choices=("predicted", "given"), default="predicted",
-        help="explain the predicted class, or one that is given with each image (default: %(default)s)",
+        "--target-mode", choices=get_args(TargetMode), default="predicted",
+        help="explain the predicted class, or the class that is given with each image (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
     parser.set_defaults(run=run)
@@ -57,8 +59,7 @@ def run(args: argparse.Namespace) -> int:
     explainer = arguments.explainer(subject, args)
     example = torch.randn(args.batch, explainer.layout.in_chans, *subject.preprocess.image_size)
     path = explainer.export(
-        args.out, example.to(args.device, dtype), target_mode=args.targets, preprocessing=subject.preprocess,
-        class_names=subject.class_names,
+        args.out, example.to(args.device, dtype), target_mode=args.target_mode, preprocessing=subject.preprocess,
     )  # fmt: skip
     print(f"wrote {path} ({path.stat().st_size / 2**20:.1f} MiB) and {path.with_suffix('.json').name}")
     return 0

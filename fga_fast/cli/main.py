@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 
+from fga_fast import __version__
 from fga_fast.cli import explain, export
 
-OK, SOME_FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+USER_ERROR, INTERRUPTED = 2, 130
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -17,7 +17,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fga-fast", description="Explain Vision Transformers by feature-gradient attribution."
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     explain.add_parser(commands)
@@ -46,14 +46,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fga-fast: error: {error or type(error).__name__}", file=sys.stderr)
         return USER_ERROR
     return code
-
-
-def _version() -> str:
-    try:
-        return metadata.version("fga_fast")
-    except metadata.PackageNotFoundError:
-        return "(not installed)"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""What a command works on: a model with its preprocessing, autoencoders and class names."""
+"""The model that a command works on, with its preprocessing, autoencoders and class names."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fga_fast.io.checkpoint import Checkpoint
 from fga_fast.io.images import Preprocess
-from fga_fast.models.find import find_layout
 from fga_fast.models.timm_import import import_timm
+from fga_fast.question.names import class_number
 from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
 
 
@@ -26,10 +26,10 @@ class Subject:
         name: for the reader.
         model: in eval mode, on its device.
         preprocess: from pictures to its input.
-        saes: per layer, on the same device.
+        saes: per block, on the same device.
         class_names: one for each logit, if known.
         multi_label: whether probabilities are sigmoids of single logits rather than a softmax.
-        gate_base: gates lie in [1/gate_base, gate_base] where the user does not say otherwise.
+        gate_base: gates lie in [1/gate_base, gate_base] unless the user says otherwise.
     """
 
     name: str
@@ -40,49 +40,23 @@ class Subject:
     multi_label: bool
     gate_base: float = 10.0
 
-    def probabilities(self, logits: Tensor) -> Tensor:  # [B, classes] -> [B, classes]
-        """Sigmoid or softmax of the logits, in float32 or wider."""
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        return logits.sigmoid() if self.multi_label else logits.softmax(-1)
 
-    def label(self, target: int) -> str:
-        """A class's name, or its number where names are not known."""
-        return f"class {target}" if self.class_names is None else self.class_names[target]
-
-    def resolve_target(self, given: str, classes: int) -> int:
-        """Class number of `--target`'s value, see the function `resolve_target`."""
-        return resolve_target(given, classes, self.class_names, self.name)
-
-
-def resolve_target(given: str, classes: int, names: Sequence[str] | None, owner: str) -> int:
-    """Class number of `--target`'s value, a number or a name (any of its comma-separated synonyms).
+def target_number(given: str, classes: int, names: Sequence[str] | None) -> int:
+    """Class number of `--target`'s value: a number from 0, or a name as `names.class_number` finds it.
 
     Raises:
-        ValueError: out of range, no such name, or a name of several classes; `owner` is whose classes they are.
+        ValueError: out of range, no such name, a name of several classes, or a name where none are known.
     """
     try:
         number = int(given)
     except ValueError:
-        return _named(given, names, owner)
+        if names is None:
+            expected = f"a number from 0 to {classes - 1}, since the names of the classes are not known"
+            raise ValueError(f"--target: expected {expected}, got {given!r}") from None
+        return class_number(given, names, "--target")
     if not 0 <= number < classes:
         raise ValueError(f"--target: expected a class from 0 to {classes - 1}, got {number}")
     return number
-
-
-def _named(given: str, class_names: Sequence[str] | None, owner: str) -> int:
-    if class_names is None:
-        raise ValueError(f"--target: the class names of {owner} are not known, so give a number, not {given!r}")
-    wanted = given.strip().casefold()
-    names = [name.casefold() for name in class_names]
-    exact = [number for number, name in enumerate(names) if wanted in (name, *map(str.strip, name.split(",")))]
-    found = exact or [number for number, name in enumerate(names) if wanted in name]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        listed = ", ".join(f"{number} ({class_names[number]})" for number in found[:8])
-        raise ValueError(f"--target: {given!r} fits several classes: {listed}; give the number")
-    listed = f"; there are {', '.join(class_names)}" if len(names) <= 20 else ""
-    raise ValueError(f"--target: no class of {owner} is called {given!r}{listed}")
 
 
 def load_subject(args: argparse.Namespace) -> Subject:
@@ -93,9 +67,7 @@ def load_subject(args: argparse.Namespace) -> Subject:
     """
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"--device: expected a device that is there, got {args.device!r}, but torch sees no CUDA device"
-        )
+        raise ValueError(f"--device: got {args.device!r}, but torch sees no CUDA device; leave it out to use the CPU")
     if args.model is None:
         for name in ("checkpoint", "pretrained", "random_weights"):
             if getattr(args, name):
@@ -105,7 +77,7 @@ def load_subject(args: argparse.Namespace) -> Subject:
     subject = _fashion_subject() if args.model is None else _timm_subject(args)
     saes = saes or subject.saes
     model = subject.model.to(device).eval().requires_grad_(False)
-    return replace(subject, model=model, saes={layer: sae.to(device) for layer, sae in saes.items()})
+    return replace(subject, model=model, saes={block: sae.to(device) for block, sae in saes.items()})
 
 
 def _load_saes(args: argparse.Namespace) -> dict[int, SparseAutoencoder]:
@@ -114,11 +86,11 @@ def _load_saes(args: argparse.Namespace) -> dict[int, SparseAutoencoder]:
     for spec in args.sae:
         number, equals, path = spec.partition("=")
         if not equals or not number.strip().isdecimal() or not path:
-            raise ValueError(f"--sae: expected LAYER=PATH, e.g. 9=sae_block_9, got {spec!r}")
+            raise ValueError(f"--sae: expected BLOCK=PATH, e.g. 9=sae_block_9, got {spec!r}")
         if int(number) in saes:
-            raise ValueError(f"--sae: expected one autoencoder a layer, got a second one for layer {int(number)}")
+            raise ValueError(f"--sae: expected one autoencoder a block, got two for block {int(number)}; drop one")
         if not Path(path).exists():
-            raise FileNotFoundError(f"--sae: no file or folder {path}")
+            raise FileNotFoundError(f"--sae: no file or folder {path}; expected a saved SAE after {number}=")
         saes[int(number)] = SparseAutoencoder.from_pretrained(
             path, allow_pickled_config=args.allow_pickled_config, normalize=normalize
         )
@@ -129,20 +101,14 @@ def _fashion_subject() -> Subject:
     from fga_fast.assets import fashion_config, fashion_model, fashion_saes
 
     config, model = fashion_config(), fashion_model()
-    size = find_layout(model).image_size
-    if size is None:
-        raise ValueError("the fashion demo model: its layout has no image size; reinstall the package")
-    preprocess = Preprocess(size, tuple(config.mean), tuple(config.std))
+    preprocess = Preprocess((config.model_args["img_size"],) * 2, config.mean, config.std)
     return Subject(
         "the fashion demo model", model, preprocess, fashion_saes(), config.class_names, True, config.gate_base
     )
 
 
 def _timm_subject(args: argparse.Namespace) -> Subject:
-    try:
-        timm: Any = import_timm()
-    except ImportError as error:
-        raise ImportError(f"--model needs timm ({error}): pip install 'fga_fast[models]'") from error
+    timm: Any = import_timm()
     model = _timm_model(args, timm)
     data = timm.data.resolve_model_data_config(model)
     preprocess = Preprocess(
@@ -161,10 +127,10 @@ def _timm_subject(args: argparse.Namespace) -> Subject:
 def _timm_model(args: argparse.Namespace, timm: Any) -> nn.Module:
     name = args.model
     if not timm.is_model(name.split(".")[0]):
-        raise ValueError(f"--model: timm has no model {name!r}; timm.list_models('vit*') lists them")
+        raise ValueError(f"--model: timm has no model {name!r}; timm.list_models('vit*') lists what it has")
     given = [args.checkpoint is not None, args.pretrained, args.random_weights]
     if sum(given) > 1:
-        raise ValueError("--checkpoint, --pretrained, --random-weights: expected one of them, got several")
+        raise ValueError("--checkpoint, --pretrained, --random-weights: expected one of them, got several; choose one")
     if not any(given):
         raise ValueError(_no_weights(name))
     if args.pretrained:
@@ -184,12 +150,10 @@ def _timm_model(args: argparse.Namespace, timm: Any) -> nn.Module:
 
 
 def _create(timm: Any, name: str, **settings: Any) -> nn.Module:
-    model = timm.create_model(name, **settings)
+    model: nn.Module = timm.create_model(name, **settings)
     if getattr(model, "dynamic_img_size", False):
-        # The same weights with a fixed patch grid; pictures are brought to one size anyway.
+        # The same weights with a fixed patch grid; preprocessing makes all pictures one size anyway.
         model = timm.create_model(name, dynamic_img_size=False, **settings)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"--model: expected timm to make a torch module, got {type(model).__name__}")
     return model
 
 

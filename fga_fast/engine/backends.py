@@ -7,14 +7,12 @@ which it calls.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 
 from fga_fast import composite, ops, triton_kernels
 from fga_fast.settings import Backend, check_choice
-
-BACKENDS = get_args(Backend)
 
 
 class Stages(NamedTuple):

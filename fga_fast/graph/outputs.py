@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fga_fast.question.targets import Difference, Embedding, pick
+from fga_fast.question.targets import pick, picks_classes
 from fga_fast.settings import TargetMode
 
 _ALIGNMENT = 64
@@ -66,7 +66,7 @@ def given_classes(
         return ()
     if targets is None:
         raise ValueError(f"targets: this {what} explains given classes; pass one for each image, or one for all")
-    if isinstance(targets, (Difference, Embedding)) or (callable(targets) and not isinstance(targets, type)):
+    if not picks_classes(targets):
         raise TypeError(f"targets: a {what} explains classes, got {type(targets).__name__}; Explainer takes it")
     device = targets.device if isinstance(targets, Tensor) else "cpu"
     blank = torch.empty(1, 1, device=device).expand(len(images), classes)

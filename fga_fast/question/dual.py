@@ -1,6 +1,6 @@
 """Dual encoders: an image tower and a text tower whose features are compared (CLIP, SigLIP).
 
-Read against open_clip 3.3 (`model.CLIP`, `model.CustomTextCLIP`) and transformers 5 (`CLIPModel`, `SiglipModel`).
+Written for open_clip 3.3 (`model.CLIP`, `model.CustomTextCLIP`) and transformers 5 (`CLIPModel`, `SiglipModel`).
 Neither is imported: their classes are recognised by name and defining module.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 _OPEN_CLIP = ("CLIP", "CustomTextCLIP")
 _TRANSFORMERS = ("CLIPModel", "SiglipModel")
-_IMAGE_PARTS = ("visual", "vision_model", "visual_projection")  # the rest of a dual encoder's weights are of its text
+_IMAGE_PARTS = ("visual", "vision_model", "visual_projection")  # all other weights are the text tower's
 
 MAX_PROMPTS = 4096  # distinct ones in a call and in the cache: 12 MiB of features at width 768
 _CHUNK = 64  # prompts encoded at once, which bounds the text tower's memory
 
 
 def library_of(module: object) -> str:
-    """ "open_clip" or "transformers" for a dual encoder of these libraries, "" for anything else."""
+    """Which library's dual encoder this is, "open_clip" or "transformers"; "" for any other module."""
     for cls in type(module).__mro__:
         if cls.__name__ in _OPEN_CLIP and cls.__module__ == "open_clip.model":
             return "open_clip"
@@ -36,13 +36,13 @@ def library_of(module: object) -> str:
 class DualEncoder:
     """Features of images and texts of one dual encoder, and the logits it computes from them.
 
-    Text features are kept for every prompt seen, the `MAX_PROMPTS` used last, and computed anew when a weight of the
-    text tower was changed in place, replaced, moved or converted. A change that PyTorch does not count (through
-    `weight.data`, as some merges of adapters do) is not seen: make a new explainer after one. Several threads may use
-    one object.
+    The text features of the `MAX_PROMPTS` prompts used last are kept. They are computed again after a weight of the
+    text tower was changed in place, replaced, moved or converted. A change that PyTorch does not count goes unnoticed
+    (through `weight.data`, as some merges of adapters do): make a new explainer after one. Several threads may use one
+    object.
 
     Args:
-        model: for which `library_of` is not empty.
+        model: one that `library_of` recognises.
         tokenizer: turns a list of T prompts into integers [T, n], or into a mapping with `input_ids` (and
             `attention_mask`); a tokenizer or processor of transformers, or what `open_clip.get_tokenizer` returns.
     """
@@ -90,11 +90,10 @@ class DualEncoder:
             raise ValueError(
                 f"targets: expected 1 to {MAX_PROMPTS} distinct prompts, got {len(wanted)}; make several calls"
             )
-        parameter = next(self._text_parameters())[1]
-        precision = _autocast(parameter.device.type)
-        # The modes that watch an explained forward pass must not see this one; they act on the image tower alone.
+        precision = _autocast(next(self._text_parameters()).device.type)
+        # Modes that watch an explained forward pass must not see this one: they are meant for the image tower.
         with self._lock, torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.no_grad():
-            weights = tuple(_state(p) for _, p in self._text_parameters())
+            weights = tuple(map(_state, self._text_parameters()))
             if weights != self._weights:
                 self._features.clear()
                 self._weights = weights
@@ -102,7 +101,7 @@ class DualEncoder:
             for start in range(0, len(missing), _CHUNK):
                 chunk = missing[start : start + _CHUNK]
                 for prompt, feature in zip(chunk, self._encode(chunk), strict=True):
-                    self._features[prompt, precision] = feature.clone()  # no view that keeps the whole chunk alive
+                    self._features[prompt, precision] = feature.clone()  # a view would keep the whole chunk alive
             for prompt in wanted:
                 self._features.move_to_end((prompt, precision))
             found = torch.stack([self._features[prompt, precision] for prompt in prompts])
@@ -110,8 +109,8 @@ class DualEncoder:
                 self._features.popitem(last=False)
         return found
 
-    def _text_parameters(self) -> Any:
-        return ((n, p) for n, p in self.model.named_parameters() if n.split(".")[0] not in _IMAGE_PARTS)
+    def _text_parameters(self) -> Iterator[nn.Parameter]:
+        return (p for name, p in self.model.named_parameters() if name.split(".")[0] not in _IMAGE_PARTS)
 
     def _encode(self, prompts: list[str]) -> Tensor:  # -> [T, E]
         tokens = self._tokens(prompts)
@@ -155,32 +154,32 @@ class DualEncoder:
             got = f"{list(ids.shape)} {ids.dtype}" if isinstance(ids, Tensor) else type(found).__name__
             raise ValueError(
                 f"tokenizer: expected integer tokens [{len(prompts)}, n] for {len(prompts)} prompts (or a mapping with "
-                f"them as input_ids), got {got}; for own tokenizers pass a function from a list of str to that tensor"
+                f"them as input_ids), got {got}; wrap yours in a function from a list of str to that tensor"
             )
         known = self._vocabulary()
         if known and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < known:
             raise ValueError(
-                f"tokenizer: its tokens go up to {int(ids.max())}, the text tower knows 0 to {known - 1}; use the "
-                "tokenizer that belongs to the model"
+                f"tokenizer: expected tokens 0 to {known - 1}, which the text tower knows, got {int(ids.min())} to "
+                f"{int(ids.max())}; use the tokenizer that belongs to the model"
             )
-        device = next(self._text_parameters())[1].device
+        device = next(self._text_parameters()).device
         return {name: value.to(device) for name, value in tokens.items()}
 
     def _padding(self) -> dict[str, Any]:
-        """How transformers' tokenizers have to be called; others know it themselves."""
+        """Further arguments for transformers' tokenizers; others need none."""
         if not _of_transformers(self.tokenizer):
             return {}
         if self.library == "transformers":
             length = self.model.config.text_config.max_position_embeddings
         else:
             length = self.model.context_length
-        # SigLIP reads its last token whatever it is, and open_clip's towers know one length only.
+        # SigLIP always reads the last token, and open_clip's towers take one length only.
         fixed = self.library == "open_clip" or hasattr(self.model, "logit_bias")
         padding = "max_length" if fixed else True
         return {"padding": padding, "truncation": True, "max_length": length, "return_tensors": "pt"}
 
     def _vocabulary(self) -> int:
-        """Number of tokens that the text tower knows; 0 where it cannot be told."""
+        """Number of tokens that the text tower knows; 0 if that is unknown."""
         if self.library == "open_clip":
             embedding = getattr(self.model, "token_embedding", None) or getattr(
                 getattr(self.model, "text", None), "token_embedding", None
@@ -195,12 +194,13 @@ def _of_transformers(tokenizer: object) -> bool:
 
 
 def _text_tokenizer(tokenizer: Callable[..., Any] | None) -> Callable[..., Any] | None:
-    """The tokenizer, also out of a processor of transformers, whose first argument would be images."""
+    """The tokenizer itself, or that of a transformers processor, which takes images as its first argument."""
     if _of_transformers(tokenizer):
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     if tokenizer is not None and not callable(tokenizer):
         raise TypeError(
-            f"tokenizer: expected a callable from a list of str to tokens [T, n], got {type(tokenizer).__name__}"
+            f"tokenizer: expected a callable from a list of str to tokens [T, n], got {type(tokenizer).__name__}; pass "
+            "what open_clip.get_tokenizer or transformers.AutoTokenizer.from_pretrained returns"
         )
     return tokenizer
 
@@ -218,6 +218,6 @@ def _autocast(kind: str) -> torch.dtype | None:
 
 
 def _state(parameter: Tensor) -> tuple[object, ...]:
-    """Changes when the values were changed in place, or the tensor moved, converted or replaced."""
+    """Differs after the values were changed in place, or the tensor was moved, converted or replaced."""
     version = 0 if parameter.is_inference() else parameter._version
     return id(parameter), parameter.data_ptr(), version, parameter.dtype, parameter.device

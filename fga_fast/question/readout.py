@@ -1,4 +1,4 @@
-"""How a model's output answers a question: a model, targets and one differentiable number for each of them."""
+"""How a model's output answers a question: a model, targets, and one differentiable number for each target."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fga_fast.question.dual import MAX_PROMPTS, DualEncoder, library_of
+from fga_fast.question.dual import DualEncoder, library_of
 from fga_fast.question.targets import (
     Answer,
     Difference,
@@ -15,6 +15,7 @@ from fga_fast.question.targets import (
     Targets,
     computed,
     difference,
+    is_function,
     leaves,
     likeness,
     pick,
@@ -37,7 +38,7 @@ class Readout:
         tokenizer: of a dual encoder, for prompts.
 
     Raises:
-        TypeError, ValueError: class names that are no str or empty, a tokenizer without a dual encoder.
+        TypeError, ValueError: class names that are not str or are empty, a tokenizer without a dual encoder.
     """
 
     def __init__(
@@ -50,13 +51,13 @@ class Readout:
         self.dual = DualEncoder(model, tokenizer) if library_of(model) else None
         if tokenizer is not None and self.dual is None:
             raise ValueError(
-                f"tokenizer: {type(model).__name__} is no dual encoder that is known (open_clip's CLIP, transformers' "
-                "CLIPModel or SiglipModel), so it takes no prompts; for names of its classes give class_names"
+                "tokenizer: expected a dual encoder beside it (open_clip's CLIP, transformers' CLIPModel or "
+                f"SiglipModel), got {type(model).__name__}, which takes no prompts; name its classes by class_names"
             )
         self._names = _checked_names(class_names)
         if self.dual is not None and self._names is not None:
             if isinstance(self._names, dict):
-                raise TypeError("class_names: expected a sequence of prompts for a dual encoder, got a mapping")
+                raise TypeError("class_names: expected a list of prompts for a dual encoder, got a mapping")
             if len(set(self._names)) < len(self._names):
                 raise ValueError("class_names: expected different prompts for a dual encoder, got one of them twice")
         self._own = _own_names(model)
@@ -88,13 +89,14 @@ class Readout:
     def answer(self, targets: Targets, output: Tensor) -> Answer:  # [B, classes] or [B, E]
         """The numbers that `targets` ask for, from the model's output.
 
-        Values belong to their own image: autograd differentiates the sum over images, so a function in which the
-        logits of one image have a say in the value of another is refused.
+        A value depends on its own image only. Autograd differentiates the sum over images, so a function that mixes
+        the logits of several images is refused.
 
         Args:
             targets: None: the predicted class. An int or str: this class, name or prompt for all images. A flat
                 sequence [B]: one an image. Nested [B][K], or integers [B, K]: K an image; with a single row: the same
-                K for all. `Difference`, `Embedding`, or a function from the output to values [B] or [B, K].
+                K for all. `Difference`, `Embedding`, or a function from the output to values [B] or [B, K]. A class's
+                name may be a comma-separated synonym or in other letter case, see `names.class_number`.
             output: what `run` returned.
 
         Raises:
@@ -102,13 +104,13 @@ class Readout:
         """
         if isinstance(targets, Embedding):
             return likeness(targets, output)
-        if callable(targets) and not isinstance(targets, type):
+        if is_function(targets):
             return computed(targets, output, None if self.dual else self.names(output.shape[1]))
         parts = (targets.a, targets.b) if isinstance(targets, Difference) else (targets,)
         if self._headless and any(part is None for part in parts):
             raise ValueError(
                 "targets: None is the predicted class, but the model has no classification head; give an Embedding, "
-                "a function of the features, or the number of a feature"
+                "a function of the features, or a feature's number"
             )
         logits, names, classes = self._columns(parts, output)
         picked = [pick(part, logits, names, classes) for part in parts]
@@ -138,7 +140,7 @@ class Readout:
         return given
 
     def _columns(self, parts: tuple[Any, ...], output: Tensor) -> tuple[Tensor, tuple[str, ...] | None, int]:
-        """Logits [B, T], the names of their columns, and how many of them None and ints choose among."""
+        """Logits [B, T], the names of the T columns, and how many of the columns None and ints choose among."""
         if self.dual is None:
             return output, self.names(output.shape[1]), output.shape[1]
         own = self._names if isinstance(self._names, tuple) else ()
@@ -151,19 +153,17 @@ class Readout:
             )
         prompts: tuple[str, ...] = tuple(dict.fromkeys([*own, *(leaf for leaf in asked if isinstance(leaf, str))]))
         if not all(prompt.strip() for prompt in prompts):
-            raise ValueError("targets: expected prompts, got an empty one; say what to look for")
-        if len(prompts) > MAX_PROMPTS:
-            raise ValueError(f"targets: expected at most {MAX_PROMPTS} distinct prompts, got {len(prompts)}")
+            raise ValueError("targets: expected prompts, got an empty one; name what to look for")
         if not prompts:  # no targets for no images
             return output.new_zeros(len(output), 0), (), 0
         return self.dual.logits(output, prompts), prompts, len(own)
 
 
 def _logits_of(output: Any) -> tuple[Any, bool]:
-    """The tensor in what a model returned, and whether it is known to be features instead of logits."""
+    """The tensor in a model's output, and whether it certainly holds features instead of logits."""
     if isinstance(output, Tensor):
         return output, False
-    # `image_embeds` and `pooler_output` are what transformers' towers return: projected features and what is projected.
+    # transformers' towers return `pooler_output`, or `image_embeds` if they project it.
     for name in ("logits", "image_embeds", "pooler_output"):
         found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
         if isinstance(found, Tensor):
@@ -175,7 +175,7 @@ def _checked_output(output: Any, batch: int) -> Tensor:
     if isinstance(output, Tensor) and output.dim() == 2 and len(output) == batch and output.is_floating_point():
         if output.shape[1]:
             return output
-        raise ValueError(f"model: expected logits [{batch}, classes] from images, got no classes, {list(output.shape)}")
+        raise ValueError(f"model: expected logits [{batch}, classes], got {list(output.shape)}; give it a head")
     advice = "wrap it in a module that does"
     if isinstance(output, (tuple, list)):
         advice = "wrap it in a module that returns the entry with the logits"
@@ -204,7 +204,7 @@ def _checked_names(names: Any) -> tuple[str, ...] | dict[int, str] | None:
 
 
 def _own_names(model: nn.Module) -> tuple[str, ...] | None:
-    """Names that a transformers model brings along, where they are more than numbers."""
+    """The class names in a transformers model's configuration, unless they are mere numbers."""
     labels = getattr(getattr(model, "config", None), "id2label", None)
     if not isinstance(labels, Mapping) or not labels:
         return None

@@ -1,16 +1,21 @@
-"""What can be asked of a model: targets of every kind, and the differentiable numbers that they stand for."""
+"""What can be asked of a model: targets of every kind, and the differentiable numbers that they stand for.
+
+To add a kind of target: give it a type here, beside `Difference` and `Embedding`, and name it in `Targets` and in
+`picks_classes`. Write what turns the model's output into its `Answer`, like `likeness`. Call that in `Readout.answer`.
+"""
 
 from __future__ import annotations
 
-import difflib
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fga_fast.question.names import class_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,7 +28,7 @@ class Difference:
 
     Args:
         a: what picks classes or prompts, as in `targets`: None (the predicted class), an int, a name, [B] or [B, K].
-        b: likewise; where one of the two picks one class an image and the other K, the one stands against each of K.
+        b: likewise. If one of the two picks one class an image and the other K, the one is compared with each of the K.
     """
 
     a: Any
@@ -35,9 +40,9 @@ class Embedding:
     """Likeness to a vector: the value explained is the cosine similarity of the model's output [B, E] with it.
 
     Args:
-        vector: [E] for all images, [B, E] one an image, or [B, K, E] (a first dimension of 1 stands for all images);
+        vector: [E] for all images, [B, E] one an image, or [B, K, E] (a first dimension of 1 means: for all images);
             a tensor, an array or nested lists. Meant for models that return features: dual encoders and towers
-            without a head. Of a classifier the output is its logits, so E is the number of its classes.
+            without a head. A classifier's output is its logits, so there E is the number of classes.
     """
 
     vector: Any
@@ -48,6 +53,16 @@ Targets: TypeAlias = (
     "int | str | Sequence[Any] | Tensor | npt.NDArray[np.integer[Any]] | Difference | Embedding "
     "| Callable[[Tensor], Tensor] | None"
 )
+
+
+def is_function(targets: object) -> TypeGuard[Callable[[Tensor], Tensor]]:
+    """Whether the targets are a function of the model's output. A class is not one, although it can be called."""
+    return callable(targets) and not isinstance(targets, type)
+
+
+def picks_classes(targets: object) -> bool:
+    """Whether the targets are classes by number, name or prediction, or prompts, and not one of the other kinds."""
+    return not (isinstance(targets, (Difference, Embedding)) or is_function(targets))
 
 
 class Answer(NamedTuple):
@@ -66,22 +81,28 @@ def pick(
     classes: int,
     ranged: bool = True,
 ) -> Tensor:
-    """Columns [B] or [B, K] of `logits` that `targets` name; None and ints choose among the first `classes`.
+    """Columns [B] or [B, K] int64 of `logits` that `targets` name; None and ints choose among the first `classes`.
 
-    ranged: whether to look for numbers out of range in a tensor, for which the host waits if it is a device's.
+    ranged: whether to look for numbers out of range in a tensor. The host waits for that if the tensor is on a GPU.
+
+    Raises:
+        TypeError, ValueError: targets of another kind or shape, numbers out of range, unknown names.
     """
     batch = len(logits)
     if targets is None:
         return logits[:, :classes].detach().argmax(-1)
+    if not picks_classes(targets):
+        raise TypeError(
+            f"targets: expected classes, names or prompts in a Difference, got {shown(targets)}; compute other "
+            "differences in a function of the logits"
+        )
     if hasattr(targets, "__array__") and not isinstance(targets, Tensor):  # NumPy's arrays and numbers
-        # Kinds of text and of objects; torch says itself what it cannot take.
+        # Text and objects; what else torch cannot take, it says itself.
         targets = targets.tolist() if targets.dtype.kind in "OUST" else torch.as_tensor(targets)
     if not isinstance(targets, Tensor):
-        _check_kind(targets)
-        numbers = _numbered(targets, names, classes)
-        picked = torch.tensor(numbers, dtype=torch.int64, device=logits.device)
+        picked = torch.tensor(_numbered(targets, names, classes), dtype=torch.int64, device=logits.device)
     elif targets.dtype == torch.bool or targets.is_floating_point() or targets.is_complex():
-        raise TypeError(f"targets: expected integer class indices, got dtype {targets.dtype}")
+        raise TypeError(f"targets: expected integer class indices, got dtype {targets.dtype}; convert them")
     else:
         picked = targets.to(device=logits.device, dtype=torch.int64)
         if ranged and picked.numel() and not 0 <= int(picked.min()) <= int(picked.max()) < classes:
@@ -95,7 +116,7 @@ def pick(
             f"targets: expected one class an image, shape [{batch}], got {list(picked.shape)}; K classes an image are "
             f"[{batch}, K], the same K for all images [1, K] or a nested list [[...]]"
         )
-    # Cloned: the caller may change theirs, or be in inference mode.
+    # Cloned, since the caller may change the original or be in inference mode.
     return picked.clone(memory_format=torch.contiguous_format)
 
 
@@ -117,47 +138,39 @@ def leaves(targets: Any) -> Iterator[Any]:
         yield targets
 
 
-def _check_kind(targets: Any) -> None:
-    if isinstance(targets, (Difference, Embedding)) or (callable(targets) and not isinstance(targets, type)):
-        raise TypeError(
-            f"targets: a Difference is of classes, names or prompts, got {shown(targets)} in it; compute other "
-            "differences in a function of the logits"
-        )
-    if isinstance(targets, (bytes, bytearray)) or not (
-        isinstance(targets, (str, int, float, Sequence)) or hasattr(targets, "__index__")
-    ):
-        raise TypeError(
-            "targets: expected None, an int or integers [B] or [B, K], names or prompts likewise, a Difference, an "
-            f"Embedding or a function of the logits, got {shown(targets)}"
-        )
-
-
 def _numbered(targets: Any, names: Sequence[str] | None, classes: int, depth: int = 0) -> Any:
     """Ints, names and lists of them as ints and lists of ints, checked."""
     if hasattr(targets, "tolist"):
         targets = targets.tolist()
-    if isinstance(targets, Sequence) and not isinstance(targets, (str, bytes)):
+    if isinstance(targets, Sequence) and not isinstance(targets, (str, bytes, bytearray)):
         if depth == 2:
-            raise TypeError(
-                "targets: expected an int or a flat list of ints or names, or lists of them, got deeper ones"
-            )
+            raise TypeError("targets: expected ints or names, a list of them, or a list of such lists, got deeper ones")
         rows = [_numbered(part, names, classes, depth + 1) for part in targets]
         sizes = {len(row) if isinstance(row, list) else -1 for row in rows}  # -1: a single target
         if len(sizes) > 1 or sizes == {0}:
             told = ", ".join("one without a list" if size < 0 else str(size) for size in sorted(sizes))
             raise TypeError(
                 "targets: expected an int or a flat list of ints or names, one an image, or lists with equally many "
-                f"for every image, got lists of different lengths or empty ones ({told})"
+                f"for each image, got lists of different lengths or empty ones ({told})"
             )
         return rows
     if isinstance(targets, str):
-        return _number_of(targets, names)
+        if names is None:
+            raise ValueError(
+                f"targets: got the class name {targets!r}, but the model's classes have no names; construct "
+                "Explainer(..., class_names=[...]) or give the number"
+            )
+        return class_number(targets, names)
     try:
         if isinstance(targets, bool):
             raise TypeError
         number = operator.index(targets)
     except TypeError:
-        raise TypeError(f"targets: expected integer class indices or class names, got {shown(targets)}") from None
+        expected = "integer class indices, names or prompts"
+        if depth == 0:
+            expected = "None, an int or integers [B] or [B, K], names or prompts likewise, a Difference, an Embedding"
+            expected += " or a function of the logits"
+        raise TypeError(f"targets: expected {expected}, got {shown(targets)}") from None
     if not 0 <= number < classes:
         raise _out_of_range(number, classes)
     return number
@@ -167,27 +180,6 @@ def _out_of_range(number: int, classes: int) -> ValueError:
     return ValueError(f"targets: expected classes 0 to {classes - 1}, got {number}")
 
 
-def _number_of(name: str, names: Sequence[str] | None) -> int:
-    if not name.strip():
-        raise ValueError("targets: expected the name of a class, got an empty one")
-    if names is None:
-        raise ValueError(
-            f"targets: got the class name {name!r}, but the model's classes have no names; construct "
-            "Explainer(..., class_names=[...]) or give the class's number"
-        )
-    found = [number for number, other in enumerate(names) if other == name]
-    if len(found) > 1:
-        raise ValueError(f"targets: {name!r} is the name of classes {', '.join(map(str, found))}; give the number")
-    if not found:
-        lowered = {other.lower(): other for other in names}
-        close = [other for lower, other in lowered.items() if name.lower() in lower][:3]
-        close = close or [lowered[lower] for lower in difflib.get_close_matches(name.lower(), lowered, n=3)]
-        meant = " or ".join(map(repr, close))
-        advice = f"did you mean {meant}?" if close else f"they begin {', '.join(map(repr, names[:5]))}"
-        raise ValueError(f"targets: {name!r} is not among the names of the {len(names)} classes; {advice}")
-    return found[0]
-
-
 def shown(value: object) -> str:
     """A value for an error message: short, with its type."""
     text = repr(value)
@@ -195,20 +187,20 @@ def shown(value: object) -> str:
 
 
 def difference(a: Tensor, b: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns and values of a `Difference` from the columns [B] or [B, K] of its parts."""
+    """Columns and values, [B] or [B, K] each, of a `Difference` between the columns `a` and `b` ([B] or [B, K])."""
     if a.dim() != b.dim():  # one class an image against each of K
         a, b = (part[:, None] if part.dim() == 1 else part for part in (a, b))
     if a.shape != b.shape and 1 not in (a.shape[1], b.shape[1]):
         raise ValueError(
             f"targets: expected as many classes in both parts of a Difference, got {a.shape[1]} and {b.shape[1]} an "
-            "image"
+            "image; give one class in one of them, or K in both"
         )
     a, b = a.expand_as(a + b), b.expand_as(a + b)
     same = (a == b).reshape(len(a), -1).any(-1).nonzero()[:, 0].tolist() if a.numel() else []
     if same:
         raise ValueError(
-            "targets: the Difference of a class and itself is 0 and explains nothing, got one for image "
-            f"{', '.join(map(str, same[:8]))}; leave it out or choose another class"
+            "targets: expected two different classes in a Difference, got the same one twice for image "
+            f"{', '.join(map(str, same[:8]))}; that is 0 and explains nothing, so choose another class"
         )
     return a.contiguous(), values_at(logits, a) - values_at(logits, b)
 
@@ -218,9 +210,11 @@ def likeness(target: Embedding, output: Tensor) -> Answer:  # [B, E]
     try:
         vector = torch.as_tensor(target.vector).detach()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"targets: expected numbers [E], [B, E] or [B, K, E] in Embedding: {error}") from error
+        raise TypeError(
+            f"targets: expected numbers [E], [B, E] or [B, K, E] in an Embedding, got {shown(target.vector)}: {error}"
+        ) from error
     if vector.dtype == torch.bool or vector.is_complex():
-        raise TypeError(f"targets: expected real numbers in Embedding, got dtype {vector.dtype}")
+        raise TypeError(f"targets: expected real numbers in an Embedding, got dtype {vector.dtype}; convert it")
     batch, width = output.shape
     fits = vector.dim() == 1 or (vector.dim() in (2, 3) and len(vector) in (1, batch))
     if not fits or vector.shape[-1] != width or 0 in vector.shape[1:]:
@@ -232,8 +226,11 @@ def likeness(target: Embedding, output: Tensor) -> Answer:  # [B, E]
     vector = vector.to(device=output.device, dtype=wide)
     length = vector.norm(dim=-1, keepdim=True)
     if not bool((torch.isfinite(length) & (length > 0)).all()):
-        raise ValueError("targets: the vector of an Embedding is zero, or holds NaN or Inf; it has no direction")
-    # F.normalize, since a conservative backward pass knows it as a norm that divides features.
+        raise ValueError(
+            "targets: expected a finite vector other than 0 in an Embedding, got one that is zero, or holds NaN or "
+            "Inf, so it has no direction; leave it out"
+        )
+    # F.normalize, which the conservative backward pass recognises as a norm.
     unit, direction = F.normalize(output.to(wide), dim=-1), vector / length
     if vector.dim() == 3:
         cosines = (unit[:, None] * direction).sum(-1)  # [B, K]
@@ -247,8 +244,8 @@ def likeness(target: Embedding, output: Tensor) -> Answer:  # [B, E]
 
 def computed(function: Callable[[Tensor], Tensor], output: Tensor, names: tuple[str, ...] | None) -> Answer:
     """The answer to a function of the output [B, classes]: what it returns, checked."""
-    # A copy, since the function may work in place; and out of sight of the modes that watch the model, which would take
-    # the function's own norms and activations for the model's.
+    # A copy, since the function may work in place. Hidden from the modes that watch the model, which would take the
+    # function's own norms and activations for the model's.
     copy = output.clone()
     with torch._C.DisableTorchFunction():
         values: Any = function(copy)
@@ -275,8 +272,8 @@ def computed(function: Callable[[Tensor], Tensor], output: Tensor, names: tuple[
 def _check_gradients(values: Tensor, output: Tensor, name: str) -> None:  # [B] or [B, K], [B, classes]
     """Refuses values without a gradient, and values of images that depend on the logits of others.
 
-    Autograd differentiates the sum over images, so the latter would mix explanations. Odd and even images must not
-    see each other: two backward passes from the values to the logits, which the model has no part in.
+    Autograd differentiates the sum over images, so the latter would mix explanations. Two backward passes from the
+    values to the logits, one for even and one for odd images, show whether they mix; the model takes no part in them.
     """
     weight = torch.linspace(1, 2, values[:1].numel(), dtype=values.dtype, device=values.device).view_as(values[:1])
     for start in range(min(len(values), 2)):
@@ -287,11 +284,13 @@ def _check_gradients(values: Tensor, output: Tensor, name: str) -> None:  # [B] 
             (found,) = torch.autograd.grad(values, output, seed, retain_graph=True, allow_unused=True)
         if found is None:
             raise ValueError(
-                f"targets: what {name} returns carries no gradient to the logits; compute it with torch from its "
-                "argument, without detach(), item(), NumPy, argmax or torch.no_grad()"
+                f"targets: expected {name} to return values with a gradient, but what it returns carries no gradient "
+                "to the logits; compute it with torch from its argument, without detach(), item(), NumPy, argmax or "
+                "torch.no_grad()"
             )
         if bool((found[1 - start :: 2] != 0).any()):
             raise ValueError(
-                f"targets: in what {name} returns, the value of an image depends on the logits of other images, whose "
-                "explanations would be mixed; compute row by row (softmax(-1), not softmax(0) or a mean over images)"
+                f"targets: expected {name} to compute each image's value from its own logits, but a value depends on "
+                "the logits of other images, which would mix their explanations; compute row by row (softmax(-1), not "
+                "softmax(0) or a mean over images)"
             )

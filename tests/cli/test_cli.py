@@ -1,28 +1,30 @@
-"""`fga-fast explain` from end to end on a small random timm model, and every refusal with its message."""
+"""`fga-fast explain` from end to end on a small random timm model and the demo, and every refusal with its message."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fga_fast.cli import explain as explain_command
+from fga_fast import Explainer, Explanation, Gate, SparseAutoencoder
+from fga_fast.assets import fashion_config, fashion_scenes
+from fga_fast.cli import ways
 from fga_fast.cli.main import main
-from fga_fast.cli.subject import Subject
-from fga_fast.io.checkpoint import Checkpoint
 from fga_fast.io.images import Preprocess, load_image
-from fga_fast.result.explanation import Explanation
-from fga_fast.sae import SparseAutoencoder
 
 timm = pytest.importorskip("timm")
 
 MODEL, WIDTH = "test_vit", 64  # timm's own test model: 160 px, 10 x 10 patches, 6 blocks
+RANDOM = ("--model", MODEL, "--random-weights")
+Refused = Callable[..., str]
 
 
 @pytest.fixture(scope="session")
@@ -56,8 +58,10 @@ def picture(seed: int, width: int = 300, height: int = 200) -> Image.Image:
     return Image.fromarray((values * 255).byte().numpy()).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def state(weights: Path) -> dict[str, Tensor]:
-    return Checkpoint(weights).tensors()
+def explained(out: Path, *given: object) -> tuple[Explanation, dict[str, Any]]:
+    """Runs `explain`, which has to succeed; what it wrote into `out`."""
+    assert main([*map(str, ("explain", *given, "--out", out))]) == 0
+    return Explanation.load(out / "relevance.safetensors"), json.loads((out / "explanation.json").read_text())
 
 
 # what it writes
@@ -66,62 +70,48 @@ def state(weights: Path) -> dict[str, Tensor]:
 def test_explain_one_photo(
     tmp_path: Path, weights: Path, sae: Path, photo: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ["--model", MODEL, "--checkpoint", str(weights), "--sae", f"2={sae}", "--sae", f"4={sae}"]
-    given += ["--target", "3", "7", "--out", str(tmp_path), "--base", "5", "--top-features", "4"]
-    assert main(["explain", str(photo), *given]) == 0
-    found = {path.name for path in tmp_path.iterdir()}
-    assert found == {"figure.png", "explanation.json", "relevance.safetensors"}
-    kept = Explanation.load(tmp_path / "relevance.safetensors")
-    assert kept.relevance.shape == (2, 100)
-    assert kept.targets.tolist() == [3, 7]
-    assert kept.ungated is not None
-    assert all(float(gate.min()) >= 1 / 5 - 1e-6 and float(gate.max()) <= 5 + 1e-5 for gate in kept.gates.values())
-    facts = json.loads((tmp_path / "explanation.json").read_text())
-    assert facts["grid"] == [10, 10]
-    assert facts["gated_layers"] == [2, 4]
-    assert facts["probability_is"] == "softmax"
-    assert facts["milliseconds"] > 0 and facts["milliseconds_forward_pass"] > 0
-    for row, (one, target) in enumerate(zip(facts["explained"], (3, 7), strict=True)):
-        assert one["target"] == target
-        assert one["probability"] == pytest.approx(float(kept.logits[row].softmax(0)[target]), rel=1e-5)
-        listed = [(pair["feature"], pair["contribution"]) for pair in one["top_features"]["4"]]
-        assert listed == [tuple(pair) for pair in kept.top_features(4, 4)[row]]
-    assert Image.open(tmp_path / "figure.png").width > 1000
+    """The numbers are the library's, for classes that are given and for the predicted one."""
+    given: list[object] = [photo, "--model", MODEL, "--checkpoint", weights]
+    gated = ["--sae", f"2={sae}", f"4={sae}", "--target", "3", "7", "--base", "5", "--top-features", "4"]
+    kept, facts = explained(tmp_path / "gated", *given, *gated)
+    assert {path.name for path in (tmp_path / "gated").iterdir()} == {
+        "figure.png", "explanation.json", "relevance.safetensors"
+    }  # fmt: skip
+    assert Image.open(tmp_path / "gated" / "figure.png").width > 1000
     text = capsys.readouterr().out
-    for part in ("grid 10 x 10", "FGA, gates after block 2, 4", "milliseconds", "class 3: probability", "block 4 top"):
+    for part in ("grid 10 x 10", "FGA, gates after block 2, 4", "milliseconds", "class 3: logit", "block 4 top"):
         assert part in text
 
-
-def test_numbers_are_those_of_the_library(tmp_path: Path, weights: Path, sae: Path, photo: Path) -> None:
-    from fga_fast.explainer import Explainer
-
-    given = ["--model", MODEL, "--checkpoint", str(weights), "--sae", f"3={sae}", "--out", str(tmp_path)]
-    assert main(["explain", str(photo), *given]) == 0
     model = timm.create_model(MODEL, num_classes=11, dynamic_img_size=False).eval()
-    model.load_state_dict(state(weights))
-    half = (0.5, 0.5, 0.5)
-    image = Preprocess((160, 160), half, half, crop_pct=0.95)(load_image(photo)).unsqueeze(0)
-    expected = Explainer(model, saes={3: SparseAutoencoder.from_pretrained(sae)})(image)
-    kept = Explanation.load(tmp_path / "relevance.safetensors")
-    assert kept.targets.tolist() == expected.targets.tolist()  # the predicted class
-    torch.testing.assert_close(kept.relevance, expected.relevance, rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(kept.ungated, Explainer(model)(image).relevance, rtol=1e-4, atol=1e-7)
+    model.load_state_dict(load_file(weights))
+    image = Preprocess((160, 160), (0.5,) * 3, (0.5,) * 3, crop_pct=0.95)(load_image(photo)).unsqueeze(0)
+    saes = dict.fromkeys((2, 4), SparseAutoencoder.from_pretrained(sae))
+    want = Explainer(model, saes, gate=Gate(base=5), top_features=4, ungated=True)(image, [[3, 7]])
+    for name in ("targets", "relevance", "ungated", "logits"):
+        torch.testing.assert_close(getattr(kept, name), getattr(want, name), rtol=1e-4, atol=1e-7)
+    assert kept.gates.keys() == {2, 4} and kept.relevance.shape == (1, 2, 100)
+    assert all(float(gate.min()) >= 1 / 5 - 1e-6 and float(gate.max()) <= 5 + 1e-5 for gate in kept.gates.values())
+    assert (facts["grid"], facts["gated_layers"], facts["gate_base"]) == ([10, 10], [2, 4], 5)
+    assert facts["probability_is"] == "softmax"
+    assert facts["milliseconds"] > 0 and facts["milliseconds_forward_pass"] > 0
+    for k, (one, target) in enumerate(zip(facts["explained"], (3, 7), strict=True)):
+        assert one["target"] == target
+        assert one["probability"] == pytest.approx(float(kept.logits[0].softmax(0)[target]), rel=1e-5)
+        listed = [(pair["feature"], pair["contribution"]) for pair in one["top_features"]["4"]]
+        assert listed == [tuple(pair) for pair in kept.top_features(4, 4)[0][k]]
 
-
-def test_without_saes_it_is_transmm(
-    tmp_path: Path, weights: Path, photo: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    given = ["--model", MODEL, "--checkpoint", str(weights), "--out", str(tmp_path / "new" / "folder")]
-    assert main(["explain", str(photo), *given]) == 0
+    kept, facts = explained(tmp_path / "new" / "folder", *given)
     assert "TransMM, no autoencoder given" in capsys.readouterr().out
-    kept = Explanation.load(tmp_path / "new" / "folder" / "relevance.safetensors")
-    assert kept.gates == {}
-    assert kept.ungated is None
+    want = Explainer(model)(image)
+    assert kept.targets.tolist() == want.targets.tolist()
+    torch.testing.assert_close(kept.relevance, want.relevance, rtol=1e-4, atol=1e-7)
+    assert kept.gates == {} and kept.ungated is None and facts["gate_base"] is None
 
 
-def test_folder_goes_on_after_a_broken_image(
-    tmp_path: Path, weights: Path, sae: Path, capsys: pytest.CaptureFixture[str]
+def test_folder_goes_on_after_a_broken_image_and_without_matplotlib(
+    tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
     picture(1).save(folder / "a.png")
@@ -129,59 +119,30 @@ def test_folder_goes_on_after_a_broken_image(
     picture(3).convert("RGBA").save(folder / "d.png")
     data = (folder / "a.png").read_bytes()
     (folder / "b.png").write_bytes(data[: len(data) // 2])
-    given = [
-        "--model",
-        MODEL,
-        "--checkpoint",
-        str(weights),
-        "--sae",
-        f"2={sae}",
-        "--batch-size",
-        "2",
-        "--out",
-        str(out),
-    ]
-    assert main(["explain", str(folder), *given, "--target", "1", "4"]) == 1
+    given = ["--model", MODEL, "--checkpoint", str(weights), "--batch-size", "2", "--target", "1", "4"]
+    assert main(["explain", str(folder), *given, "--out", str(out)]) == 1
     assert {path.name for path in out.iterdir()} == {"a.png", "c.png", "d.png", "contact_sheet.png"}
     for name in ("a.png", "c.png", "d.png"):
         assert json.loads((out / name / "explanation.json").read_text())["image"].endswith(name)
+        assert Image.open(out / name / "figure.png").width > 300
     captured = capsys.readouterr()
-    assert "left out b.png" in captured.err and "truncated" in captured.err
-    assert "1 of 4 image(s)" in captured.err
-    assert "explaining" in captured.err  # the progress bar
+    # The last is the progress bar.
+    for part in ("left out b.png", "truncated", "1 of 4 image(s)", "explaining"):
+        assert part in captured.err
+    assert captured.err.count("fga_fast[plot]") == 1
     assert "explained 3 image(s), left out 1" in captured.out
-    alone = tmp_path / "alone"
-    assert main(["explain", str(folder / "c.png"), *given[:-1], str(alone), "--target", "1", "4"]) == 0
+    alone, _ = explained(tmp_path / "alone", folder / "c.png", *given)
     batched = Explanation.load(out / "c.png" / "relevance.safetensors")
-    torch.testing.assert_close(
-        Explanation.load(alone / "relevance.safetensors").relevance, batched.relevance, rtol=1e-4, atol=1e-7
-    )
-
-
-def test_folder_of_broken_images_only(tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "in"
-    folder.mkdir()
-    (folder / "a.png").write_bytes(b"nothing")
-    given = ["--model", MODEL, "--checkpoint", str(weights), "--out", str(tmp_path / "out")]
-    assert main(["explain", str(folder), *given]) == 1
+    torch.testing.assert_close(alone.relevance, batched.relevance, rtol=1e-4, atol=1e-7)
+    for name in ("a.png", "c.png", "d.png"):
+        (folder / name).unlink()
+    assert main(["explain", str(folder), *given, "--out", str(out)]) == 1
     assert "1 of 1 image(s)" in capsys.readouterr().err
-
-
-def test_without_matplotlib_overlays_are_written(
-    tmp_path: Path, weights: Path, photo: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    given = ["--model", MODEL, "--checkpoint", str(weights), "--out", str(tmp_path)]
-    assert main(["explain", str(photo), *given]) == 0
-    assert "fga_fast[plot]" in capsys.readouterr().err
-    assert Image.open(tmp_path / "figure.png").width > 300
 
 
 def test_fashion_demo_needs_no_arguments(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fga_fast.assets import fashion_config
-
     monkeypatch.chdir(tmp_path)
     assert main(["explain"]) == 0
     out = tmp_path / "fga-fast-out"
@@ -194,137 +155,144 @@ def test_fashion_demo_needs_no_arguments(
     for one in facts["explained"]:
         assert one["name"] in fashion_config().class_names
         assert one["probability"] > 0.5
-        assert one["top_features"]
-        assert f"{one['name']} (class {one['target']}): probability" in text
+        assert all(one["top_features"].values())
+        assert f"{one['name']} (class {one['target']}): logit {one['logit']:.3f}, probability" in text
 
 
-def test_demo_takes_class_names(tmp_path: Path) -> None:
-    from fga_fast.assets import fashion_config
+def test_settings_are_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the demo, whose classes may be named in any letter case."""
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)  # which takes longest
+    scene = fashion_scenes()[0]
+    plain, facts = explained(tmp_path, scene, "--target", fashion_config().class_names[1].upper())
+    assert plain.targets.tolist() == [1] and facts["explained"][0]["target"] == 1
+    assert bool((plain.relevance >= 0).all()) and plain.start_layer == 0
+    assert bool((explained(tmp_path, scene, "--signed")[0].relevance < 0).any())
+    shares, _ = explained(tmp_path, scene, "--method", "input_x_gradient", "--backward", "conservative")
+    assert bool((shares.relevance < 0).any())
+    assert explained(tmp_path, scene, "--start-layer", "2")[0].start_layer == 2
+    assert explained(tmp_path, scene, "--backend", "composite")[0].backend == "composite"
 
-    name = fashion_config().class_names[1]
-    assert main(["explain", "--target", name.upper(), "--out", str(tmp_path)]) == 0
-    facts = json.loads((tmp_path / "explanation.json").read_text())
-    assert [one["target"] for one in facts["explained"]] == [1]
+
+def test_synonyms_name_classes(tmp_path: Path, photo: Path) -> None:
+    _, facts = explained(tmp_path, photo, *RANDOM, "--target", "Tabby cat", "281", "golden retriever")
+    assert [one["target"] for one in facts["explained"]] == [281, 281, 207]
+    assert facts["explained"][0]["name"].startswith("tabby, tabby cat")
 
 
 # refusals
 
 
-def refused(capsys: pytest.CaptureFixture[str], *given: object) -> str:
-    """Runs `explain`, which has to end with exit code 2 and one message, and returns that message."""
-    assert main(["explain", *map(str, given)]) == 2
-    text = capsys.readouterr().err
-    assert text.startswith("fga-fast: error: ")
-    assert "Traceback" not in text
-    return text
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--checkpoint=x.pt"], "--checkpoint: expected --model"),
+        (["--pretrained"], "--pretrained: expected --model"),
+        (["--random-weights"], "--random-weights: expected --model"),
+        (["--model", "no_such_vit", "--random-weights"], "timm has no model 'no_such_vit'"),
+        ([*RANDOM, "--pretrained"], "expected one of them"),
+        ([*RANDOM, "--target", "1000"], "--target: expected a class from 0 to 999, got 1000"),
+        ([*RANDOM, "--target", "-1"], "--target: expected a class from 0 to 999, got -1"),
+        ([*RANDOM, "--target", "unicorn"], "--target: 'unicorn' is not among the names of the 1000 classes"),
+        ([*RANDOM, "--target", "terrier"], "did you mean 'Maltese dog"),
+        ([*RANDOM, "--target", "crane"], "--target: 'crane' is a name of 2 classes: 134 (crane"),
+        ([*RANDOM, "--sae", "sae_folder"], "--sae: expected BLOCK=PATH"),
+        ([*RANDOM, "--sae", "2=no_such_folder"], "no file or folder no_such_folder"),
+        (["--model", MODEL, "--checkpoint", "no_such.safetensors"], "no file no_such.safetensors"),
+        ([*RANDOM, "--batch-size", "0"], "--batch-size: expected at least 1, got 0"),
+        ([*RANDOM, "--device", "warp"], "warp"),
+        (["--model", "resnet18", "--random-weights"], "ResNet"),
+        ([*RANDOM, "--base", "-1"], "base"),
+        (["--start-layer", "3"], "saes[2]"),
+    ],
+)
+def test_wrong_arguments(tmp_path: Path, photo: Path, refused: Refused, given: list[str], message: str) -> None:
+    assert message in refused("explain", photo, "--out", tmp_path / "out", *given)
+    assert list((tmp_path / "out").glob("*")) == []
 
 
-@pytest.mark.parametrize("flag", ("--checkpoint=x.pt", "--pretrained", "--random-weights"))
-def test_weights_without_a_model_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str) -> None:
-    assert f"{flag.partition('=')[0]}: expected --model" in refused(capsys, flag, "--out", tmp_path)
+def test_names_that_are_not_known(tmp_path: Path, weights: Path, photo: Path, refused: Refused) -> None:
+    given = [photo, "--model", MODEL, "--checkpoint", weights, "--target", "cat", "--out", tmp_path]
+    assert "--target: expected a number from 0 to 10, since the names of" in refused("explain", *given)
 
 
-def test_results_do_not_go_among_the_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_results_do_not_go_among_the_images(tmp_path: Path, refused: Refused) -> None:
     picture(0).save(tmp_path / "a.png")
-    assert "is the folder of the images" in refused(capsys, tmp_path, "--out", tmp_path)
+    assert "is the folder of the images" in refused("explain", tmp_path, "--out", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
-def test_missing_weights_are_named(tmp_path: Path, photo: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = refused(capsys, photo, "--model", MODEL, "--out", tmp_path)
+def test_missing_weights(tmp_path: Path, photo: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["explain", photo, "--model", MODEL, "--out", tmp_path]
+    text = refused(*given)
     for part in (f"no weights for {MODEL}", "--checkpoint FILE", "pretrained=True", "--random-weights"):
         assert part in text
 
-
-def test_missing_network_is_explained(
-    tmp_path: Path, photo: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
     def offline(*_: object, **__: object) -> None:
         raise OSError("no route to host")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    text = refused(capsys, photo, "--model", MODEL, "--pretrained", "--out", tmp_path)
-    assert "no route to host" in text
-    assert "--checkpoint FILE" in text
+    text = refused(*given, "--pretrained")
+    assert "no route to host" in text and "--checkpoint FILE" in text
 
 
-def test_random_weights_only_when_asked(tmp_path: Path, photo: Path, weights: Path) -> None:
-    assert main(["explain", str(photo), "--model", MODEL, "--random-weights", "--out", str(tmp_path)]) == 0
-    assert json.loads((tmp_path / "explanation.json").read_text())["explained"][0]["name"]
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (["--model", "no_such_vit", "--random-weights"], "timm has no model 'no_such_vit'"),
-        (["--model", MODEL, "--random-weights", "--pretrained"], "expected one of them"),
-        (["--model", MODEL, "--random-weights", "--target", "1000"], "expected a class from 0 to 999, got 1000"),
-        (["--model", MODEL, "--random-weights", "--target", "-1"], "expected a class from 0 to 999, got -1"),
-        (["--model", MODEL, "--random-weights", "--target", "unicorn"], "is called 'unicorn'"),
-        (["--model", MODEL, "--random-weights", "--target", "terrier"], "fits several classes: 153 (Maltese dog"),
-        (["--model", MODEL, "--random-weights", "--sae", "sae_folder"], "expected LAYER=PATH"),
-        (["--model", MODEL, "--random-weights", "--sae", "2=no_such_folder"], "no file or folder no_such_folder"),
-        (["--model", MODEL, "--checkpoint", "no_such.safetensors"], "no file no_such.safetensors"),
-        (["--model", MODEL, "--random-weights", "--batch-size", "0"], "--batch-size"),
-        (["--model", MODEL, "--random-weights", "--device", "warp"], "warp"),
-        (["--model", "resnet18", "--random-weights"], "ResNet"),
-        (["--model", MODEL, "--random-weights", "--base", "-1"], "base"),
-    ],
-)
-def test_wrong_arguments(
-    tmp_path: Path, photo: Path, capsys: pytest.CaptureFixture[str], given: list[str], message: str
-) -> None:
-    assert message in refused(capsys, photo, "--out", tmp_path / "out", *given)
-    assert list((tmp_path / "out").glob("*")) == []
-
-
-def test_wrong_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = ["--model", MODEL, "--random-weights", "--out", tmp_path / "out"]
-    assert "no file or folder" in refused(capsys, tmp_path / "gone.png", *model)
+def test_wrong_images(tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    assert "cut.png" in refused(capsys, tmp_path / "cut.png", *model)
     (tmp_path / "empty").mkdir()
-    assert "no image in" in refused(capsys, tmp_path / "empty", *model)
-    assert "IMAGE: expected" in refused(capsys, *model)
+    for name, message in (("gone.png", "no file or folder"), ("cut.png", "cut.png"), ("empty", "no image in")):
+        assert message in refused("explain", tmp_path / name, *RANDOM, "--out", tmp_path / "out")
+    assert "IMAGE: expected" in refused("explain", *RANDOM, "--out", tmp_path / "out")
 
 
-def test_sae_that_does_not_fit(tmp_path: Path, photo: Path, sae: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = [photo, "--model", MODEL, "--random-weights", "--out", tmp_path]
-    assert "layer 6 is out of range" in refused(capsys, *model, "--sae", f"6={sae}")  # blocks are 0 to 5
-    named = [*model, "--sae", f"2={sae}", "--sae-normalize", "layer_norm"]
-    assert "stores its own normalisation; got normalize='layer_norm'" in refused(capsys, *named)
-    assert "second one for layer 2" in refused(capsys, *model, "--sae", f"2={sae}", f"2={sae}")
+def test_sae_that_does_not_fit(tmp_path: Path, photo: Path, sae: Path, refused: Refused) -> None:
     small = SparseAutoencoder(torch.eye(8), torch.zeros(8), torch.eye(8), torch.zeros(8), activation="relu")
-    assert "width 8" in refused(capsys, *model, "--sae", f"2={small.save(tmp_path / 'small')}")
+    small_path = small.save(tmp_path / "small")
+    for given, message in (
+        ([f"6={sae}"], "6 is out of range"),  # blocks are 0 to 5
+        ([f"2={sae}", "--sae-normalize", "layer_norm"], "its own normalisation; got normalize='layer_norm'"),
+        ([f"2={sae}", f"2={sae}"], "expected one autoencoder a block, got two for block 2"),
+        ([f"2={small_path}"], "width 8"),
+    ):
+        assert message in refused("explain", photo, *RANDOM, "--out", tmp_path, "--sae", *given)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_missing_cuda_is_said(tmp_path: Path, photo: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = refused(capsys, photo, "--model", MODEL, "--random-weights", "--device", "cuda", "--out", tmp_path)
-    assert "no CUDA device" in text
+def test_missing_cuda_is_said(tmp_path: Path, photo: Path, refused: Refused) -> None:
+    assert "no CUDA device" in refused("explain", photo, *RANDOM, "--device", "cuda", "--out", tmp_path)
+
+
+def forbid(*_: object, **__: object) -> None:
+    raise AssertionError("this was called before the arguments were checked")
+
+
+def test_truncated_checkpoint(
+    tmp_path: Path, weights: Path, photo: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timm, "create_model", forbid)
+    cut = tmp_path / "cut.safetensors"
+    data = weights.read_bytes()
+    for length in (0, 5, 500, len(data) - 1):
+        cut.write_bytes(data[:length])
+        text = refused("explain", photo, "--model", MODEL, "--checkpoint", cut, "--out", tmp_path / "out")
+        assert "truncated" in text or "neither a safetensors nor" in text
 
 
 # output folders
 
 
 def test_unusable_output_folder_is_found_before_computing(
-    tmp_path: Path, photo: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, photo: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def computing(*_: object) -> Subject:
-        raise AssertionError("the model was loaded before the folder was checked")
-
-    monkeypatch.setattr(explain_command, "load_subject", computing)
+    monkeypatch.setattr(ways, "load_subject", forbid)
     (tmp_path / "file").write_text("x")
     for out in (tmp_path / "file", tmp_path / "file" / "folder"):
-        text = refused(capsys, photo, "--model", MODEL, "--random-weights", "--out", out)
-        assert f"cannot write into the folder {out}" in text
+        assert f"cannot write into the folder {out}" in refused("explain", photo, *RANDOM, "--out", out)
     assert (tmp_path / "file").read_text() == "x"
 
 
 def test_read_only_output_folder(
-    tmp_path: Path, photo: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, photo: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A stand-in for chmod, which root's processes are not bound by.
+    # A stand-in for chmod, which does not bind root's processes.
     original = Path.open
 
     def refuse(self: Path, mode: str = "r", *more: object, **settings: object) -> object:
@@ -333,13 +301,13 @@ def test_read_only_output_folder(
         return original(self, mode, *more, **settings)  # type: ignore[call-overload]
 
     monkeypatch.setattr(Path, "open", refuse)
-    text = refused(capsys, photo, "--model", MODEL, "--random-weights", "--out", tmp_path)
+    text = refused("explain", photo, *RANDOM, "--out", tmp_path)
     assert "cannot write into the folder" in text and "Permission denied" in text
     assert list(tmp_path.iterdir()) == []
 
 
 def test_disk_that_fills_up_leaves_no_half_file(
-    tmp_path: Path, photo: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, photo: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
 
@@ -349,52 +317,33 @@ def test_disk_that_fills_up_leaves_no_half_file(
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    text = refused(capsys, photo, "--model", MODEL, "--random-weights", "--out", tmp_path)
-    assert "No space left" in text
+    assert "No space left" in refused("explain", photo, *RANDOM, "--out", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["explanation.json"]
     json.loads((tmp_path / "explanation.json").read_text())
-
-
-def test_truncated_checkpoint(
-    tmp_path: Path, weights: Path, photo: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def building(*_: object, **__: object) -> None:
-        raise AssertionError("the model was built before the checkpoint was checked")
-
-    monkeypatch.setattr(timm, "create_model", building)
-    cut = tmp_path / "cut.safetensors"
-    data = weights.read_bytes()
-    for length in (0, 5, 500, len(data) - 1):
-        cut.write_bytes(data[:length])
-        text = refused(capsys, photo, "--model", MODEL, "--checkpoint", cut, "--out", tmp_path / "out")
-        assert "truncated" in text or "neither a safetensors nor" in text
 
 
 # the program itself
 
 
 def test_usage_errors_and_help(capsys: pytest.CaptureFixture[str]) -> None:
-    for given in ([], ["fly"], ["explain", "--backend", "abacus"]):
+    for given, code in (([], 2), (["fly"], 2), (["explain", "--backend", "abacus"], 2), (["--version"], 0)):
         with pytest.raises(SystemExit) as stopped:
             main(given)
-        assert stopped.value.code == 2
-    with pytest.raises(SystemExit) as stopped:
-        main(["--version"])
-    assert stopped.value.code == 0
+        assert stopped.value.code == code
     assert "fga-fast" in capsys.readouterr().out
 
 
 def test_traceback_on_request(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        main(["--traceback", "explain", str(tmp_path / "gone.png"), "--model", MODEL, "--random-weights"])
+        main(["--traceback", "explain", str(tmp_path / "gone.png"), *RANDOM])
 
 
 def test_interrupt(
     tmp_path: Path, photo: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: object) -> Subject:
+    def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(explain_command, "load_subject", interrupted)
-    assert main(["explain", str(photo), "--model", MODEL, "--random-weights", "--out", str(tmp_path)]) == 130
+    monkeypatch.setattr(ways, "load_subject", interrupted)
+    assert main(["explain", str(photo), *RANDOM, "--out", str(tmp_path)]) == 130
     assert "interrupted" in capsys.readouterr().err

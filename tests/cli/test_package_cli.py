@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from packages import explainer, images
+from packages import PREPROCESS, explainer, images
 from PIL import Image
 
 from fga_fast import Explanation, load_package
@@ -16,32 +17,45 @@ from fga_fast.cli.main import main
 
 pytest.importorskip("timm")
 
-
-def refused(capsys: pytest.CaptureFixture[str], *given: object) -> str:
-    """Runs a command that has to end with exit code 2 and one message, and returns that message."""
-    assert main([*map(str, given)]) == 2
-    text = capsys.readouterr().err
-    assert text.startswith("fga-fast: error: ")
-    return text
+Refused = Callable[..., str]
+FILES = {"figure.png", "explanation.json", "relevance.safetensors"}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("demo") / "demo.pt2"
-    assert main(["export", "demo", str(path), "--batch", "2", "--targets", "given", "--signed"]) == 0
+    assert main(["export", "demo", str(path), "--batch", "2", "--target-mode", "given", "--signed"]) == 0
     return path
 
 
 @pytest.mark.slow
-def test_package_of_the_demo(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    scene, name = fashion_scenes()[0], "Trouser"
-    assert main(["explain", str(scene), "--package", str(demo), "--target", name, "--out", str(tmp_path / "a")]) == 0
-    assert f"{scene.name}: {name} (class 1): logit" in capsys.readouterr().out
-    assert main(["explain", str(scene), "--target", name, "--signed", "--out", str(tmp_path / "b")]) == 0
-    found, expected = (Explanation.load(tmp_path / way / "relevance.safetensors") for way in "ab")
-    assert found.targets.tolist() == expected.targets.tolist() == [1]
-    torch.testing.assert_close(found.relevance, expected.relevance, rtol=1e-4, atol=1e-6)
-    assert Image.open(tmp_path / "a" / "overlay.png").size == (56, 56)
+def test_package_of_the_demo_writes_what_the_demo_does(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scene, facts, kept = fashion_scenes()[0], [], []
+    for way, given in (("model", ["--signed"]), ("package", ["--package", str(demo)])):
+        out = tmp_path / way
+        assert main(["explain", str(scene), *given, "--target", "trouser", "--out", str(out)]) == 0
+        assert f"\n{scene.name}\n  Trouser (class 1): logit " in capsys.readouterr().out
+        assert {path.name for path in out.iterdir()} == FILES
+        assert Image.open(out / "figure.png").width > 300
+        facts.append(json.loads((out / "explanation.json").read_text()))
+        kept.append(Explanation.load(out / "relevance.safetensors"))
+    by_model, by_package = facts
+    assert by_model.keys() == by_package.keys()
+    for name in ("image", "image_size", "grid", "gated_layers", "gate_base"):
+        assert by_model[name] == by_package[name]
+    assert by_package["model"] == "the package demo.pt2"
+    assert by_package["milliseconds"] > 0 and by_package["milliseconds_forward_pass"] is None
+    (row,), (other,) = by_model["explained"], by_package["explained"]
+    assert row.keys() == other.keys() and row["top_features"].keys() == other["top_features"].keys()
+    assert (row["target"], row["name"]) == (other["target"], other["name"]) == (1, "Trouser")
+    assert row["strongest_patch"] == other["strongest_patch"]
+    assert other["logit"] == pytest.approx(row["logit"], rel=1e-4)
+    assert other["probability"] is None  # a package does not say whether it is a sigmoid or a softmax
+    assert kept[0].names == kept[1].names
+    for name in ("targets", "logits", "values", "relevance", "scores", "gates"):
+        torch.testing.assert_close(getattr(kept[1], name), getattr(kept[0], name), rtol=1e-4, atol=1e-6)
     about = load_package(demo).metadata
     assert (about.batch, about.targets, about.signed, about.gate["base"]) == (2, "given", True, 2.0)
     assert sorted(path.name for path in demo.parent.iterdir()) == ["demo.json", "demo.pt2"]
@@ -55,40 +69,53 @@ def test_folder_with_a_broken_image(demo: Path, tmp_path: Path, capsys: pytest.C
         (folder / name).write_bytes(fashion_scenes()[1].read_bytes())
     (folder / "b.png").write_bytes(b"nothing")
     assert main(["explain", str(folder), "--package", str(demo), "--target", "pullover", "--out", str(out)]) == 1
-    assert sorted(path.name for path in out.iterdir()) == ["a.png", "c.png", "d.png"]
-    assert {path.name for path in (out / "d.png").iterdir()} == {"overlay.png", "relevance.safetensors"}
+    assert {path.name for path in out.iterdir()} == {"a.png", "c.png", "d.png", "contact_sheet.png"}
+    assert {path.name for path in (out / "d.png").iterdir()} == FILES
     assert "left out b.png" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_refusals_of_a_package(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refusals_of_a_package(demo: Path, tmp_path: Path, refused: Refused) -> None:
     given = ["explain", fashion_scenes()[0], "--package", demo, "--out", tmp_path]
-    assert "this package explains given classes" in refused(capsys, *given)
-    assert "expected one class with --package, got 2" in refused(capsys, *given, "--target", "1", "2")
-    assert "no class of the package is called 'unicorn'" in refused(capsys, *given, "--target", "unicorn")
-    text = refused(capsys, *given, "--target", "1", "--signed", "--batch-size", "3", "--random-weights")
-    assert "--random-weights, --signed, --batch-size: the package has its own" in text
-    assert "IMAGE: expected" in refused(capsys, "explain", "--package", demo, "--out", tmp_path)
-    assert "no file" in refused(capsys, *given[:2], "--package", tmp_path / "gone.pt2", "--out", tmp_path)
+    for more, message in (
+        ([], "--target: expected one class, since"),
+        (["--target", "1", "2"], "explains one class an image, got 1 2; give one"),
+        (
+            ["--target", "unicorn"],
+            "--target: 'unicorn' is not among the names of the 9 classes; they are 'T-s",
+        ),
+        (["--target", "9"], "--target: expected a class from 0 to 8, got 9"),
+        (
+            ["--target", "1", "--signed", "--batch-size", "3", "--random-weights"],
+            "--random-weights, --signed, --batch-size: the package has its own",
+        ),
+    ):
+        assert message in refused(*given, *more)
+    assert "IMAGE: expected" in refused("explain", "--package", demo, "--out", tmp_path)
+    assert "no file" in refused(*given[:2], "--package", tmp_path / "gone.pt2", "--out", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_package_without_preprocessing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def uncompiled(_: object, package_path: str) -> None:
+    Path(package_path).write_bytes(b"not compiled")
+
+
+def test_packages_that_take_no_files_or_no_targets(
+    tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fga_fast.graph.package import export, load
 
-    path = tmp_path / "x.pt2"
-    with monkeypatch.context() as patch:
-        patch.setattr(torch._inductor, "aoti_compile_and_package", lambda _, package_path: path_of(package_path))
-        export.export(explainer(), path, images(1))
     monkeypatch.setattr(load, "_loader", lambda *_: None)
-    text = refused(capsys, "explain", fashion_scenes()[0], "--package", path, "--out", tmp_path / "out")
-    assert "was exported without preprocessing, so it takes no image files" in text
-
-
-def path_of(package_path: str) -> None:
-    Path(package_path).write_bytes(b"not compiled")
+    path = tmp_path / "x.pt2"
+    given = ["explain", fashion_scenes()[0], "--package", path, "--target", "1", "--out", tmp_path / "out"]
+    for preprocessing, message in (
+        (None, "was exported without preprocessing, so it takes no image files"),
+        (PREPROCESS, "explains the predicted class only, got 1; leave it out"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch._inductor, "aoti_compile_and_package", uncompiled)
+            export.export(explainer(), path, images(1), preprocessing=preprocessing)
+        assert message in refused(*given)
 
 
 @pytest.mark.parametrize(
@@ -105,17 +132,17 @@ def path_of(package_path: str) -> None:
     ],
 )
 def test_wrong_arguments(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, given: list[str], message: str
+    tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch, given: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert message in refused(capsys, "export", *given)
+    assert message in refused("export", *given)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_export_passes_settings_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda _, package_path: path_of(package_path))
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", uncompiled)
     path = tmp_path / "vit.pt2"
     given = ["--random-weights", "--dtype", "bfloat16", "--batch", "3", "--method", "input_x_gradient"]
     assert main(["export", "test_vit", str(path), *given, "--start-layer", "1"]) == 0

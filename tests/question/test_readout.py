@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fga_fast import Explainer
 from fga_fast.question.readout import Difference, Embedding, Readout
 
-NAMES = ("cat", "dog", "cow", "owl", "crane")
+NAMES = ("cat", "dog, hound", "cow", "owl", "crane")
 LOGITS = torch.tensor([[1.0, 5.0, 2.0, -3.0, 0.5], [4.0, 0.0, 2.5, 4.5, 1.0], [0.0, 1.0, 2.0, 3.0, 9.0]])
 
 
@@ -43,7 +43,8 @@ def ask(targets: Any, names: Any = NAMES, logits: Tensor = LOGITS) -> Any:
         ("owl", [3, 3, 3]),
         ([2, 0, 1], [2, 0, 1]),
         ((2, 0, 1), [2, 0, 1]),
-        (["cow", 0, "dog"], [2, 0, 1]),
+        (["cow", 0, "dog, hound"], [2, 0, 1]),
+        (["Cow", " CAT ", "hound"], [2, 0, 1]),
         (torch.tensor([2, 0, 1]), [2, 0, 1]),
         (torch.tensor([2, 0, 1], dtype=torch.uint8), [2, 0, 1]),
         (torch.tensor(4), [4, 4, 4]),
@@ -80,8 +81,7 @@ def test_targets_are_copied() -> None:
 @pytest.mark.parametrize(
     ("a", "b", "columns", "values"),
     [
-        (1, 0, [1, 1, 1], [4.0, -4.0, 1.0]),
-        ("dog", "cat", [1, 1, 1], [4.0, -4.0, 1.0]),
+        ("dog", 0, [1, 1, 1], [4.0, -4.0, 1.0]),
         (None, [0, 1, 2], [1, 3, 4], [4.0, 4.5, 7.0]),
         ([[0, 1]], [[2, 3]], [[0, 1]] * 3, [[-1.0, 8.0], [1.5, -4.5], [-2.0, -2.0]]),
         (0, [[1, 2]], [[0, 0]] * 3, [[-4.0, -1.0], [4.0, 1.5], [-1.0, -2.0]]),
@@ -141,7 +141,7 @@ def test_bad_functions() -> None:
         (lambda logits: logits.detach()[:, 0], "carries no gradient to the logits; compute it with torch"),
         (lambda logits: torch.ones(3, requires_grad=True) * 2, "carries no gradient to the logits"),
         (lambda logits: (logits[:, 0] - 10).log(), "<lambda> returned NaN or Inf for finite logits"),
-        (lambda logits: logits.softmax(0)[:, 1], "the value of an image depends on the logits of other images"),
+        (lambda logits: logits.softmax(0)[:, 1], "a value depends on the logits of other images"),
         (lambda logits: logits[:, 1] - logits[:, 1].mean(), "depends on the logits of other images"),
         (lambda logits: logits[:, 1] - logits[0, 1], "depends on the logits of other images"),
         (lambda logits: logits.flip(0)[:, 1].roll(1), "depends on the logits of other images"),
@@ -162,25 +162,27 @@ def test_bad_targets() -> None:
         (torch.zeros(2, 2, dtype=torch.int64), r"shape \[3\], got \[2, 2\]"),
         (torch.zeros(3, 0, dtype=torch.int64), r"shape \[3\], got \[3, 0\]"),
         (torch.zeros(3, 1, 1, dtype=torch.int64), r"got \[3, 1, 1\]"),
-        (True, r"expected integer class indices or class names, got True \(bool\)"),
-        ([0, 1.0, 2], r"expected integer class indices or class names, got 1.0 \(float\)"),
-        ([0, None, 2], r"expected integer class indices or class names, got None"),
+        (True, r"expected None, an int or integers .*got True \(bool\)"),
+        ([0, 1.0, 2], r"expected integer class indices, names or prompts, got 1.0 \(float\)"),
+        ([0, None, 2], "expected integer class indices, names or prompts, got None"),
         (np.array([0.0, 1, 2]), "expected integer class indices, got dtype torch.float64"),
         ([[0], [1, 2], [3]], r"lists of different lengths or empty ones \(1, 2\)"),
         ([0, [1], 2], r"lists of different lengths or empty ones \(one without a list, 1\)"),
         ([[], [], []], "or empty ones"),
         ([[[0]]], "got deeper ones"),
         (b"cat", "expected None, an int or integers .*got b'cat'"),
-        ({0, 1}, "expected None, an int or integers"),
-        (nn.Linear, "expected None, an int or integers"),
-        ("", "expected the name of a class, got an empty one"),
+        (bytearray(3), "expected None, an int or integers .*got bytearray"),
+        ({0, 1}, r"got \{0, 1\} \(set\)"),
+        (nn.Linear, "got <class 'torch.nn.modules.linear.Linear'>"),
+        (" ", "expected the name of a class, got an empty one"),
         ("cats", r"'cats' is not among the names of the 5 classes; did you mean 'cat'\?"),
-        ("Cow", r"did you mean 'cow'\?"),
-        ("zebra fish", "they begin 'cat', 'dog', 'cow'"),
-        (Difference(1, 1), r"Difference of a class and itself is 0 .* image 0, 1, 2; leave it out"),
-        (Difference(None, 4), "got one for image 2;"),
+        ("ow", r"did you mean 'cow' or 'owl'\?"),
+        ("houndd", r"did you mean 'dog, hound'\?"),
+        ("zebra fish", "they are 'cat', 'dog, hound', 'cow', 'owl', 'crane'"),
+        (Difference(1, 1), "two different classes in a Difference, got the same one twice for image 0, 1, 2; that"),
+        (Difference(None, 4), "twice for image 2;"),
         (Difference([[0, 1]], [[2, 3, 4]]), "as many classes in both parts of a Difference, got 2 and 3"),
-        (Difference(Difference(0, 1), 2), "a Difference is of classes, names or prompts, got Difference"),
+        (Difference(Difference(0, 1), 2), "expected classes, names or prompts in a Difference, got Difference"),
         (Difference(0, Embedding([1.0])), r"got Embedding\("),
         (Difference(0, lambda logits: logits), "got <function"),
         (Embedding(torch.ones(4)), r"shape \[5\], \[3, 5\] or \[3, K, 5\] .*\[3, 5\], got \[4\]"),
@@ -190,8 +192,8 @@ def test_bad_targets() -> None:
         (Embedding(torch.ones(3, 1, 1, 5)), r"got \[3, 1, 1, 5\]"),
         (Embedding(torch.zeros(5)), "zero, or holds NaN or Inf"),
         (Embedding([1.0, torch.nan, 0, 0, 0]), "zero, or holds NaN or Inf"),
-        (Embedding(torch.ones(5, dtype=torch.bool)), "expected real numbers in Embedding, got dtype torch.bool"),
-        (Embedding("cat"), "expected numbers .* in Embedding"),
+        (Embedding(torch.ones(5, dtype=torch.bool)), "expected real numbers in an Embedding, got dtype torch.bool"),
+        (Embedding("cat"), "expected numbers .* in an Embedding, got 'cat'"),
     ):
         with pytest.raises((TypeError, ValueError), match=rf"targets: .*{message}"):
             ask(targets)
@@ -200,8 +202,15 @@ def test_bad_targets() -> None:
 def test_class_names() -> None:
     with pytest.raises(ValueError, match=r"targets: got the class name 'cat', but .* class_names=\[...\]"):
         ask("cat", names=None)
-    with pytest.raises(ValueError, match=r"targets: 'crane' is the name of classes 1, 3; give the number"):
+    birds = ["bird, crane", "crane", "Crane", "b, crane", "c, b"]
+    assert ask("crane", names=birds).targets.tolist() == [1] * 3  # an exact name wins
+    for name, found in (("CRANE", "4 classes: 0 .bird, crane., 1 .crane., 2"), ("b", "2 classes: 3 .b, crane., 4")):
+        with pytest.raises(ValueError, match=f"targets: '{name}' is a name of {found} .*; give the number"):
+            ask(name, names=birds)
+    with pytest.raises(ValueError, match=r"targets: 'crane' is a name of 2 classes: 1 \(crane\), 3 \(crane\); give"):
         ask("crane", names=["a", "crane", "b", "crane", "c"])
+    with pytest.raises(ValueError, match="the names of the 21 classes; they begin '0', '1'"):
+        ask("zebra", names=[str(number) for number in range(21)], logits=torch.zeros(3, 21))
     some = ask("owl", names={3: "owl", 0: "cat"})
     assert some.targets.tolist() == [3, 3, 3] and some.names == ("cat", "class 1", "class 2", "owl", "class 4")
     for names, message in (
@@ -249,7 +258,7 @@ def test_outputs() -> None:
         (lambda x: torch.cat([x, x]), r"with B = 3, got \[6, 5\]"),
         (lambda x: x.argmax(-1), r"got \[3\] torch.int64"),
         (lambda x: x > 0, r"got \[3, 5\] torch.bool"),
-        (lambda x: x[:, :0], r"got no classes, \[3, 0\]"),
+        (lambda x: x[:, :0], r"got \[3, 0\]; give it a head"),
         (lambda x: None, "got NoneType"),
     ):
         with pytest.raises(ValueError, match=rf"model: expected logits \[.*{message}"):
@@ -273,14 +282,13 @@ def test_explained_by_any_spelling(backend: Any, tiny_vit: Build) -> None:
     explainer = Explainer(model, {1: sae_for(model)}, class_names=NAMES, backend=backend, top_features=2)
     want = explainer(images, 3)
     vector = torch.randn(5, dtype=torch.float64)
-    for targets in ("owl", [3, "owl"], lambda logits: logits[:, 3], Difference(3, 1), Embedding(vector), [["dog", 3]]):
+    lesser = explainer(images, lambda logits: logits[:, 3] - logits[:, 1])
+    alike = explainer(images, lambda logits: F.cosine_similarity(logits, vector[None]))
+    for targets, same in (
+        ("owl", want), ([3, "owl"], want), (lambda logits: logits[:, 3], want), ([["dog", 3]], want),
+        (Difference(3, 1), lesser), (Embedding(vector), alike),
+    ):  # fmt: skip
         got = explainer(images, targets)
-        if isinstance(targets, Difference):
-            same = explainer(images, lambda logits: logits[:, 3] - logits[:, 1])
-        elif isinstance(targets, Embedding):
-            same = explainer(images, lambda logits: F.cosine_similarity(logits, vector[None]))
-        else:
-            same = want
         relevance = got.relevance[:, 1] if got.relevance.dim() == 3 else got.relevance
         torch.testing.assert_close(relevance, same.relevance, rtol=1e-9, atol=1e-14)
         assert got.values is not None and same.values is not None

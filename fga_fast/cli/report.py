@@ -122,9 +122,10 @@ def _print_head(facts: dict[str, Any]) -> None:
     blocks = ", ".join(map(str, facts["gated_layers"]))
     taken, forward = facts["milliseconds"], facts["milliseconds_forward_pass"]
     ratio = "" if forward is None else f"{taken / max(forward, 1e-9):.1f} times the plain forward pass, "
+    why = f" ({facts['backend_reason']})" if facts["backend_reason"] else ""
     print(f"model    {facts['model']}, {height} x {width} px, grid {rows} x {columns} patches")
     print(f"method   {f'FGA, gates after block {blocks}' if blocks else 'TransMM, no autoencoder given'}")
-    print(f"time     {taken:.1f} milliseconds a target, {ratio}backend {facts['backend']}")
+    print(f"time     {taken:.1f} milliseconds a target, {ratio}backend {facts['backend']}{why}")
 
 
 def _print_image(facts: dict[str, Any]) -> None:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 Mode = Literal["combined", "activation_only", "gradient_only", "no_sae", "shuffled"]
+Activation = Literal["relu", "topk", "topk_signed", "batch_topk", "jumprelu", "gated"]
+Normalisation = Literal["layer_norm", "constant_norm"]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 // Relevance through attention on CUDA: v Cbar of one step of the rollout, from q, k, v, log-sum-exp and dO.
 //
 // STATUS: compiled for sm_80, sm_90a and sm_100, its arithmetic and indexing run on the CPU by an emulation of threads
-// and tensor cores (tests/csrc/native); it has never run on a device. Used only where the caller asks for backend="native".
+// and tensor cores (tests/csrc/native); it has never run on a device. Used only where the caller asks for
+// backend="native".
 //
 // messages_kernel: a block of four warps owns some keys of one (row m, head h). Each warp holds its keys' rows of K and
 // V in registers for the whole kernel and walks over all queries, whose rows of Q and dO come in tiles through shared

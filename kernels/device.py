@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _tiling
+from . import tiling
 
 # Triton decides when it decorates a kernel, so the variable must be set before this module is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -50,9 +50,18 @@ def lanewise(tensor: Tensor) -> Tensor:  # [., P, C]
     Such products run on the ordinary cores, where 16 lanes of a warp take rows of one side, 4 apart. Rows of a tile lie
     64 bytes apart in shared memory, so that all 16 would wait for the same banks; tokens side by side are read at once.
     """
-    if _tiling.product_kind(tensor.dtype) == "ieee":
+    if tiling.product_kind(tensor.dtype) == "ieee":
         return tensor.transpose(1, 2).contiguous().transpose(1, 2)
     return tensor
+
+
+@triton.jit
+def tiles_of(program, token_tiles, feature_tiles, GROUP: tl.constexpr):
+    """The token tile and the feature tile of a program: those of GROUP token tiles come first, tile by tile."""
+    first = program // (GROUP * feature_tiles) * GROUP
+    group = tl.minimum(token_tiles - first, GROUP)
+    within = program % (GROUP * feature_tiles)
+    return first + within % group, within // group
 
 
 @triton.jit

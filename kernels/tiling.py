@@ -48,7 +48,7 @@ class Cost(NamedTuple):
 # on 8.0, 99 KB on its successors, 227 KB on 9.0 and 10.0). A program on Hopper holds two accumulators of 128 x 128
 # float32, 128 registers of each of its 256 threads, and three stages of four 16 KB operands. On Blackwell both come out
 # of tensor memory at once, beside the epilogue's parameters: half as many features there.
-_TILES: dict[tuple[int, str, str], Tile] = {
+TILES: dict[tuple[int, str, str], Tile] = {
     (8, "half", "dense"): Tile(128, 128, 32, 8, 4, fused=False),
     (8, "tf32", "dense"): Tile(128, 128, 32, 8, 3, fused=False),
     (9, "half", "dense"): Tile(128, 128, 64, 8, 3),
@@ -141,7 +141,7 @@ def tile(kernel: str, dtype: object, capability: tuple[int, int], width: int, de
         return UNALIGNED
     kind = product_kind(dtype)
     measured: Tile | None = tuned(device)["tiles"].get(f"{kind} {kernel}") if tuned(device) else None
-    return measured or _TILES[capability[0] if capability[0] in (9, 10) else 8, kind, kernel]
+    return measured or TILES[capability[0] if capability[0] in (9, 10) else 8, kind, kernel]
 
 
 def tiles_a_launch(tile: Tile, feature_tiles: int, row_patches: int, row_tiles: int, top: int) -> int:

@@ -6,12 +6,13 @@ which it calls.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
 
-from fga_fast import composite, ops, triton_kernels
+from fga_fast import composite, ops
 
 Backend = Literal["auto", "native", "triton", "composite", "reference"]
 BACKENDS = ("auto", "native", "triton", "composite", "reference")
@@ -82,7 +83,7 @@ def _stages(wanted: str, device: torch.device, dtype: torch.dtype) -> Stages | s
     if dtype == torch.float64:
         return "kernels for CUDA compute in float32, bfloat16 and float16, the model is float64"
     try:
-        kernels = triton_kernels.load()
+        kernels = importlib.import_module("fga_fast.kernels")
     except ImportError as error:
         return f"the Triton kernels do not load: {error}"
     if wanted == "triton":

@@ -86,14 +86,14 @@ def _normalise(x, to, P, C, x_image, x_patch, EPSILON: tl.constexpr, CENTRE: tl.
 
 
 def _aligned(tensor: Tensor) -> Tensor:  # [., P, C]
-    """As it is if its rows can be read 16 bytes at a time, else copied. Prefix tokens cut off leave them so."""
+    """The tensor itself if its rows can be read 16 bytes at a time, also without its prefix tokens; else a copy."""
     image, patch, column = tensor.stride()
     offset = tensor.storage_offset() * tensor.element_size()
     return tensor if column == 1 and not (image % 16 or patch % 16 or offset % 16) else tensor.contiguous()
 
 
 def _normalised(x: Tensor, kind: str, dtype: torch.dtype) -> Tensor:  # [B, P, C]
-    """Tokens as the encoder wants them, in its dtype, rows contiguous. Statistics are float32."""
+    """Normalised tokens in the encoder's dtype, rows contiguous. Statistics are float32."""
     x = _aligned(x)
     if not kind:
         return x.to(dtype)

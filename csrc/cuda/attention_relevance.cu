@@ -12,7 +12,7 @@
 //
 // Keys are the rows of these products, so a lane only ever adds up messages of its own keys: nothing is exchanged until
 // two shuffles at the end, there are no atomics, and the result has the same bits every time. Query tiles at which no
-// relevance arrives are skipped: of the last block that is all but the class token's.
+// relevance arrives are skipped: in the last block, all but the class token's.
 //
 // FLOPs 4 M H Nq N D on tensor cores (float32: three times that, see number.h), M H Nq N exponentials. Bytes from
 // memory: q, k, v, dO once a key tile, of which an image's share stays in L2, and 4 M H N out.

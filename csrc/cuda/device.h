@@ -1,6 +1,6 @@
 // Everything a kernel needs that only a GPU has: tensor-core products, asynchronous copies, warp votes and shuffles,
-// launches. Kernels call these and hold no assembly, so that a host build can put its own versions in their place
-// (tests/csrc/native/cuda_on_host.h) and run the very same kernels on the CPU.
+// launches. Kernels call these and hold no assembly, so that a host build can replace them (with
+// tests/csrc/native/cuda_on_host.h) and run the very same kernels on the CPU.
 #pragma once
 
 #ifdef FGA_CUDA_ON_HOST
@@ -87,7 +87,7 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
   return fga_dynamic_shared;
 }
 
-// Queues kernel(arguments...) on the stream. What went wrong, if anything, is cudaGetLastError()'s to tell.
+// Queues kernel(arguments...) on the stream. cudaGetLastError() says whether that failed.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, std::size_t shared_bytes,
             cudaStream_t stream, const Arguments&... arguments) {

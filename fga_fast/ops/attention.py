@@ -6,7 +6,7 @@ and the gate port; all three hold zeros. Backward, the *gradient* of the carrier
 
     Cbar = mean_h relu(dA * A),    v <- v + w * (v Cbar)
 
-(`signed`: without the relu) so one call of `torch.autograd.grad` explains the whole model, and no [N, N] map is ever
+(`signed`: without the relu). So one call of `torch.autograd.grad` explains the whole model, and no [N, N] map is ever
 kept.
 """
 
@@ -108,7 +108,7 @@ def attention_backward(
 
 
 def _placed(op: str, bias: Tensor | None, q: Tensor) -> Tensor | None:
-    """The bias with leading dims of size 1, as broadcasting has it; the op wants to be told which dim is which."""
+    """The bias with four dims: broadcasting adds leading dims of size 1, and the op needs to see them."""
     if bias is None:
         return None
     if bias.device != q.device:
@@ -180,7 +180,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(q, k, v, bias, output[0], output[1])
     ctx.carrier_dtype = carrier.dtype
     ctx.mark_non_differentiable(output[1])
-    # Zeros in place of what does not arrive would be read as a gate of zero.
+    # A gradient that does not arrive stays None: zeros would be read as a gate of zero.
     ctx.set_materialize_grads(False)
 
 

@@ -1,4 +1,4 @@
-"""Tapped attention on CUDA: what PyTorch's kernels compute is left to them, the relevance is this project's kernel.
+"""Tapped attention on CUDA: PyTorch's kernels compute the attention, a kernel of this project the relevance.
 
 Forward is PyTorch's flash attention (16-bit, no bias) or its memory-efficient attention (float32, or a bias), the two
 that return log-sum-exp. Backward, the same one's gradients for dq, dk, dv, and `fga_fast::attention_relevance` for the
@@ -25,7 +25,7 @@ _LSE_ROW = 32  # queries; the memory-efficient kernel wants log-sum-exp padded t
 
 
 def check_supported(op: str, q: Tensor) -> None:  # [B, H, Nq, D]
-    """Refuses by name what the kernels do not do.
+    """Refuses dtypes and head widths that the kernels do not take.
 
     Raises:
         RuntimeError: dtype or head width; the message says what to use instead.
@@ -100,7 +100,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`fga_fast::attention_backward` for CUDA tensors; see `ops.attention_backward`.
 
-    An `image` index out of range is not noticed before the device does: checking would wait for it.
+    `image` is not checked for indices out of range, as that would wait for the device.
     """
     check_supported("attention_backward", q)
     if grad_out.numel() == 0 or k.numel() == 0:  # PyTorch's kernels would divide by the number of heads
@@ -150,7 +150,7 @@ def _gradients(
 
 
 def check_shapes(op: str, q: Tensor, k: Tensor, v: Tensor, carrier: Tensor, residual: bool) -> None:
-    """What PyTorch's kernels would not say as clearly. `attention_relevance` checks the backward pass.
+    """Checks the forward pass, whose errors PyTorch's kernels do not name. `attention_relevance` checks the backward.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit; the message names the argument.

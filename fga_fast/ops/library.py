@@ -62,7 +62,7 @@ def load() -> None:
 
 
 def cuda_error() -> str:
-    """Why the CUDA object did not load, to be said as soon as a CUDA tensor arrives; "" if there is nothing to say."""
+    """Why the native library or its CUDA object did not load; "" if nothing failed."""
     try:
         load()
     except NativeLibraryError as error:

@@ -145,23 +145,12 @@ def extensions() -> tuple[list[object], dict[str, object]]:
     return modules, {"build_ext": BuildExtension}
 
 
-def packages() -> tuple[list[str], dict[str, str]]:
-    """Packages and where they lie: kernels/ is installed as fga_fast.kernels, once there is one."""
-    names = find_packages(where=str(ROOT), include=["fga_fast", "fga_fast.*"])
-    folders = {"fga_fast": "fga_fast"}
-    if (ROOT / "kernels" / "__init__.py").is_file():
-        names += ["fga_fast.kernels"] + [f"fga_fast.kernels.{name}" for name in find_packages(str(ROOT / "kernels"))]
-        folders["fga_fast.kernels"] = "kernels"
-    return names, folders
-
-
 if __name__ == "__main__":
     ext_modules, commands = extensions()
-    package_names, package_folders = packages()
     setup(
         license="Apache-2.0",
-        packages=package_names,
-        package_dir=package_folders,
+        packages=[*find_packages(include=["fga_fast", "fga_fast.*"]), "fga_fast.kernels"],
+        package_dir={"fga_fast": "fga_fast", "fga_fast.kernels": "kernels"},  # editable installs follow this too
         ext_modules=ext_modules,
         cmdclass=commands,
         options={"bdist_wheel": {"py_limited_api": "cp310"}},

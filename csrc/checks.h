@@ -1,4 +1,4 @@
-// Argument checks shared by every op: each message names the op, the argument, what was expected and what came.
+// Argument checks that every op shares. Each message names the op, the argument, what was expected and what came.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

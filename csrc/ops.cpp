@@ -53,11 +53,6 @@ STABLE_TORCH_LIBRARY(fga_fast, m) {
   m.def(
       "attention_relevance(Tensor grad_out, Tensor row, Tensor? gate, Tensor q, Tensor k, Tensor v, Tensor? bias,"
       " Tensor lse, Tensor? image, float scale, bool residual, bool signed) -> Tensor row_out");
-  // All of attention_backward in one kernel, for short heads. CUDA only.
-  m.def(
-      "attention_gradients(Tensor grad_out, Tensor row, Tensor? gate, Tensor q, Tensor k, Tensor v, Tensor? bias,"
-      " Tensor out, Tensor lse, Tensor? image, float scale, bool residual, bool signed, bool need_qk)"
-      " -> (Tensor dq, Tensor dk, Tensor dv, Tensor row_out)");
   m.def(
       "score(Tensor x, Tensor g, Tensor? image, Tensor W_enc_t, Tensor bias, Tensor W_dec, Tensor? theta,"
       " Tensor? gate_scale, Tensor? mag_bias, Tensor? permutation, int activation, int normalize, bool weigh, int k,"

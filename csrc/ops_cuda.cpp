@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <optional>
 #include <string>
-#include <tuple>
 #include <utility>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -81,14 +80,16 @@ Tensor gate(const Tensor& scores /* [M, P] */, double base, double slope) {
   return gates;
 }
 
-fga::cuda::NumberType number_type(const char* op, const Tensor& q) {
+constexpr const char* kRelevance = "attention_relevance";
+
+fga::cuda::NumberType number_type(const Tensor& q) {
   switch (q.scalar_type()) {
     case ScalarType::BFloat16: return fga::cuda::NumberType::bf16;
     case ScalarType::Half: return fga::cuda::NumberType::half;
     case ScalarType::Float: return fga::cuda::NumberType::float32;
     default:
-      STD_TORCH_CHECK(false, op, ": q must be float32, bfloat16 or float16 on CUDA, got ", name_of(q.scalar_type()),
-                      " of shape ", shape_of(q), " on a device of compute capability ",
+      STD_TORCH_CHECK(false, kRelevance, ": q must be float32, bfloat16 or float16 on CUDA, got ",
+                      name_of(q.scalar_type()), " of shape ", shape_of(q), " on a device of compute capability ",
                       capability(q.get_device_index()), R"(; use backend="composite" for float64)");
   }
 }
@@ -109,20 +110,20 @@ fga::cuda::HeadTensor heads_of(const Tensor& t) {
   return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-fga::cuda::LogitBias bias_of(const char* op, const std::optional<Tensor>& bias, const Tensor& q, const Tensor& k) {
+fga::cuda::LogitBias bias_of(const std::optional<Tensor>& bias, const Tensor& q, const Tensor& k) {
   if (!bias) return {};
-  check_rank(op, "bias", *bias, 4, "broadcastable to [B, H, Nq, N]");
+  check_rank(kRelevance, "bias", *bias, 4, "broadcastable to [B, H, Nq, N]");
   const std::string want = shape_of({q.size(0), q.size(1), q.size(2), k.size(2)});
   for (int64_t dim = 0; dim < 4; ++dim)
-    STD_TORCH_CHECK(bias->size(dim) == 1 || bias->size(dim) == (dim == 3 ? k.size(2) : q.size(dim)), op,
+    STD_TORCH_CHECK(bias->size(dim) == 1 || bias->size(dim) == (dim == 3 ? k.size(2) : q.size(dim)), kRelevance,
                     ": bias must be broadcastable to ", want, ", got shape ", shape_of(*bias));
-  STD_TORCH_CHECK(bias->scalar_type() == q.scalar_type() || bias->scalar_type() == ScalarType::Float, op,
+  STD_TORCH_CHECK(bias->scalar_type() == q.scalar_type() || bias->scalar_type() == ScalarType::Float, kRelevance,
                   ": bias must be ", name_of(q.scalar_type()), " or float32, got ", name_of(bias->scalar_type()));
   const auto stride = [&](int64_t dim) { return bias->size(dim) == 1 ? 0 : bias->stride(dim); };
   return {bias->const_data_ptr(), stride(0), stride(1), stride(2), stride(3), bias->scalar_type() == ScalarType::Float};
 }
 
-// What both attention ops take.
+// What attention_relevance takes.
 struct Arguments {
   const Tensor &grad_out, &row;
   const std::optional<Tensor>& gate;
@@ -132,38 +133,38 @@ struct Arguments {
   const std::optional<Tensor>& image;
 };
 
-void check_arguments(const char* op, const Arguments& t, bool residual) {
-  check_rank(op, "q", t.q, 4, "[B, H, Nq, D]");
-  check_rank(op, "k", t.k, 4, "[B, H, N, D]");
-  check_rank(op, "grad_out", t.grad_out, 4, "[M, H, Nq, D]");
+void check_arguments(const Arguments& t, bool residual) {
+  check_rank(kRelevance, "q", t.q, 4, "[B, H, Nq, D]");
+  check_rank(kRelevance, "k", t.k, 4, "[B, H, N, D]");
+  check_rank(kRelevance, "grad_out", t.grad_out, 4, "[M, H, Nq, D]");
   const int64_t rows = t.grad_out.size(0), heads = t.q.size(1), queries = t.q.size(2), width = t.q.size(3);
   const int64_t keys = t.k.size(2);
-  check_shape(op, "k", t.k, {t.q.size(0), heads, keys, width});
-  check_shape(op, "v", t.v, {t.q.size(0), heads, keys, width});
-  check_shape(op, "grad_out", t.grad_out, {rows, heads, queries, width});
-  check_shape(op, "lse", t.lse, {t.q.size(0), heads, queries});
-  check_shape(op, "row", t.row, {rows, queries});
+  check_shape(kRelevance, "k", t.k, {t.q.size(0), heads, keys, width});
+  check_shape(kRelevance, "v", t.v, {t.q.size(0), heads, keys, width});
+  check_shape(kRelevance, "grad_out", t.grad_out, {rows, heads, queries, width});
+  check_shape(kRelevance, "lse", t.lse, {t.q.size(0), heads, queries});
+  check_shape(kRelevance, "row", t.row, {rows, queries});
   for (auto [name, tensor] : {std::pair{"k", &t.k}, {"v", &t.v}, {"grad_out", &t.grad_out}})
-    check_type(op, name, *tensor, t.q.scalar_type());
-  check_type(op, "lse", t.lse, ScalarType::Float);
-  check_type(op, "row", t.row, ScalarType::Float);
+    check_type(kRelevance, name, *tensor, t.q.scalar_type());
+  check_type(kRelevance, "lse", t.lse, ScalarType::Float);
+  check_type(kRelevance, "row", t.row, ScalarType::Float);
   if (t.gate) {
-    check_shape(op, "gate", *t.gate, {rows, keys});
-    check_type(op, "gate", *t.gate, ScalarType::Float);
+    check_shape(kRelevance, "gate", *t.gate, {rows, keys});
+    check_type(kRelevance, "gate", *t.gate, ScalarType::Float);
   }
   if (t.image) {
-    check_shape(op, "image", *t.image, {rows});
-    check_type(op, "image", *t.image, ScalarType::Long);
+    check_shape(kRelevance, "image", *t.image, {rows});
+    check_type(kRelevance, "image", *t.image, ScalarType::Long);
   }
-  STD_TORCH_CHECK(t.image || rows == t.q.size(0), op, ": grad_out has ", rows, " rows for ", t.q.size(0),
+  STD_TORCH_CHECK(t.image || rows == t.q.size(0), kRelevance, ": grad_out has ", rows, " rows for ", t.q.size(0),
                   " images; give image [M] to say which row belongs to which");
-  STD_TORCH_CHECK(rows == 0 || t.q.size(0) > 0, op, ": grad_out has ", rows, " rows, but there are no images: q is ",
-                  shape_of(t.q));
-  STD_TORCH_CHECK(!residual || queries == keys, op, ": residual needs as many queries as keys, got ", queries, " and ",
-                  keys);
+  STD_TORCH_CHECK(rows == 0 || t.q.size(0) > 0, kRelevance, ": grad_out has ", rows,
+                  " rows, but there are no images: q is ", shape_of(t.q));
+  STD_TORCH_CHECK(!residual || queries == keys, kRelevance, ": residual needs as many queries as keys, got ", queries,
+                  " and ", keys);
   for (const Tensor* tensor : {&t.k, &t.v, &t.grad_out, &t.lse, &t.row, t.gate ? &*t.gate : &t.q,
                                t.image ? &*t.image : &t.q, t.bias ? &*t.bias : &t.q})
-    STD_TORCH_CHECK(tensor->is_cuda() && tensor->get_device_index() == t.q.get_device_index(), op,
+    STD_TORCH_CHECK(tensor->is_cuda() && tensor->get_device_index() == t.q.get_device_index(), kRelevance,
                     ": all tensors must be on the CUDA device of q");
 }
 
@@ -175,11 +176,11 @@ struct Prepared {
 };
 
 // Allocates row_out and a workspace of 4 M H N bytes.
-Prepared prepare(const char* op, const Arguments& t, double scale, bool residual, bool is_signed) {
+Prepared prepare(const Arguments& t, double scale, bool residual, bool is_signed) {
   const auto dense = [](const std::optional<Tensor>& x) {
     return x ? std::optional<Tensor>(torch::stable::contiguous(*x)) : std::nullopt;
   };
-  const auto type = number_type(op, t.q);
+  const auto type = number_type(t.q);
   const int64_t rows = t.grad_out.size(0), heads = t.q.size(1), keys = t.k.size(2);
   Prepared p = {readable(t.q),
                 readable(t.k),
@@ -197,7 +198,7 @@ Prepared prepare(const char* op, const Arguments& t, double scale, bool residual
             heads_of(p.k),
             heads_of(p.v),
             heads_of(p.grad_out),
-            bias_of(op, t.bias, t.q, t.k),
+            bias_of(t.bias, t.q, t.k),
             static_cast<const float*>(p.lse.const_data_ptr()),
             static_cast<const float*>(p.row.const_data_ptr()),
             p.gate ? static_cast<const float*>(p.gate->const_data_ptr()) : nullptr,
@@ -226,58 +227,20 @@ Tensor attention_relevance(const Tensor& grad_out, const Tensor& row, const std:
                            const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& bias,
                            const Tensor& lse, const std::optional<Tensor>& image, double scale, bool residual,
                            bool is_signed) {
-  const char* op = "attention_relevance";
   const Arguments arguments = {grad_out, row, gate, q, k, v, bias, lse, image};
-  check_arguments(op, arguments, residual);
+  check_arguments(arguments, residual);
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  const Prepared p = prepare(op, arguments, scale, residual, is_signed);
+  const Prepared p = prepare(arguments, scale, residual, is_signed);
   if (p.work.rows == 0 || p.work.keys == 0) return p.row_out;
-  STD_TORCH_CHECK(fga::cuda::fits(p.work), op, ": head width must be a multiple of 8 up to ", fga::cuda::kWidestHead,
-                  " and rows x heads x keys / 64 below 2^31, ", described(arguments), R"(; use backend="composite")");
+  STD_TORCH_CHECK(fga::cuda::fits(p.work), kRelevance, ": head width must be a multiple of 8 up to ",
+                  fga::cuda::kWidestHead, " and rows x heads x keys / 64 below 2^31, ", described(arguments),
+                  R"(; use backend="composite")");
   const cudaStream_t stream = current_stream(q.get_device_index());
   fga::cuda::attention_messages(p.work, stream);
-  check_launch(op, [&] { return described(arguments); });
+  check_launch(kRelevance, [&] { return described(arguments); });
   fga::cuda::attention_combine(p.work, stream);
-  check_launch(op, [&] { return described(arguments); });
+  check_launch(kRelevance, [&] { return described(arguments); });
   return p.row_out;
-}
-
-// [M, H, N, D] over token-major memory
-Tensor gradient_of(const Tensor& like, bool wanted, int64_t rows, int64_t tokens) {
-  if (!wanted) return torch::stable::new_empty(like, {0});
-  return torch::stable::transpose(torch::stable::new_empty(like, {rows, tokens, like.size(1), like.size(3)}), 1, 2);
-}
-
-// -> dq [M, H, Nq, D] and dk [M, H, N, D] (empty unless need_qk), dv [M, H, N, D], row_out [M, N]
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_gradients(
-    const Tensor& grad_out, const Tensor& row, const std::optional<Tensor>& gate, const Tensor& q, const Tensor& k,
-    const Tensor& v, const std::optional<Tensor>& bias, const Tensor& out, const Tensor& lse,
-    const std::optional<Tensor>& image, double scale, bool residual, bool is_signed, bool need_qk) {
-  const char* op = "attention_gradients";
-  const Arguments arguments = {grad_out, row, gate, q, k, v, bias, lse, image};
-  check_arguments(op, arguments, residual);
-  check_shape(op, "out", out, {q.size(0), q.size(1), q.size(2), q.size(3)});
-  check_type(op, "out", out, q.scalar_type());
-  STD_TORCH_CHECK(out.is_cuda() && out.get_device_index() == q.get_device_index(), op,
-                  ": out must be on the CUDA device of q");
-  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  const Prepared p = prepare(op, arguments, scale, residual, is_signed);
-  const Tensor forward = readable(out);
-  Tensor dq = gradient_of(q, need_qk, p.work.rows, p.work.queries),
-         dk = gradient_of(q, need_qk, p.work.rows, p.work.keys);
-  Tensor dv = gradient_of(q, true, p.work.rows, p.work.keys);
-  if (p.work.rows == 0 || p.work.keys == 0) return {dq, dk, dv, p.row_out};
-  const fga::cuda::AttentionGradients work = {
-      p.work, heads_of(forward), dq.mutable_data_ptr(), dk.mutable_data_ptr(), dv.mutable_data_ptr(), need_qk};
-  STD_TORCH_CHECK(fga::cuda::fits(work), op, ": takes bfloat16 and float16, head widths in steps of 8 up to ",
-                  fga::cuda::kWidestFusedHead, " and at most ", fga::cuda::kMostTokens, " queries and keys, ",
-                  described(arguments), "; use attention_relevance");
-  const cudaStream_t stream = current_stream(q.get_device_index());
-  fga::cuda::attention_gradients(work, stream);
-  check_launch(op, [&] { return described(arguments); });
-  fga::cuda::attention_combine(p.work, stream);
-  check_launch(op, [&] { return described(arguments); });
-  return {dq, dk, dv, p.row_out};
 }
 
 }  // namespace
@@ -285,5 +248,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_gradients(
 STABLE_TORCH_LIBRARY_IMPL(fga_fast, CUDA, m) {
   m.impl("gate", TORCH_BOX(&gate));
   m.impl("attention_relevance", TORCH_BOX(&attention_relevance));
-  m.impl("attention_gradients", TORCH_BOX(&attention_gradients));
 }

@@ -9,8 +9,8 @@ tests/kernels/test_kernels_compile.py (machine code for compute capability 8.0, 
 
 from __future__ import annotations
 
-# Anything else that finds this folder means another package: with a source tree on its path, transformers asks for
-# `kernels`, and the ops must be defined once.
+# With a source tree on its path, transformers finds this folder when it asks for a package `kernels`. It gets an empty
+# one, because the ops may be defined only once.
 if __name__ == "fga_fast.kernels":
     from .gate import gate
     from .score import score

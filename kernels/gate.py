@@ -11,16 +11,15 @@ Cost: 8 bytes a score (one read, one write) and 64 counts a row; bound by the la
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fga_fast.ops import _library
+from fga_fast.ops.gate import register_gate_rules
 
-from ._device import INTERPRETED, check_device, on, ordered, unordered
+from .device import INTERPRETED, check_device, on, ordered, unordered
 
 MAX_PATCHES = 16384  # a row in the registers of one program
 
@@ -100,17 +99,6 @@ def _run(scores: Tensor, base: float, slope: float) -> Tensor:
     return gates
 
 
-def _fake(scores: Tensor, base: float, slope: float) -> Tensor:
-    return torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
-
-
-def _vmap(info: Any, in_dims: tuple[int | None, ...], scores: Tensor, base: float, slope: float) -> tuple[Tensor, int]:
-    folded = _library.fold(scores, in_dims[0], info.batch_size)
-    return _library.unfold(torch.ops.fga_fast.triton_gate(folded, base, slope), info.batch_size), 0
-
-
 torch.library.define("fga_fast::triton_gate", "(Tensor scores, float base, float slope) -> Tensor")
 torch.library.impl("fga_fast::triton_gate", ("cpu", "cuda") if INTERPRETED else "cuda", _run)
-torch.library.register_fake("fga_fast::triton_gate", _fake)
-torch.library.register_vmap("fga_fast::triton_gate", _vmap)
-_library.refuse_gradient("triton_gate")
+register_gate_rules("triton_gate")

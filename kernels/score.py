@@ -7,18 +7,17 @@ No result is read back by the host, so a call can be captured in a CUDA graph.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fga_fast.ops import _library
-from fga_fast.ops.score import MODES, Score, without_codes
+from fga_fast.ops.score import WITHOUT_CODES, Score, check_mode, empty_score, register_score_rules, without_codes
 
-from . import _tiling
-from ._device import INTERPRETED, check_device, device_name, on
+from . import tiling
+from .device import INTERPRETED, check_device, device_name, on
 from .score_dense import Problem, dense
 from .score_topk import sparse
 
@@ -48,20 +47,15 @@ def score(
         ValueError: unknown mode, or arguments that do not belong to it.
         RuntimeError: shapes, dtypes (float64 among them) or devices do not fit; the message names the argument.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
-    if (permutation is None) == (mode == "shuffled"):
-        raise ValueError(f'permutation: expected for mode "shuffled" and for no other, got mode {mode!r}')
-    if mode in ("gradient_only", "no_sae"):
-        if top_features:
-            raise ValueError(f'top_features: mode {mode!r} has no feature contributions; use mode "combined"')
+    check_mode(mode, permutation, top_features)
+    if mode in WITHOUT_CODES:
         return without_codes(x, g, sae, mode, image)
     check_device("score", x)
     return Score(
         *torch.ops.fga_fast.triton_score(
             x, g, image, sae.W_enc.t(), sae.bias, sae.W_dec, sae.theta, sae.gate_scale, sae.mag_bias, permutation,
             sae.activation, sae.normalize or "", "activation_only" if mode == "activation_only" else "combined",
-            sae.k or 0, top_features, _density(sae),
+            _density(sae), sae.k or 0, top_features,
         )
     )  # fmt: skip
 
@@ -89,14 +83,14 @@ def _normalise(x, to, P, C, x_image, x_patch, EPSILON: tl.constexpr, CENTRE: tl.
 
 
 def _aligned(tensor: Tensor) -> Tensor:  # [., P, C]
-    """As it is if its rows can be read 16 bytes at a time, else copied. Prefix tokens cut off leave them so."""
+    """The tensor itself if its rows can be read 16 bytes at a time, also without its prefix tokens; else a copy."""
     image, patch, column = tensor.stride()
     offset = tensor.storage_offset() * tensor.element_size()
     return tensor if column == 1 and not (image % 16 or patch % 16 or offset % 16) else tensor.contiguous()
 
 
 def _normalised(x: Tensor, kind: str, dtype: torch.dtype) -> Tensor:  # [B, P, C]
-    """Tokens as the encoder wants them, in its dtype, rows contiguous. Statistics are float32."""
+    """Normalised tokens in the encoder's dtype, rows contiguous. Statistics are float32."""
     x = _aligned(x)
     if not kind:
         return x.to(dtype)
@@ -172,23 +166,18 @@ def _problem(
 def _run(
     x: Tensor, g: Tensor, image: Tensor | None, W_enc_t: Tensor, bias: Tensor, W_dec: Tensor, theta: Tensor | None,
     gate_scale: Tensor | None, mag_bias: Tensor | None, permutation: Tensor | None, activation: str, normalize: str,
-    mode: str, k: int, top_features: int, density: float | None,
+    mode: str, density: float | None, k: int, top_features: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     _check(x, g, image, W_enc_t, W_dec, permutation, top_features)
     if g.numel() == 0 or x.numel() == 0:
-        return tuple(
-            t.fill_(-1) if t.dtype == torch.int64 else t.zero_()
-            for t in _fake(
-                x, g, image, W_enc_t, bias, W_dec, theta, gate_scale, mag_bias, permutation, activation, normalize,
-                mode, k, top_features, density,
-            )
-        )  # fmt: skip
+        nothing = empty_score(x, g.shape[:2], top_features)
+        return tuple(t.fill_(-1) if t.dtype == torch.int64 else t.zero_() for t in nothing)
     problem = _problem(
         x, g, image, W_enc_t, bias, W_dec, theta, gate_scale, mag_bias, permutation, activation, normalize, mode
     )
     features = len(W_enc_t)
     share = k / features if activation.startswith("topk") else density
-    if _tiling.route(activation, share, top_features > 0 or problem.g is None, device_name(x)) == "sparse":
+    if tiling.route(activation, share, top_features > 0 or problem.g is None, device_name(x)) == "sparse":
         kept = k if activation.startswith("topk") else 0
         outputs = sparse(problem, kept, activation == "topk_signed", top_features)
     else:
@@ -196,51 +185,15 @@ def _run(
     if mode == "activation_only" and image is not None:
         outputs = tuple(t[image] for t in outputs)
     if not top_features:
-        outputs += _fake(
-            x, g, image, W_enc_t, bias, W_dec, theta, gate_scale, mag_bias, permutation, activation, normalize, mode,
-            k, 0, density,
-        )[1:]  # fmt: skip
+        outputs += empty_score(x, g.shape[:2], 0)[1:]
     return outputs
-
-
-def _fake(
-    x: Tensor, g: Tensor, image: Tensor | None, W_enc_t: Tensor, bias: Tensor, W_dec: Tensor, theta: Tensor | None,
-    gate_scale: Tensor | None, mag_bias: Tensor | None, permutation: Tensor | None, activation: str, normalize: str,
-    mode: str, k: int, top_features: int, density: float | None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    rows, patches, _ = g.shape
-    per_patch, per_image = (rows, patches, top_features), (rows, top_features)
-    return (
-        x.new_empty((rows, patches), dtype=torch.float32),
-        x.new_empty(per_patch, dtype=torch.int64),
-        x.new_empty(per_patch, dtype=torch.float32),
-        x.new_empty(per_image, dtype=torch.int64),
-        x.new_empty(per_image, dtype=torch.float32),
-    )
-
-
-def _vmap(
-    info: Any, in_dims: tuple[int | None, ...], x: Tensor, g: Tensor, image: Tensor | None, *rest: Any
-) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """One call for all K: the codes of images that every k shares are computed once."""
-    if any(dim is not None for dim in in_dims[3:]):
-        raise ValueError("score: vmap over a dictionary or a permutation is not possible; call score once for each")
-    count, apart = info.batch_size, in_dims[0] is not None
-    if apart:
-        x = _library.fold(x, in_dims[0], count)
-    images = len(x) // count if apart else len(x)
-    image = _library.fold_image(image, in_dims[2], x, count, images, apart)
-    outputs = torch.ops.fga_fast.triton_score(x, _library.fold(g, in_dims[1], count), image, *rest)
-    return tuple(_library.unfold(t, count) for t in outputs), (0,) * len(outputs)
 
 
 torch.library.define(
     "fga_fast::triton_score",
     "(Tensor x, Tensor g, Tensor? image, Tensor W_enc_t, Tensor bias, Tensor W_dec, Tensor? theta, Tensor? gate_scale, "
-    "Tensor? mag_bias, Tensor? permutation, str activation, str normalize, str mode, int k, int top_features, "
-    "float? density) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? mag_bias, Tensor? permutation, str activation, str normalize, str mode, float? density, "
+    "int k, int top_features) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.impl("fga_fast::triton_score", ("cpu", "cuda") if INTERPRETED else "cuda", _run)
-torch.library.register_fake("fga_fast::triton_score", _fake)
-torch.library.register_vmap("fga_fast::triton_score", _vmap)
-_library.refuse_gradient("triton_score")
+register_score_rules("triton_score")

@@ -7,7 +7,7 @@ sum to a workspace [feature tiles, M, P]; a second reduction adds the feature ti
 input gives the same bits. Codes are made once for all targets of an image.
 
 Programs are numbered so that those running together share a few tiles of weights, which are read from memory once, and
-a group of token tiles that stays in the L2 cache. Cost: `_tiling.dense_cost`.
+a group of token tiles that stays in the L2 cache. Cost: `tiling.dense_cost`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _tiling
-from ._device import INTERPRETED, activate, capability, device_name, lanewise, on, ordered, product, two_products
+from . import tiling
+from .device import (
+    INTERPRETED,
+    activate,
+    capability,
+    device_name,
+    lanewise,
+    on,
+    ordered,
+    product,
+    tiles_of,
+    two_products,
+)
 
 
 class Problem(NamedTuple):
@@ -87,13 +98,7 @@ def _dense(
     BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One tile of tokens, all in one span of `span` tokens (the batch, or an image), and one tile of features."""
-    program = tl.program_id(0)
-    first_tile = program // (GROUP * feature_tiles) * GROUP
-    group = tl.minimum(token_tiles - first_tile, GROUP)
-    within = program % (GROUP * feature_tiles)
-    token_tile = first_tile + within % group
-    feature_tile = within // group
-
+    token_tile, feature_tile = tiles_of(tl.program_id(0), token_tiles, feature_tiles, GROUP)
     # Rows beyond the span or the dictionary read the last one again and are not counted.
     t = token_tile % tiles_per_span * BLOCK_T + tl.arange(0, BLOCK_T)
     inside = t < span
@@ -140,13 +145,13 @@ def dense(problem: Problem, top: int) -> tuple[Tensor, ...]:
     images, patches, _ = problem.x.shape
     features, rows = len(problem.W_enc_t), problem.rows
     use = "top" if top else "dense" if problem.start is None else "targets"
-    tile = _tiling.tile(use, problem.x.dtype, capability(problem.x), problem.x.shape[2], device_name(problem.x))
+    tile = tiling.tile(use, problem.x.dtype, capability(problem.x), problem.x.shape[2], device_name(problem.x))
     if not _fused(problem, tile):
         problem = problem._replace(x=lanewise(problem.x), g=None if problem.g is None else lanewise(problem.g))
     span = patches if top else images * patches
     per_span = triton.cdiv(span, tile.tokens)
     feature_tiles = triton.cdiv(features, tile.features)
-    step = _tiling.tiles_a_launch(tile, feature_tiles, rows * patches, per_span * rows, top)
+    step = tiling.tiles_a_launch(tile, feature_tiles, rows * patches, per_span * rows, top)
     new = problem.x.new_empty
     scores = None
     found = new((rows, patches, 0), dtype=torch.int32), new((rows, patches, 0), dtype=torch.float32)
@@ -174,7 +179,7 @@ def dense(problem: Problem, top: int) -> tuple[Tensor, ...]:
     return (scores, found[0].long(), found[1], of_image[0].long(), of_image[1])
 
 
-def _fused(problem: Problem, tile: _tiling.Tile) -> bool:
+def _fused(problem: Problem, tile: tiling.Tile) -> bool:
     return tile.fused and problem.g is not None and problem.start is None
 
 
@@ -208,14 +213,14 @@ def _strongest(value, index, to_value, to_index, n, index_row, top, BLOCK: tl.co
 def strongest(index: Tensor, value: Tensor, top: int) -> tuple[Tensor, Tensor]:  # [..., n] twice -> [..., top] twice
     """The entries largest in magnitude, equal ones in the order they came in; index -1 where nothing contributes."""
     n = value.shape[-1]
-    if top <= _tiling.FEW:  # a sort of all would need several times their memory
+    if top <= tiling.FEW:  # a sort of all would need several times their memory
         value, index = value.contiguous(), index.reshape(-1, n)
         to_value, to_index = (t.new_empty((*value.shape[:-1], top)) for t in (value, index))
         block = min(4096, max(16, triton.next_power_of_2(n)))
         with on(value):
             _strongest[(len(index),)](
                 value, index, to_value, to_index, n, index.stride(0), top, BLOCK=block,
-                num_warps=_tiling.select_warps(block),
+                num_warps=tiling.select_warps(block),
             )  # fmt: skip
         return to_index, to_value
     order = value.abs().sort(dim=-1, descending=True, stable=True).indices[..., :top]
@@ -224,7 +229,7 @@ def strongest(index: Tensor, value: Tensor, top: int) -> tuple[Tensor, Tensor]: 
 
 
 def _launch(
-    problem: Problem, tile: _tiling.Tile, span: int, first_feature: int, feature_tiles: int, top: int,
+    problem: Problem, tile: tiling.Tile, span: int, first_feature: int, feature_tiles: int, top: int,
     outputs: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> None:  # fmt: skip
     x, g, W = problem.x, problem.g, problem.W_enc_t
@@ -245,7 +250,7 @@ def _launch(
             ACTIVATION=problem.kind, GRADIENT=g is not None, GROUPED=problem.start is not None,
             SHUFFLED=problem.permutation is not None, TOP=top > 0,
             FUSED=_fused(problem, tile), EVEN_C=x.shape[2] % tile.width == 0,
-            PRECISION=_tiling.precision(x.dtype), INTERPRET=INTERPRETED,
-            BLOCK_T=tile.tokens, BLOCK_F=tile.features, BLOCK_C=tile.width, GROUP=_tiling.GROUP,
+            PRECISION=tiling.precision(x.dtype), INTERPRET=INTERPRETED,
+            BLOCK_T=tile.tokens, BLOCK_F=tile.features, BLOCK_C=tile.width, GROUP=tiling.GROUP,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip

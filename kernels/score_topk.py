@@ -1,7 +1,7 @@
 """Sparse route of the score: encode, choose the active features of a token, gather their decoder rows. Has never run on
 a device.
 
-For top-k codes, and for codes of which few are active (`_tiling.route`). Three kernels, over as many tokens at a time
+For top-k codes, and for codes of which few are active (`tiling.route`). Three kernels, over as many tokens at a time
 as the workspace holds:
   _encode   pre-activations [T, F] float32, and for long dictionaries the largest of each group of features
   _select   the k largest of a token exactly, equal ones by the lowest feature, in the order of features: a threshold is
@@ -9,7 +9,7 @@ as the workspace holds:
             equal ones by the lowest group: whatever lies outside these has k features before it.
   _compact  instead of _select where no k is given: the active features of a token, in order
   _gather   y = sum_k f_k D_k once a token, then y . g for each of its targets
-Costs: `_tiling.encode_cost`, `_tiling.gather_cost`.
+Costs: `tiling.encode_cost`, `tiling.gather_cost`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _tiling
-from ._device import INTERPRETED, activate, capability, device_name, lanewise, on, ordered, product
+from . import tiling
+from .device import INTERPRETED, activate, capability, device_name, lanewise, on, ordered, product, tiles_of
 from .score_dense import Problem, strongest
 
 
@@ -33,12 +33,8 @@ def _encode(
     BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Codes of a tile of tokens from `first_token` on, and with GROUP_SIZE the largest of each group of features."""
-    program = tl.program_id(0)
-    first_tile = program // (GROUP * feature_tiles) * GROUP
-    group = tl.minimum(token_tiles - first_tile, GROUP)
-    within = program % (GROUP * feature_tiles)
-    feature_tile = within // group
-    t = (first_tile + within % group) * BLOCK_T + tl.arange(0, BLOCK_T)
+    token_tile, feature_tile = tiles_of(tl.program_id(0), token_tiles, feature_tiles, GROUP)
+    t = token_tile * BLOCK_T + tl.arange(0, BLOCK_T)
     token = first_token + tl.minimum(t, tokens - 1)
     feature = feature_tile * BLOCK_F + tl.arange(0, BLOCK_F)
     known = tl.minimum(feature, F - 1)
@@ -180,9 +176,9 @@ def sparse(problem: Problem, k: int, signed: bool, top: int) -> tuple[Tensor, ..
     x, rows = problem.x, problem.rows
     images, patches, _ = x.shape
     features, tokens = len(problem.W_enc_t), images * patches
-    tile = _tiling.tile("encode", x.dtype, capability(x), x.shape[2], device_name(x))
-    group = _tiling.group_size(features, k) if k else 0
-    step = _tiling.tokens_a_launch(tile, features, group, tokens)
+    tile = tiling.tile("encode", x.dtype, capability(x), x.shape[2], device_name(x))
+    group = tiling.group_size(features, k) if k else 0
+    step = tiling.tokens_a_launch(tile, features, group, tokens)
     scores = x.new_empty((rows, patches), dtype=torch.float32)
     contributions = x.new_empty((rows, patches, k if top else 0), dtype=torch.float32)
     kept = x.new_empty((tokens, k), dtype=torch.float32)
@@ -246,13 +242,13 @@ def _launch_select(values: Tensor, groups: Tensor, k: int, group: int, relu: boo
     with on(values):
         _select[(len(values),)](
             values, groups, kept, index, values.shape[1], k, candidates, GROUP_SIZE=group, RELU=relu, BLOCK=block,
-            num_warps=_tiling.select_warps(block),
+            num_warps=tiling.select_warps(block),
         )  # fmt: skip
     return kept, index
 
 
 def _launch_encode(
-    problem: Problem, tile: _tiling.Tile, group: int, first: int, tokens: int
+    problem: Problem, tile: tiling.Tile, group: int, first: int, tokens: int
 ) -> tuple[Tensor, Tensor]:  # [T, F], [T, G]
     x, features = problem.x, len(problem.W_enc_t)
     groups = triton.cdiv(features, group) if group > 0 else 0
@@ -267,8 +263,8 @@ def _launch_encode(
             x, problem.W_enc_t, problem.bias, theta, scale, mag, codes, maxima,
             x.shape[1], x.shape[2], features, *x.stride(), first, tokens, token_tiles, feature_tiles,
             groups, ACTIVATION=problem.kind, GROUP_SIZE=max(0, group), EVEN_C=x.shape[2] % tile.width == 0,
-            PRECISION=_tiling.precision(x.dtype), INTERPRET=INTERPRETED, BLOCK_T=tile.tokens, BLOCK_F=tile.features,
-            BLOCK_C=tile.width, GROUP=_tiling.GROUP, num_warps=tile.warps, num_stages=tile.stages,
+            PRECISION=tiling.precision(x.dtype), INTERPRET=INTERPRETED, BLOCK_T=tile.tokens, BLOCK_F=tile.features,
+            BLOCK_C=tile.width, GROUP=tiling.GROUP, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return codes, maxima
 
@@ -290,5 +286,5 @@ def _launch_gather(
             contributions, x.shape[1], x.shape[2], index.shape[1], g.stride(0), g.stride(1), first,
             COMPACTED=count is not None, GROUPED=problem.start is not None,
             SHUFFLED=problem.permutation is not None, TOP=contributions.shape[-1] > 0,
-            BLOCK_K=_tiling.gathered_rows(block), BLOCK_C=block, num_warps=_tiling.gather_warps(block),
+            BLOCK_K=tiling.gathered_rows(block), BLOCK_C=block, num_warps=tiling.gather_warps(block),
         )  # fmt: skip

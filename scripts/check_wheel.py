@@ -11,6 +11,17 @@ ROOT = Path(__file__).resolve().parent.parent
 NOT_SHIPPED = {".so", ".pyc"}
 
 
+def shipped() -> set[str]:
+    """Every Python and data file of a wheel, by its path there."""
+    folders = ((ROOT / "fga_fast", "fga_fast"), (ROOT / "kernels", "fga_fast/kernels"))
+    return {
+        f"{prefix}/{path.relative_to(folder).as_posix()}"
+        for folder, prefix in folders
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix not in NOT_SHIPPED
+    }
+
+
 def main() -> None:
     """Check the wheel named on the command line."""
     with zipfile.ZipFile(sys.argv[1]) as wheel:
@@ -19,13 +30,9 @@ def main() -> None:
         tags = [line for line in wheel.read(records[0]).decode().splitlines() if line.startswith("Tag:")]
     if not all(tag.startswith("Tag: cp310-abi3-") for tag in tags):
         raise SystemExit(f"the wheel is tagged {tags}, expected cp310-abi3")
-    expected = {"fga_fast/_C.abi3.so"}
+    expected = {"fga_fast/_C.abi3.so", *shipped()}
     if os.environ.get("FGA_FAST_CUDA") == "1":
         expected.add("fga_fast/_cuda.abi3.so")
-    for folder, prefix in (("fga_fast", "fga_fast"), ("kernels", "fga_fast/kernels")):
-        for path in (ROOT / folder).rglob("*"):
-            if path.is_file() and path.suffix not in NOT_SHIPPED:
-                expected.add(f"{prefix}/{path.relative_to(ROOT / folder).as_posix()}")
     if expected != inside:
         raise SystemExit(f"missing: {sorted(expected - inside)}; not expected: {sorted(inside - expected)}")
     print(f"{Path(sys.argv[1]).name}: {len(inside)} files as expected")

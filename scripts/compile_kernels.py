@@ -3,7 +3,7 @@
 
     python scripts/compile_kernels.py [--arch 80 90 100] [--all]
 
-For each tile that kernels/_tiling.py can choose, the plain variant and the heaviest ones; --all adds every other
+For each tile that kernels/tiling.py can choose, the plain variant and the heaviest ones; --all adds every other
 combination of flags and float16. Limits: no register spilled, at most 255 registers, shared memory within the device's,
 16-bit and TensorFloat32 products on tensor cores (mma.sync, wgmma or tcgen05), and wgmma not serialised. Exit status 1
 if one is broken. What this cannot show is that the code is right or fast: it is compiled, not run.
@@ -18,22 +18,15 @@ import itertools
 import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
+from fga_fast.kernels import score_dense, score_topk, tiling
+from fga_fast.kernels.gate import _gate
+from fga_fast.kernels.score import _normalise
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from fga_fast import triton_kernels
-
-triton_kernels.load()
-from fga_fast.kernels import _tiling, score_dense, score_topk  # noqa: E402
-from fga_fast.kernels.gate import _gate  # noqa: E402
-from fga_fast.kernels.score import _normalise  # noqa: E402
 
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a program may use
 TENSOR_CORE = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
@@ -88,10 +81,10 @@ class Report(NamedTuple):
         return [fault for fault, broken in found.items() if broken]
 
 
-def tuned_tiles(arch: int) -> Iterator[tuple[str, _tiling.Tile]]:
+def tuned_tiles(arch: int) -> Iterator[tuple[str, tiling.Tile]]:
     """Tiles that were measured on devices of this architecture."""
-    for path in sorted(_tiling.TUNED.glob("*.json")):
-        table = _tiling.tuned(path.stem)
+    for path in sorted(tiling.TUNED.glob("*.json")):
+        table = tiling.tuned(path.stem)
         if table["capability"][0] == arch // 10:
             yield from table["tiles"].items()
 
@@ -100,10 +93,10 @@ def with_products(arch: int, every: bool) -> Iterator[Variant]:
     """Variants of the kernels with matrix products."""
     kinds = {"half": ("bf16", "ieee"), "tf32": ("fp32", "tf32"), "ieee": ("fp32", "ieee")}
     tiles = {
-        (kind, use, tile, True) for (generation, kind, use), tile in _tiling._TILES.items() if generation == arch // 10
+        (kind, use, tile, True) for (generation, kind, use), tile in tiling.TILES.items() if generation == arch // 10
     }
     tiles |= {(*name.split(), tile, True) for name, tile in tuned_tiles(arch)}
-    tiles |= {(kind, use, _tiling.UNALIGNED, False) for kind, use, *_ in tiles if every or kind == "ieee"}
+    tiles |= {(kind, use, tiling.UNALIGNED, False) for kind, use, *_ in tiles if every or kind == "ieee"}
     for kind, use, tile, aligned in sorted(tiles):
         dtype, precision = kinds[kind]
         for each, (name, flags) in itertools.product(
@@ -118,7 +111,7 @@ def with_products(arch: int, every: bool) -> Iterator[Variant]:
                 "BLOCK_T": tile.tokens,
                 "BLOCK_F": tile.features,
                 "BLOCK_C": tile.width,
-                "GROUP": _tiling.GROUP,
+                "GROUP": tiling.GROUP,
             }
             if kind != "ieee":  # Triton makes strides of 1 constants
                 flags |= {"x_column": 1} | ({} if use == "encode" else {"g_column": 1})  # fmt: skip
@@ -135,7 +128,7 @@ def with_products(arch: int, every: bool) -> Iterator[Variant]:
             )
 
 
-def dense_flags(use: str, tile: _tiling.Tile, every: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+def dense_flags(use: str, tile: tiling.Tile, every: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """Names and flags of the dense kernel: plain, and the heaviest with one and with several targets."""
     for activation, (gradient, grouped), shuffled, even in itertools.product(
         ("relu", "threshold", "gated"), ((False, False), (True, False), (True, True)), (False, True), (True, False)
@@ -156,7 +149,7 @@ def dense_flags(use: str, tile: _tiling.Tile, every: bool) -> Iterator[tuple[str
         )  # fmt: skip
 
 
-def encode_flags(use: str, tile: _tiling.Tile, every: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+def encode_flags(use: str, tile: tiling.Tile, every: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """Names and flags of the encoder of the sparse route."""
     for activation, size, even in itertools.product(
         ("select", "relu", "threshold", "gated"), (0, 16, 32, 64), (True, False)
@@ -177,12 +170,12 @@ def without_products(every: bool) -> Iterator[Variant]:
     """Variants of the other kernels."""
     for block in (256, 4096, 16384):
         yield Variant(f"gate {block}", _gate, "fp32", {"BLOCK": block}, min(16, block // 256), 3)
-    for block, size in itertools.product((256, 2048, _tiling.LONGEST_SELECTION), (0, 16, 32, 64) if every else (0, 64)):
+    for block, size in itertools.product((256, 2048, tiling.LONGEST_SELECTION), (0, 16, 32, 64) if every else (0, 64)):
         flags = {"GROUP_SIZE": size, "RELU": True, "BLOCK": block}
-        yield Variant(f"select {block} {size}", score_topk._select, "fp32", flags, _tiling.select_warps(block), 3)
+        yield Variant(f"select {block} {size}", score_topk._select, "fp32", flags, tiling.select_warps(block), 3)
     for block in (16, 4096):
         yield Variant(
-            f"strongest {block}", score_dense._strongest, "fp32", {"BLOCK": block}, _tiling.select_warps(block), 3
+            f"strongest {block}", score_dense._strongest, "fp32", {"BLOCK": block}, tiling.select_warps(block), 3
         )
     yield Variant("compact", score_topk._compact, "fp32", {"BLOCK": 2048}, 8, 3)
     for centre, block in itertools.product((True, False), (1024, 4096)):
@@ -194,9 +187,9 @@ def without_products(every: bool) -> Iterator[Variant]:
                 continue
             flags = {
                 "COMPACTED": compacted, "GROUPED": grouped, "SHUFFLED": shuffled, "TOP": top, "BLOCK_C": block,
-                "BLOCK_K": _tiling.gathered_rows(block),
+                "BLOCK_K": tiling.gathered_rows(block),
             }  # fmt: skip
-            name, warps = f"gather {block}{' compacted' * compacted}{' top' * top}", _tiling.gather_warps(block)
+            name, warps = f"gather {block}{' compacted' * compacted}{' top' * top}", tiling.gather_warps(block)
             yield Variant(name, score_topk._gather, dtype, flags, warps, 3)
 
 

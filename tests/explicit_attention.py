@@ -64,3 +64,10 @@ def explicit(
     cbar = (weighted if signed else weighted.relu()).mean(1).to(p.row.dtype)
     sent = p.gate * (p.row.unsqueeze(1) @ cbar).squeeze(1)
     return Step(out.detach(), dq, dk, dv, p.row + sent if residual else sent)
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    """Norm of the difference over the norm of `want`; NaN or Inf and another shape fail."""
+    assert got.shape == want.shape
+    assert torch.isfinite(got).all(), "NaN or Inf"
+    return float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-6))

@@ -5,9 +5,7 @@ Each contestant is first compared with the reference on the numbers that are tim
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,8 +16,8 @@ from device import Ceilings, Device
 from rows import Row
 from torch import Tensor
 
-from fga_fast import SparseAutoencoder, backends, reference
-from fga_fast.ops import attention_cuda
+from fga_fast import SparseAutoencoder, reference
+from fga_fast.engine import backends
 
 HEADS, HEAD_WIDTH = 12, 64
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 1e-2}
@@ -135,28 +133,9 @@ def attention_rows(device: Device, ceilings: Ceilings, stages: Stages) -> Iterat
             for backend, stage in stages.items():
                 work = partial(_step, stage.attention, tensors, grad, row, gate)
                 yield timed(replace(blank, name=backend), device, ceilings, work, want, dtype)
-                if backend == "native" and device.kind == "cuda" and uses_one_kernel(q, k):
-                    with one_kernel():
-                        one = timed(replace(blank, name="native, one kernel"), device, ceilings, work, want, dtype)
-                    yield one
             plain = partial(_plain, tensors, grad)
             median, least = device.seconds(plain)
             yield replace(blank, name="plain attention", median_s=median, min_s=least, note="no relevance")
-
-
-@contextmanager
-def one_kernel() -> Iterator[None]:
-    """Within it, short heads take the kernel that does the whole backward step."""
-    os.environ["FGA_FAST_FUSED_ATTENTION"] = "1"
-    try:
-        yield
-    finally:
-        del os.environ["FGA_FAST_FUSED_ATTENTION"]
-
-
-def uses_one_kernel(q: Tensor, k: Tensor) -> bool:  # [B, H, N, D] both
-    with one_kernel():
-        return attention_cuda.uses_fused(q, k, True)
 
 
 def _step(attention: Callable[..., Any], qkv: list[Tensor], grad: Tensor, row: Tensor, gate: Tensor) -> Tensor:

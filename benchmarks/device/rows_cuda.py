@@ -24,7 +24,7 @@ import steadiness
 from device import Ceilings, Device, measure_ceilings
 from rows import Row, environment, slug, table, write_csv
 
-from fga_fast import backends
+from fga_fast.engine import backends
 
 
 def stages_here(device: Device) -> dict[str, backends.Stages]:

@@ -3,7 +3,8 @@
 #
 # STATUS: this script has never run on a device. On a machine without one, its build and its CPU steps have run.
 #
-# Needs: nvcc, and a Python with torch (CUDA), timm (with safetensors), numpy, pytest, ninja; setuptools. Nothing else.
+# Needs: nvcc, and a Python with torch (CUDA), timm (with safetensors), numpy, pytest, ninja, pip, setuptools. Nothing else.
+# Installs this tree, editable, into that Python.
 # Optional: hypothesis (without it the op tests that use it are left out), compute-sanitizer, cmake (for the C++ session) and
 # pybind11 (for its rows), conformance numbers in $FGA_FAST_CONFORMANCE, a built C++ project in $FGA_FAST_CMAKE_BUILD.
 # Use: benchmarks/device/run.sh [OUT]    rows and run.log go to OUT; by default rows to benchmarks/results, and the log to a
@@ -49,7 +50,7 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader ||
 # Machine code for the device at hand alone: the others are compiled in CI.
 arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1)
 [[ -n $arch ]] && export TORCH_CUDA_ARCH_LIST=${arch/9.0/9.0a}
-if ! FGA_FAST_CUDA=1 step build 200 "$python" setup.py build_ext --inplace; then
+if ! FGA_FAST_CUDA=1 step build 200 "$python" -m pip install --no-index --no-deps --no-build-isolation -e .; then
   printf '\n'
   printf '%s\n' "${summary[@]}"
   exit 1

@@ -28,27 +28,25 @@ if "--rehearse" in sys.argv:
 
 import torch  # noqa: E402
 from device import Device  # noqa: E402
+from fga_fast.kernels import tiling  # noqa: E402
+from fga_fast.kernels.device import capability, device_name  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from fga_fast import SparseAutoencoder, triton_kernels  # noqa: E402
-
-kernels = triton_kernels.load()
-from fga_fast.kernels import _tiling  # noqa: E402
-from fga_fast.kernels._device import capability, device_name  # noqa: E402
+from fga_fast import SparseAutoencoder, kernels  # noqa: E402
 
 USES = ("dense", "targets", "top", "encode")
 DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
 ACTIVE = (16, 32, 64, 128, 256, 512, 1024)  # features a token, to find where gathering stops paying
 
 
-def candidates(use: str, kind: str, small: bool, shared: int = 227 << 10) -> Iterator[_tiling.Tile]:
+def candidates(use: str, kind: str, small: bool, shared: int = 227 << 10) -> Iterator[tiling.Tile]:
     """Tiles worth timing: powers of two around the limits of the register file and of `shared` bytes of memory."""
     if small:
-        yield from (_tiling.Tile(16, 64, 16, 4, 2), _tiling.Tile(32, 64, 16, 4, 2, fused=False))
+        yield from (tiling.Tile(16, 64, 16, 4, 2), tiling.Tile(32, 64, 16, 4, 2, fused=False))
         return
     if kind == "ieee":
         for tokens, features, warps in itertools.product((32, 64, 128), (64, 128), (4, 8)):
-            yield _tiling.Tile(tokens, features, 16, warps, 2, fused=False)
+            yield tiling.Tile(tokens, features, 16, warps, 2, fused=False)
         return
     widths = (32, 64, 128) if kind == "half" else (16, 32, 64)
     for tokens, features, width, warps, stages in itertools.product(
@@ -61,7 +59,7 @@ def candidates(use: str, kind: str, small: bool, shared: int = 227 << 10) -> Ite
         stage = width * (tokens + features) * (2 if kind == "half" else 4)
         for fused in (True, False) if use in ("dense", "top") else (True,):
             if stages * stage * (2 if fused and use in ("dense", "top") else 1) <= shared:
-                yield _tiling.Tile(tokens, features, width, warps, stages, fused)
+                yield tiling.Tile(tokens, features, width, warps, stages, fused)
 
 
 class Case:
@@ -94,9 +92,9 @@ class Case:
         scores: Tensor = kernels.score(self.x, self.g, self.sae, **self.more).scores
         return scores
 
-    def seconds(self, device: Device, tile: _tiling.Tile, want: Tensor) -> float | None:
+    def seconds(self, device: Device, tile: tiling.Tile, want: Tensor) -> float | None:
         """Median time with this tile, None if it cannot be used."""
-        _tiling._TILES[self.table_key] = tile
+        tiling.TILES[self.table_key] = tile
         try:
             got = self()
             if not torch.allclose(got, want, rtol=1e-2, atol=1e-2 * float(want.abs().max())):
@@ -108,16 +106,16 @@ class Case:
             return None
 
 
-def best_tile(case: Case, device: Device) -> _tiling.Tile:
+def best_tile(case: Case, device: Device) -> tiling.Tile:
     """The fastest candidate; the default if none is faster."""
-    default = _tiling._TILES[case.table_key]
+    default = tiling.TILES[case.table_key]
     want = case()
     times = {default: case.seconds(device, default, want)}
     shared = 0 if device.small else torch.cuda.get_device_properties(case.x.device).shared_memory_per_block_optin
     for tile in candidates(case.key.split()[1], case.key.split()[0], device.small, shared):
         times[tile] = case.seconds(device, tile, want)
     fastest = min((tile for tile, time in times.items() if time is not None), key=lambda tile: times[tile] or 0.0)
-    _tiling._TILES[case.table_key] = fastest
+    tiling.TILES[case.table_key] = fastest
     print(f"{case.key}: {tuple(fastest)} {times[fastest]} s, default {tuple(default)} {times[default]} s", flush=True)
     return fastest
 
@@ -158,9 +156,9 @@ def main() -> int:
     elif not torch.cuda.is_available():
         parser.error("there is no CUDA device; --rehearse runs without one")
     device = Device("cpu" if shape.rehearse else "cuda", shape.rehearse)
-    earlier: dict[str, Any] = _tiling.tuned(device.name)
+    earlier: dict[str, Any] = tiling.tuned(device.name)
     tiles = dict(earlier.get("tiles", {}))
-    _tiling.tuned = lambda _: {}  # type: ignore[assignment]  # candidates, not what was measured before, are to be timed
+    tiling.tuned = lambda _: {}  # type: ignore[assignment]  # candidates, not what was measured before, are to be timed
     for kind, use in itertools.product(shape.kinds, shape.uses):
         torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
         case = Case(use, kind, device, shape)
@@ -173,7 +171,7 @@ def main() -> int:
     if shape.rehearse:
         print(f"rehearsed: nothing written of {json.dumps(table)}")
         return 0
-    path = _tiling.TUNED / f"{_tiling.slug(table['device'])}.json"
+    path = tiling.TUNED / f"{tiling.slug(table['device'])}.json"
     path.parent.mkdir(exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")

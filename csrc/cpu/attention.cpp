@@ -1,4 +1,5 @@
-// Tapped attention on the CPU: checks, output tensors, and one (image, head) or (target, head) a work item.
+// Tapped attention on the CPU: checks, output tensors, and the threads. A work item is one (image, head) of the forward
+// pass or one (target, head) of the backward pass.
 #include "attention.h"
 
 #include "../checks.h"
@@ -22,7 +23,7 @@ Matrix<S> head_of_output(const Tensor& t, int64_t image, int64_t head) {
   return {static_cast<S*>(t.mutable_data_ptr()) + image * t.stride(0) + head * t.stride(1), t.stride(2), t.stride(3)};
 }
 
-// The bias of one (image, head) is read from where it is: a dim of size 1 has stride 0.
+// The bias of one (image, head), read in place: a dim of size 1 has stride 0.
 template <class S, class A>
 Bias<S, A> bias_of_head(const std::optional<Tensor>& bias, int64_t image, int64_t head) {
   if (!bias) return {};

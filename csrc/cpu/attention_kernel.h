@@ -182,15 +182,15 @@ inline void send_relevance(A row, const A* p, const A* dp, int64_t padded_keys, 
   }
 }
 
-// Probabilities of one query row again, from its logits. A log-sum-exp of large magnitude (every key masked with the
-// lowest float) has no digits left for the sum, so what is off by more than rounding is divided by its sum.
+// Rebuilds the probabilities of one query row from its logits. A log-sum-exp of large magnitude (every key masked with
+// the lowest float) has no digits left for the sum, so a row whose sum is off by more than rounding is divided by it.
 template <class A>
 inline void rebuild_probabilities(A* p, int64_t keys, int64_t padded_keys, A lse) {
   const A total = exponentiate(p, keys, padded_keys, lse);
   if (std::abs(total - 1) > A(1e-5)) scale_rows(p, keys, 1 / total);
 }
 
-// From the block's P and dP to dq and, added to what other blocks gave, dk.
+// Computes dq from the block's P and dP, and adds the block's share to dk.
 template <class S, class A>
 void backward_logits(const AttentionBackward<S, A>& item, const Sizes<A>& size, const BackwardScratch<A>& b, int64_t i0,
                      int64_t rows) {

@@ -1,6 +1,6 @@
 // Which instruction set the kernels run with. Each *_kernel.h is compiled once per set (see *_avx512.cpp and its
-// siblings) and the best one the processor has is chosen at the first call; nothing is decided at build time, so a
-// wheel built on one machine runs on another.
+// siblings), and the first call chooses the best one that the processor has. The build decides nothing, so a wheel
+// built on one machine runs on another.
 #pragma once
 
 #include <cstdlib>

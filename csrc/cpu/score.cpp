@@ -96,7 +96,7 @@ class Scorer {
                                 64, 2048);
     tile_ = std::min(tile_, a.features);
     x_ = dense(a.x, a.images, a.normalize);
-    g_ = dense(a.g, a.rows, 0);
+    g_ = dense(a.g, a.rows, Normalisation::none);
     gt_ = torch::stable::transpose(g_, 0, 1);
     problem_ = {a.rows * a.patches,
                 a.patches,
@@ -116,7 +116,7 @@ class Scorer {
   void run() {
     const Tensor xt = torch::stable::transpose(x_, 0, 1);
     Tensor codes = torch::stable::new_empty(x_, {tile_, tokens_});
-    if (a_.activation == Activation::topk) reserve_selection();
+    if (chooses_k(a_.activation)) reserve_selection();
     if (a_.top) sums_.resize(ranges_.size() * of_.most * tile_);
     for (int64_t first = 0; first < a_.features; first += tile_) {
       const int64_t count = std::min(tile_, a_.features - first);
@@ -125,12 +125,12 @@ class Scorer {
       FeatureTile<W, A> t{
           first,           count,   data(tile), tokens_, data(bias_) + first, at(theta_, first), at(scale_, first),
           at(mag_, first), nullptr, nullptr};
-      if (a_.activation == Activation::topk)
+      if (chooses_k(a_.activation))
         each_range([&](PatchRange r, int64_t) { FGA_ON_ISA(select<W, A>(t, a_.patches, r, selection_)); });
       else
         consume(t);
     }
-    if (a_.activation == Activation::topk) consume_selection();
+    if (chooses_k(a_.activation)) consume_selection();
     mark_nonfinite();
   }
 
@@ -146,7 +146,7 @@ class Scorer {
   }
 
   // [R, P, C] of any strides and type -> dense [R * P, C] in the arithmetic type, normalised
-  Tensor dense(const Tensor& t, int64_t images, int kind) {
+  Tensor dense(const Tensor& t, int64_t images, Normalisation kind) {
     Tensor out = torch::stable::new_empty(t, {images * a_.patches, a_.width}, type_);
     const S* from = static_cast<const S*>(t.const_data_ptr());
     A* to = data(out);
@@ -241,7 +241,7 @@ class Scorer {
     values_.resize(tokens_ * k);
     indices_.resize(tokens_ * k);
     sizes_.assign(tokens_, 0);
-    const A least = a_.keep_negative ? -std::numeric_limits<A>::infinity() : A(0);
+    const A least = a_.activation == Activation::topk_signed ? -std::numeric_limits<A>::infinity() : A(0);
     selection_ = {k, least, values_.data(), indices_.data(), sizes_.data()};
   }
 
@@ -311,7 +311,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> score_cpu(
   check_rank(kScore, "x", x, 3, "[B, P, C]");
   check_rank(kScore, "g", g, 3, "[M, P, C]");
   check_rank(kScore, "W_enc_t", w_enc_t, 2, "[F, C]");
-  STD_TORCH_CHECK(normalize >= 0 && normalize <= 2, kScore, ": normalize must be 0 to 2, got ", normalize);
   const auto dense = [](const Tensor& t) { return torch::stable::contiguous(t); };
   const auto dense_optional = [&](const std::optional<Tensor>& t) {
     return t ? std::optional<Tensor>(dense(*t)) : std::nullopt;
@@ -326,9 +325,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> score_cpu(
                     dense_optional(gate_scale),
                     dense_optional(mag_bias),
                     dense_optional(permutation),
-                    activation_numbered(activation),
-                    activation == kTopkSigned,
-                    static_cast<int>(normalize),
+                    numbered("activation", activation, Activation::gated),
+                    numbered("normalize", normalize, Normalisation::constant_norm),
                     weigh,
                     k,
                     top_features,

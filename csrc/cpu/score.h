@@ -7,7 +7,17 @@
 
 namespace fga {
 
-enum class Activation { relu, topk, threshold, gated };
+// The order of Activation and Normalisation in fga_fast/settings.py: the op takes their numbers. (In torch 2.11, every
+// string that an op of the stable ABI is given leaks.)
+enum class Activation : int64_t { relu, topk, topk_signed, batch_topk, jumprelu, gated };
+enum class Normalisation : int64_t { none, layer_norm, constant_norm };
+
+constexpr bool chooses_k(Activation a) {
+  return a == Activation::topk || a == Activation::topk_signed;
+}
+constexpr bool has_threshold(Activation a) {
+  return a == Activation::batch_topk || a == Activation::jumprelu;
+}
 
 // Features [first, first + count) of the dictionary; the pointers are to the tile's own first feature.
 // W: storage type of the decoder; A: type of arithmetic (double for double, else float).
@@ -57,7 +67,7 @@ struct Selection {
   namespace isa {                                                                                                     \
   template <class S, class A>                                                                                         \
   void normalise_rows(const S* x, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t width, int64_t ld, \
-                      int kind, A* to);                                                                               \
+                      Normalisation, A* to);                                                                          \
   template <class W, class A>                                                                                         \
   int64_t activate(const FeatureTile<W, A>&, Activation, int64_t patches, PatchRange);                                \
   template <class W, class A>                                                                                         \

@@ -17,8 +17,7 @@ struct Arguments {
   Tensor x, g, w_enc_t, bias, w_dec;
   std::optional<Tensor> image, theta, gate_scale, mag_bias, permutation;
   Activation activation;
-  bool keep_negative;  // topk_signed: no relu after the choice
-  int normalize;
+  Normalisation normalize;
   bool weigh;  // combined; else activation_only
   int64_t k, top;
   int64_t images, rows, patches, width, features;
@@ -28,14 +27,12 @@ struct Outputs {
   Tensor scores, patch_index, patch_contribution, image_index, image_contribution;
 };
 
-// Numbers, as in fga_fast/ops/score.py: in torch 2.11, every string that an op of the stable ABI is given leaks.
-constexpr int64_t kTopkSigned = 2;
-
-inline Activation activation_numbered(int64_t number) {
-  constexpr Activation known[] = {Activation::relu,      Activation::topk,      Activation::topk,
-                                  Activation::threshold, Activation::threshold, Activation::gated};
-  STD_TORCH_CHECK(number >= 0 && number < 6, kScore, ": activation must be 0 to 5, got ", number);
-  return known[number];
+// The value of that number of an enum whose last value is `last`.
+template <class E>
+E numbered(const char* name, int64_t number, E last) {
+  const auto most = static_cast<int64_t>(last);
+  STD_TORCH_CHECK(number >= 0 && number <= most, kScore, ": ", name, " must be 0 to ", most, ", got ", number);
+  return static_cast<E>(number);
 }
 
 inline void check_vector(const char* name, const std::optional<Tensor>& t, bool wanted, int64_t features,
@@ -71,11 +68,11 @@ inline void check_score(const Arguments& a) {
   for (auto [name, t] :
        {std::pair{"x", &a.x}, {"g", &a.g}, {"W_enc_t", &a.w_enc_t}, {"bias", &a.bias}, {"W_dec", &a.w_dec}})
     check_cpu(kScore, name, *t);
-  check_vector("theta", a.theta, a.activation == Activation::threshold, a.features, weights);
+  check_vector("theta", a.theta, has_threshold(a.activation), a.features, weights);
   check_vector("gate_scale", a.gate_scale, a.activation == Activation::gated, a.features, weights);
   check_vector("mag_bias", a.mag_bias, a.activation == Activation::gated, a.features, weights);
   if (a.permutation) check_permutation(*a.permutation, a.features);
-  STD_TORCH_CHECK(a.activation != Activation::topk || a.k >= 1, kScore, ": k must be at least 1 for topk, got ", a.k);
+  STD_TORCH_CHECK(!chooses_k(a.activation) || a.k >= 1, kScore, ": k must be at least 1 for topk, got ", a.k);
   STD_TORCH_CHECK(a.top >= 0 && a.top <= a.features, kScore, ": top_features must lie in 0 to ", a.features, ", got ",
                   a.top);
   STD_TORCH_CHECK(a.image || a.rows == a.images, kScore, ": g has ", a.rows, " rows for ", a.images,

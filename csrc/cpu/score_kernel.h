@@ -2,23 +2,23 @@
 // its own copy (see vector.h).
 
 // Rows of x as arithmetic type, normalised as the SAE expects, padded with zeros to ld columns.
-// kind: 0 as it is; 1 (x - mean) / (std + 1e-5) with the unbiased std; 2 scaled to norm sqrt(width).
+// layer_norm: (x - mean) / (std + 1e-5) with the unbiased std; constant_norm: scaled to norm sqrt(width).
 template <class S, class A>
 void normalise_rows(const S* x, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t width, int64_t ld,
-                    int kind, A* to) {
+                    Normalisation kind, A* to) {
   for (int64_t i = 0; i < rows; ++i, x += row_stride, to += ld) {
     for (int64_t c = 0; c < width; ++c) to[c] = static_cast<A>(x[c * column_stride]);
     for (int64_t c = width; c < ld; ++c) to[c] = 0;
-    if (kind == 0) continue;
+    if (kind == Normalisation::none) continue;
     A mean = 0, squares = 0;
-    if (kind == 1) {
+    if (kind == Normalisation::layer_norm) {
       for (int64_t c = 0; c < width; ++c) mean += to[c];
       mean /= width;
     }
     for (int64_t c = 0; c < width; ++c) squares += (to[c] - mean) * (to[c] - mean);
     A factor = 1;  // a zero token stays zero
-    if (kind == 1) factor = 1 / (std::sqrt(squares / (width - 1)) + A(1e-5));
-    if (kind == 2 && squares != 0) factor = std::sqrt(A(width) / squares);
+    if (kind == Normalisation::layer_norm) factor = 1 / (std::sqrt(squares / (width - 1)) + A(1e-5));
+    if (kind == Normalisation::constant_norm && squares != 0) factor = std::sqrt(A(width) / squares);
     for (int64_t c = 0; c < width; ++c) to[c] = (to[c] - mean) * factor;
   }
 }
@@ -31,7 +31,7 @@ int64_t activate(const FeatureTile<W, A>& tile, Activation activation, int64_t p
   for (int64_t f = 0; f < tile.count; ++f) {
     A* z = tile.codes + f * tile.ld_codes + range.image * patches + range.begin;
     const A bias = tile.bias[f];
-    if (activation == Activation::threshold) {
+    if (has_threshold(activation)) {
       const A theta = tile.theta[f];
       for (int64_t t = 0; t < n; ++t) z[t] = z[t] + bias > theta && z[t] + bias > 0 ? z[t] + bias : A(0);
     } else if (activation == Activation::gated) {
@@ -294,7 +294,7 @@ void accumulate_selected(const W* decoder, const int64_t* permutation, const Sco
   template void select<W, A>(const FeatureTile<W, A>&, int64_t, PatchRange, const Selection<A>&);                     \
   template void accumulate_selected<W, A>(const W*, const int64_t*, const ScoreProblem<A>&, PatchRange,               \
                                           const Selection<A>&, A*);                                                   \
-  template void normalise_rows<W, A>(const W*, int64_t, int64_t, int64_t, int64_t, int64_t, int, A*);
+  template void normalise_rows<W, A>(const W*, int64_t, int64_t, int64_t, int64_t, int64_t, Normalisation, A*);
 FGA_INSTANTIATE_SCORE(float, float)
 FGA_INSTANTIATE_SCORE(double, double)
 FGA_INSTANTIATE_SCORE(torch::headeronly::BFloat16, float)

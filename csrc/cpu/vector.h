@@ -55,7 +55,7 @@ inline double sum_of(__m256d v) {
 }
 #endif
 
-// By halves: in order, each addition would wait for the one before.
+// By halves, because in order each addition would wait for the one before.
 #if FGA_VECTOR_BYTES == 64  // halves under a mask of all: other intrinsics make GCC 12 warn of its own header
 inline float sum_lanes(Vector<float> v) {
   const __m512 all = (__m512)v;
@@ -81,7 +81,7 @@ inline double sum_lanes(Vector<double> v) {
 }
 #endif
 
-// Bit i says that p[i] is above zero; of kLanes numbers.
+// Of kLanes numbers, bit i says whether p[i] is above zero.
 template <class T>
 inline uint32_t above_zero(const T* p) {
 #if FGA_VECTOR_BYTES == 64
@@ -131,7 +131,7 @@ inline Vector<double> exponential(Vector<double> x) {
 }
 
 // C [4, W] (+)= A B for one register tile: element (i, k) of A lies at a[i * a_row + k * a_col], B and C are row-major.
-// Unrolled in full, else the compiler keeps the accumulators in memory around the loop.
+// Unrolled in full; else the compiler would keep the accumulators in memory around the loop.
 template <class T, int kVectors>
 inline void multiply_tile(const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t ldb, T* c, int64_t ldc,
                           int64_t depth, bool accumulate) {

@@ -1,7 +1,8 @@
 // Relevance through attention on CUDA: v Cbar of one step of the rollout, from q, k, v, log-sum-exp and dO.
 //
 // STATUS: compiled for sm_80, sm_90a and sm_100, its arithmetic and indexing run on the CPU by an emulation of threads
-// and tensor cores (tests/csrc/native); it has never run on a device. Used only where the caller asks for backend="native".
+// and tensor cores (tests/csrc/native); it has never run on a device. Used only where the caller asks for
+// backend="native".
 //
 // messages_kernel: a block of four warps owns some keys of one (row m, head h). Each warp holds its keys' rows of K and
 // V in registers for the whole kernel and walks over all queries, whose rows of Q and dO come in tiles through shared
@@ -11,7 +12,7 @@
 //
 // Keys are the rows of these products, so a lane only ever adds up messages of its own keys: nothing is exchanged until
 // two shuffles at the end, there are no atomics, and the result has the same bits every time. Query tiles at which no
-// relevance arrives are skipped: of the last block that is all but the class token's.
+// relevance arrives are skipped: in the last block, all but the class token's.
 //
 // FLOPs 4 M H Nq N D on tensor cores (float32: three times that, see number.h), M H Nq N exponentials. Bytes from
 // memory: q, k, v, dO once a key tile, of which an image's share stays in L2, and 4 M H N out.

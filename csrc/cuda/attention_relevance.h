@@ -56,21 +56,4 @@ void attention_messages(const AttentionRelevance& a, cudaStream_t stream);
 // row_out = (row where residual) + gate * mean over heads of messages. Queues one kernel.
 void attention_combine(const AttentionRelevance& a, cudaStream_t stream);
 
-// The same step with its gradients, for heads that fit a multiprocessor whole.
-struct AttentionGradients {
-  AttentionRelevance relevance;  // what arrives; bf16 or half; see attention_messages
-  HeadTensor out;                // [images, heads, queries, width]
-  void *dq, *dk, *dv;            // [rows, queries or keys, heads, width] dense; dq and dk not touched unless need_qk
-  bool need_qk;
-};
-
-constexpr int kMostTokens = 256;  // queries, and keys, of one head: eight warps of 32 keys, 255 registers a thread
-constexpr int kWidestFusedHead = 64;
-
-bool fits(const AttentionGradients& a);
-
-// messages as attention_messages, and dv = A^T dO, dS = A (dA - rowsum(dO out)), dq = scale dS k, dk = scale dS^T q.
-// A row whose image index is out of range comes out NaN. Queues one kernel.
-void attention_gradients(const AttentionGradients& a, cudaStream_t stream);
-
 }  // namespace fga::cuda

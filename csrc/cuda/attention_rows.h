@@ -1,5 +1,5 @@
-// How attention kernels read rows of q, k, v and dO: straight into registers, or through tiles in shared memory that
-// both plain 16-byte reads and transposed reads find free of bank conflicts.
+// How the attention kernel reads rows of q, k, v and dO: straight into registers, or through tiles in shared memory,
+// from which it reads 16 bytes a lane without bank conflicts.
 #pragma once
 
 #include <cstdint>
@@ -19,8 +19,8 @@ template <class T>
 constexpr int kPerChunk = kChunkBytes / static_cast<int>(sizeof(typename T::Bits));
 
 // Where chunk c of row eights + r lies in a tile whose rows have kBlocks blocks; eights is a multiple of 8, r below 8.
-// A read by eight lanes touches either the four chunks of a block in two neighbouring rows or the same chunk of eight
-// rows; either way these lie in different banks.
+// Eight lanes read the four chunks of a block in two neighbouring rows at once; these lie in different banks. So does
+// the same chunk of eight rows.
 template <int kBlocks>
 __device__ __forceinline__ int chunk_offset(int eights, int r, int c) {
   c ^= r >> 1;

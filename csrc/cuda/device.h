@@ -1,6 +1,6 @@
 // Everything a kernel needs that only a GPU has: tensor-core products, asynchronous copies, warp votes and shuffles,
-// launches. Kernels call these and hold no assembly, so that a host build can put its own versions in their place
-// (tests/csrc/native/cuda_on_host.h) and run the very same kernels on the CPU.
+// launches. Kernels call these and hold no assembly, so that a host build can replace them (with
+// tests/csrc/native/cuda_on_host.h) and run the very same kernels on the CPU.
 #pragma once
 
 #ifdef FGA_CUDA_ON_HOST
@@ -34,16 +34,6 @@ FGA_MMA(mma_bf16, "m16n8k16.row.col.f32.bf16.bf16.f32")
 FGA_MMA(mma_half, "m16n8k16.row.col.f32.f16.f16.f32")
 FGA_MMA(mma_tf32, "m16n8k8.row.col.f32.tf32.tf32.f32")
 #undef FGA_MMA
-
-// Four 8 x 8 matrices of 16-bit values, lane l giving the address of row l % 8 of matrix l / 8; each arrives
-// transposed.
-__device__ __forceinline__ void load_transposed(uint32_t (&r)[4], const void* row) {
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
 
 // Copies kBytes (4, or 16 with both ends aligned to 16) from global to shared memory in the background, or zeroes them.
 template <int kBytes>
@@ -92,24 +82,12 @@ __device__ __forceinline__ float half_to_float(uint16_t bits) {
   return y;
 }
 
-// Two floats as a pair of 16-bit floats, the first in the low half.
-__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
-  uint32_t pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-}
-__device__ __forceinline__ uint32_t pack_half(float low, float high) {
-  uint32_t pair;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-}
-
 __device__ __forceinline__ unsigned char* dynamic_shared() {
   extern __shared__ __align__(16) unsigned char fga_dynamic_shared[];
   return fga_dynamic_shared;
 }
 
-// Queues kernel(arguments...) on the stream. What went wrong, if anything, is cudaGetLastError()'s to tell.
+// Queues kernel(arguments...) on the stream. cudaGetLastError() says whether that failed.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, std::size_t shared_bytes,
             cudaStream_t stream, const Arguments&... arguments) {
@@ -129,13 +107,13 @@ void launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, st
 __device__ __forceinline__ uint32_t bits_of(float x) {
   return __float_as_uint(x);
 }
-__device__ __forceinline__ float float_of(uint32_t bits) {
+__device__ __forceinline__ float value_of(uint32_t bits) {
   return __uint_as_float(bits);
 }
 __device__ __forceinline__ uint64_t bits_of(double x) {
   return static_cast<uint64_t>(__double_as_longlong(x));
 }
-__device__ __forceinline__ double double_of(uint64_t bits) {
+__device__ __forceinline__ double value_of(uint64_t bits) {
   return __longlong_as_double(static_cast<long long>(bits));  // NOLINT(google-runtime-int): the type it takes
 }
 

@@ -31,29 +31,19 @@ struct Workspace {
 
 // Order-preserving bijection between floats and unsigned integers: negative numbers have all bits flipped, so that a
 // larger magnitude sorts lower; positive ones get the top bit set, so that they sort above.
-struct FloatKey {
-  using Value = float;
-  using Bits = uint32_t;
-  static constexpr Bits kSign = 0x80000000U;
-  static __device__ Bits encode(float v) {
+template <class V, class B>
+struct Key {
+  using Value = V;
+  using Bits = B;
+  static constexpr Bits kSign = Bits{1} << (sizeof(Bits) * 8 - 1);
+  static __device__ Bits encode(Value v) {
     const Bits b = bits_of(v);
     return (b & kSign) != 0 ? ~b : b | kSign;
   }
-  static __device__ float quiet_nan() { return float_of(0x7fc00000U); }
-  static __device__ float decode(Bits b) { return float_of((b & kSign) != 0 ? b & ~kSign : ~b); }
+  static __device__ Value decode(Bits b) { return value_of((b & kSign) != 0 ? b & ~kSign : ~b); }
 };
-
-struct DoubleKey {
-  using Value = double;
-  using Bits = uint64_t;
-  static constexpr Bits kSign = 0x8000000000000000ULL;
-  static __device__ Bits encode(double v) {
-    const Bits b = bits_of(v);
-    return (b & kSign) != 0 ? ~b : b | kSign;
-  }
-  static __device__ double quiet_nan() { return double_of(0x7ff8000000000000ULL); }
-  static __device__ double decode(Bits b) { return double_of((b & kSign) != 0 ? b & ~kSign : ~b); }
-};
+using FloatKey = Key<float, uint32_t>;
+using DoubleKey = Key<double, uint64_t>;
 
 // Sum of the bins below this thread's, by a warp scan and a short sum over warps. Every thread of the block calls it.
 __device__ Count exclusive_scan(Count own, Workspace& shared) {
@@ -78,7 +68,7 @@ __device__ typename Key::Value select(ValueAt value, int64_t count, Count rank, 
   using Bits = typename Key::Bits;
   int found_nan = 0;
   for (int64_t i = threadIdx.x; i < count; i += kThreads) found_nan |= isnan(value(i)) ? 1 : 0;
-  if (__syncthreads_or(found_nan) != 0) return Key::quiet_nan();
+  if (__syncthreads_or(found_nan) != 0) return static_cast<typename Key::Value>(NAN);
 
   Bits prefix = 0;
   for (int shift = static_cast<int>(sizeof(Bits)) * 8 - 8; shift >= 0; shift -= 8) {

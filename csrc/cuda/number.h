@@ -23,15 +23,10 @@ __device__ __forceinline__ void multiply_16bit(float (&c)[4], const LeftBlock& a
 struct Bf16 {
   using Bits = uint16_t;
   static constexpr bool kNarrow = true;
-  static __device__ __forceinline__ float to_float(Bits bits) { return float_of(uint32_t{bits} << 16); }
+  static __device__ __forceinline__ float to_float(Bits bits) { return value_of(uint32_t{bits} << 16); }
   static __device__ __forceinline__ void multiply(float (&c)[4], const LeftBlock& a, const uint4& b) {
     multiply_16bit<mma_bf16>(c, a, b);
   }
-  // c [16, 8] += a [16, 16] b [16, 8], operands as the tensor core has them.
-  static __device__ __forceinline__ void step(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    mma_bf16(c, a[0], a[1], a[2], a[3], b0, b1);
-  }
-  static __device__ __forceinline__ uint32_t pack(float low, float high) { return pack_bf16(low, high); }
 };
 
 struct Half {
@@ -41,11 +36,6 @@ struct Half {
   static __device__ __forceinline__ void multiply(float (&c)[4], const LeftBlock& a, const uint4& b) {
     multiply_16bit<mma_half>(c, a, b);
   }
-  // c [16, 8] += a [16, 16] b [16, 8], operands as the tensor core has them.
-  static __device__ __forceinline__ void step(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    mma_half(c, a[0], a[1], a[2], a[3], b0, b1);
-  }
-  static __device__ __forceinline__ uint32_t pack(float low, float high) { return pack_half(low, high); }
 };
 
 // float32 on tensor cores that multiply 11-bit significands: x = high + low, where high keeps the upper bits exactly
@@ -55,7 +45,7 @@ struct Float {
   static constexpr bool kNarrow = false;
   static __device__ __forceinline__ float to_float(Bits value) { return value; }
   static __device__ __forceinline__ uint32_t high(uint32_t x) { return x & 0xffffe000U; }
-  static __device__ __forceinline__ uint32_t low(uint32_t x) { return bits_of(float_of(x) - float_of(high(x))); }
+  static __device__ __forceinline__ uint32_t low(uint32_t x) { return bits_of(value_of(x) - value_of(high(x))); }
   static __device__ __forceinline__ void step(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                               uint32_t b0, uint32_t b1) {
     mma_tf32(c, low(a0), low(a1), low(a2), low(a3), high(b0), high(b1));

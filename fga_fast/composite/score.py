@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fga_fast.ops.score import Score, without_codes
+from fga_fast.ops.score import WITHOUT_CODES, Score, check_mode, empty_score, without_codes
 from fga_fast.precision import relevance_dtype
 from fga_fast.sae import SparseAutoencoder
 from fga_fast.sae.features import strongest
@@ -27,8 +27,13 @@ def score(
     permutation: Tensor | None = None,  # [F]
     top_features: int = 0,
 ) -> Score:
-    """As `ops.score`, for one gradient an image."""
-    if mode in ("gradient_only", "no_sae"):
+    """As `ops.score`, for one gradient an image.
+
+    Raises:
+        ValueError: unknown mode, or arguments that do not belong to it.
+    """
+    check_mode(mode, permutation, top_features)
+    if mode in WITHOUT_CODES:
         return without_codes(x, g, sae, mode, None)
     batch, patches, _ = x.shape
     rows = max(1, _CHUNK // max(1, sae.d_sae * (1 + bool(top_features))))
@@ -55,8 +60,7 @@ def score(
             image_total = image_total + contributions.sum(-2)
     scores = torch.cat(parts, -1) if parts else x.new_zeros(batch, patches, dtype=dtype)
     if not top_features or not found:
-        empty = scores.new_zeros(*scores.shape, 0)
-        return Score(scores, empty.long(), empty, empty[..., 0, :].long(), empty[..., 0, :])
+        return Score(scores, *empty_score(scores, scores.shape, 0)[1:])
     assert isinstance(image_total, Tensor)
     index, value = (torch.cat(piece, -2) for piece in zip(*found, strict=True))
     return Score(scores, index, value, *strongest(image_total, top_features))

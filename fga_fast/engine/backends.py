@@ -6,12 +6,13 @@ which it calls.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
-from fga_fast import composite, ops, triton_kernels
+from fga_fast import composite, ops
 from fga_fast.settings import Backend, check_choice
 
 
@@ -76,7 +77,7 @@ def _stages(wanted: str, device: torch.device, dtype: torch.dtype) -> Stages | s
     if dtype == torch.float64:
         return "kernels for CUDA compute in float32, bfloat16 and float16, the model is float64"
     try:
-        kernels = triton_kernels.load()
+        kernels = importlib.import_module("fga_fast.kernels")
     except ImportError as error:
         return f"the Triton kernels do not load: {error}"
     if wanted == "triton":

@@ -6,7 +6,7 @@ and the gate port; all three hold zeros. Backward, the *gradient* of the carrier
 
     Cbar = mean_h relu(dA * A),    v <- v + w * (v Cbar)
 
-(`signed`: without the relu) so one call of `torch.autograd.grad` explains the whole model, and no [N, N] map is ever
+(`signed`: without the relu). So one call of `torch.autograd.grad` explains the whole model, and no [N, N] map is ever
 kept.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fga_fast.ops import _library
+from fga_fast.ops import attention_cuda, library
 from fga_fast.precision import relevance_dtype
 
 
@@ -57,8 +57,8 @@ def attention(
         RuntimeError: shapes, dtypes or devices do not fit; the message names the argument.
         ValueError: a gradient is wanted for `bias`.
     """
-    _library.load()
-    _library.require_kernel("attention", q)
+    library.load()
+    library.require_kernel("attention", q)
     out, lse, carried, port = torch.ops.fga_fast.attention(
         q, k, v, carrier, _placed("attention", bias, q), scale, gated, residual, signed, constant_map
     )
@@ -98,8 +98,8 @@ def attention_backward(
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit; the message names the argument.
     """
-    _library.load()
-    _library.require_kernel("attention_backward", q)
+    library.load()
+    library.require_kernel("attention_backward", q)
     dq, dk, dv, row_out = torch.ops.fga_fast.attention_backward(
         grad_out, row, gate, q, k, v, _placed("attention_backward", bias, q), out, lse, image, scale, residual, signed,
         need_qk, need_v,
@@ -108,7 +108,7 @@ def attention_backward(
 
 
 def _placed(op: str, bias: Tensor | None, q: Tensor) -> Tensor | None:
-    """The bias with leading dims of size 1, as broadcasting has it; the op wants to be told which dim is which."""
+    """The bias with four dims: broadcasting adds leading dims of size 1, and the op needs to see them."""
     if bias is None:
         return None
     if bias.device != q.device:
@@ -155,20 +155,20 @@ def _attention_backward_vmap(
     dims = [*in_dims[3:6], *in_dims[7:9]]
     apart = in_dims[6] is not None or any(dim is not None for dim in dims)
     if apart:
-        of_images = [_library.fold(t, dim, count) for t, dim in zip(of_images, dims, strict=True)]
+        of_images = [library.fold(t, dim, count) for t, dim in zip(of_images, dims, strict=True)]
     images = len(of_images[0]) // count if apart else len(q)
     if apart and bias is not None:
         each = bias if in_dims[6] is None else bias.movedim(in_dims[6], 0)
-        bias = _library.fold(each.expand(count, images, *each.shape[-3:]), 0, count)
-    image = _library.fold_image(image, in_dims[9], q, count, images, apart)
+        bias = library.fold(each.expand(count, images, *each.shape[-3:]), 0, count)
+    image = library.fold_image(image, in_dims[9], q, count, images, apart)
     outputs = torch.ops.fga_fast.attention_backward(
-        _library.fold(grad_out, in_dims[0], count), _library.fold(row, in_dims[1], count),
-        None if gate is None else _library.fold(gate, in_dims[2], count),
+        library.fold(grad_out, in_dims[0], count), library.fold(row, in_dims[1], count),
+        None if gate is None else library.fold(gate, in_dims[2], count),
         *of_images[:3], bias, *of_images[3:], image, *flags,
     )  # fmt: skip
     wanted = [t.dim() > 1 for t in outputs]  # an output that was not wanted is [0] and has no rows
     return (
-        tuple(_library.unfold(t, count) if given else t for t, given in zip(outputs, wanted, strict=True)),
+        tuple(library.unfold(t, count) if given else t for t, given in zip(outputs, wanted, strict=True)),
         tuple(0 if given else None for given in wanted),
     )
 
@@ -180,7 +180,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(q, k, v, bias, output[0], output[1])
     ctx.carrier_dtype = carrier.dtype
     ctx.mark_non_differentiable(output[1])
-    # Zeros in place of what does not arrive would be read as a gate of zero.
+    # A gradient that does not arrive stays None: zeros would be read as a gate of zero.
     ctx.set_materialize_grads(False)
 
 
@@ -203,10 +203,11 @@ def _attention_grad(
     return *of_map, dv if need_v else None, row_out, *([None] * 6)
 
 
-def register() -> None:
-    """Called once by the library's loader."""
+@library.at_load
+def _register() -> None:
     torch.library.register_fake("fga_fast::attention", _attention_fake)
-    torch.library.register_fake("fga_fast::attention_backward", _attention_backward_fake)
-    torch.library.register_vmap("fga_fast::attention_backward", _attention_backward_vmap)
     torch.library.register_autograd("fga_fast::attention", _attention_grad, setup_context=_save)
-    _library.refuse_gradient("attention_backward")
+    library.register_rules("attention_backward", _attention_backward_fake, _attention_backward_vmap)
+    attention_cuda.register_fake()
+    if library.has_cuda_kernel("attention_relevance"):
+        attention_cuda.register()

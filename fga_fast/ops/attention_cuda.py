@@ -1,4 +1,4 @@
-"""Tapped attention on CUDA: what PyTorch's kernels compute is left to them, the relevance is this project's kernel.
+"""Tapped attention on CUDA: PyTorch's kernels compute the attention, a kernel of this project the relevance.
 
 Forward is PyTorch's flash attention (16-bit, no bias) or its memory-efficient attention (float32, or a bias), the two
 that return log-sum-exp. Backward, the same one's gradients for dq, dk, dv, and `fga_fast::attention_relevance` for the
@@ -10,7 +10,6 @@ STATUS: has never run on a device.
 from __future__ import annotations
 
 import functools
-import os
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,6 @@ from torch import Tensor
 from fga_fast.precision import relevance_dtype
 
 WIDEST_HEAD = 128
-WIDEST_FUSED_HEAD, MOST_FUSED_TOKENS = 64, 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _READ = 16  # bytes that kernels read at once: alignment of every row
 _BIAS_ROW = 16  # elements; the memory-efficient kernel wants the rows of a bias that far apart
@@ -27,7 +25,7 @@ _LSE_ROW = 32  # queries; the memory-efficient kernel wants log-sum-exp padded t
 
 
 def check_supported(op: str, q: Tensor) -> None:  # [B, H, Nq, D]
-    """Refuses by name what the kernels do not do.
+    """Refuses dtypes and head widths that the kernels do not take.
 
     Raises:
         RuntimeError: dtype or head width; the message says what to use instead.
@@ -46,17 +44,6 @@ def check_supported(op: str, q: Tensor) -> None:  # [B, H, Nq, D]
 def uses_flash(q: Tensor, bias: Tensor | None) -> bool:
     """Which of PyTorch's kernels: flash attention takes 16-bit numbers and no bias."""
     return bias is None and q.dtype != torch.float32
-
-
-def uses_fused(q: Tensor, k: Tensor, need_v: bool) -> bool:  # [B, H, Nq, D] [B, H, N, D]
-    """Whether one kernel of this project does the whole backward step; only where FGA_FAST_FUSED_ATTENTION=1 asks.
-
-    It holds a whole head on a multiprocessor, adds nothing up across blocks, and is the same bits every time, gradients
-    too. Whether it is also faster, only a device can say.
-    """
-    fits = q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= WIDEST_FUSED_HEAD
-    short = max(q.shape[2], k.shape[2]) <= MOST_FUSED_TOKENS
-    return fits and short and need_v and os.environ.get("FGA_FAST_FUSED_ATTENTION") == "1"
 
 
 def readable(t: Tensor) -> Tensor:  # [B, H, N, D]
@@ -113,7 +100,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`fga_fast::attention_backward` for CUDA tensors; see `ops.attention_backward`.
 
-    An `image` index out of range is not noticed before the device does: checking would wait for it.
+    `image` is not checked for indices out of range, as that would wait for the device.
     """
     check_supported("attention_backward", q)
     if grad_out.numel() == 0 or k.numel() == 0:  # PyTorch's kernels would divide by the number of heads
@@ -123,11 +110,6 @@ def attention_backward(
     q, k, v, grad_out, out = (readable(t) for t in (q, k, v, grad_out, out))
     if bias is not None:
         bias = bias.to(q.dtype)  # as the forward pass had it: log-sum-exp belongs to this one
-    if uses_fused(q, k, need_v):
-        dq, dk, dv, row_out = torch.ops.fga_fast.attention_gradients(
-            grad_out, row, gate, q, k, v, bias, out, lse, image, scale, residual, signed, need_qk
-        )
-        return dq, dk, dv, row_out
     row_out = torch.ops.fga_fast.attention_relevance(
         grad_out, row, gate, q, k, v, bias, lse, image, scale, residual, signed
     )
@@ -168,7 +150,7 @@ def _gradients(
 
 
 def check_shapes(op: str, q: Tensor, k: Tensor, v: Tensor, carrier: Tensor, residual: bool) -> None:
-    """What PyTorch's kernels would not say as clearly. `attention_relevance` checks the backward pass.
+    """Checks the forward pass, whose errors PyTorch's kernels do not name. `attention_relevance` checks the backward.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit; the message names the argument.
@@ -198,29 +180,13 @@ def _relevance_fake(
     return row.new_empty(row.shape[0], k.shape[2])
 
 
-def _gradients_fake(
-    grad_out: Tensor, row: Tensor, gate: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
-    out: Tensor, lse: Tensor, image: Tensor | None, scale: float, residual: bool, signed: bool, need_qk: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    rows, heads, queries, width = grad_out.shape
-
-    def gradient(tokens: int) -> Tensor:
-        return q.new_empty(rows, tokens, heads, width).transpose(1, 2)
-
-    dq, dk = (gradient(queries), gradient(k.shape[2])) if need_qk else (q.new_empty(0), q.new_empty(0))
-    return dq, dk, gradient(k.shape[2]), row.new_empty(rows, k.shape[2])
-
-
-@functools.cache
-def register_fakes() -> None:
-    """Shapes of the ops that only CUDA has; needs no CUDA object."""
+def register_fake() -> None:
+    """Shapes of `fga_fast::attention_relevance`, which has no other kernel than CUDA's. Needs no CUDA object."""
     torch.library.register_fake("fga_fast::attention_relevance", _relevance_fake)
-    torch.library.register_fake("fga_fast::attention_gradients", _gradients_fake)
 
 
 @functools.cache
 def register() -> None:
-    """Called by the library's loader when the CUDA object has loaded."""
-    register_fakes()
+    """Makes this file the CUDA kernels of the attention ops. Needs the CUDA object as soon as one is called."""
     torch.library.impl("fga_fast::attention", "CUDA", attention)
     torch.library.impl("fga_fast::attention_backward", "CUDA", attention_backward)

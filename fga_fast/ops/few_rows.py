@@ -1,6 +1,6 @@
 """Product of a gradient with a weight where most rows of the gradient are zero, as in the last block of a model that
-reads one token. An op of its own, since which rows are zero is only known from the values, and since the rows of K
-targets have to be looked at together.
+reads one token. It is an op because only the values tell which rows are zero, and because it looks at the rows of K
+targets together.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def few_rows_product(
     weight: Tensor,  # [out, in]
 ) -> Tensor:
     """`g @ weight` [rows, in]; rows of g that are all zero give zeros and cost nothing."""
-    if g.is_cuda:  # where looking for the rows would make the host wait
+    if g.is_cuda:  # the host would have to wait to learn which rows are zero
         return g @ weight
     rows = (g != 0).any(-1).nonzero()[:, 0]
     if 2 * len(rows) > len(g):
@@ -36,7 +36,7 @@ def _fake(g: Tensor, weight: Tensor) -> Tensor:
 def _batched(info: Any, in_dims: tuple[int | None, int | None], g: Tensor, weight: Tensor) -> tuple[Tensor, int]:
     """K targets: their rows are one longer list of rows."""
     if in_dims[1] is not None:
-        raise RuntimeError("few_rows_product: one weight for all targets expected")
+        raise RuntimeError("few_rows_product: weight: expected one for all targets, got one a target; call it for each")
     g = g.movedim(in_dims[0] or 0, 0)  # [K, rows, out]
     product: Tensor = few_rows_product(g.reshape(-1, g.shape[-1]), weight)
     return product.view(*g.shape[:-1], weight.shape[1]), 0

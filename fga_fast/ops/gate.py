@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fga_fast.ops import _library
+from fga_fast.ops import library
 
 
 def gate(
@@ -25,22 +25,24 @@ def gate(
     Raises:
         RuntimeError: rank, dtype or base (must be positive) do not fit; the message names the argument.
     """
-    _library.load()
+    library.load()
     gates: Tensor = torch.ops.fga_fast.gate(scores, base, slope)
     return gates
 
 
-def _fake(scores: Tensor, base: float, slope: float) -> Tensor:
-    return scores.new_empty(scores.shape)
+def register_gate_rules(op: str) -> None:
+    """Registers shapes, vmap rule and autograd formula of `fga_fast::<op>`: the native gate's, or Triton's."""
+
+    def fake(scores: Tensor, base: float, slope: float) -> Tensor:
+        return scores.new_empty(scores.shape)
+
+    def vmap(info: Any, in_dims: tuple[int | None, ...], scores: Tensor, *more: float) -> tuple[Tensor, int]:
+        folded = library.fold(scores, in_dims[0], info.batch_size)
+        return library.unfold(getattr(torch.ops.fga_fast, op)(folded, *more), info.batch_size), 0
+
+    library.register_rules(op, fake, vmap)
 
 
-def _vmap(info: Any, in_dims: tuple[int | None, ...], scores: Tensor, base: float, slope: float) -> tuple[Tensor, int]:
-    folded = _library.fold(scores, in_dims[0], info.batch_size)
-    return _library.unfold(torch.ops.fga_fast.gate(folded, base, slope), info.batch_size), 0
-
-
-def register() -> None:
-    """Called once by the library's loader."""
-    torch.library.register_fake("fga_fast::gate", _fake)
-    torch.library.register_vmap("fga_fast::gate", _vmap)
-    _library.refuse_gradient("gate")
+@library.at_load
+def _register() -> None:
+    register_gate_rules("gate")

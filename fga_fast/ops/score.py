@@ -9,22 +9,21 @@ kept.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from fga_fast.ops import _library
+from fga_fast.ops import library
 from fga_fast.precision import relevance_dtype
+from fga_fast.settings import Activation, Mode, Normalisation
 
 if TYPE_CHECKING:
     from fga_fast.sae import SparseAutoencoder
 
-# The op takes numbers: in torch 2.11, every string that an op of the stable ABI is given leaks.
-_ACTIVATIONS = ("relu", "topk", "topk_signed", "batch_topk", "jumprelu", "gated")
-_NORMALIZE = (None, "layer_norm", "constant_norm")
-
-MODES = ("combined", "activation_only", "gradient_only", "no_sae", "shuffled")
+MODES = get_args(Mode)
+WITHOUT_CODES = ("gradient_only", "no_sae")
 
 
 class Score(NamedTuple):
@@ -68,16 +67,11 @@ def score(
         ValueError: unknown mode, or arguments that do not belong to it.
         RuntimeError: shapes, dtypes or devices do not fit; the message names the argument.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
-    if (permutation is None) == (mode == "shuffled"):
-        raise ValueError(f'permutation: expected for mode "shuffled" and for no other, got mode {mode!r}')
-    if mode in ("gradient_only", "no_sae"):
-        if top_features:
-            raise ValueError(f'top_features: mode {mode!r} has no feature contributions; use mode "combined"')
+    check_mode(mode, permutation, top_features)
+    if mode in WITHOUT_CODES:
         return without_codes(x, g, sae, mode, image)
-    _library.load()
-    _library.require_kernel("score", x)
+    library.load()
+    library.require_kernel("score", x)
     return Score(
         *torch.ops.fga_fast.score(
             x, g, image, sae.W_enc.t(), sae.bias, sae.W_dec, sae.theta, sae.gate_scale, sae.mag_bias, permutation,
@@ -86,9 +80,26 @@ def score(
     )  # fmt: skip
 
 
+def check_mode(mode: str, permutation: Tensor | None, top_features: int) -> None:
+    """Checks what every implementation of the score is asked.
+
+    Raises:
+        ValueError: unknown mode, or arguments that do not belong to it.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+    if (permutation is None) == (mode == "shuffled"):
+        raise ValueError(f'permutation: expected for mode "shuffled" and for no other, got mode {mode!r}')
+    if top_features and mode in WITHOUT_CODES:
+        raise ValueError(
+            f'top_features: mode {mode!r} has no feature contributions, got {top_features}; use mode "combined"'
+        )
+
+
 def codes_of(activation: str, normalize: str | None, mode: str) -> tuple[int, int, bool]:
-    """What the op takes in place of these names."""
-    return _ACTIVATIONS.index(activation), _NORMALIZE.index(normalize), mode != "activation_only"
+    """The numbers that the op takes in place of these names; csrc/cpu/score.h names them in the same order."""
+    normalisations = (None, *get_args(Normalisation))
+    return get_args(Activation).index(activation), normalisations.index(normalize), mode != "activation_only"
 
 
 def without_codes(x: Tensor, g: Tensor, sae: SparseAutoencoder, mode: str, image: Tensor | None) -> Score:
@@ -96,51 +107,51 @@ def without_codes(x: Tensor, g: Tensor, sae: SparseAutoencoder, mode: str, image
     dtype = relevance_dtype(x.dtype)
     other = sae.dec_sum if mode == "gradient_only" else (x if image is None else x[image])
     scores = (g.to(dtype) * other.to(dtype)).sum(-1)
-    rows, patches = scores.shape
-    none, index = scores.new_empty(0), torch.empty(0, dtype=torch.int64, device=x.device)
-    per_patch, per_image = (rows, patches, 0), (rows, 0)
-    return Score(scores, index.view(per_patch), none.view(per_patch), index.view(per_image), none.view(per_image))
+    return Score(scores, *empty_score(scores, scores.shape, 0)[1:])
 
 
-def _fake(
-    x: Tensor, g: Tensor, image: Tensor | None, W_enc_t: Tensor, bias: Tensor, W_dec: Tensor, theta: Tensor | None,
-    gate_scale: Tensor | None, mag_bias: Tensor | None, permutation: Tensor | None, activation: int, normalize: int,
-    weigh: bool, k: int, top_features: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    rows, patches, _ = g.shape
-    dtype = relevance_dtype(x.dtype)
+def empty_score(like: Tensor, shape: Sequence[int], k: int) -> Score:
+    """A score of that shape, [M, P], with k features a patch and an image, whose values are not set.
 
-    def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
-        return x.new_empty(shape, dtype=of)
-
-    per_patch, per_image = (rows, patches, top_features), (rows, top_features)
-    index = torch.int64
-    return (
-        empty(rows, patches),
-        empty(*per_patch, of=index),
-        empty(*per_patch),
-        empty(*per_image, of=index),
-        empty(*per_image),
+    Args:
+        like: gives the device, and the dtype as x does.
+    """
+    dtype, per_patch, per_image = relevance_dtype(like.dtype), (*shape, k), (shape[0], k)
+    return Score(
+        like.new_empty(shape, dtype=dtype),
+        like.new_empty(per_patch, dtype=torch.int64),
+        like.new_empty(per_patch, dtype=dtype),
+        like.new_empty(per_image, dtype=torch.int64),
+        like.new_empty(per_image, dtype=dtype),
     )
 
 
-def _vmap(
-    info: Any, in_dims: tuple[int | None, ...], x: Tensor, g: Tensor, image: Tensor | None, *rest: Any
-) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """One call for all K: the codes of images that every k shares are computed once."""
-    if any(dim is not None for dim in in_dims[3:]):
-        raise ValueError("score: vmap over a dictionary or a permutation is not possible; call score once for each")
-    count, apart = info.batch_size, in_dims[0] is not None
-    if apart:
-        x = _library.fold(x, in_dims[0], count)
-    images = len(x) // count if apart else len(x)
-    image = _library.fold_image(image, in_dims[2], x, count, images, apart)
-    outputs = torch.ops.fga_fast.score(x, _library.fold(g, in_dims[1], count), image, *rest)
-    return tuple(_library.unfold(t, count) for t in outputs), (0,) * len(outputs)
+def register_score_rules(op: str) -> None:
+    """Registers shapes, vmap rule and autograd formula of `fga_fast::<op>`: the native score's, or Triton's.
+
+    Both begin with x, g and image and end with top_features.
+    """
+
+    def fake(x: Tensor, g: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        return tuple(empty_score(x, g.shape[:2], rest[-1]))
+
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], x: Tensor, g: Tensor, image: Tensor | None, *rest: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        """One call for all K: the codes of images that every k shares are computed once."""
+        if any(dim is not None for dim in in_dims[3:]):
+            raise ValueError("score: vmap over a dictionary or a permutation is not possible; call score once for each")
+        count, apart = info.batch_size, in_dims[0] is not None
+        if apart:
+            x = library.fold(x, in_dims[0], count)
+        images = len(x) // count if apart else len(x)
+        image = library.fold_image(image, in_dims[2], x, count, images, apart)
+        outputs = getattr(torch.ops.fga_fast, op)(x, library.fold(g, in_dims[1], count), image, *rest)
+        return tuple(library.unfold(t, count) for t in outputs), (0,) * len(outputs)
+
+    library.register_rules(op, fake, vmap)
 
 
-def register() -> None:
-    """Called once by the library's loader."""
-    torch.library.register_fake("fga_fast::score", _fake)
-    torch.library.register_vmap("fga_fast::score", _vmap)
-    _library.refuse_gradient("score")
+@library.at_load
+def _register() -> None:
+    register_score_rules("score")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 SANITIZE = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined")
-KERNELS = ("attention_relevance", "attention_gradients", "gate")
+KERNELS = ("attention_relevance", "gate")
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 ORDERS = ("forward", "backward", "shuffled")
 Pointer, Long, Int, Bool = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_bool
@@ -55,13 +55,6 @@ def build(path: Path, flags: Sequence[str] = ("-O2",), sources: Sequence[Path] |
     subprocess.run(command, check=True)
 
 
-class AttentionGradients(ctypes.Structure):
-    _fields_ = [
-        ("relevance", AttentionRelevance), ("out", HeadTensor), ("dq", Pointer), ("dk", Pointer), ("dv", Pointer),
-        ("need_qk", Bool),
-    ]  # fmt: skip
-
-
 @functools.cache
 def library() -> ctypes.CDLL:
     """The kernels; those in the file FGA_FAST_EMULATED if it is set, else freshly compiled."""
@@ -74,10 +67,9 @@ def library() -> ctypes.CDLL:
     loaded.emulated_attention_relevance.restype = ctypes.c_char_p
     loaded.emulated_gate.restype = ctypes.c_char_p
     loaded.emulated_gate.argtypes = [Pointer, Pointer, Int, Long, Long, ctypes.c_double, ctypes.c_double]
-    loaded.emulated_attention_gradients.restype = ctypes.c_char_p
     loaded.emulated_shared_bytes.restype = ctypes.c_int64
-    if loaded.emulated_bytes() != ctypes.sizeof(AttentionGradients):
-        raise RuntimeError("AttentionGradients is not laid out here as in csrc/cuda/attention_relevance.h")
+    if loaded.emulated_bytes() != ctypes.sizeof(AttentionRelevance):
+        raise RuntimeError("AttentionRelevance is not laid out here as in csrc/cuda/attention_relevance.h")
     return loaded
 
 
@@ -92,27 +84,9 @@ def logit_bias(bias: Tensor | None) -> LogitBias:
     return LogitBias(bias.data_ptr(), *strides, bias.dtype == torch.float32)
 
 
-def relevance_problem(
-    grad_out: Tensor, row: Tensor, gate: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
-    lse: Tensor, image: Tensor | None, scale: float, residual: bool, signed: bool, messages: Tensor, row_out: Tensor,
-) -> AttentionRelevance:  # fmt: skip
-    rows, heads, queries, width = grad_out.shape
-    return AttentionRelevance(
-        TYPES[q.dtype], head_tensor(q), head_tensor(k), head_tensor(v), head_tensor(grad_out), logit_bias(bias),
-        lse.data_ptr(), row.data_ptr(), None if gate is None else gate.data_ptr(),
-        None if image is None else image.data_ptr(), messages.data_ptr(), row_out.data_ptr(), rows, len(q), heads,
-        queries, k.shape[2], width, scale, residual, signed,
-    )  # fmt: skip
-
-
-def workspace(grad_out: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    rows, heads, keys = *grad_out.shape[:2], k.shape[2]
-    return torch.full((rows, heads, keys), float("nan")), torch.full((rows, keys), float("nan"))
-
-
-def run(kernel: str, problem: ctypes.Structure, order: str, copies_at_once: bool) -> None:
+def run(kernel: str, order: str, copies_at_once: bool, *arguments: object) -> None:
     library().emulated_settings(ORDERS.index(order), int(copies_at_once))
-    failure = getattr(library(), kernel)(ctypes.byref(problem)).decode()
+    failure = getattr(library(), kernel)(*arguments).decode()
     if failure:
         raise RuntimeError(failure)
 
@@ -127,36 +101,17 @@ def attention_relevance(
     Raises:
         RuntimeError: the kernel did something that a device would not forgive; the message says what.
     """
-    messages, row_out = workspace(grad_out, k)
-    problem = relevance_problem(
-        grad_out, row, gate, q, k, v, bias, lse, image, scale, residual, signed, messages, row_out
-    )
-    run("emulated_attention_relevance", problem, order, copies_at_once)
-    return row_out
-
-
-def attention_gradients(
-    grad_out: Tensor, row: Tensor, gate: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
-    out: Tensor, lse: Tensor, image: Tensor | None, scale: float, residual: bool, signed: bool, need_qk: bool, *,
-    order: str = "forward", copies_at_once: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """As the op `fga_fast::attention_gradients` on CUDA: dq, dk, dv, row_out.
-
-    Raises:
-        RuntimeError: the kernel did something that a device would not forgive; the message says what.
-    """
     rows, heads, queries, width = grad_out.shape
-    messages, row_out = workspace(grad_out, k)
-    dq, dk, dv = (
-        torch.full((rows, tokens, heads, width), float("nan"), dtype=q.dtype).transpose(1, 2)
-        for tokens in (queries, k.shape[2], k.shape[2])
-    )
-    relevance = relevance_problem(
-        grad_out, row, gate, q, k, v, bias, lse, image, scale, residual, signed, messages, row_out
-    )
-    problem = AttentionGradients(relevance, head_tensor(out), dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), need_qk)
-    run("emulated_attention_gradients", problem, order, copies_at_once)
-    return (dq, dk, dv, row_out) if need_qk else (q.new_empty(0), q.new_empty(0), dv, row_out)
+    keys = k.shape[2]
+    messages, row_out = torch.full((rows, heads, keys), float("nan")), torch.full((rows, keys), float("nan"))
+    problem = AttentionRelevance(
+        TYPES[q.dtype], head_tensor(q), head_tensor(k), head_tensor(v), head_tensor(grad_out), logit_bias(bias),
+        lse.data_ptr(), row.data_ptr(), None if gate is None else gate.data_ptr(),
+        None if image is None else image.data_ptr(), messages.data_ptr(), row_out.data_ptr(), rows, len(q), heads,
+        queries, keys, width, scale, residual, signed,
+    )  # fmt: skip
+    run("emulated_attention_relevance", order, copies_at_once, ctypes.byref(problem))
+    return row_out
 
 
 def gate(scores: Tensor, base: float, slope: float, order: str = "forward") -> Tensor:  # [M, P]
@@ -166,14 +121,6 @@ def gate(scores: Tensor, base: float, slope: float, order: str = "forward") -> T
         RuntimeError: the kernel did something that a device would not forgive; the message says what.
     """
     gates = torch.full_like(scores, float("nan"))
-    library().emulated_settings(ORDERS.index(order), 0)
-    failure = (
-        library()
-        .emulated_gate(
-            scores.data_ptr(), gates.data_ptr(), int(scores.dtype == torch.float64), *scores.shape, base, slope
-        )
-        .decode()
-    )
-    if failure:
-        raise RuntimeError(failure)
+    wide = int(scores.dtype == torch.float64)
+    run("emulated_gate", order, False, scores.data_ptr(), gates.data_ptr(), wide, *scores.shape, base, slope)
     return gates

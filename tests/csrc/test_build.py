@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -11,29 +12,29 @@ import sys
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
+from typing import get_args
 
 import pytest
 import torch
 
+import fga_fast
+from fga_fast.settings import Activation, Normalisation
+
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGE = ROOT / "fga_fast"
 
 
-@pytest.fixture(scope="module")
-def build() -> ModuleType:
-    """setup.py as a module; nothing is built by importing it."""
-    spec = importlib.util.spec_from_file_location("fga_fast_setup", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
+def load(script: str) -> ModuleType:
+    """A script as a module, without running it."""
+    spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def project_version() -> str:
-    match = re.search(r'^version = "([^"]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
-    assert match is not None
-    return match[1]
+@pytest.fixture(scope="module")
+def build() -> ModuleType:
+    return load("setup.py")
 
 
 def fresh_python(code: str) -> str:
@@ -44,13 +45,10 @@ def fresh_python(code: str) -> str:
 
 
 def test_one_version_everywhere() -> None:
-    fga_fast = importlib.import_module("fga_fast")
-    assert fga_fast.__version__ == project_version()
-    try:
-        installed = metadata.version("fga_fast")
-    except metadata.PackageNotFoundError:
-        return  # run from a checkout that was built in place
-    assert installed == project_version()
+    project = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert project is not None and fga_fast.__version__ == project[1]
+    with contextlib.suppress(metadata.PackageNotFoundError):  # not installed: a checkout that was built in place
+        assert metadata.version("fga_fast") == project[1]
 
 
 def test_every_native_source_is_in_exactly_one_object(build: ModuleType) -> None:
@@ -62,39 +60,19 @@ def test_every_native_source_is_in_exactly_one_object(build: ModuleType) -> None
     }
     assert len(listed) == len(set(listed))
     assert set(listed) == on_disk
-    assert not [path for path in build.sources("core") if path.endswith(".cu")]
 
 
-def test_cmake_reads_the_same_list() -> None:
-    """CMakeLists.txt takes a line by this expression; setup.py by splitting it. Both must see the same patterns."""
-    lines = (ROOT / "csrc" / "sources.txt").read_text(encoding="utf-8").splitlines()
-    assert 'REGEX REPLACE "^${object} +([^ #]+).*"' in (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
-    for line in lines:
-        fields = line.split("#", 1)[0].split()
-        if fields:
-            match = re.match(r"^(core|cuda) +([^ #]+)", line)
-            assert match is not None
-            assert [*match.groups()] == fields
+def test_every_file_of_the_package_is_installed(tmp_path: Path) -> None:
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "FGA_FAST_CUDA": "0"}, check=True, capture_output=True)
+    built = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert built == load("scripts/check_wheel.py").shipped()
 
 
-def test_every_folder_of_python_files_is_packaged(build: ModuleType) -> None:
-    names, folders = build.packages()
-    expected = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in PACKAGE.rglob("*.py")}
-    assert expected <= set(names)
-    assert ("fga_fast.kernels" in names) == (ROOT / "kernels" / "__init__.py").is_file()
-    assert folders["fga_fast"] == "fga_fast"
-
-
-def test_every_data_file_is_packaged() -> None:
-    """Data is packaged by suffix; a file with another suffix would be left out of the wheel without a word."""
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    match = re.search(r'^"\*" = \[(.*)\]', text, re.MULTILINE)
-    assert match is not None
-    patterns = re.findall(r'"([^"]+)"', match[1])
-    assert (PACKAGE / "py.typed").is_file()
-    built = {".py", ".pyc", ".so"}
-    data = [path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in built]
-    assert [path for path in data if not any(path.match(pattern) for pattern in patterns)] == []
+def test_the_enums_of_the_score_have_the_order_of_the_settings() -> None:
+    header = (ROOT / "csrc" / "cpu" / "score.h").read_text(encoding="utf-8")
+    enums = {name: tuple(values.split(", ")) for name, values in re.findall(r"enum class (\w+) .*{ (.*) };", header)}
+    assert enums == {"Activation": get_args(Activation), "Normalisation": ("none", *get_args(Normalisation))}
 
 
 def test_import_loads_neither_triton_nor_the_native_library() -> None:
@@ -114,18 +92,6 @@ def test_native_library_is_abi3_and_has_the_schemas() -> None:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fga_fast::{op}", "CPU"), op
 
 
-def test_cuda_object_registers_its_kernels() -> None:
-    """Needs no GPU: loading the object is what registers. FGA_FAST_CUDA=1 demands that there is one."""
-    importlib.import_module("fga_fast._C")
-    try:
-        importlib.import_module("fga_fast._cuda")
-    except ImportError as error:
-        if os.environ.get("FGA_FAST_CUDA") == "1":
-            raise
-        pytest.skip(f"no CUDA object for this torch: {error}")
-    assert torch._C._dispatch_has_kernel_for_dispatch_key("fga_fast::gate", "CUDA")
-
-
 def test_cuda_switch(build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FGA_FAST_CUDA", "0")
     assert build.wanted_toolkit(tmp_path) is None
@@ -137,20 +103,6 @@ def test_cuda_switch(build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setenv("FGA_FAST_CUDA", "yes")
     with pytest.raises(SystemExit, match="must be 0, 1 or auto, got 'yes'"):
         build.wanted_toolkit(None)
-
-
-def test_a_folder_without_headers_is_no_toolkit(
-    build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "nvcc").touch()
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert build.find_toolkit() != tmp_path
-    (tmp_path / "include").mkdir()
-    (tmp_path / "include" / "cuda_runtime.h").touch()
-    assert build.find_toolkit() == tmp_path
-    # Its nvcc cannot run, so its version is unknown and fits no torch.
-    assert build.cuda_obstacle(tmp_path) is not None
 
 
 def test_sources_refuses_a_line_that_matches_nothing(

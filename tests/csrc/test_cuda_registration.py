@@ -31,7 +31,6 @@ ATEN = (
 @pytest.fixture(scope="module", autouse=True)
 def _registered() -> None:
     ops.load()
-    attention_cuda.register_fakes()
 
 
 def test_the_cuda_object_registers_the_kernels() -> None:
@@ -43,7 +42,7 @@ def test_the_cuda_object_registers_the_kernels() -> None:
             raise
         pytest.skip(f"no CUDA object for this torch: {error}")
     ops.load()
-    for op in ("gate", "attention_relevance", "attention_gradients", "attention", "attention_backward"):
+    for op in ("gate", "attention_relevance", "attention", "attention_backward"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fga_fast::{op}", "CUDA"), op
 
 
@@ -86,10 +85,6 @@ def test_fake_cuda_tensors(dtype: torch.dtype) -> None:
             grad_out, row, row, q, q, q, None, out, lse, image, 0.125, True, False, False, True
         )
         assert dq.shape == dk.shape == (0,) and dv.shape == (4, 3, 50, 64) and row_out.shape == (4, 50)
-        dq, dk, dv, row_out = torch.ops.fga_fast.attention_gradients(
-            grad_out, row, row, q, q, q, None, out, lse, image, 0.125, True, False, True
-        )
-        assert dq.shape == dk.shape == dv.shape == (4, 3, 50, 64) and dq.transpose(1, 2).is_contiguous()
         left = torch.ops.fga_fast.attention_relevance(
             grad_out, row, None, q, q, q, None, lse, image, 0.125, True, False
         )
@@ -192,12 +187,6 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, replacement in zip(ATEN, replacements, strict=True):
         monkeypatch.setattr(torch.ops.aten, name, replacement)
     monkeypatch.setattr(torch.ops.fga_fast, "attention_relevance", emulated.attention_relevance)
-    monkeypatch.setattr(torch.ops.fga_fast, "attention_gradients", emulated.attention_gradients)
-
-
-@pytest.fixture(params=("0", "1"), ids=("apart", "fused"))
-def fused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FGA_FAST_FUSED_ATTENTION", request.param)
 
 
 def run(
@@ -213,7 +202,7 @@ def run(
     )
 
 
-@pytest.mark.usefixtures("on_cpu", "fused")
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32))
 @pytest.mark.parametrize("shape", (None, (1, 1, 1, 21), (2, 3, 21, 21), (2, 1, 21, 1)))
 @pytest.mark.parametrize("rows", (2, 5))
@@ -272,7 +261,7 @@ def test_outputs_of_any_layout(dtype: torch.dtype, biased: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.usefixtures("on_cpu", "fused")
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
 @pytest.mark.parametrize(("images", "tokens"), ((0, 5), (2, 0)))
 def test_nothing_to_explain(dtype: torch.dtype, images: int, tokens: int) -> None:
@@ -287,18 +276,6 @@ def test_outputs_that_are_not_needed_are_apart() -> None:
     p = problem(queries=5, keys=5, width=16, dtype=torch.float32)
     outputs = run(p, None, None, need=(False, False))[1:4]
     assert len({id(t) for t in outputs}) == 3
-
-
-def test_which_kernel_is_a_function_of_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    def uses(tokens: int = 197, width: int = 64, dtype: torch.dtype = torch.bfloat16, need_v: bool = True) -> bool:
-        q = torch.empty(1, 1, tokens, width, dtype=dtype)
-        return attention_cuda.uses_fused(q, q, need_v)
-
-    monkeypatch.delenv("FGA_FAST_FUSED_ATTENTION", raising=False)
-    assert not uses()
-    monkeypatch.setenv("FGA_FAST_FUSED_ATTENTION", "1")
-    assert uses() and uses(256, 8) and not uses(257) and not uses(width=72)
-    assert not uses(dtype=torch.float32) and not uses(need_v=False)
 
 
 @pytest.mark.parametrize(("dtype", "width"), ((torch.float64, 64), (torch.float32, 12), (torch.bfloat16, 136)))

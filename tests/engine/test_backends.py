@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fga_fast import composite, ops, triton_kernels
+from fga_fast import composite, ops
 from fga_fast.engine import backends
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +23,7 @@ CPU, CUDA, OTHER = torch.device("cpu"), torch.device("cuda", 0), torch.device("m
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Stands for the package of Triton kernels, and a CUDA object that has loaded."""
     module = types.SimpleNamespace(score=object(), gate=object())
-    monkeypatch.setattr(triton_kernels, "load", lambda: module)
+    monkeypatch.setitem(sys.modules, "fga_fast.kernels", module)
     monkeypatch.setattr(ops, "cuda_error", lambda: "")
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: True)
     return module
@@ -74,11 +74,8 @@ def test_obstacles_are_said(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> No
     assert "libcudart.so.13 is missing" in backends.choose("auto", CUDA).reason
     assert backends.choose("triton", CUDA).stages is not None  # which needs no CUDA object
 
-    def missing() -> Any:
-        raise ImportError("No module named 'triton'")
-
-    monkeypatch.setattr(triton_kernels, "load", missing)
-    with pytest.raises(RuntimeError, match="the Triton kernels do not load: No module named 'triton'"):
+    monkeypatch.setitem(sys.modules, "fga_fast.kernels", None)  # importing it raises
+    with pytest.raises(RuntimeError, match=r"the Triton kernels do not load: import of fga_fast\.kernels halted"):
         backends.choose("triton", CUDA)
 
 
@@ -89,8 +86,8 @@ def test_the_folder_of_kernels_is_not_a_package_of_that_name() -> None:
         "import sys\n"
         "import kernels\n"
         "assert not hasattr(kernels, 'score') and 'kernels.score' not in sys.modules\n"
-        "from fga_fast import triton_kernels\n"
-        "assert callable(triton_kernels.load().score)\n"
+        "from fga_fast.kernels import score\n"
+        "assert callable(score)\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=300)
 

@@ -6,20 +6,19 @@ a device, and stops there, so results are arbitrary. Shows that the host's half 
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
 from typing import Any
 
 import pytest
 import torch
-from test_score import make_sae
+from explicit_score import make_sae
+from fga_fast.kernels.gate import _run as run_gate
+from fga_fast.kernels.score import _run as run_score
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from fga_fast import triton_kernels
-
-triton_kernels.load()
+from fga_fast.ops.score import empty_score
 
 
 class Pretended:
@@ -53,14 +52,13 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
 
 
 def call(images: int, patches: int, activation: str, mode: str = "combined", top: int = 0, rows: int = 0) -> None:
-    score = sys.modules["fga_fast.kernels.score"]
     sae = make_sae(activation, 64, 96, torch.bfloat16, normalize="layer_norm")
     x = torch.randn(images, patches + 1, 64).bfloat16()[:, 1:]
     g = torch.randn(rows or images, patches + 1, 64).bfloat16()[:, 1:]
     image = torch.arange(rows) % images if rows else None
     tensors = (x, g, image, sae.W_enc.t(), sae.bias, sae.W_dec, sae.theta, sae.gate_scale, sae.mag_bias, None)
-    outputs = score._run(*tensors, activation, sae.normalize, mode, sae.k or 0, top, None)
-    fakes = score._fake(*tensors, activation, sae.normalize, mode, sae.k or 0, top, None)
+    outputs = run_score(*tensors, activation, sae.normalize, mode, None, sae.k or 0, top)
+    fakes = empty_score(x, g.shape[:2], top)
     assert [(t.shape, t.dtype, t.stride()) for t in outputs] == [(t.shape, t.dtype, t.stride()) for t in fakes]
 
 
@@ -77,7 +75,6 @@ def test_every_route_binds_and_another_batch_compiles_nothing(compiled: dict[str
 
 
 def test_gates_bind(compiled: dict[str, set[str]]) -> None:
-    gate = sys.modules["fga_fast.kernels.gate"]
     for rows, patches in ((1, 1), (32, 196), (8, 200), (5, 255)):
-        gate._run(torch.randn(rows, patches), 10.0, 1.0)
+        run_gate(torch.randn(rows, patches), 10.0, 1.0)
     assert len(compiled["_gate"]) == 2

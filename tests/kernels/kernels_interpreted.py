@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from test_score import ACTIVATIONS, check_top, copy_of, make_sae, relative, sample, truth
+from explicit_attention import relative
+from explicit_score import ACTIVATIONS, check_top, copy_of, make_sae, sample, truth
+from fga_fast.kernels import tiling
+from fga_fast.kernels.score_dense import strongest
+from fga_fast.kernels.score_topk import select
 from torch import Tensor, nn
 
-from fga_fast import Explainer, backends, composite, ops, reference, triton_kernels
+from fga_fast import Explainer, composite, kernels, ops, reference
+from fga_fast.engine import backends
 from fga_fast.sae import SparseAutoencoder
-
-kernels = triton_kernels.load()
-from fga_fast.kernels import _tiling  # noqa: E402
-from fga_fast.kernels.score_dense import strongest  # noqa: E402
-from fga_fast.kernels.score_topk import select  # noqa: E402
 
 FLOAT = torch.float32
 IMAGE = torch.tensor([1, 0, 1, 1])
@@ -33,9 +33,9 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def use_tiles(monkeypatch: pytest.MonkeyPatch, fused: bool = True, features: int = 32) -> None:
-    small = {key: _tiling.Tile(16, 64 if key[2] == "encode" else features, 16, 4, 2, fused) for key in _tiling._TILES}
-    monkeypatch.setattr(_tiling, "_TILES", small)
-    monkeypatch.setattr(_tiling, "UNALIGNED", _tiling.Tile(16, 64, 16, 4, 2, False))
+    small = {key: tiling.Tile(16, 64 if key[2] == "encode" else features, 16, 4, 2, fused) for key in tiling.TILES}
+    monkeypatch.setattr(tiling, "TILES", small)
+    monkeypatch.setattr(tiling, "UNALIGNED", tiling.Tile(16, 64, 16, 4, 2, False))
 
 
 def close(got: ops.Score, x: Tensor, g: Tensor, sae: SparseAutoencoder, mode: str = "combined", **more: Any) -> bool:
@@ -110,7 +110,7 @@ def test_a_small_workspace_takes_several_launches(monkeypatch: pytest.MonkeyPatc
     x, g = sample(2, 21, dtype=FLOAT, rows=4)
     sae = make_sae(activation, dtype=FLOAT)
     whole = kernels.score(x, g, sae, image=IMAGE, top_features=5)
-    monkeypatch.setattr(_tiling, "WORKSPACE", 1)
+    monkeypatch.setattr(tiling, "WORKSPACE", 1)
     parts = kernels.score(x, g, sae, image=IMAGE, top_features=5)
     assert close(parts, x, g, sae, image=IMAGE)
     for one, other in zip(whole, parts, strict=True):
@@ -129,7 +129,7 @@ def test_same_bits_every_time(activation: str) -> None:
 @pytest.mark.parametrize("activation", ("topk", "topk_signed"))
 def test_selection(monkeypatch: pytest.MonkeyPatch, activation: str, k: int, features: int, longest: int) -> None:
     """In one round, by groups of features, and by a sort where registers do not suffice; top features beyond k."""
-    monkeypatch.setattr(_tiling, "LONGEST_SELECTION", longest)
+    monkeypatch.setattr(tiling, "LONGEST_SELECTION", longest)
     x, g = sample(2, 3, dtype=FLOAT)
     sae = make_sae(activation, features=features, dtype=FLOAT, k=k)
     got = kernels.score(x, g, sae, top_features=4)
@@ -140,7 +140,7 @@ def test_selection(monkeypatch: pytest.MonkeyPatch, activation: str, k: int, fea
 @pytest.mark.parametrize("longest", (16384, 256))
 def test_topk_ties_go_to_the_lowest_feature(monkeypatch: pytest.MonkeyPatch, longest: int) -> None:
     """All pre-activations are equal but one; decoder rows tell which were kept."""
-    monkeypatch.setattr(_tiling, "LONGEST_SELECTION", longest)
+    monkeypatch.setattr(tiling, "LONGEST_SELECTION", longest)
     features, width = 400, 4
     encoder = torch.ones(width, features)
     encoder[:, 399] = 2
@@ -190,7 +190,7 @@ def test_the_strongest_are_those_of_a_sort(monkeypatch: pytest.MonkeyPatch) -> N
     value[1, 4321] = -2
     index = torch.arange(5000, dtype=torch.int32).expand(3, 5000)
     got = strongest(index, value, 9)
-    monkeypatch.setattr(_tiling, "FEW", 0)
+    monkeypatch.setattr(tiling, "FEW", 0)
     want = strongest(index, value, 9)
     assert torch.equal(got[0], want[0])
     torch.testing.assert_close(got[1], want[1], rtol=0, atol=0, equal_nan=True)
@@ -258,13 +258,8 @@ def test_empty_and_single(activation: str, images: int, patches: int, rows: int)
     sae = make_sae(activation, dtype=FLOAT)
     image = None if rows == images else torch.zeros(rows, dtype=torch.int64)
     got = kernels.score(x, g, sae, image=image, top_features=2)
-    assert [list(t.shape) for t in got] == [
-        [rows, patches],
-        [rows, patches, 2],
-        [rows, patches, 2],
-        [rows, 2],
-        [rows, 2],
-    ]
+    shapes = (rows, patches), (rows, patches, 2), (rows, patches, 2), (rows, 2), (rows, 2)
+    assert tuple(t.shape for t in got) == shapes
     if rows == 1:
         assert close(got, x, g, sae)
 
@@ -300,22 +295,8 @@ def test_opcheck() -> None:
     x, g = sample(1, 2, dtype=FLOAT)
     for activation in ("relu", "topk"):
         sae = make_sae(activation, dtype=FLOAT)
-        none = None, None, None, None
-        arguments = (
-            x,
-            g,
-            None,
-            sae.W_enc.t(),
-            sae.bias,
-            sae.W_dec,
-            *none,
-            activation,
-            "",
-            "combined",
-            sae.k or 0,
-            2,
-            None,
-        )
+        weights = sae.W_enc.t(), sae.bias, sae.W_dec, None, None, None, None
+        arguments = (x, g, None, *weights, activation, "", "combined", None, sae.k or 0, 2)
         torch.library.opcheck(torch.ops.fga_fast.triton_score, arguments)
 
 

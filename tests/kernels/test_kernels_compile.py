@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fga_fast import triton_kernels
-
 pytest.importorskip("triton")
+from fga_fast.kernels import tiling
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -61,7 +61,7 @@ def test_launches_bind_their_arguments() -> None:
 def test_a_tile_that_does_not_fit_is_found() -> None:
     """128 x 256 accumulators twice are as much as the register file holds."""
     done = compile_kernels(
-        "c._tiling._TILES = {(9, 'half', 'dense'): c._tiling.Tile(128, 256, 64, 8, 4)};"
+        "c.tiling.TILES = {(9, 'half', 'dense'): c.tiling.Tile(128, 256, 64, 8, 4)};"
         "c.without_products = lambda _: (); sys.argv = ['', '--arch', '90']; sys.exit(c.main())"
     )
     assert done.returncode == 1, done.stderr[-3000:]
@@ -80,65 +80,53 @@ def test_a_tile_that_does_not_fit_is_found() -> None:
 def test_tensorfloat32_is_taken_however_torch_was_asked_for_it(wish: str) -> None:
     """In a process of its own: torch refuses its older getters once the newer setting was used."""
     done = compile_kernels(
-        "import torch; f = torch.float32; assert c._tiling.precision(f) == 'ieee';"
-        f"{wish}; assert c._tiling.precision(f) == 'tf32' and c._tiling.precision(torch.half) == 'ieee'"
+        "import torch; f = torch.float32; assert c.tiling.precision(f) == 'ieee';"
+        f"{wish}; assert c.tiling.precision(f) == 'tf32' and c.tiling.precision(torch.half) == 'ieee'"
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_tiles_are_a_function_of_shape_dtype_and_device() -> None:
-    triton_kernels.load()
-    from fga_fast.kernels import _tiling
-
-    assert _tiling.tile("dense", torch.bfloat16, (9, 0), 768) == _tiling.tile("dense", torch.float16, (9, 0), 768)
-    assert _tiling.tile("dense", torch.bfloat16, (8, 6), 768) == _tiling.tile("dense", torch.bfloat16, (12, 0), 768)
-    assert _tiling.tile("dense", torch.bfloat16, (9, 0), 767) == _tiling.UNALIGNED
+    assert tiling.tile("dense", torch.bfloat16, (9, 0), 768) == tiling.tile("dense", torch.float16, (9, 0), 768)
+    assert tiling.tile("dense", torch.bfloat16, (8, 6), 768) == tiling.tile("dense", torch.bfloat16, (12, 0), 768)
+    assert tiling.tile("dense", torch.bfloat16, (9, 0), 767) == tiling.UNALIGNED
 
 
 def test_routes_and_workspaces() -> None:
-    triton_kernels.load()
-    from fga_fast.kernels import _tiling
-
-    assert _tiling.route("topk", None, True) == "sparse"
-    assert _tiling.route("relu", None, False) == "dense"
-    assert _tiling.route("relu", 1700 / 49152, False) == "dense"
-    assert _tiling.route("relu", 64 / 49152, False) == "sparse"
-    assert _tiling.route("relu", 64 / 49152, True) == "dense"
-    tile = _tiling.tile("encode", torch.bfloat16, (9, 0), 768)
-    group = _tiling.group_size(49152, 64)
-    assert group == 64 and _tiling.group_size(8192, 8192) == 0 and _tiling.group_size(49152, 4096) == -1
-    tokens = _tiling.tokens_a_launch(tile, 49152, group, 10**6)
-    assert tokens % tile.tokens == 0 and tokens * (49152 + 768) * 4 <= _tiling.WORKSPACE
-    dense = _tiling.tile("dense", torch.bfloat16, (9, 0), 768)
-    assert _tiling.tiles_a_launch(dense, 384, 32 * 196, 0, 0) == 384
-    assert 1 <= _tiling.tiles_a_launch(dense, 384, 10**6, 0, 0) * 4 * 10**6 <= _tiling.WORKSPACE
+    assert tiling.route("topk", None, True) == "sparse"
+    assert tiling.route("relu", None, False) == "dense"
+    assert tiling.route("relu", 1700 / 49152, False) == "dense"
+    assert tiling.route("relu", 64 / 49152, False) == "sparse"
+    assert tiling.route("relu", 64 / 49152, True) == "dense"
+    tile = tiling.tile("encode", torch.bfloat16, (9, 0), 768)
+    group = tiling.group_size(49152, 64)
+    assert group == 64 and tiling.group_size(8192, 8192) == 0 and tiling.group_size(49152, 4096) == -1
+    tokens = tiling.tokens_a_launch(tile, 49152, group, 10**6)
+    assert tokens % tile.tokens == 0 and tokens * (49152 + 768) * 4 <= tiling.WORKSPACE
+    dense = tiling.tile("dense", torch.bfloat16, (9, 0), 768)
+    assert tiling.tiles_a_launch(dense, 384, 32 * 196, 0, 0) == 384
+    assert 1 <= tiling.tiles_a_launch(dense, 384, 10**6, 0, 0) * 4 * 10**6 <= tiling.WORKSPACE
 
 
 def test_tiles_measured_on_a_device_are_taken_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    triton_kernels.load()
-    from fga_fast.kernels import _tiling
-
-    monkeypatch.setattr(_tiling, "TUNED", tmp_path)
+    monkeypatch.setattr(tiling, "TUNED", tmp_path)
     table = {"tiles": {"half dense": [64, 64, 32, 4, 2, False]}, "sparse_share": 0.5}
     (tmp_path / "some-gpu-9.json").write_text(json.dumps(table))
     (tmp_path / "broken.json").write_text("[]")
-    tile, dtype = _tiling.tile, torch.bfloat16
-    assert tile("dense", dtype, (9, 0), 768, "Some GPU (9)") == _tiling.Tile(64, 64, 32, 4, 2, False)
+    tile, dtype = tiling.tile, torch.bfloat16
+    assert tile("dense", dtype, (9, 0), 768, "Some GPU (9)") == tiling.Tile(64, 64, 32, 4, 2, False)
     assert tile("encode", dtype, (9, 0), 768, "Some GPU (9)") == tile("encode", dtype, (9, 0), 768)
     assert tile("dense", dtype, (9, 0), 768, "Other GPU") == tile("dense", dtype, (9, 0), 768)
-    assert _tiling.route("relu", 0.4, False, "Some GPU (9)") == "sparse"
+    assert tiling.route("relu", 0.4, False, "Some GPU (9)") == "sparse"
     with pytest.raises(ValueError, match=r"broken\.json: expected what benchmarks/device/tune\.py writes"):
         tile("dense", dtype, (9, 0), 768, "broken")
 
 
 def test_costs() -> None:
     """Of 2 tokens with 3 rows, width 4, 5 features and 16 bits, counted by hand."""
-    triton_kernels.load()
-    from fga_fast.kernels import _tiling
-
-    assert _tiling.dense_cost(2, 3, 4, 5, 2) == (2 * 4 * 5 * 5, 2 * 4 * (2 + 3 + 10) + 12)
-    assert _tiling.encode_cost(2, 4, 5, 2) == (2 * 4 * 5 * 2, 2 * 4 * (2 + 5) + 80)
-    assert _tiling.gather_cost(2, 3, 4, 5, 2) == (2 * 4 * 13, 2 * 4 * 13 + 80 + 12)
+    assert tiling.dense_cost(2, 3, 4, 5, 2) == (2 * 4 * 5 * 5, 2 * 4 * (2 + 3 + 10) + 12)
+    assert tiling.encode_cost(2, 4, 5, 2) == (2 * 4 * 5 * 2, 2 * 4 * (2 + 5) + 80)
+    assert tiling.gather_cost(2, 3, 4, 5, 2) == (2 * 4 * 13, 2 * 4 * 13 + 80 + 12)
 
 
 def test_the_tuner_times_candidates_where_it_ran_before() -> None:
@@ -146,7 +134,7 @@ def test_the_tuner_times_candidates_where_it_ran_before() -> None:
     code = (
         "import sys; sys.argv = ['tune', '--rehearse', '--kinds', 'half', '--uses', 'dense'];"
         "sys.path[:0] = ['benchmarks/device']; import tune; from fga_fast.kernels import score_dense;"
-        "t = tune._tiling; old, seen, launch = t.Tile(16, 16, 16, 4, 2), set(), score_dense._launch;"
+        "t = tune.tiling; old, seen, launch = t.Tile(16, 16, 16, 4, 2), set(), score_dense._launch;"
         "t.tuned = lambda _: {'tiles': {'half dense': old, 'half top': old}, 'sparse_share': 0.0};"
         "score_dense._launch = lambda problem, tile, *more: (seen.add(tile), launch(problem, tile, *more))[1];"
         "status = tune.main(); assert old not in seen and len(seen) == 3, seen; sys.exit(status)"

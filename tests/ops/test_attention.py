@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from explicit_attention import relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -13,11 +14,6 @@ from fga_fast import ops, reference
 TOKENS = (1, 2, 17, 50, 197, 201, 257, 577, 1025)
 WIDTHS = (32, 48, 64, 80, 128)
 EXACT = {torch.float64: 1e-12, torch.float32: 2e-6}
-
-
-def relative(got: Tensor, want: Tensor) -> float:
-    assert torch.isfinite(got).all(), "NaN or Inf"
-    return float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-6))
 
 
 def sample(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from explicit_attention import Problem, Step, explicit, problem
+from explicit_attention import Problem, Step, explicit, problem, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -24,12 +24,6 @@ def native(p: Problem, bias: Tensor | None, scale: float = SCALE, **more: Any) -
         p.grad_out, p.row, p.gate, p.q, p.k, p.v, out, lse, scale=scale, bias=bias, image=image, residual=residual
     )
     return Step(out, *back)
-
-
-def relative(got: Tensor, want: Tensor) -> float:
-    assert got.shape == want.shape
-    assert torch.isfinite(got).all(), "NaN or Inf"
-    return float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-6))
 
 
 def check(got: Step, want: Step, close: float = 1e-11) -> None:

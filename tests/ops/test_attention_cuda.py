@@ -159,22 +159,6 @@ def test_same_bits_every_time(dtype: torch.dtype) -> None:
     assert all(torch.equal(row(), first) for _ in range(20))
 
 
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
-def test_small_in_one_kernel(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of the backward step in the fused kernel, and all of it the same bits every time."""
-    monkeypatch.setenv("FGA_FAST_FUSED_ATTENTION", "1")
-    for tokens, width in ((2, 64), (50, 32), (197, 64), (256, 40)):
-        check(problem(queries=tokens, keys=tokens, width=width, dtype=dtype), residual=True)
-    check(problem(queries=3, keys=70, width=64, dtype=dtype), torch.randn(2, 1, 1, 70).to(dtype))
-    check(problem(queries=50, keys=50, width=64, rows=5, dtype=dtype), image=torch.tensor([1, 0, 1, 1, 0]))
-    p = on_device(problem(images=4, heads=12, queries=197, keys=197, width=64, dtype=dtype))
-    first = run(p)
-    for _ in range(10):
-        assert all(torch.equal(a, b) for a, b in zip(run(p), first, strict=True))
-    values = run(p, need_qk=False)
-    assert torch.equal(values.dv, first.dv) and torch.equal(values.row, first.row) and len(values.dq) == 0
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_small_relevance_at_one_query(dtype: torch.dtype) -> None:
     p = problem(queries=197, keys=197, width=64, dtype=dtype)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from explicit_attention import Problem, Step, explicit, problem
+from explicit_attention import Problem, Step, explicit, problem, relative
 from torch import Tensor
 
 from fga_fast import ops
@@ -22,12 +22,6 @@ def native(p: Problem, **more: Any) -> Step:
     residual = more.setdefault("residual", False)
     out, lse, _, _ = ops.attention(p.q, p.k, p.v, p.carrier, scale=SCALE, residual=residual, bias=more.get("bias"))
     return Step(out, *ops.attention_backward(p.grad_out, p.row, p.gate, p.q, p.k, p.v, out, lse, scale=SCALE, **more))
-
-
-def relative(got: Tensor, want: Tensor) -> float:
-    assert got.shape == want.shape
-    assert torch.isfinite(got).all(), "NaN or Inf"
-    return float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-6))
 
 
 @pytest.mark.parametrize("residual", (False, True))

@@ -2,66 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
+from explicit_attention import relative
+from explicit_score import ACTIVATIONS, check_top, copy_of, make_sae, sample, truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from fga_fast import ops, reference
 from fga_fast.ops.score import codes_of
 from fga_fast.sae import SparseAutoencoder
 
-ACTIVATIONS = ("relu", "topk", "topk_signed", "batch_topk", "jumprelu", "gated")
 PATCHES = (1, 2, 17, 50, 197, 201, 257, 577, 1025)
 EXACT = {torch.float64: 1e-11, torch.float32: 1e-4}
-
-
-def relative(got: Tensor, want: Tensor) -> float:
-    assert torch.isfinite(got).all(), "NaN or Inf"
-    return float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-6))
-
-
-def make_sae(
-    activation: str, width: int = 24, features: int = 70, dtype: torch.dtype = torch.float64, k: int = 5,
-    normalize: str | None = None, shift: float = 0.0,
-) -> SparseAutoencoder:  # fmt: skip
-    """`shift` moves the encoder bias, so that many (positive) or few (negative) features fire."""
-    more: dict[str, Any] = {}
-    if activation in ("topk", "topk_signed"):
-        more["k"] = k
-    if activation in ("jumprelu", "batch_topk"):
-        more["threshold"] = torch.rand(features, dtype=dtype) if activation == "jumprelu" else 0.7
-    if activation == "gated":
-        more |= {name: torch.randn(features, dtype=dtype) for name in ("b_gate", "r_mag", "b_mag")}
-    return SparseAutoencoder(
-        torch.randn(width, features, dtype=dtype) / width**0.5, torch.randn(features, dtype=dtype) + shift,
-        torch.randn(features, width, dtype=dtype), torch.randn(width, dtype=dtype), activation=activation,
-        normalize=normalize, **more,
-    )  # fmt: skip
-
-
-def sample(
-    images: int, patches: int, width: int = 24, dtype: torch.dtype = torch.float64, rows: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Residual stream and gradient with a prefix token cut off, so that neither is contiguous."""
-    x = torch.randn(images, patches + 1, width, dtype=dtype)[:, 1:]
-    g = torch.randn(images if rows is None else rows, patches + 1, width, dtype=dtype)[:, 1:]
-    return x, g
-
-
-def truth(x: Tensor, g: Tensor, sae: SparseAutoencoder, mode: str = "combined", **more: Any) -> Tensor:
-    wide = sae if sae.dtype == torch.float64 else SparseAutoencoder.double(copy_of(sae))
-    return reference.score(x.double(), g.double(), wide, mode, **more)
-
-
-def copy_of(sae: SparseAutoencoder) -> SparseAutoencoder:
-    return SparseAutoencoder(
-        sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.activation, sae.k, sae.threshold, sae.normalize,
-        b_gate=sae.b_gate, r_mag=sae.r_mag, b_mag=sae.b_mag,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", EXACT)
@@ -196,25 +149,6 @@ def test_any_shape(
     assert relative(got.scores, want) < 1e-9 or (got.scores - want).abs().max() < 1e-9
     if targets:
         check_top(got, x, g, sae, image=image)
-
-
-def check_top(
-    got: ops.Score, x: Tensor, g: Tensor, sae: SparseAutoencoder, mode: str = "combined", **more: Any
-) -> None:
-    """Compares strengths, and that each named feature has the contribution it is listed with."""
-    contributions = reference.contributions(x, g, sae, mode, **more)
-    k = got.image_index.shape[-1]
-    for index, value, dense in (
-        (got.patch_index, got.patch_contribution, contributions),
-        (got.image_index, got.image_contribution, contributions.sum(1)),
-    ):
-        strongest = dense.abs().sort(-1, descending=True).values[..., :k]
-        torch.testing.assert_close(value.abs(), strongest, rtol=1e-8, atol=1e-9)
-        listed = dense.gather(-1, index.clamp(min=0))
-        torch.testing.assert_close(value, torch.where(index >= 0, listed, 0.0), rtol=1e-8, atol=1e-9)
-        assert bool(((index >= 0) | (value == 0)).all())
-        named = [row[row >= 0].tolist() for row in index.reshape(-1, k)]
-        assert all(len(set(row)) == len(row) for row in named), "a feature is listed twice"
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

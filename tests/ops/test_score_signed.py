@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from explicit_score import make_sae
 from torch import Tensor
 
 from fga_fast import ops
@@ -11,14 +14,8 @@ from fga_fast.ops.score import codes_of
 from fga_fast.sae import SparseAutoencoder
 
 
-def signed_sae(
-    width: int = 12, features: int = 70, k: int = 5, shift: float = 0.0, dtype: torch.dtype = torch.float64
-) -> SparseAutoencoder:
-    return SparseAutoencoder(
-        torch.randn(width, features, dtype=dtype) / width**0.5, torch.randn(features, dtype=dtype) + shift,
-        torch.randn(features, width, dtype=dtype), torch.randn(width, dtype=dtype),
-        activation="topk_signed", k=k,
-    )  # fmt: skip
+def signed_sae(width: int = 12, features: int = 70, **more: Any) -> SparseAutoencoder:
+    return make_sae("topk_signed", width, features, **more)
 
 
 def contributions(x: Tensor, g: Tensor, sae: SparseAutoencoder, k: int) -> Tensor:

@@ -17,9 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fga_fast import Explanation
+from fga_fast import Explanation, ops
 from fga_fast.io.images import Preprocess
-from fga_fast.ops import _library
 
 MARKS = [
     pytest.mark.slow,
@@ -95,7 +94,7 @@ def metadata(package: Path, given: bool, dtype: str) -> dict[str, Any]:
 
 def export(path: Path, given: bool = False, dtype: torch.dtype = torch.float32) -> Path:
     """Writes path and the .json beside it."""
-    _library.load()
+    ops.load()
     model = TinyExplained().to(dtype)
     inputs: tuple[Tensor, ...] = (torch.randn(BATCH, CHANNELS, HEIGHT, WIDTH, dtype=dtype),)
     if given:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import threading
 from collections.abc import Sequence
@@ -156,6 +157,4 @@ def _load_operators(metadata: Metadata) -> None:
 
         ops.load()
     if metadata.device == "cuda" and metadata.backend in ("native", "triton"):
-        from fga_fast import triton_kernels
-
-        triton_kernels.load()
+        importlib.import_module("fga_fast.kernels")

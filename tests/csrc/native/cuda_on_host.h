@@ -31,44 +31,19 @@ using cudaStream_t = void*;
 
 namespace on_host {
 
-inline uint32_t bits_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-inline float float_of(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-inline uint64_t bits_of(double x) {
-  uint64_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-inline double double_of(uint64_t bits) {
-  double x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
+// The same bits as another type.
+template <class To, class From>
+To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
 }
 inline float bf16_to_float(uint16_t bits) {
-  return float_of(uint32_t{bits} << 16);
-}
-inline uint16_t float_to_bf16(float x) {  // to the nearest, ties to even
-  const uint32_t bits = bits_of(x);
-  if (std::isnan(x)) return 0x7fff;
-  return static_cast<uint16_t>((bits + 0x7fffU + (bits >> 16 & 1U)) >> 16);
-}
-inline uint16_t float_to_half(float x) {
-  const auto half = static_cast<_Float16>(x);
-  uint16_t bits;
-  std::memcpy(&bits, &half, sizeof bits);
-  return bits;
+  return bits_as<float>(uint32_t{bits} << 16);
 }
 inline float half_to_float(uint16_t bits) {
-  _Float16 x;
-  std::memcpy(&x, &bits, sizeof x);
-  return static_cast<float>(x);
+  return static_cast<float>(bits_as<_Float16>(bits));
 }
 
 // c [16, 8] += a [16, depth] b [depth, 8] for one warp; a and b by functions of (row, depth index) and (depth index,
@@ -94,7 +69,7 @@ void multiply_warp(float (&c)[4], const char* what, int depth, uint32_t a0, uint
         std::memcpy(&lanes[row % 8 * 4 + column / 2].out[row / 8 * 2 + column % 2], &rounded, sizeof rounded);
       }
   });
-  for (int i = 0; i < 4; ++i) c[i] += float_of(me().out[i]);
+  for (int i = 0; i < 4; ++i) c[i] += bits_as<float>(me().out[i]);
 }
 
 // mma.m16n8k16, 16-bit: a0 and a1 hold rows g and g + 8 at depths 2t, 2t + 1, a2 and a3 the same at depths + 8; b0 and
@@ -171,9 +146,18 @@ V atomicAdd(V* to, V value) {
 
 namespace fga::cuda {
 
-using on_host::bits_of;
-using on_host::double_of;
-using on_host::float_of;
+inline uint32_t bits_of(float x) {
+  return on_host::bits_as<uint32_t>(x);
+}
+inline float value_of(uint32_t bits) {
+  return on_host::bits_as<float>(bits);
+}
+inline uint64_t bits_of(double x) {
+  return on_host::bits_as<uint64_t>(x);
+}
+inline double value_of(uint64_t bits) {
+  return on_host::bits_as<double>(bits);
+}
 
 inline void mma_bf16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   on_host::multiply_16bit<on_host::bf16_to_float>(c, "mma bf16", a0, a1, a2, a3, b0, b1);
@@ -184,32 +168,11 @@ inline void mma_half(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint3
 // mma.m16n8k8, tf32: a0 and a1 hold rows g and g + 8 at depth t, a2 and a3 the same at t + 4; b0 and b1 column g at t
 // and t + 4. The lower 13 bits of every factor are not seen.
 inline void mma_tf32(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-  const auto seen = [](uint32_t bits) { return on_host::float_of(bits & 0xffffe000U); };
+  const auto seen = [](uint32_t bits) { return value_of(bits & 0xffffe000U); };
   on_host::multiply_warp(
       c, "mma tf32", 8, a0, a1, a2, a3, b0, b1,
       [&](on_host::Thread* lanes, int row, int k) { return seen(lanes[row % 8 * 4 + k % 4].in[row / 8 + k / 4 * 2]); },
       [&](on_host::Thread* lanes, int k, int column) { return seen(lanes[column * 4 + k % 4].in[4 + k / 4]); });
-}
-
-// ldmatrix.x4.trans: lane l names row l % 8 of matrix l / 8; register i of lane l gets the elements (2t, g), (2t + 1,
-// g) of matrix i, t = l % 4, g = l / 4.
-inline void load_transposed(uint32_t (&r)[4], const void* row) {
-  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) on_host::block->fail("load_transposed from an unaligned row");
-  std::memcpy(on_host::me().in, &row, sizeof row);
-  on_host::block->meet_warp("load_transposed", [] {
-    on_host::Thread* lanes = on_host::block->warp_of_current();
-    for (int lane = 0; lane < on_host::kLanes; ++lane)
-      for (int i = 0; i < 4; ++i) {
-        uint32_t pair = 0;
-        for (int half = 0; half < 2; ++half) {
-          const uint16_t* matrix_row;
-          std::memcpy(&matrix_row, lanes[i * 8 + lane % 4 * 2 + half].in, sizeof matrix_row);
-          pair |= uint32_t{matrix_row[lane / 4]} << (16 * half);
-        }
-        lanes[lane].out[i] = pair;
-      }
-  });
-  std::copy(std::begin(on_host::me().out), std::end(on_host::me().out), r);
 }
 
 template <int kBytes>
@@ -242,15 +205,7 @@ inline float exp2_approximate(float x) {
 inline float max_or_nan(float a, float b) {
   return std::isnan(a) || std::isnan(b) ? NAN : std::max(a, b);
 }
-inline float half_to_float(uint16_t bits) {
-  return on_host::half_to_float(bits);
-}
-inline uint32_t pack_bf16(float low, float high) {
-  return on_host::float_to_bf16(low) | uint32_t{on_host::float_to_bf16(high)} << 16;
-}
-inline uint32_t pack_half(float low, float high) {
-  return on_host::float_to_half(low) | uint32_t{on_host::float_to_half(high)} << 16;
-}
+using on_host::half_to_float;
 inline unsigned char* dynamic_shared() {
   return on_host::block->shared.data();
 }

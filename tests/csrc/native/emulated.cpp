@@ -19,14 +19,6 @@ const char* emulated_attention_relevance(const fga::cuda::AttentionRelevance* a)
   return on_host::failure.c_str();
 }
 
-const char* emulated_attention_gradients(const fga::cuda::AttentionGradients* a) {
-  on_host::failure.clear();
-  if (!fga::cuda::fits(*a)) return "does not fit";
-  fga::cuda::attention_gradients(*a, nullptr);
-  fga::cuda::attention_combine(a->relevance, nullptr);
-  return on_host::failure.c_str();
-}
-
 const char* emulated_gate(const void* scores, void* gates, int is_double, int64_t rows, int64_t patches, double base,
                           double slope) {
   on_host::failure.clear();
@@ -58,6 +50,6 @@ int emulated_chunk_offset(int blocks, int r, int c) {
 }
 
 int emulated_bytes() {
-  return sizeof(fga::cuda::AttentionGradients);
+  return sizeof(fga::cuda::AttentionRelevance);
 }
 }

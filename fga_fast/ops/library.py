@@ -1,4 +1,4 @@
-"""Loads the native library once, on first use, and tells every op to register its fake kernel and autograd formula."""
+"""Loads the native library once, on first use. Ops hand `at_load` what they register then."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import functools
 import importlib
 import logging
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +15,17 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 _cuda_error: ImportError | None = None
+_registrations: list[Callable[[], None]] = []
 
 
 class NativeLibraryError(RuntimeError):
     """The compiled half of fga_fast is missing or does not load."""
+
+
+def at_load(register: Callable[[], None]) -> Callable[[], None]:
+    """Decorates a function that registers an op's rules with torch; `load` calls it once the op's schema is there."""
+    _registrations.append(register)
+    return register
 
 
 @functools.cache
@@ -48,14 +57,12 @@ def load() -> None:
         except ImportError as error:
             _cuda_error = error
             logger.info("CUDA kernels not loaded: %s", error)
-    for op in ("attention", "score", "gate"):
-        importlib.import_module(f"fga_fast.ops.{op}").register()
-    if torch._C._dispatch_has_kernel_for_dispatch_key("fga_fast::attention_relevance", "CUDA"):
-        importlib.import_module("fga_fast.ops.attention_cuda").register()
+    for register in _registrations:
+        register()
 
 
 def cuda_error() -> str:
-    """Why the CUDA object did not load, to be said as soon as a CUDA tensor arrives; "" if there is nothing to say."""
+    """Why the native library or its CUDA object did not load; "" if nothing failed."""
     try:
         load()
     except NativeLibraryError as error:
@@ -63,12 +70,15 @@ def cuda_error() -> str:
     return str(_cuda_error) if _cuda_error else ""
 
 
+def has_cuda_kernel(op: str) -> bool:
+    """Whether `fga_fast::<op>` has a kernel for CUDA in this process."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"fga_fast::{op}", "CUDA"))
+
+
 def require_kernel(op: str, tensor: torch.Tensor) -> None:
     """Refuses a tensor for whose device there is no native kernel, with the reason."""
     device = tensor.device
-    if device.type in ("cpu", "meta"):
-        return
-    if device.type == "cuda" and torch._C._dispatch_has_kernel_for_dispatch_key(f"fga_fast::{op}", "CUDA"):
+    if device.type in ("cpu", "meta") or (device.type == "cuda" and has_cuda_kernel(op)):
         return
     reason = f" (the CUDA object did not load: {cuda_error()})" if cuda_error() else ""
     raise RuntimeError(
@@ -77,8 +87,11 @@ def require_kernel(op: str, tensor: torch.Tensor) -> None:
     )
 
 
-def refuse_gradient(op: str) -> None:
-    """Registers an autograd formula that says so instead of silently detaching: `op` is used inside backward passes."""
+def register_rules(op: str, fake: Callable[..., Any], vmap: Callable[..., Any]) -> None:
+    """Registers an op's fake kernel and vmap rule, and an autograd formula that refuses: backward passes use the op, so
+    a gradient through it would be silently lost."""
+    torch.library.register_fake(f"fga_fast::{op}", fake)
+    torch.library.register_vmap(f"fga_fast::{op}", vmap)
 
     def setup_context(ctx: object, inputs: object, output: object) -> None:
         pass

@@ -1,7 +1,7 @@
 """Block sizes and routes, as pure functions of shapes, dtype and compute capability: nothing is timed at first call.
 
-The sizes are chosen by counting registers, shared memory and traffic; they have never run on a device. Numbers measured
-by benchmarks/device/tune.py, if kernels/tuned/<device>.json is there, take their place.
+The sizes are chosen by counting registers, shared memory and traffic; they have never run on a device. Numbers that
+benchmarks/device/tune.py measured take their place where kernels/tuned/<device>.json exists.
 
 Costs, for T tokens (image, patch), R rows of them (image, target, patch), C width, F features, e bytes an element:
 `dense_cost`, `encode_cost`, `gather_cost`. Weights are read once from memory as long as the rows of one group of tiles
@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 TUNED = Path(__file__).parent / "tuned"
 WORKSPACE = 1 << 28  # bytes that one launch may use beyond its outputs
-LONGEST_SELECTION = 8192  # values that one program chooses the k largest of, in registers
-FEW = 32  # strongest features up to which they are looked for one after the other
-# Features a token below which gathering decoder rows beats a second product. Two products of a token take 4 C F
-# operations, one product and writing and reading its codes takes 2 C F and 12 F bytes, a gathered row 2 C bytes: at the
-# H100's ratio of operations to bytes these break even near this share of the dictionary. An estimate, not measured.
+LONGEST_SELECTION = 8192  # most values from which one program chooses the k largest, in registers
+FEW = 32  # most strongest features that are searched one after the other; more are sorted
+# Share of the dictionary active in a token below which gathering decoder rows beats a second product. For a token, two
+# products take 4 C F operations. One product takes 2 C F, its codes 12 F bytes to write and read, a gathered row 2 C
+# bytes. At the H100's ratio of operations to bytes they break even near this share. An estimate, not measured.
 SPARSE_SHARE = 0.004
 
 
@@ -48,7 +48,7 @@ class Cost(NamedTuple):
 # on 8.0, 99 KB on its successors, 227 KB on 9.0 and 10.0). A program on Hopper holds two accumulators of 128 x 128
 # float32, 128 registers of each of its 256 threads, and three stages of four 16 KB operands. On Blackwell both come out
 # of tensor memory at once, beside the epilogue's parameters: half as many features there.
-_TILES: dict[tuple[int, str, str], Tile] = {
+TILES: dict[tuple[int, str, str], Tile] = {
     (8, "half", "dense"): Tile(128, 128, 32, 8, 4, fused=False),
     (8, "tf32", "dense"): Tile(128, 128, 32, 8, 3, fused=False),
     (9, "half", "dense"): Tile(128, 128, 64, 8, 3),
@@ -133,15 +133,15 @@ def tile(kernel: str, dtype: object, capability: tuple[int, int], width: int, de
     Args:
         kernel: "dense", "targets" (several an image), "top" (with the strongest features, any targets) or "encode".
         dtype: torch dtype of the dictionary.
-        capability: compute capability of the device. Those without tiles of their own get the smallest, of 8.0.
-        width: C. Rows that are no multiple of 16 cannot be read 16 bytes at a time and get a tile of their own.
+        capability: compute capability of the device. One without tiles of its own gets those of 8.0, the smallest.
+        width: C. A width that is no multiple of 16 gets a tile of its own: its rows cannot be read 16 bytes at a time.
         device: its name, for what was measured on it.
     """
     if width % 16:
         return UNALIGNED
     kind = product_kind(dtype)
     measured: Tile | None = tuned(device)["tiles"].get(f"{kind} {kernel}") if tuned(device) else None
-    return measured or _TILES[capability[0] if capability[0] in (9, 10) else 8, kind, kernel]
+    return measured or TILES[capability[0] if capability[0] in (9, 10) else 8, kind, kernel]
 
 
 def tiles_a_launch(tile: Tile, feature_tiles: int, row_patches: int, row_tiles: int, top: int) -> int:
@@ -208,6 +208,6 @@ def encode_cost(tokens: int, width: int, features: int, size: int) -> Cost:
 
 
 def gather_cost(tokens: int, rows: int, width: int, active: int, size: int) -> Cost:
-    """`active` decoder rows a token, and one product with each gradient; caches are not counted on."""
+    """`active` decoder rows a token, and one product with each gradient, as if there were no caches."""
     flops = 2 * width * (active * tokens + rows)
     return Cost(flops, size * width * (active * tokens + rows) + 8 * active * tokens + 4 * rows)

@@ -1,7 +1,7 @@
 """What kernels share: device functions, and how a kernel reaches its device. Has never run on a device.
 
-Triton compiles a kernel anew where an integer argument becomes 1 or a multiple of 16. Only widths and strides are left
-to that, because they decide how rows are read; counts are `do_not_specialize`: another batch is no other kernel.
+Triton compiles a kernel anew when an integer argument becomes 1 or a multiple of 16. Kernels allow this for widths and
+strides only, which decide how rows are read. Counts are `do_not_specialize`, so another batch size compiles nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _tiling
+from . import tiling
 
 # Triton decides when it decorates a kernel, so the variable must be set before this module is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -45,14 +45,25 @@ def device_name(tensor: Tensor) -> str:
 
 
 def lanewise(tensor: Tensor) -> Tensor:  # [., P, C]
-    """As `product` reads it fastest: for plain float32 products the tokens of a column lie side by side, else as it is.
+    """The tensor in the layout that `product` reads fastest: a copy with the tokens of a column side by side for plain
+    float32 products, else the tensor itself.
 
-    Such products run on the ordinary cores, where 16 lanes of a warp take rows of one side, 4 apart. Rows of a tile lie
-    64 bytes apart in shared memory, so that all 16 would wait for the same banks; tokens side by side are read at once.
+    Plain float32 products run on the ordinary cores, where 16 lanes of a warp read rows of one factor, 4 apart. Rows of
+    a tile lie 64 bytes apart in shared memory, so all 16 would wait for the same banks. Tokens side by side are read at
+    once.
     """
-    if _tiling.product_kind(tensor.dtype) == "ieee":
+    if tiling.product_kind(tensor.dtype) == "ieee":
         return tensor.transpose(1, 2).contiguous().transpose(1, 2)
     return tensor
+
+
+@triton.jit
+def tiles_of(program, token_tiles, feature_tiles, GROUP: tl.constexpr):
+    """The token tile and the feature tile of a program. Programs finish GROUP token tiles before they go on."""
+    first = program // (GROUP * feature_tiles) * GROUP
+    group = tl.minimum(token_tiles - first, GROUP)
+    within = program % (GROUP * feature_tiles)
+    return first + within % group, within // group
 
 
 @triton.jit

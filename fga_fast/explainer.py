@@ -37,6 +37,7 @@ from fga_fast.engine.tape import Tape
 from fga_fast.models import checks
 from fga_fast.models.find import find_layout
 from fga_fast.models.layout import ModelLayout
+from fga_fast.models.pooling import check_pooling
 from fga_fast.precision import relevance_dtype
 from fga_fast.question.readout import Answer, Readout, Targets
 from fga_fast.result.explanation import Explanation
@@ -208,7 +209,7 @@ class Explainer:
             checks.check_finite(output.detach(), "the logits", self.model, images)
             answer = self.readout.answer(targets, output)
         if not self._pooling_checked:
-            settings.warn_of_other_pooling(tape, answer.values, layout)
+            check_pooling(tape.passed, answer.values)
             self._pooling_checked = True
         found = tape.backward(answer.values, self.target_chunk)
         read = {layer: Gating.read(slots) for layer, slots in found.recorded.items()}
@@ -243,8 +244,9 @@ class Explainer:
         found = reference.explain(
             self.model, images, targets, self.saes, self.gate, layout=layout, readout=self.readout,
             method=self.method, backward=self.backward, start_layer=self.start_layer, signed=self.signed,
-            per_block=self.per_block, top_features=self.top_features,
+            per_block=self.per_block, top_features=self.top_features, pooling_checked=self._pooling_checked,
         )  # fmt: skip
+        self._pooling_checked = True
         checks.check_finite(found.relevance, "the relevance", self.model, images, self.saes)
         answer = Answer(found.logits, found.targets, found.values, found.names)
         return self._result(

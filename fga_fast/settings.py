@@ -9,6 +9,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+Method = Literal["rollout", "input_x_gradient"]
+Backward = Literal["exact", "conservative"]
 Mode = Literal["combined", "activation_only", "gradient_only", "no_sae", "shuffled"]
 
 

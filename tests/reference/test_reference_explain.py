@@ -250,7 +250,7 @@ def test_attention_outside_the_tower_is_left_alone(tiny_vit: Build) -> None:
 
 
 def test_a_tower_that_runs_twice_is_refused(tiny_vit: Build) -> None:
-    with pytest.raises(ValueError, match="one attention call in block 0, got a second one"):
+    with pytest.raises(ValueError, match="block 0 runs where block 3 was expected; each must run once"):
         explain(Twice(tiny_vit()), torch.randn(IMAGES), None, {}, Gate())
 
 

@@ -77,7 +77,6 @@ class Tape(FunctionMode):
         self._conservative = Conservative(self.passed) if conservative else None
         self.handlers |= {
             Kind.ATTENTION: self._attend,
-            Kind.HIDDEN_ATTENTION: self._hidden,
             Kind.MULTI_HEAD_ATTENTION: self._open,
             Kind.SOFTMAX: self._softmax,
         }
@@ -237,10 +236,6 @@ class Tape(FunctionMode):
         found = function(query, key, *args, **kwargs)
         self.passed.pass_by(found[0], len(query), len(key))
         return found
-
-    def _hidden(self, operation: Operation, function: Function, *args: Any, **kwargs: Any) -> Any:
-        self.passed.refuse_hidden(operation.name)
-        return function(*args, **kwargs)
 
     # -- the carrier of relevance ------------------------------------------------------------------------------
 

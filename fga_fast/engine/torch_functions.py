@@ -95,8 +95,9 @@ def _found(name: str) -> Iterator[Function]:
             if function is None:
                 continue
             yield function
-            if space is torch.ops.aten:
-                yield from (getattr(function, overload) for overload in function.overloads())
+            if space is torch.ops.aten:  # all but TorchScript's, of numbers and lists
+                overloads = (getattr(function, overload) for overload in function.overloads())
+                yield from (o for o in overloads if any(str(a.type) == "Tensor" for a in o._schema.arguments))
 
 
 def _hidden() -> tuple[str, ...]:
@@ -129,6 +130,9 @@ class Progress(Protocol):
 
     def check_dropout(self, probability: float) -> None:
         """Refuses dropout that is on."""
+
+    def refuse_hidden(self, name: str) -> None:
+        """Refuses attention whose maps cannot be reached, in a block."""
 
     def check_out(self, name: str) -> None:
         """Refuses a result that is written into another tensor."""
@@ -165,12 +169,16 @@ class FunctionMode(TorchFunctionMode):
         if operation.kind is Kind.DROPOUT:
             self._progress.check_dropout(_dropped(operation, args, kwargs))
             return func(*args, **kwargs)
-        handler = self.handlers.get(operation.kind)
-        if handler is None or not self._progress.explaining:
+        if not self._progress.explaining:
             return func(*args, **kwargs)
-        if kwargs.get("out") is not None:
-            if torch.is_grad_enabled() and any(_depends(value) for value in (*args, *kwargs.values())):
+        if operation.kind is Kind.HIDDEN_ATTENTION:
+            self._progress.refuse_hidden(operation.name)
+        if kwargs.get("out") is not None or "out0" in kwargs:
+            if torch.is_grad_enabled() and any(map(_depends, (*args, *kwargs.values()))):
                 self._progress.check_out(operation.name)
+            return func(*args, **kwargs)
+        handler = self.handlers.get(operation.kind)
+        if handler is None:
             return func(*args, **kwargs)
         if "self" in kwargs:
             args, kwargs = (kwargs["self"], *args), {name: kwargs[name] for name in kwargs if name != "self"}

@@ -73,7 +73,6 @@ class _Mode(FunctionMode):
         self._record, self._passed = record, record.passed
         self.handlers |= {
             Kind.ATTENTION: self._attend,
-            Kind.HIDDEN_ATTENTION: self._hidden,
             Kind.MULTI_HEAD_ATTENTION: self._open,
             Kind.SOFTMAX: self._softmax,
             **({} if conservative is None else conservative.handlers),
@@ -94,10 +93,6 @@ class _Mode(FunctionMode):
         found = func(query, key, *args, **kwargs)
         self._passed.pass_by(found[0], len(query), len(key))
         return found
-
-    def _hidden(self, operation: Operation, func: Function, *args: Any, **kwargs: Any) -> Any:
-        self._passed.refuse_hidden(operation.name)
-        return func(*args, **kwargs)
 
     def _attend(
         self,

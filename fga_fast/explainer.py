@@ -189,7 +189,7 @@ def _tensors(plan: Plan, layout: ModelLayout, images: Tensor, targets: Targets, 
     found = reference.explain(
         plan.model, images, targets, plan.saes, settings.gate, layout=layout, readout=plan.readout,
         method=settings.method, backward=settings.backward, start_layer=settings.start_layer, signed=settings.signed,
-        per_block=settings.per_block, top_features=settings.top_features,
+        per_block=settings.per_block, top_features=settings.top_features, pooling_checked=not first,
     )  # fmt: skip
     check_finite(found.relevance, "the relevance", plan.model, images, plan.saes)
     return run.Tensors(**found._asdict())

@@ -1,4 +1,4 @@
-"""The conservative backward pass: functions of the model whose non-linear factor is held constant in it.
+"""The conservative backward pass: the non-linear factors of a model's functions are held constant in it.
 
 With the scale of LayerNorm and RMSNorm, the gate act(z) / z of an activation, the attention map and the norm of a
 feature vector constant, the model is linear in its tokens, so that at every block the sum over tokens of x . g, plus
@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fga_fast.engine.torch_functions import Function, Kind, Operation
+from fga_fast.models.block_io import ForwardPass
 from fga_fast.precision import relevance_dtype
-
-Function = Callable[..., Any]
 
 
 class _Norm(torch.autograd.Function):
@@ -64,46 +64,41 @@ class _Gate(torch.autograd.Function):
 
 
 class Conservative:
-    """Handlers of one forward pass: `handlers[function](function, *args, **kwargs)` answers a call of the model's."""
+    """Handlers of one forward pass, for the kinds of function that have a non-linear factor."""
 
-    def __init__(self) -> None:
-        # Outputs of activations, which a product with something else makes the gate of a gated MLP. Kept here so that
-        # no other tensor takes their ids, for one block at a time (see `forget`).
-        self._activations: dict[int, Tensor] = {}
-        self.in_block = False  # set by the tape
-        self.handlers: dict[Function, Function] = {
-            F.layer_norm: self._layer_norm,
-            torch.layer_norm: self._layer_norm,
-            F.rms_norm: self._rms_norm,
-            torch.rms_norm: self._rms_norm,
-            F.normalize: self._normalize,
-            F.cosine_similarity: self._cosine,
-            F.glu: self._glu,
+    def __init__(self, passed: ForwardPass) -> None:
+        self._passed = passed
+        # Outputs of activations, which a product with something else makes the gate of a gated MLP, and constants that
+        # were computed in place. Kept here so that no other tensor takes their ids, for one block at a time (see
+        # `forget`), and with their version, since a tensor that has been changed is neither any more.
+        self._activations: dict[int, tuple[Tensor, int]] = {}
+        self._constants: dict[int, tuple[Tensor, int]] = {}
+        self.handlers: dict[Kind, Function] = {
+            Kind.LAYER_NORM: self._layer_norm,
+            Kind.NATIVE_LAYER_NORM: self._native_layer_norm,
+            Kind.RMS_NORM: self._rms_norm,
+            Kind.FUSED_RMS_NORM: self._fused_rms_norm,
+            Kind.ACTIVATION: self._activation,
+            Kind.RELU: self._relu,
+            Kind.CONSTANT: self._constant,
+            Kind.FACTOR: self._factor,
+            Kind.STD_MEAN: self._std_mean,
+            Kind.POWER: self._power,
+            Kind.NORMALIZE: self._normalize,
+            Kind.COSINE: self._cosine,
+            Kind.GLU: self._glu,
+            Kind.PRODUCT: self._product,
+            Kind.QUOTIENT: self._quotient,
         }
-        limits: dict[Function, float] = {F.gelu: 0.5, F.silu: 0.5, F.hardswish: 0.5, F.mish: 0.6}  # of act(z) / z at 0
-        self.handlers |= {act: self._activation(limit) for act, limit in limits.items()}
-        self.handlers |= dict.fromkeys((F.relu, torch.relu, Tensor.relu), self._relu)
-        # Factors of activations, scales and norms that a model writes out itself.
-        for name in ("rsqrt", "norm"):
-            self.handlers |= dict.fromkeys((getattr(torch, name), getattr(Tensor, name)), self._constant)
-        self.handlers |= dict.fromkeys((torch.linalg.vector_norm, torch.linalg.norm), self._constant)
-        # sqrt and std: of a LayerNorm that divides by them.
-        for name in ("sigmoid", "tanh", "erf", "sqrt", "std"):
-            self.handlers |= dict.fromkeys((getattr(torch, name), getattr(Tensor, name)), self._constant_in_blocks)
-        others = (F.sigmoid, F.tanh, torch.special.erf, torch.special.expit, F.hardsigmoid)
-        self.handlers |= dict.fromkeys(others, self._constant_in_blocks)
-        quotients = (torch.div, torch.true_divide, Tensor.div, Tensor.true_divide, Tensor.__truediv__)
-        self.handlers |= dict.fromkeys(quotients, self._quotient)
-        products = (torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__)
-        self.handlers |= dict.fromkeys((*products, Tensor.mul_, Tensor.__imul__), self._product)
 
     def forget(self) -> None:
-        """Lets go of the activations of a block that has ended."""
+        """Lets go of the tensors of a block that has ended."""
         self._activations.clear()
+        self._constants.clear()
 
     def _layer_norm(
-        self, function: Function, input: Tensor, normalized_shape: Any, weight: Tensor | None = None,
-        bias: Tensor | None = None, eps: float = 1e-5, *_: Any, **__: Any,
+        self, _operation: Operation, _function: Function, input: Tensor, normalized_shape: Any,
+        weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *_: Any, **__: Any,
     ) -> Tensor:  # fmt: skip
         shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
         # On CUDA autocast lets layer_norm compute in float32, and does not know this form of it.
@@ -116,87 +111,121 @@ class Conservative:
 
         return _norm(input, norm, weight, len(shape), centred=True)
 
+    def _native_layer_norm(self, operation: Operation, function: Function, *args: Any, **kwargs: Any) -> Any:
+        _, mean, inverse = function(*args, **kwargs)
+        return self._layer_norm(operation, function, *args, **kwargs), mean.detach(), inverse.detach()
+
     def _rms_norm(
-        self, function: Function, input: Tensor, normalized_shape: Any, weight: Tensor | None = None,
-        eps: float | None = None,
+        self, _operation: Operation, _function: Function, input: Tensor, normalized_shape: Any,
+        weight: Tensor | None = None, eps: float | None = None,
     ) -> Tensor:  # fmt: skip
-        count = 1 if isinstance(normalized_shape, int) else len(normalized_shape)
+        shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
 
         def norm(x: Tensor) -> tuple[Tensor, Tensor]:
             wide = x.to(relevance_dtype(x.dtype))
-            square = wide.square().mean(tuple(range(-count, 0)), keepdim=True)
+            square = wide.square().mean(tuple(range(-len(shape), 0)), keepdim=True)
             inverse = (square + (torch.finfo(x.dtype).eps if eps is None else eps)).rsqrt()
-            return function(x, normalized_shape, weight, eps), inverse
+            return F.rms_norm(x, shape, weight, eps), inverse
 
-        return _norm(input, norm, weight, count, centred=False)
+        return _norm(input, norm, weight, len(shape), centred=False)
 
-    def _activation(self, limit: float) -> Function:
-        def handler(function: Function, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            def act(x: Tensor) -> Tensor:
-                y: Tensor = function(x.clone() if kwargs.get("inplace") else x, *args, **kwargs)
-                return y
+    def _fused_rms_norm(self, operation: Operation, function: Function, *args: Any, **kwargs: Any) -> Any:
+        _, inverse = function(*args, **kwargs)
+        return self._rms_norm(operation, function, *args, **kwargs), inverse.detach()
 
-            out: Tensor = _Gate.apply(input, act, limit)  # type: ignore[no-untyped-call]
-            if kwargs.get("inplace"):
-                out = input.copy_(out)  # the model may go on with either name
-            self._activations[id(out)] = out
-            return out
+    def _activation(self, operation: Operation, function: Function, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        in_place = operation.in_place or kwargs.get("inplace")
 
-        return handler
+        def act(x: Tensor) -> Tensor:
+            y: Tensor = function(x.clone() if in_place else x, *args, **kwargs)
+            return y
 
-    def _relu(self, function: Function, *args: Any, **kwargs: Any) -> Tensor:
+        out: Tensor = _Gate.apply(input, act, operation.limit)  # type: ignore[no-untyped-call]
+        # In place the model may go on with either name.
+        return self._activated(input.copy_(out) if in_place else out)
+
+    def _relu(self, _operation: Operation, function: Function, *args: Any, **kwargs: Any) -> Tensor:
         """Its gate is 0 or 1, constant as it is; it is only remembered, for the gated MLPs that it may open."""
-        out: Tensor = function(*args, **kwargs)
-        self._activations[id(out)] = out
+        return self._activated(function(*args, **kwargs))
+
+    def _constant(self, operation: Operation, function: Function, *args: Any, **kwargs: Any) -> Any:
+        if not (operation.in_place or kwargs.get("inplace")) or not args[0].requires_grad:
+            found = function(*args, **kwargs)
+            return found.detach() if isinstance(found, Tensor) else found
+        out = args[0].copy_(function(args[0].detach().clone(), *args[1:], **kwargs))  # its gradient ends here
+        self._constants[id(out)] = out, out._version
         return out
 
-    def _constant(self, function: Function, *args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs).detach()
-
-    def _constant_in_blocks(self, function: Function, *args: Any, **kwargs: Any) -> Any:
+    def _factor(self, operation: Operation, function: Function, *args: Any, **kwargs: Any) -> Any:
         """A head that ends in a sigmoid or tanh would have no gradient left."""
-        return function(*args, **kwargs).detach() if self.in_block else function(*args, **kwargs)
+        if self._passed.block is None:
+            return function(*args, **kwargs)
+        return self._constant(operation, function, *args, **kwargs)
+
+    def _std_mean(self, _operation: Operation, function: Function, *args: Any, **kwargs: Any) -> Any:
+        std, mean = function(*args, **kwargs)
+        return (std if self._passed.block is None else std.detach()), mean
+
+    def _power(
+        self, operation: Operation, function: Function, input: Any, exponent: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """sqrt and rsqrt by another name, or an ordinary function."""
+        if isinstance(exponent, float) and abs(exponent) == 0.5:
+            root = self._factor if exponent > 0 else self._constant
+            return root(operation, function, input, exponent, *args, **kwargs)
+        return function(input, exponent, *args, **kwargs)
 
     def _normalize(
-        self, _function: Function, input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: None = None
-    ) -> Tensor:
+        self, _operation: Operation, _function: Function, input: Tensor, p: float = 2.0, dim: int = 1,
+        eps: float = 1e-12, out: None = None,
+    ) -> Tensor:  # fmt: skip
         length: Tensor = torch.linalg.vector_norm(input, p, dim, keepdim=True)
         return input / length.clamp_min(eps).detach()
 
-    def _cosine(self, _function: Function, x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+    def _cosine(
+        self, _operation: Operation, _function: Function, x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8
+    ) -> Tensor:
         lengths = [torch.linalg.vector_norm(x, 2, dim, keepdim=True).clamp_min(eps).detach() for x in (x1, x2)]
         cosines: Tensor = (x1 / lengths[0] * (x2 / lengths[1])).sum(dim)
         return cosines
 
-    def _glu(self, _function: Function, input: Tensor, dim: int = -1) -> Tensor:
+    def _glu(self, _operation: Operation, _function: Function, input: Tensor, dim: int = -1) -> Tensor:
         carrying, gate = input.chunk(2, dim)
         return carrying * gate.sigmoid().detach()
 
-    def _quotient(self, function: Function, input: Any, other: Any, **kwargs: Any) -> Any:
+    def _quotient(self, _operation: Operation, function: Function, input: Any, other: Any, **kwargs: Any) -> Any:
         """An activation divided by a number is still one."""
+        still = _holds(self._activations, input) and not isinstance(other, Tensor)
         out = function(input, other, **kwargs)
-        if id(input) in self._activations and not isinstance(other, Tensor):
-            self._activations[id(out)] = out
-        return out
+        return self._activated(out) if still else out
 
-    def _product(self, function: Function, input: Any, other: Any, **kwargs: Any) -> Any:
+    def _product(self, operation: Operation, function: Function, input: Any, other: Any, **kwargs: Any) -> Any:
         """`act(a) * b` in a gated MLP with a constant act(a); any other product as it is."""
-        tensors = [factor for factor in (input, other) if isinstance(factor, Tensor)]
-        acts = [id(factor) in self._activations for factor in (input, other)]
-        carrying = [isinstance(factor, Tensor) and factor.requires_grad for factor in (input, other)]
+        acts = [_holds(self._activations, factor) for factor in (input, other)]
+        carrying = [_requires_grad(f) and not _holds(self._constants, f) for f in (input, other)]
         if acts[0] and carrying[1] and input is not other:
-            if function not in (Tensor.mul_, Tensor.__imul__):
-                return function(input.detach(), other, **kwargs)
-            del self._activations[id(input)]
-            return input.copy_(input.detach().clone() * other)
+            if operation.in_place:
+                return input.copy_(input.detach().clone() * other)
+            return function(input.detach(), other, **kwargs)
         if acts[1] and carrying[0] and input is not other:
             return function(input, other.detach(), **kwargs)
-        out = function(input, other, **kwargs)
         # Still an activation: 2 * act(a), and one that is written out, as z times a constant of the tokens' own shape.
+        tensors = [factor for factor in (input, other) if isinstance(factor, Tensor)]
         written_out = len(tensors) == 2 and input.dim() > 2 and input.shape == other.shape and sum(carrying) == 1
-        if written_out or (any(acts) and len(tensors) == 1):
-            self._activations[id(out)] = out
+        out = function(input, other, **kwargs)
+        return self._activated(out) if written_out or (any(acts) and len(tensors) == 1) else out
+
+    def _activated(self, out: Tensor) -> Tensor:
+        self._activations[id(out)] = out, out._version
         return out
+
+
+def _holds(kept: dict[int, tuple[Tensor, int]], value: Any) -> bool:
+    return id(value) in kept and value._version == kept[id(value)][1]
+
+
+def _requires_grad(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
 
 
 def _norm(

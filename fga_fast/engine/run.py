@@ -64,7 +64,7 @@ def explain(
             check_finite(output.detach(), "the logits", plan.model, images)
         asked = answer(output)
     if first:
-        check_pooling(asked.values, tape.last_stream, tape.outside, layout)
+        check_pooling(tape.passed, asked.values)
     found = tape.backward(asked.values, settings.target_chunk)
     read = {block: Gating.read(slots) for block, slots in sorted(found.recorded.items())}
     gates = {block: gate for block, (_, gate, _) in read.items()}

@@ -1,11 +1,15 @@
-"""What goes into and comes out of a block: the residual stream among its arguments and outputs, and the sizes of its
-attention; what does not fit is refused by name.
+"""What goes into and comes out of a block, and what may happen on the way: the rules that a forward pass must keep.
+
+Every backend follows a model's forward pass with a `ForwardPass`, so all of them refuse the same models in the same
+words.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fga_fast.models.layout import ModelLayout
@@ -78,46 +82,6 @@ def with_stream(output: Any, x: Tensor) -> Any:
     return (x, *output[1:])
 
 
-def check_attention(
-    query: tuple[int, ...],  # [B, H, Nq, ...]
-    key: tuple[int, ...],  # [B, H, N, ...]
-    expected: tuple[int, int, int],  # B, Nq, N
-    layout: ModelLayout,
-    where: str,
-) -> None:
-    """Refuses attention of other sizes than the layout promises.
-
-    Raises:
-        TapeError: heads that do not match, another batch than the images', other tokens than the layout's.
-    """
-    images, queries, keys = expected
-    if len(query) != 4 or len(key) < 3 or query[1] != key[1]:
-        raise TapeError(
-            f"model: attention in {where} must have queries and keys [B, H, N, D] with as many heads, got "
-            f"{tuple(query)} and {tuple(key)}"
-        )
-    if query[0] != images:
-        raise TapeError(
-            f"model: attention in {where} sees a batch of {query[0]} for {images} images; a model that makes several "
-            "views of an image cannot be explained as a whole, explain the views one by one"
-        )
-    if query[2] != queries or key[2] != keys:
-        raise TapeError(
-            f"model: attention in {where} has {query[2]} queries and {key[2]} keys, expected {queries} and {keys} "
-            f"({layout.prefix_tokens} prefix tokens and a {layout.grid[0]} x {layout.grid[1]} grid); windowed "
-            "attention and dropped patches cannot be explained"
-        )
-
-
-def unseen_attention(where: str, layout: ModelLayout) -> str:
-    """What to say of a block without attention."""
-    return (
-        f"model: {where} ran without an attention that could be seen: neither "
-        "torch.nn.functional.scaled_dot_product_attention, nor nn.MultiheadAttention, nor a softmax over "
-        f"[B, H, {layout.tokens}, {layout.tokens}]; use an implementation that calls one of them"
-    )
-
-
 def _is_stream(value: object, layout: ModelLayout, images: int) -> bool:
     if not isinstance(value, Tensor) or value.dim() != 3 or not value.is_floating_point():
         return False
@@ -129,3 +93,200 @@ def _expected(layout: ModelLayout, images: int) -> str:
     width = "C" if layout.d_model is None else layout.d_model
     first = f"{layout.tokens}, {images}" if layout.tokens_first else f"{images}, {layout.tokens}"
     return f"[{first}, {width}]"
+
+
+class Outside(NamedTuple):
+    """An attention after the blocks that is not the layout's pool."""
+
+    output: Tensor
+    queries: int
+    keys: int
+
+
+@dataclass
+class ForwardPass:
+    """Where a model's forward pass is, what it has brought so far, and what it must not do.
+
+    Its checks raise `TapeError`.
+    """
+
+    layout: ModelLayout
+    images: int  # B
+    start: int = 0  # first block that is explained; those before it only run
+    block: int | None = None  # block that is running; None between, before and after blocks
+    finished: int = 0  # blocks that have run
+    attended: set[int | None] = field(default_factory=set)  # blocks whose attention was seen; None: the pool's was
+    stream: Tensor | None = None  # [B, N, C] or [N, B, C], what the block that ended last handed on
+    pool: Tensor | None = None  # output of the layout's attention pool
+    outside: list[Outside] = field(default_factory=list)
+    before_pool: int = 0  # how many of them ran before the pool
+    cut: bool = False  # an attention ran where gradients are off
+
+    @property
+    def explaining(self) -> bool:
+        """Whether what runs now is differentiated: from the first explained block to the model's end."""
+        return self.finished > self.start or self.block == self.start
+
+    @property
+    def where(self) -> str:
+        """What is running, for error messages."""
+        if self.block is not None:
+            return self._name(self.block)
+        return "the pooling head" if self._is_over else f"the part before block {self.finished}"
+
+    def enter(self, index: int) -> None:
+        """A block begins; each must run once, in order."""
+        if index != self.finished or self.block is not None:
+            raise TapeError(
+                f"model: block {index} runs where block {self.finished} was expected; each must run once, in order"
+            )
+        self.block = index
+
+    def leave(self, index: int, output: Any) -> Tensor | None:
+        """A block ends. Returns the residual stream that leaves it, or None for a block that is not explained."""
+        self.block, self.finished = None, index + 1
+        if index < self.start:
+            self.stream = output[0] if isinstance(output, tuple) else output
+            return None
+        self.stream = stream_of(output, self._name(index))
+        if index not in self.attended:
+            raise TapeError(
+                f"model: {self._name(index)} ran without an attention that could be seen: neither "
+                "torch.nn.functional.scaled_dot_product_attention, nor nn.MultiheadAttention, nor a softmax over "
+                f"[B, H, {self.layout.tokens}, {self.layout.tokens}]; use an implementation that calls one of them"
+            )
+        return self.stream
+
+    def is_tapped(self, queries: int, keys: int) -> bool:
+        """Whether an attention of this size is explained: in a block any, after the blocks the pool's.
+
+        Raises:
+            TapeError: it is between two blocks.
+        """
+        if self.block is not None:
+            return True
+        if not self._is_over:
+            raise TapeError(
+                f"model: attention runs between block {self.finished - 1} and block {self.finished} of the layout, "
+                "where relevance would pass it by; list all blocks, in forward order"
+            )
+        return None not in self.attended and self.layout.pooling == "attention" and (queries, keys) == self._sizes
+
+    def pass_by(self, output: Tensor, queries: int, keys: int) -> None:
+        """Remembers an attention after the blocks that is not explained, for `check_pooling`."""
+        self.outside.append(Outside(output, queries, keys))
+
+    def attend(self, query: tuple[int, ...], key: tuple[int, ...]) -> None:  # [B, H, Nq, ...], [B, H, N, ...]
+        """An attention that is explained; one a block, over all tokens, and over the pooled ones in the pool."""
+        if self.block in self.attended:
+            raise TapeError(f"model: {self.where} calls attention more than once; expected one call a block")
+        if len(query) != 4 or len(key) < 3 or query[1] != key[1]:
+            raise TapeError(
+                f"model: attention in {self.where} must have queries and keys [B, H, N, D] with as many heads, got "
+                f"{tuple(query)} and {tuple(key)}"
+            )
+        if query[0] != self.images:
+            raise TapeError(
+                f"model: attention in {self.where} sees a batch of {query[0]} for {self.images} images; a model that "
+                "makes several views of an image cannot be explained as a whole, explain the views one by one"
+            )
+        if (query[2], key[2]) != self._sizes:
+            layout, (queries, keys) = self.layout, self._sizes
+            raise TapeError(
+                f"model: attention in {self.where} has {query[2]} queries and {key[2]} keys, expected {queries} and "
+                f"{keys} ({layout.prefix_tokens} prefix tokens and a {layout.grid[0]} x {layout.grid[1]} grid); "
+                "windowed attention and dropped patches cannot be explained"
+            )
+        self.attended.add(self.block)
+        self.cut |= not torch.is_grad_enabled()
+        if self.block is None:
+            self.before_pool = len(self.outside)
+
+    def map_of(self, maps: Tensor, dim: int | None) -> Tensor | None:  # a softmax's output -> [B, H, Nq, N]
+        """A softmax over `dim` as the attention of what runs, or None if it is another one."""
+        if not torch.is_grad_enabled():  # a look at the maps, for a log
+            return None
+        images = max(self.images, 1)
+        if dim not in (-1, maps.dim() - 1) or maps.dim() not in (3, 4) or len(maps) % images:
+            return None
+        by_head = maps if maps.dim() == 4 else maps.view(self.images, len(maps) // images, *maps.shape[1:])
+        queries, keys = maps.shape[-2:]
+        if self.block is None:
+            tokens = (self._sizes[1], self.layout.patches, self.layout.tokens)
+            if not self._is_over or queries != 1 or keys == 1 or keys not in tokens:
+                return None
+            if not self.is_tapped(queries, keys):
+                self.pass_by(maps, queries, keys)
+                return None
+        elif (queries, keys) != self._sizes:
+            return None
+        self.attend(by_head.shape, by_head.shape[:2] + maps.shape[-1:])
+        return by_head
+
+    def check_call(self, attn_mask: Tensor | None, dropout_p: float, is_causal: bool) -> None:
+        """Refuses dropout, and masks that are not added."""
+        if dropout_p > 0:
+            raise TapeError(f"model: attention in {self.where} has dropout {dropout_p} active; call model.eval() first")
+        what = "causal" if is_causal else None
+        if attn_mask is not None and not attn_mask.is_floating_point():
+            what = f"masked (attn_mask {tuple(attn_mask.shape)}, {attn_mask.dtype})"
+        if what is not None:
+            raise TapeError(f"model: attention in {self.where} is {what}; only additive masks can be explained")
+
+    def share_heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, N, D] of grouped queries [B, H, Nq, D], repeated for each of their heads."""
+        heads = tuple(t.shape[1] if t.dim() == 4 else 0 for t in (query, key, value))
+        if 0 in heads or heads[0] % heads[1] or heads[0] % heads[2]:
+            raise TapeError(
+                f"model: attention in {self.where} with enable_gqa must have queries, keys and values [B, H, N, D], "
+                f"the heads of the queries a multiple of the others', got {tuple(query.shape)}, {tuple(key.shape)} and "
+                f"{tuple(value.shape)}"
+            )
+        return key.repeat_interleave(heads[0] // heads[1], 1), value.repeat_interleave(heads[0] // heads[2], 1)
+
+    def refuse_hidden(self, name: str) -> None:
+        """Refuses a kernel of attention that a block calls directly."""
+        if self.block is not None:
+            raise TapeError(
+                f"model: {self.where} calls {name}, whose attention maps cannot be reached; call "
+                "torch.nn.functional.scaled_dot_product_attention"
+            )
+
+    def check_dropout(self, probability: float) -> None:
+        """Refuses dropout that is on, wherever it is."""
+        if probability > 0:
+            raise TapeError(f"model: dropout {probability} is active in {self.where}; call model.eval() first")
+
+    def check_out(self, name: str) -> None:
+        """Refuses a differentiated result that is written into another tensor, which autograd cannot follow."""
+        raise TapeError(f"model: {self.where} calls {name} with out=, which has no gradient; use what it returns")
+
+    def check_complete(self, values: Tensor) -> None:  # [B] or [B, K]
+        """The pass must have been the one that the layout promised, with a gradient all the way to the values."""
+        layout = self.layout
+        if self.finished != len(layout.blocks):
+            raise TapeError(f"model: {self.finished} of {len(layout.blocks)} blocks ran; call the tower once")
+        if layout.pooling == "attention" and None not in self.attended:
+            seen = ", ".join(f"one of {found.queries} queries over {found.keys} keys" for found in self.outside)
+            raise TapeError(
+                f"model: 'attention' pooling, but no attention with one query over the {self._sizes[1]} pooled tokens "
+                f"was found after the blocks{seen and ', only ' + seen}; check the layout's pooling and pooled"
+            )
+        if self.cut or not values.requires_grad:
+            raise TapeError(
+                "model: its logits carry no gradient to the tower; its forward must not run under torch.no_grad(), "
+                "torch.inference_mode() or detach the tower's output"
+            )
+
+    @property
+    def _is_over(self) -> bool:
+        return self.finished == len(self.layout.blocks)
+
+    @property
+    def _sizes(self) -> tuple[int, int]:
+        """Queries and keys of the attention that is expected now."""
+        tokens = self.layout.tokens
+        return (tokens, tokens) if self.block is not None else (1, self.layout.pooled[1] - self.layout.pooled[0])
+
+    def _name(self, index: int) -> str:
+        return f"block {index} ({type(self.layout.blocks[index]).__name__})"

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fga_fast.models.block_io import TapeError
+
 
 def open_multi_head_attention(
     query: Tensor,  # [Nq, B, C]
@@ -46,15 +48,15 @@ def open_multi_head_attention(
         [B, Nq, N], or [B, H, Nq, N] unless averaged over heads.
 
     Raises:
-        ValueError: keys that belong to no token (`bias_k`, `add_zero_attn`, static keys), or tensors without a batch.
+        TapeError: keys that belong to no token (`bias_k`, `add_zero_attn`, static keys), or tensors without a batch.
     """
     if bias_k is not None or bias_v is not None or add_zero_attn or static_k is not None or static_v is not None:
-        raise ValueError(
+        raise TapeError(
             "model: its nn.MultiheadAttention has keys that belong to no token (add_bias_kv, add_zero_attn or static "
             "keys), so its attention maps cannot be rolled out"
         )
     if query.dim() != 3:
-        raise ValueError(f"model: nn.MultiheadAttention is called without a batch, with a query {tuple(query.shape)}")
+        raise TapeError(f"model: nn.MultiheadAttention is called without a batch, with a query {tuple(query.shape)}")
     if use_separate_proj_weight:
         weights = (q_proj_weight, k_proj_weight, v_proj_weight)
     else:
@@ -62,7 +64,7 @@ def open_multi_head_attention(
     q, k, v = _project(query, key, value, weights, in_proj_bias)
     batch, queries, width = q.shape
     q, k, v = (t.view(batch, t.shape[1], num_heads, width // num_heads).transpose(1, 2) for t in (q, k, v))
-    mask = _mask(attn_mask, key_padding_mask, num_heads)
+    mask = _mask(attn_mask, key_padding_mask, num_heads, q)
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout_p if training else 0.0, is_causal=is_causal and mask is None
     )
@@ -92,15 +94,16 @@ def _project(
     return q, k, v
 
 
-def _mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, heads: int) -> Tensor | None:
-    """The two masks as one that broadcasts to [B, H, Nq, N]; nn.MultiheadAttention has made both additive."""
-    mask = attn_mask
-    if mask is not None and mask.dim() == 3:
-        mask = mask.view(-1, heads, *mask.shape[1:])
-    if key_padding_mask is not None:
-        padding = key_padding_mask[:, None, None, :]
-        mask = padding if mask is None else mask + padding
-    return mask
+def _mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, heads: int, like: Tensor) -> Tensor | None:
+    """The two masks as one in the dtype of `like` that is added and broadcasts to [B, H, Nq, N]."""
+    masks = []
+    for mask in (attn_mask, None if key_padding_mask is None else key_padding_mask[:, None, None, :]):
+        if mask is None:
+            continue
+        if mask.dtype == torch.bool:  # True: not attended to
+            mask = torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, float("-inf"))
+        masks.append(mask.view(-1, heads, *mask.shape[1:]) if mask.dim() == 3 else mask)
+    return sum(masks[1:], masks[0]) if masks else None
 
 
 @torch.no_grad()

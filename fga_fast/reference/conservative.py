@@ -10,35 +10,34 @@ Baghshah, M. T. Pilehvar: LibraGrad, CVPR 2025. ReLU and all other piecewise lin
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
+from fga_fast.engine.torch_functions import Function, Kind, Operation
+from fga_fast.models.block_io import ForwardPass
 from fga_fast.precision import relevance_dtype
 
-if TYPE_CHECKING:
-    from fga_fast.reference.recording import Recording
-
-Function = Callable[..., Any]
+# Every rule takes the table's entry and the function that the model calls, then its arguments.
 
 
 def layer_norm(
-    func: Function,
+    _operation: Operation,
+    _func: Function,
     input: Tensor,  # [..., C]
     normalized_shape: Any,
     weight: Tensor | None = None,  # [C]
     bias: Tensor | None = None,  # [C]
     eps: float = 1e-5,
-    *rest: Any,
-    **more: Any,
+    *_rest: Any,
+    **_more: Any,
 ) -> Tensor:
     """`y = (x - mean(x)) * [1 / sqrt(var(x) + eps)].detach() * weight + bias`; the mean is not constant."""
-    dtype = func(input.detach(), normalized_shape, weight, bias, eps, *rest, **more).dtype
-    dims = _last_dims(normalized_shape)
+    shape = _shape(normalized_shape)
+    dtype = F.layer_norm(input.detach(), shape, weight, bias, eps).dtype
+    dims = tuple(range(-len(shape), 0))
     x = input.to(relevance_dtype(input.dtype))
     centred = x - x.mean(dims, keepdim=True)
     y = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt().detach()
@@ -46,172 +45,176 @@ def layer_norm(
 
 
 def rms_norm(
-    func: Function,
+    _operation: Operation,
+    _func: Function,
     input: Tensor,  # [..., C]
     normalized_shape: Any,
     weight: Tensor | None = None,  # [C]
     eps: float | None = None,
 ) -> Tensor:
     """`y = x * [1 / sqrt(mean(x^2) + eps)].detach() * weight`."""
-    dtype = func(input.detach(), normalized_shape, weight, eps).dtype
+    shape = _shape(normalized_shape)
+    dtype = F.rms_norm(input.detach(), shape, weight, eps).dtype
     x = input.to(relevance_dtype(input.dtype))
-    square = x.square().mean(_last_dims(normalized_shape), keepdim=True)
+    square = x.square().mean(tuple(range(-len(shape), 0)), keepdim=True)
     eps = torch.finfo(input.dtype).eps if eps is None else eps
     return _affine(x * (square + eps).rsqrt().detach(), weight, None).to(dtype)
 
 
-def activation(limit: float) -> Function:
-    """Rule of an activation with `act(z) / z -> limit` at z = 0."""
+def with_statistics(rule: Function) -> Function:
+    """Rule of a norm that also returns its statistics, which are constants."""
 
-    def rule(func: Function, input: Tensor, *args: Any, inplace: bool = False, **kwargs: Any) -> Tensor:
-        """`act(z) = z * [act(z) / z].detach()`."""
-        z = input.detach().to(relevance_dtype(input.dtype))
-        gate = torch.where(z == 0, limit, func(z, *args, **kwargs) / z).to(input.dtype)
-        return input.mul_(gate) if inplace else input * gate
+    def both(operation: Operation, func: Function, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        _, *statistics = func(*args, **kwargs)
+        return rule(operation, func, *args, **kwargs), *(value.detach() for value in statistics)
 
-    return rule
+    return both
 
 
-def constant(func: Function, *args: Any, **kwargs: Any) -> Any:
-    """`[f(x)].detach()`, where the model itself writes `x * f(x)` (RMSNorm) or `x / f(x)` (feature normalisation)."""
-    return func(*args, **kwargs).detach()
-
-
-def exact(func: Function, *args: Any, **kwargs: Any) -> Tensor:
-    """`y = max(z, 0)`, whose gate is 0 or 1 and so constant as it is; known for the gated MLPs it may open."""
-    out: Tensor = func(*args, **kwargs)
-    return out
+def activation(operation: Operation, func: Function, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`act(z) = z * [act(z) / z].detach()`."""
+    z = input.detach().to(relevance_dtype(input.dtype))
+    gate = torch.where(z == 0, operation.limit, func(z.clone(), *args, **kwargs) / z).to(input.dtype)
+    return input.mul_(gate) if _in_place(operation, kwargs) else input * gate
 
 
 def normalize(
-    func: Function, input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Tensor | None = None
-) -> Tensor:
+    _operation: Operation, _func: Function, input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12,
+    out: None = None,
+) -> Tensor:  # fmt: skip
     """`y = x / max(|x|, eps).detach()`."""
     length: Tensor = input.detach().norm(p, dim, keepdim=True)
     return input / length.clamp_min(eps)
 
 
-def cosine_similarity(func: Function, x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+def cosine_similarity(
+    operation: Operation, func: Function, x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8
+) -> Tensor:
     """`y = a . b / (|a| |b|).detach()`."""
-    return (normalize(func, x1, 2.0, dim, eps) * normalize(func, x2, 2.0, dim, eps)).sum(dim)
+    a, b = (normalize(operation, func, x, 2.0, dim, eps) for x in (x1, x2))
+    return (a * b).sum(dim)
 
 
-def glu(func: Function, input: Tensor, dim: int = -1) -> Tensor:
+def glu(_operation: Operation, _func: Function, input: Tensor, dim: int = -1) -> Tensor:
     """`y = a * sigmoid(b).detach()`, a and b the halves of the input."""
     a, b = input.chunk(2, dim)
     return a * b.sigmoid().detach()
 
 
-RULES: dict[Function, Function] = {
-    F.layer_norm: layer_norm,
-    torch.layer_norm: layer_norm,
-    F.rms_norm: rms_norm,
-    torch.rms_norm: rms_norm,
-    F.gelu: activation(0.5),
-    F.silu: activation(0.5),
-    F.hardswish: activation(0.5),
-    F.mish: activation(0.6),  # tanh(log(2))
-    F.relu: exact,
-    torch.relu: exact,
-    Tensor.relu: exact,
-    torch.rsqrt: constant,
-    Tensor.rsqrt: constant,
-    torch.norm: constant,
-    Tensor.norm: constant,
-    torch.linalg.norm: constant,
-    torch.linalg.vector_norm: constant,
-    F.normalize: normalize,
-    F.cosine_similarity: cosine_similarity,
-    F.glu: glu,
+RULES: dict[Kind, Function] = {
+    Kind.LAYER_NORM: layer_norm,
+    Kind.NATIVE_LAYER_NORM: with_statistics(layer_norm),
+    Kind.RMS_NORM: rms_norm,
+    Kind.FUSED_RMS_NORM: with_statistics(rms_norm),
+    Kind.NORMALIZE: normalize,
+    Kind.COSINE: cosine_similarity,
+    Kind.GLU: glu,
 }
-ACTIVATIONS = (F.gelu, F.silu, F.hardswish, F.mish, F.relu, torch.relu, Tensor.relu)
-# What a composed activation multiplies z by: QuickGELU z * sigmoid(1.702 z), GELU z * (1 + erf(z / sqrt(2))) / 2 and
-# its tanh form. In blocks only: where a head's output is a sigmoid or tanh, a constant would leave no gradient.
-GATES = (
-    *(torch.sigmoid, Tensor.sigmoid, torch.special.expit, F.hardsigmoid),
-    *(torch.tanh, Tensor.tanh),
-    *(torch.sqrt, Tensor.sqrt, torch.std, Tensor.std),  # of a LayerNorm that is written out
-    *(torch.erf, Tensor.erf, torch.special.erf),
-)
-# x * y, 2 * x and x *= y arrive as Tensor.mul and Tensor.mul_ too.
-PRODUCTS = (torch.mul, Tensor.mul, torch.multiply, Tensor.multiply)
-QUOTIENTS = (torch.div, Tensor.div, torch.true_divide, Tensor.true_divide, Tensor.__truediv__)
-PRODUCTS_IN_PLACE = (Tensor.mul_, Tensor.multiply_)
 
 
-class ConservativeMode(TorchFunctionMode):
-    """Answers the functions of `RULES` by their formulas, and products in gated MLPs."""
+class Conservative:
+    """The rules of one forward pass: those above, and those that depend on where they are and on what came before.
 
-    def __init__(self, record: Recording) -> None:
-        super().__init__()
-        self.record = record
-        self._block: int | None = None
-        self._activated: dict[int, Tensor] = {}  # by id; the tensors are kept, so that no other takes their ids
+    Args:
+        passed: tells whether a block is running.
+    """
 
-    def __torch_function__(
-        self,
-        func: Function,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if self._block != self.record.block:
-            self._block = self.record.block
-            self._activated.clear()
-        # Without its parameters, what requires a gradient is what depends on the tokens.
-        args = tuple(_without_gradient(value) for value in args)
-        kwargs = {name: _without_gradient(value) for name, value in (kwargs or {}).items()}
-        if func in PRODUCTS or func in PRODUCTS_IN_PLACE:
-            return self._multiply(func, *args, **kwargs)
-        if func in QUOTIENTS and self._is_activated(args[0]) and not isinstance(args[1], Tensor):
-            out = func(*args, **kwargs)  # an activation divided by a number is still one
-            self._activated[id(out)] = out
-            return out
-        if func in GATES and self._block is not None:
-            return constant(func, *args, **kwargs)
-        if func not in RULES:
-            return func(*args, **kwargs)
-        out = RULES[func](func, *args, **kwargs)
-        if func in ACTIVATIONS:
-            self._activated[id(out)] = out
-        return out
+    def __init__(self, passed: ForwardPass) -> None:
+        self.passed = passed
+        self.handlers: dict[Kind, Function] = {
+            **RULES,
+            Kind.ACTIVATION: lambda *args, **kwargs: self._remember(self._activated, activation(*args, **kwargs)),
+            # max(z, 0), whose gate is 0 or 1 and so constant as it is
+            Kind.RELU: lambda _, func, *args, **kwargs: self._remember(self._activated, func(*args, **kwargs)),
+            Kind.CONSTANT: self._constant,
+            Kind.FACTOR: self._factor,
+            Kind.STD_MEAN: self._std_mean,
+            Kind.POWER: self._power,
+            Kind.PRODUCT: self._multiply,
+            Kind.QUOTIENT: self._divide,
+        }
+        # By id: a tensor, kept so that no other gets its id, and its version, which counts changes in place.
+        self._activated: dict[int, tuple[Tensor, int]] = {}
+        self._constants: dict[int, tuple[Tensor, int]] = {}  # results in place, which still require a gradient
 
-    def _multiply(self, func: Function, input: Any, other: Any, **kwargs: Any) -> Any:
-        """`act(a).detach() * b` in a gated MLP, where b carries everything; any other product as it is."""
-        if self._is_activated(input) and _depends(other) and input is not other:
-            if func not in PRODUCTS_IN_PLACE:
-                return func(input.detach(), other, **kwargs)
-            del self._activated[id(input)]
-            return input.copy_(input.detach().clone() * other)
-        if self._is_activated(other) and _depends(input) and input is not other:
-            return func(input, other.detach(), **kwargs)
+    def forget(self) -> None:
+        """To be called where a block ends."""
+        self._activated.clear()
+        self._constants.clear()
+
+    def _constant(self, operation: Operation, func: Function, *args: Any, **kwargs: Any) -> Any:
+        """`[f(x)].detach()`, where the model itself writes `x * f(x)` (RMSNorm) or `x / f(x)` (length of x)."""
+        if not _in_place(operation, kwargs) or not args[0].requires_grad:
+            out = func(*args, **kwargs)
+            return out.detach() if isinstance(out, Tensor) else out
+        x, *rest = args
+        return self._remember(self._constants, x.copy_(func(x.detach().clone(), *rest, **kwargs)))
+
+    def _factor(self, operation: Operation, func: Function, *args: Any, **kwargs: Any) -> Any:
+        """What a composed activation multiplies z by, such as QuickGELU's sigmoid(1.702 z), or a norm divides by.
+
+        In blocks only: where a head's output is a sigmoid or tanh, a constant would leave no gradient.
+        """
+        in_block = self.passed.block is not None
+        return self._constant(operation, func, *args, **kwargs) if in_block else func(*args, **kwargs)
+
+    def _std_mean(self, operation: Operation, func: Function, *args: Any, **kwargs: Any) -> Any:
+        """`std(x).detach(), mean(x)` in blocks."""
+        std, mean = func(*args, **kwargs)
+        return (std if self.passed.block is None else std.detach()), mean
+
+    def _power(self, operation: Operation, func: Function, x: Any, exponent: Any, *args: Any, **kwargs: Any) -> Any:
+        """`x ** 0.5` and `x ** -0.5` are sqrt and rsqrt."""
+        rules = {0.5: self._factor, -0.5: self._constant} if isinstance(exponent, float) else {}
+        if exponent in rules:
+            return rules[exponent](operation, func, x, exponent, *args, **kwargs)
+        return func(x, exponent, *args, **kwargs)
+
+    def _divide(self, operation: Operation, func: Function, input: Any, other: Any, **kwargs: Any) -> Any:
+        """An activation divided by a number is still one."""
+        activated = self._is_activated(input) and not isinstance(other, Tensor)
         out = func(input, other, **kwargs)
-        scaled = any(map(self._is_activated, (input, other))) and not all(isinstance(x, Tensor) for x in (input, other))
-        if scaled or _is_composed_activation(input, other):
-            self._activated[id(out)] = out
-        return out
+        return self._remember(self._activated, out) if activated else out
+
+    def _multiply(self, operation: Operation, func: Function, input: Any, other: Any, **kwargs: Any) -> Any:
+        """`act(a).detach() * b` in a gated MLP, where b carries everything; any other product as it is."""
+        if self._is_activated(input) and self._depends(other) and input is not other:
+            if operation.in_place:
+                return input.copy_(input.detach().clone() * other)
+            return func(input.detach(), other, **kwargs)
+        if self._is_activated(other) and self._depends(input) and input is not other:
+            return func(input, other.detach(), **kwargs)
+        numbers = not (isinstance(input, Tensor) and isinstance(other, Tensor))
+        scaled = numbers and (self._is_activated(input) or self._is_activated(other))
+        activated = scaled or self._is_composed_activation(input, other)
+        out = func(input, other, **kwargs)
+        return self._remember(self._activated, out) if activated else out
+
+    def _is_composed_activation(self, a: Any, b: Any) -> bool:
+        """z * [act(z) / z].detach(), element by element: a product with a constant of the tokens' own shape."""
+        if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.dim() < 3 or a.shape != b.shape:
+            return False
+        return self._depends(a) != self._depends(b)
 
     def _is_activated(self, value: Any) -> bool:
-        return isinstance(value, Tensor) and id(value) in self._activated
+        return id(value) in self._activated and value._version == self._activated[id(value)][1]
+
+    def _depends(self, value: Any) -> bool:
+        if id(value) in self._constants and value._version == self._constants[id(value)][1]:
+            return False
+        return isinstance(value, Tensor) and value.requires_grad
+
+    def _remember(self, where: dict[int, tuple[Tensor, int]], out: Tensor) -> Tensor:
+        where[id(out)] = out, out._version
+        return out
 
 
-def _depends(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
+def _in_place(operation: Operation, kwargs: dict[str, Any]) -> bool:
+    return operation.in_place or bool(kwargs.get("inplace"))
 
 
-def _is_composed_activation(a: Any, b: Any) -> bool:
-    """z * [act(z) / z].detach(), element by element: a product with a constant of the tokens' own shape."""
-    if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.dim() < 3 or a.shape != b.shape:
-        return False
-    return _depends(a) != _depends(b)
-
-
-def _without_gradient(value: Any) -> Any:
-    return value.detach() if type(value) is nn.Parameter else value
-
-
-def _last_dims(normalized_shape: Any) -> tuple[int, ...]:
-    return tuple(range(-len(normalized_shape), 0))
+def _shape(normalized_shape: Any) -> tuple[int, ...]:
+    return (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
 
 
 def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:  # [..., C] [C] [C]

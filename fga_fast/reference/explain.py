@@ -17,29 +17,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from fga_fast.models import checks
-from fga_fast.models.block_io import TapeError
 from fga_fast.models.find import find_layout
 from fga_fast.models.layout import ModelLayout
+from fga_fast.models.pooling import check_pooling
 from fga_fast.question.readout import Answer, Readout, Targets
 from fga_fast.reference.attention import attention_relevance
 from fga_fast.reference.gate import gate as gate_of
 from fga_fast.reference.input_x_gradient import gated, input_x_gradient
-from fga_fast.reference.recording import Recording, check_pool, check_recording, recording
+from fga_fast.reference.recording import Recording, recording
 from fga_fast.reference.rollout import gate_columns, pooled_row, rollout
 from fga_fast.reference.score import contributions, score
 from fga_fast.reference.score import top_features as strongest
 from fga_fast.sae.features import TopFeatures
 from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
-from fga_fast.settings import Gate
-
-Method = Literal["rollout", "input_x_gradient"]
-Backward = Literal["exact", "conservative"]
+from fga_fast.settings import Backward, Gate, Method
 
 
 class ReferenceResult(NamedTuple):
@@ -72,6 +69,10 @@ class _Settings:
     per_block: bool
     top_features: int
 
+    def depths(self, layout: ModelLayout) -> range:
+        """The blocks at whose inputs relevance is wanted."""
+        return range(self.start_layer, len(layout.blocks) if self.per_block else self.start_layer + 1)
+
 
 class _Parts(NamedTuple):
     """What follows from one explained value an image."""
@@ -99,6 +100,7 @@ def explain(
     per_block: bool = False,
     top_features: int = 0,
     given_gates: Mapping[int, Tensor] | None = None,  # block -> [B, P] or [B, K, P]
+    pooling_checked: bool = False,
 ) -> ReferenceResult:
     """Explain one or K targets an image with full attention maps, by the equations of this module.
 
@@ -116,11 +118,13 @@ def explain(
         top_features: k > 0 reports the k strongest features a patch and an image at every block with an autoencoder.
         given_gates: gates in place of those computed from the scores, at blocks that have an autoencoder; for checking
             another implementation's rollout apart from its scores.
+        pooling_checked: what the values read is known to be what the layout pools, so it is not checked again.
 
     Returns:
         `ReferenceResult`, detached.
 
     Raises:
+        TapeError: a model whose forward pass cannot be followed.
         ValueError, TypeError: an unsupported model or output, targets or autoencoders that do not fit, a block that
             does not exist or is below `start_layer`, `top_features` for mode "no_sae", an unknown method or backward.
     """
@@ -132,7 +136,12 @@ def explain(
     checks.check_eval(model)
     checks.check_saes(saes, layout, next((layout.tower or model).parameters()))
     with torch.inference_mode(False), torch.enable_grad():
-        record, answer = _forward(readout or Readout(model), images, targets, layout, backward == "conservative")
+        record, answer = _forward(
+            readout or Readout(model), images, targets, layout, settings, backward == "conservative"
+        )
+        record.passed.check_complete(answer.values)
+        if not pooling_checked:
+            check_pooling(record.passed, answer.values)
         # Where the caller has autocast on, it is for the model: relevance is not computed in 16 bit.
         with torch.autocast(images.device.type, enabled=False):
             parts = _explain_values(record, answer.values, settings)
@@ -140,22 +149,14 @@ def explain(
 
 
 def _forward(
-    readout: Readout, images: Tensor, targets: Targets, layout: ModelLayout, conservative: bool
+    readout: Readout, images: Tensor, targets: Targets, layout: ModelLayout, settings: _Settings, conservative: bool
 ) -> tuple[Recording, Answer]:
     """The model's answer, attached to the graph of everything that was recorded on the way."""
-    with recording(layout, images, conservative) as record:
-        # The graph hangs on the images, so that frozen models work and parameters stay out of it.
-        output = readout.run(images.detach().clone().requires_grad_())
-        check_recording(record)
+    wanted = () if settings.method == "rollout" else settings.depths(layout)
+    with recording(layout, images, conservative, settings.start_layer, wanted) as record:
+        output = readout.run(images.detach())
         checks.check_finite(output.detach(), "the logits", readout.model, images)
-        answer = readout.answer(targets, output)
-    if not answer.values.requires_grad:
-        raise ValueError(
-            "model: its logits carry no gradient; its forward must not run under torch.no_grad(), and a callable "
-            "target must not detach them"
-        )
-    check_pool(record, answer.values)
-    return record, answer
+        return record, readout.answer(targets, output)
 
 
 def _explain_values(record: Recording, values: Tensor, settings: _Settings) -> _Parts:  # values [B] or [B, K]
@@ -182,9 +183,7 @@ def _explain_one(
     with torch.no_grad():
         gates = {block: gate_of(scores[block], gate.base, gate.slope) for block in scores}
         gates |= {block: given.to(scores[block]) for block, given in given_gates.items()}
-        depths = range(
-            settings.start_layer, len(record.layout.blocks) if settings.per_block else settings.start_layer + 1
-        )
+        depths = settings.depths(record.layout)
         if settings.method == "rollout":
             found = [_rolled_out(record, gradients, gates, depth, settings.signed) for depth in depths]
         else:
@@ -268,8 +267,6 @@ def _contributed(
     start: int,
 ) -> Tensor:
     """Relevance [B, P]: `x . g` at the input of block `start`, times the gates of the blocks from there on."""
-    if start not in record.inputs:
-        raise TapeError(record.unknown_inputs[start])
     x, g = record.batch_first(record.inputs[start]), record.batch_first(gradients.inputs[start])
     contribution = input_x_gradient(x, g)[:, record.layout.prefix_tokens :]
     return gated(contribution, [gates[block] for block in gates if block >= start])

@@ -9,22 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from explaining import Build, sae_for
 from torch import Tensor, nn
 
 from fga_fast import Explainer
 from fga_fast.engine.records import Gating
 from fga_fast.engine.tape import Tape
+from fga_fast.models.block_io import TapeError
 from fga_fast.models.find import find_layout
-from fga_fast.sae import SparseAutoencoder
-
-Build = Callable[..., nn.Module]
-
-
-def sae_for(model: nn.Module, features: int = 20) -> SparseAutoencoder:
-    width = int(model.embed_dim)  # type: ignore[arg-type]
-    return SparseAutoencoder(
-        torch.randn(width, features), torch.randn(features), torch.randn(features, width), torch.zeros(width)
-    )
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
@@ -49,6 +41,18 @@ def model(request: pytest.FixtureRequest, tiny_vit: Build) -> nn.Module:
 
 def images(count: int = 2) -> Tensor:
     return torch.randn(count, 3, 32, 48)
+
+
+def refused(model: nn.Module, match: str, batch: Tensor | None = None, **settings: Any) -> None:
+    """By every backend, in the same words."""
+    found = set()
+    for backend in ("native", "composite", "reference"):
+        before = state_of(model)
+        with pytest.raises(TapeError, match=match) as error:
+            Explainer(model, backend=backend, **settings)(images() if batch is None else batch)  # type: ignore[arg-type]
+        found.add(str(error.value))
+        assert state_of(model) == before
+    assert len(found) == 1
 
 
 def test_the_model_is_left_as_it_came(model: nn.Module) -> None:
@@ -186,31 +190,42 @@ class Odd(nn.Module):
 sdpa = F.scaled_dot_product_attention
 
 
-@pytest.mark.parametrize(
-    ("attend", "message"),
-    (
-        (lambda q, k, v: v, "without an attention that could be seen"),
-        (lambda q, k, v: (q @ k[:, :, 1:].mT).softmax(-1) @ v[:, :, 1:], "without an attention that could be seen"),
-        (lambda q, k, v: (q @ k.mT).softmax(-1) @ v + (q @ k.mT).softmax(-1) @ v, "more than once"),
-        (lambda q, k, v: F.dropout((q @ k.mT).softmax(-1), 0.1) @ v, "dropout 0.1 is active in block 1"),
-        (lambda q, k, v: sdpa(q, k, v, attn_mask=torch.ones(7, 7, dtype=torch.bool)), "masked .*bool"),
-        (lambda q, k, v: sdpa(q, k, v, is_causal=True), "causal"),
-        (lambda q, k, v: sdpa(q, k, v, dropout_p=0.5), "dropout 0.5 active"),
-        (lambda q, k, v: sdpa(q, k, v) + sdpa(q, k, v), "more than once"),
-        (lambda q, k, v: sdpa(q, k[:, :, 1:], v[:, :, 1:]), "7 queries and 6 keys, expected 7 and 7"),
-        (lambda q, k, v: sdpa(q, k[:, :1], v[:, :1]), "as many heads"),
-    ),
+REFUSED: tuple[tuple[Callable[..., Tensor], str], ...] = (
+    (lambda q, k, v: v, "without an attention that could be seen"),
+    (lambda q, k, v: F.normalize((q @ k.mT).exp(), 1.0, -1) @ v, "without an attention that could be seen"),
+    (lambda q, k, v: (q @ k[:, :, 1:].mT).softmax(-1) @ v[:, :, 1:], "without an attention that could be seen"),
+    (lambda q, k, v: torch._scaled_dot_product_attention_math(q, k, v)[0], "maps cannot be reached"),
+    (lambda q, k, v: (q @ k.mT).softmax(-1) @ v + (q @ k.mT).softmax(-1) @ v, "more than once"),
+    (lambda q, k, v: sdpa(q, k, v) + (q @ k.mT).softmax(-1) @ v, "more than once"),
+    (lambda q, k, v: F.dropout((q @ k.mT).softmax(-1), 0.1) @ v, "dropout 0.1 is active in block 1"),
+    (lambda q, k, v: torch.dropout((q @ k.mT).softmax(-1), 0.1, True) @ v, "dropout 0.1 is active in block 1"),
+    (lambda q, k, v: sdpa(q, k, v, attn_mask=torch.ones(7, 7, dtype=torch.bool)), "masked .*bool"),
+    (lambda q, k, v: sdpa(q, k, v, is_causal=True), "causal"),
+    (lambda q, k, v: sdpa(q, k, v, dropout_p=0.5), "dropout 0.5 active"),
+    (lambda q, k, v: sdpa(q, k, v) + sdpa(q, k, v), "more than once"),
+    (lambda q, k, v: sdpa(q, k[:, :, 1:], v[:, :, 1:]), "7 queries and 6 keys, expected 7 and 7"),
+    (lambda q, k, v: sdpa(q, k[:, :1], v[:, :1]), "as many heads"),
+    (lambda q, k, v: sdpa(q, k.repeat(1, 2, 1, 1), v, enable_gqa=True), "heads of the queries a multiple"),
+    (lambda q, k, v: sdpa(q[0], k[0], v[0])[None].expand(2, -1, -1, -1), r"queries and keys \[B, H, N, D\]"),
 )
+
+
+@pytest.mark.parametrize(("attend", "message"), REFUSED)
 def test_attention_that_cannot_be_explained_is_refused(
     tiny_vit: Build, attend: Callable[..., Tensor], message: str
 ) -> None:
     model = tiny_vit()
     block = model.blocks[1]  # type: ignore[index]
     block.attn = Odd(block.attn, attend)  # type: ignore[union-attr]
-    before = state_of(model)
-    with pytest.raises(ValueError, match=message):
-        Explainer(model, backend="native")(images())
-    assert state_of(model) == before
+    refused(model, message)
+
+
+def test_a_block_that_is_not_explained_may_do_as_it_likes(tiny_vit: Build) -> None:
+    model, batch = tiny_vit().double(), images().double()
+    block = model.blocks[1]  # type: ignore[index]
+    block.attn = Odd(block.attn, lambda q, k, v: sdpa(q, k, v, is_causal=True))  # type: ignore[union-attr]
+    got, want = (Explainer(model, backend=b, start_layer=2)(batch).relevance for b in ("native", "reference"))  # type: ignore[arg-type]
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
 
 EQUIVALENT: dict[str, Callable[..., Tensor]] = {
@@ -247,11 +262,12 @@ def test_heads_that_share_keys_and_values(tiny_vit: Build) -> None:
     shared = lambda q, k, v: sdpa(q, k[:, :1], v[:, :1], enable_gqa=True)  # noqa: E731
     repeated = lambda q, k, v: sdpa(q, k[:, :1].repeat(1, 2, 1, 1), v[:, :1].repeat(1, 2, 1, 1))  # noqa: E731
     found, originals = [], [block.attn for block in model.blocks]  # type: ignore[union-attr]
-    for attend in (shared, repeated):
+    for attend, backend in ((shared, "native"), (repeated, "native"), (shared, "reference")):
         for block, original in zip(model.blocks, originals, strict=True):  # type: ignore[arg-type]
             block.attn = Odd(original, attend)
-        found.append(Explainer(model, backend="native")(batch, 1).relevance)
-    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
+        found.append(Explainer(model, backend=backend)(batch, 1).relevance)  # type: ignore[arg-type]
+    for other in found[1:]:
+        torch.testing.assert_close(found[0], other, rtol=1e-9, atol=1e-12)
 
 
 def test_a_model_that_runs_its_tower_twice_is_refused(tiny_vit: Build) -> None:
@@ -263,8 +279,7 @@ def test_a_model_that_runs_its_tower_twice_is_refused(tiny_vit: Build) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.tower(x) + self.tower(x.flip(-1))  # type: ignore[no-any-return]
 
-    with pytest.raises(ValueError, match="each must run once"):
-        Explainer(Twice(), backend="native")(images())
+    refused(Twice(), "each must run once")
 
 
 def test_a_model_that_does_not_run_its_tower_is_refused(tiny_vit: Build) -> None:
@@ -276,8 +291,7 @@ def test_a_model_that_does_not_run_its_tower_is_refused(tiny_vit: Build) -> None
         def forward(self, x: Tensor) -> Tensor:
             return x.flatten(1)[:, :5]
 
-    with pytest.raises(ValueError, match="0 of 3 blocks ran"):
-        Explainer(Idle(), backend="native")(images())
+    refused(Idle(), "0 of 3 blocks ran")
 
 
 def test_a_residual_stream_changed_in_place_is_scored_as_it_was(tiny_vit: Build) -> None:
@@ -302,7 +316,7 @@ def test_a_residual_stream_changed_in_place_is_scored_as_it_was(tiny_vit: Build)
     assert torch.equal(results[0].relevance, results[1].relevance)
 
 
-def test_a_weight_that_depends_on_the_image_keeps_its_say(tiny_vit: Build) -> None:
+def test_a_weight_that_depends_on_the_image_keeps_its_gradient(tiny_vit: Build) -> None:
     class Dynamic(nn.Module):
         def __init__(self, inner: nn.Module) -> None:
             super().__init__()
@@ -350,5 +364,4 @@ def test_a_wrapper_that_cuts_the_gradient_is_refused(tiny_vit: Build, how: str) 
                 return self.tower(x)  # type: ignore[no-any-return]
 
     message = "a batch of 4 for 2 images" if how == "views" else "carry no gradient to the tower"
-    with pytest.raises(ValueError, match=message):
-        Explainer(Wrapper(), backend="native")(images())
+    refused(Wrapper(), message)

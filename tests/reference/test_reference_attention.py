@@ -7,12 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from own_vit import FORMS, HEADS, IMAGES, TOKENS, OwnViT, own_vit
 from torch import Tensor, nn
 
 from fga_fast.models.block_io import TapeError
-from fga_fast.models.layout import ModelLayout
 from fga_fast.reference import ReferenceResult, explain
 from fga_fast.settings import Gate
 
@@ -82,71 +80,6 @@ def test_forms_of_attention_pools(form: str, backward: Any) -> None:
     assert_same(explained(own_vit(pool=form), backward=backward), want)
 
 
-def grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    return F.scaled_dot_product_attention(q, k[:, ::2], v[:, ::2], attn_mask=mask, enable_gqa=True)
-
-
-def repeated(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    heads = torch.tensor([0, 0, 2, 2])
-    return F.scaled_dot_product_attention(q, k[:, heads], v[:, heads], attn_mask=mask)
-
-
-def test_grouped_queries_share_keys_and_values() -> None:
-    assert_same(explained(own_vit(grouped)), explained(own_vit(repeated)))
-
-
-def causal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-
-def boolean(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=torch.ones(TOKENS, TOKENS, dtype=torch.bool))
-
-
-def dropping(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=0.1)
-
-
-def dropping_maps(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    return F.dropout((q @ k.transpose(-2, -1)).softmax(-1), 0.1) @ v
-
-
-def twice(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    return FORMS["sdpa"](q, k, v, mask) - FORMS["sdpa"](k, q, v, mask)
-
-
-def two_maps(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    return ((q @ k.transpose(-2, -1)).softmax(-1) - (k @ q.transpose(-2, -1)).softmax(-1)) @ v
-
-
-def unseen(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    return F.normalize((q @ k.transpose(-2, -1)).exp(), p=1.0, dim=-1) @ v
-
-
-def windowed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    return torch.cat([F.scaled_dot_product_attention(q[:, :, :4], k[:, :, :4], v[:, :, :4]), v[:, :, 4:]], dim=2)
-
-
-@pytest.mark.parametrize(
-    ("form", "message"),
-    [
-        (causal, r"attention in block 0 \(Block\) is causal"),
-        (boolean, r"attention in block 0 \(Block\) is masked by torch.bool"),
-        (dropping, r"attention in block 0 \(Block\) has dropout 0.1 active"),
-        (dropping_maps, r"dropout 0.1 is active in block 0 \(Block\)"),
-        (twice, r"one attention call in block 0, got a second one"),
-        (two_maps, r"one attention call in block 0, got a second one"),
-        (unseen, r"one attention over 7 tokens in block 0 \(Block\), got none"),
-        (windowed, r"attention over 7 tokens of 2 images in block 0 \(Block\), got a map of shape \[2, 4, 4, 4\]"),
-    ],
-)
-def test_refused_by_name(form: Any, message: str) -> None:
-    model = own_vit(form)
-    with pytest.raises(TapeError, match=message):
-        explained(model)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-
-
 class UnreadPool(nn.Module):
     """A head that runs an attention pool and throws its output away."""
 
@@ -157,13 +90,6 @@ class UnreadPool(nn.Module):
     def forward(self, pooled: Tensor) -> Tensor:  # [B, C]
         self.pool(self.query.expand(len(pooled), -1, -1), pooled[:, None].expand(-1, TOKENS, -1))
         return self.head(pooled)  # type: ignore[no-any-return]
-
-
-def test_a_layout_that_promises_another_pooling_is_refused() -> None:
-    for model, pooling in ((own_vit(), "attention"), (own_vit(pool="sdpa"), "token")):
-        layout = ModelLayout(blocks=tuple(model.layers), prefix_tokens=1, grid=(2, 3), pooling=pooling)
-        with pytest.raises(TapeError, match=f"'{pooling}' pooling, but (none|one) was found"):
-            explain(model, images(), None, {}, Gate(), layout=layout)
 
 
 @pytest.mark.parametrize("backward", ["exact", "conservative"])

@@ -65,17 +65,17 @@ def explain_native(case: conformance.Case, run: int) -> Any:
 
 def explain_graph(case: conformance.Case, run: int, *targets: Tensor) -> Any:
     """The traced graph, without what nobody reads, run as it is."""
-    from fga_fast import Explainer
-    from fga_fast.graph.outputs import explanation
+    from fga_fast import Explainer, Explanation
     from fga_fast.graph.passes.biases import fold_biases
     from fga_fast.graph.trace import flatten
+    from fga_fast.result.fields import nested
 
     explainer = Explainer(case.model, saes=case.saes(run), gate=case.gate(run), backend="native")
     flat = flatten(explainer.plan, case.images, "given" if targets else "predicted")
     fold_biases(flat.module)  # as before it is compiled
     layout = find_layout(case.model)
     found = dict(zip(flat.outputs, flat.module(case.images, *targets), strict=True))
-    return explanation(found, grid=layout.grid, image_size=layout.image_size, backend="graph")
+    return Explanation(**nested(found), grid=layout.grid, image_size=layout.image_size, backend="graph")
 
 
 EXPLAIN: dict[str, Callable[[conformance.Case, int], Any]] = {

@@ -15,10 +15,10 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fga_fast import Explainer, Explanation, Gate
-from fga_fast.graph.outputs import explanation
 from fga_fast.graph.passes import rows
 from fga_fast.graph.passes.biases import fold_biases
 from fga_fast.graph.trace import Flat, flatten
+from fga_fast.result.fields import nested
 
 FAMILIES = [pytest.param(family, id=family.id) for family in families.registry()]
 DOUBLE = torch.float64
@@ -27,7 +27,7 @@ DOUBLE = torch.float64
 def run(flat: Flat, *inputs: Tensor) -> Explanation:
     with torch.no_grad():
         found = dict(zip(flat.outputs, flat.module(*inputs), strict=True))
-    return explanation(found, grid=(1, found["relevance"].shape[-1]), image_size=(1, 1), backend="graph")
+    return Explanation(**nested(found), grid=(1, found["relevance"].shape[-1]), image_size=(1, 1), backend="graph")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,8 +1,8 @@
-"""Which operators work token by token, and what they need to make one token's row.
+"""Rules for operators that work token by token: what they need to compute the row of one token.
 
-A rule says, for an operator whose result is wanted at one token only, at which place of which operand that token lies;
-operands it does not name are needed as they are. Where zeros stay zeros it also says at which place of the result the
-token lies if operands are zero at all others. Operators without a rule are not pruned.
+If only one token of an operator's result is wanted, its rule says where that token lies in each operand; operands that
+the rule does not name are needed whole. If operands are zero at all other tokens and the result is then zero there too,
+the rule says where the token lies in the result. Operators without a rule are not pruned.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ aten = torch.ops.aten
 
 
 class Place(NamedTuple):
-    """Where the tokens of a tensor lie: dimension `dim`, of size outer * N, the token running fastest in it."""
+    """Where the tokens lie in a tensor: in dimension `dim`, of size outer * N, with the token as the fast index."""
 
     dim: int
     outer: int = 1
@@ -28,14 +28,16 @@ Operands = dict[fx.Node, Place]
 
 
 class Rule(NamedTuple):
-    """See above. `sparse` gets the operands that are zero at all other tokens."""
+    """`operands`: (node, place in the result, N) -> places in the operands, or None if the operator mixes tokens.
+    `sparse`: (node, operands that are zero at all other tokens, N) -> place in the result, or None if it is not zero.
+    """
 
     operands: Callable[[fx.Node, Place, int], Operands | None]
     sparse: Callable[[fx.Node, Mapping[fx.Node, Place], int], Place | None] = lambda *_: None
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
-    """Shape of a tensor, or of the first of several."""
+    """Shape of a node's tensor, or of the first if it has several."""
     value = node.meta["val"]
     return tuple((value if isinstance(value, torch.Tensor) else value[0]).shape)
 
@@ -46,7 +48,7 @@ def shrunk(shape: tuple[int, ...], place: Place) -> list[int]:
 
 
 def _args(node: fx.Node) -> tuple[Any, ...]:
-    """Arguments as the operator's schema says they are."""
+    """The arguments, typed loosely: the operator's schema says what they are."""
     return node.args
 
 
@@ -63,7 +65,7 @@ def _tensors(node: fx.Node) -> list[fx.Node]:
 
 
 def _only(node: fx.Node, zeros: Mapping[fx.Node, Place], position: int = 0) -> Place | None:
-    """Place of the operand at `position`, if it is sparse."""
+    """The place of the operand at `position`, if it is sparse."""
     operand = _args(node)[position]
     return zeros.get(operand) if isinstance(operand, fx.Node) else None
 
@@ -109,7 +111,7 @@ def _elementwise_all(node: fx.Node, zeros: Mapping[fx.Node, Place], tokens: int)
 
 def _through(place: Place, before: tuple[int, ...], after: tuple[int, ...], tokens: int) -> Place | None:
     """Where the tokens lie after a change of shape."""
-    left = math.prod(before[: place.dim]) * place.outer  # what runs slower than the token
+    left = math.prod(before[: place.dim]) * place.outer  # number of indices slower than the token's
     for dim in range(len(after)):
         slower = math.prod(after[:dim])
         if slower * after[dim] == left * tokens and left % slower == 0:
@@ -130,7 +132,7 @@ def _view_sparse(node: fx.Node, zeros: Mapping[fx.Node, Place], tokens: int) -> 
 
 
 def _order(node: fx.Node) -> list[int]:
-    """Dimension of the operand that each dimension of the result is."""
+    """For each dimension of the result, the operand's dimension that it was."""
     dims = list(range(len(shape_of(node))))
     if node.target is aten.permute.default:
         return [dim % len(dims) for dim in _args(node)[1]]
@@ -154,7 +156,7 @@ def _unsqueeze(node: fx.Node, place: Place, tokens: int) -> Operands | None:
 
 
 def _without(node: fx.Node, place: Place, tokens: int) -> Operands | None:
-    """One index of another dimension: select, unbind."""
+    """Rule for operators that take one index of another dimension: select, unbind."""
     gone = _axis(node, 1, 0)
     return {_args(node)[0]: Place(place.dim + (place.dim >= gone), place.outer)}
 
@@ -165,7 +167,9 @@ def _without_sparse(node: fx.Node, zeros: Mapping[fx.Node, Place], tokens: int) 
 
 
 def _beside(position: int) -> Rule:
-    """What happens along another dimension, given as that argument, and leaves zeros zeros: slice, split."""
+    """Rule for operators that work along another dimension and keep zeros: slice, split. The argument at `position`
+    is that dimension.
+    """
 
     def operands(node: fx.Node, place: Place, tokens: int) -> Operands | None:
         return None if _axis(node, position, 0) == place.dim else {_args(node)[0]: place}
@@ -179,7 +183,7 @@ def _beside(position: int) -> Rule:
 
 def _cat(node: fx.Node, place: Place, tokens: int) -> Operands | None:
     if any(len(shape_of(operand)) != len(shape_of(node)) for operand in _tensors(node)):
-        return None  # nothing of no dimension in particular, which it takes too
+        return None  # cat also accepts empty tensors of shape [0], which have no tokens
     return None if _axis(node, 1, 0) == place.dim else dict.fromkeys(_tensors(node), place)
 
 
@@ -187,7 +191,7 @@ def _cat(node: fx.Node, place: Place, tokens: int) -> Operands | None:
 
 
 def _product(position: int) -> Callable[[fx.Node, Place, int], Operands | None]:
-    """Rows times a matrix that has no tokens."""
+    """Rule for a product of rows, the argument at `position`, and a matrix without tokens, the argument after it."""
 
     def operands(node: fx.Node, place: Place, tokens: int) -> Operands | None:
         bias = _args(node)[0]
@@ -210,7 +214,9 @@ def _norm(node: fx.Node, place: Place, tokens: int) -> Operands | None:
 
 
 def _norm_backward(rows: tuple[int, ...]) -> Rule:
-    """`rows`: positions of the arguments that have tokens. Gradients of weights are sums over them: not asked for."""
+    """`rows`: positions of the arguments that have tokens. There is no rule if gradients of weights, sums over all
+    tokens, are asked for.
+    """
 
     def operands(node: fx.Node, place: Place, tokens: int) -> Operands | None:
         if list(_args(node)[-1])[1:] != [False] * (len(_args(node)[-1]) - 1):
@@ -262,7 +268,7 @@ RULES: dict[Any, Rule] = {
 
 
 def rule_of(node: fx.Node) -> Rule | None:
-    """The rule of an operator; every other pointwise operator of PyTorch's has one by its tag."""
+    """The rule of an operator: from the table, or from PyTorch's tag `pointwise`."""
     if node.op != "call_function" or any(isinstance(n, fx.Node) for n in node.kwargs.values()):
         return None
     schema, tags = getattr(node.target, "_schema", None), getattr(node.target, "tags", ())

@@ -77,7 +77,10 @@ class CompiledExplainer:
                 f"got {list(images.shape)}; compile with another example for other sizes"
             )
         # Contiguous: the machine code was compiled for these strides.
-        inputs = (images.detach().contiguous(), *self._given(images, targets))
+        given = given_classes(
+            "graph", self.target_mode, targets, images, self._classes, self._class_names, ranged=not images.is_cuda
+        )
+        inputs = (images.detach().contiguous(), *given)
         with _plain(images):
             outputs = in_batches(lambda size, given: self._runs[size](*given), self.batches, inputs)
         found = dict(zip(self._outputs, outputs, strict=True))
@@ -89,10 +92,6 @@ class CompiledExplainer:
             backend=plan.choice().name, backend_reason="compiled", names=self._class_names,
             start_layer=plan.settings.start_layer,
         )  # fmt: skip
-
-    def _given(self, images: Tensor, targets: Any) -> tuple[Tensor, ...]:
-        names, ranged = self._class_names, not images.is_cuda
-        return given_classes("graph", self.target_mode, targets, images, self._classes, names, ranged=ranged)
 
 
 def _checked_batches(batches: Sequence[int] | None, example: Tensor) -> tuple[int, ...]:

@@ -149,7 +149,7 @@ def _check(plan: Plan, images: Any, target_mode: str) -> None:
     choice = plan.choice()
     if choice.stages is None:
         raise ValueError(
-            f"backend: {choice.name!r} cannot become a graph, it only defines the correct numbers; use backend="
+            f"backend: {choice.name!r} is not compiled, it only defines the correct numbers; use backend="
             '"auto", "native", "triton" or "composite"'
         )
     if images.dtype == torch.float16 or (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Mapping
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from fga_fast.models import refused
 from fga_fast.models.find import active_randomness
-from fga_fast.models.layout import ModelLayout
+from fga_fast.models.layout import ModelLayout, is_whole
 from fga_fast.precision import relevance_dtype
 from fga_fast.sae import SparseAutoencoder
 
@@ -50,11 +49,6 @@ def check_layout(layout: ModelLayout, model: nn.Module) -> None:
             )
 
 
-def _is_block(layer: object, blocks: int) -> bool:
-    # Integral includes NumPy's integers. Python counts a bool as an int.
-    return not isinstance(layer, bool) and isinstance(layer, numbers.Integral) and 0 <= int(layer) < blocks
-
-
 def check_saes(saes: Mapping[int, SparseAutoencoder], layout: ModelLayout, like: Tensor) -> None:
     """Refuses an SAE that does not fit its block; `like` is any parameter of the model."""
     if not isinstance(saes, Mapping):
@@ -62,7 +56,7 @@ def check_saes(saes: Mapping[int, SparseAutoencoder], layout: ModelLayout, like:
     for layer, sae in saes.items():
         if not isinstance(sae, SparseAutoencoder):
             raise TypeError(f"saes[{layer}]: expected a SparseAutoencoder, got {type(sae).__name__}")
-        if not _is_block(layer, len(layout.blocks)):
+        if not is_whole(layer) or not 0 <= layer < len(layout.blocks):
             raise ValueError(f"saes: expected blocks 0 to {len(layout.blocks) - 1} as keys, got {layer!r}")
         if layout.d_model is not None and sae.d_model != layout.d_model:
             raise ValueError(

@@ -20,27 +20,16 @@ from fga_fast.models.layout import ModelLayout
 from fga_fast.settings import Pooling
 
 _PACKAGE = "transformers.models"
+_CLIPS = ("CLIP", "MetaClip2", "ChineseCLIP", "AltCLIP")
 
-# Class of the tower -> tokens in front of the patches, not counting registers.
+# Class of the tower -> tokens in front of the patches, not counting registers. In transformers 4 the tower of CLIP and
+# similar models is the ...VisionTransformer inside the ...VisionModel.
 _TOWERS: dict[str, int] = {
-    "ViTModel": 1,
-    "ViTMSNModel": 1,
+    **dict.fromkeys(("ViTModel", "ViTMSNModel", "BeitModel", "Data2VecVisionModel"), 1),
+    **dict.fromkeys(("Dinov2Model", "Dinov2WithRegistersModel", "DINOv3ViTModel"), 1),
+    **dict.fromkeys((f"{name}Vision{kind}" for name in _CLIPS for kind in ("Model", "Transformer")), 1),
+    **dict.fromkeys(("SiglipVisionModel", "SiglipVisionTransformer"), 0),
     "DeiTModel": 2,
-    "BeitModel": 1,
-    "Data2VecVisionModel": 1,
-    "CLIPVisionModel": 1,
-    "CLIPVisionTransformer": 1,  # in transformers 4, ...Transformer is the tower inside ...VisionModel
-    "MetaClip2VisionModel": 1,
-    "MetaClip2VisionTransformer": 1,
-    "ChineseCLIPVisionModel": 1,
-    "ChineseCLIPVisionTransformer": 1,
-    "AltCLIPVisionModel": 1,
-    "AltCLIPVisionTransformer": 1,
-    "SiglipVisionModel": 0,
-    "SiglipVisionTransformer": 0,
-    "Dinov2Model": 1,
-    "Dinov2WithRegistersModel": 1,
-    "DINOv3ViTModel": 1,
 }
 
 # Class of a model with a classifier -> how it reads its tower's tokens: pooling, start and stop of the range (None: at

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral
-from typing import get_args
+from typing import TypeGuard, get_args
 
 from torch import nn
 
@@ -133,9 +133,13 @@ def _modules(blocks: object) -> tuple[nn.Module, ...]:
     return found
 
 
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether `value` is an int, also one of NumPy's, and no bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _whole(name: str, value: object, least: int) -> int:
-    # Integral includes NumPy's integers. Python counts a bool as an int.
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if not is_whole(value):
         raise TypeError(f"{name}: expected an int, got {value!r}")
     if value < least:
         raise ValueError(f"{name}: expected {least} or more, got {value}")

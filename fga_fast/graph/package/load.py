@@ -77,7 +77,8 @@ class Package:
         like = torch.empty(0, dtype=DTYPES[m.dtype], device=self._device)
         checks.check_images(images, m.channels, (m.height, m.width), like)
         count = len(images)
-        inputs: tuple[Tensor, ...] = (images.detach(), *self._given(images, targets))
+        given = given_classes("package", m.target_mode, targets, images, m.classes, m.class_names)
+        inputs: tuple[Tensor, ...] = (images.detach(), *given)
         if not count:  # run one blank image, to learn dtypes and shapes
             inputs = tuple(t.new_zeros(1, *t.shape[1:]) for t in inputs)
         with torch.inference_mode(False), torch.no_grad():
@@ -99,10 +100,6 @@ class Package:
         if got != [(output.shape, DTYPES[output.dtype]) for output in self.metadata.outputs]:
             raise RuntimeError(f"package: {self.path}: expected {self.metadata.outputs}, got {got}; export it again")
         return outputs
-
-    def _given(self, images: Tensor, targets: Any) -> tuple[Tensor, ...]:
-        m = self.metadata
-        return given_classes("package", m.target_mode, targets, images, m.classes, m.class_names)
 
 
 def load_package(path: str | os.PathLike[str]) -> Package:

@@ -25,6 +25,7 @@ class Place(NamedTuple):
 
 
 Operands = dict[fx.Node, Place]
+Sparse = Callable[[fx.Node, Mapping[fx.Node, Place], int], Place | None]
 
 
 class Rule(NamedTuple):
@@ -33,7 +34,7 @@ class Rule(NamedTuple):
     """
 
     operands: Callable[[fx.Node, Place, int], Operands | None]
-    sparse: Callable[[fx.Node, Mapping[fx.Node, Place], int], Place | None] = lambda *_: None
+    sparse: Sparse = lambda *_: None
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
@@ -64,10 +65,15 @@ def _tensors(node: fx.Node) -> list[fx.Node]:
     return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
 
 
-def _only(node: fx.Node, zeros: Mapping[fx.Node, Place], position: int = 0) -> Place | None:
-    """The place of the operand at `position`, if it is sparse."""
-    operand = _args(node)[position]
-    return zeros.get(operand) if isinstance(operand, fx.Node) else None
+def _if_first(then: Callable[[fx.Node, Place, int], Place | None]) -> Sparse:
+    """Sparse if the first operand is; `then` turns the place there into the place in the result."""
+
+    def sparse(node: fx.Node, zeros: Mapping[fx.Node, Place], tokens: int) -> Place | None:
+        operand = _args(node)[0]
+        place = zeros.get(operand) if isinstance(operand, fx.Node) else None
+        return None if place is None else then(node, place, tokens)
+
+    return sparse
 
 
 # -- element by element, with broadcasting ----------------------------------------------------------------------------
@@ -87,11 +93,6 @@ def _placed(node: fx.Node, operand: fx.Node, place: Place) -> Place | None:
     out, shape = shape_of(node), shape_of(operand)
     dim = place.dim + len(out) - len(shape)
     return Place(dim, place.outer) if dim >= 0 and out[dim] == shape[place.dim] else None
-
-
-def _elementwise_first(node: fx.Node, zeros: Mapping[fx.Node, Place], tokens: int) -> Place | None:
-    place = _only(node, zeros)
-    return None if place is None else _placed(node, _args(node)[0], place)
 
 
 def _elementwise_any(node: fx.Node, zeros: Mapping[fx.Node, Place], tokens: int) -> Place | None:
@@ -126,11 +127,6 @@ def _view(node: fx.Node, place: Place, tokens: int) -> Operands | None:
     return None if found is None else {operand: found}
 
 
-def _view_sparse(node: fx.Node, zeros: Mapping[fx.Node, Place], tokens: int) -> Place | None:
-    place = _only(node, zeros)
-    return None if place is None else _through(place, shape_of(_args(node)[0]), shape_of(node), tokens)
-
-
 def _order(node: fx.Node) -> list[int]:
     """For each dimension of the result, the operand's dimension that it was."""
     dims = list(range(len(shape_of(node))))
@@ -145,11 +141,6 @@ def _permuted(node: fx.Node, place: Place, tokens: int) -> Operands | None:
     return {_args(node)[0]: Place(_order(node)[place.dim], place.outer)}
 
 
-def _permuted_sparse(node: fx.Node, zeros: Mapping[fx.Node, Place], tokens: int) -> Place | None:
-    place = _only(node, zeros)
-    return None if place is None else Place(_order(node).index(place.dim), place.outer)
-
-
 def _unsqueeze(node: fx.Node, place: Place, tokens: int) -> Operands | None:
     new = _args(node)[1] % len(shape_of(node))
     return None if place.dim == new else {_args(node)[0]: Place(place.dim - (place.dim > new), place.outer)}
@@ -161,9 +152,9 @@ def _without(node: fx.Node, place: Place, tokens: int) -> Operands | None:
     return {_args(node)[0]: Place(place.dim + (place.dim >= gone), place.outer)}
 
 
-def _without_sparse(node: fx.Node, zeros: Mapping[fx.Node, Place], tokens: int) -> Place | None:
-    place, gone = _only(node, zeros), _axis(node, 1, 0)
-    return None if place is None or place.dim == gone else Place(place.dim - (place.dim > gone), place.outer)
+def _without_sparse(node: fx.Node, place: Place, tokens: int) -> Place | None:
+    gone = _axis(node, 1, 0)
+    return None if place.dim == gone else Place(place.dim - (place.dim > gone), place.outer)
 
 
 def _beside(position: int) -> Rule:
@@ -171,14 +162,13 @@ def _beside(position: int) -> Rule:
     is that dimension.
     """
 
+    def sparse(node: fx.Node, place: Place, tokens: int) -> Place | None:
+        return None if _axis(node, position, 0) == place.dim else place
+
     def operands(node: fx.Node, place: Place, tokens: int) -> Operands | None:
-        return None if _axis(node, position, 0) == place.dim else {_args(node)[0]: place}
+        return None if sparse(node, place, tokens) is None else {_args(node)[0]: place}
 
-    def sparse(node: fx.Node, zeros: Mapping[fx.Node, Place], tokens: int) -> Place | None:
-        place = _only(node, zeros)
-        return None if place is None or _axis(node, position, 0) == place.dim else place
-
-    return Rule(operands, sparse)
+    return Rule(operands, _if_first(sparse))
 
 
 def _cat(node: fx.Node, place: Place, tokens: int) -> Operands | None:
@@ -203,9 +193,8 @@ def _product(position: int) -> Callable[[fx.Node, Place, int], Operands | None]:
     return operands
 
 
-def _product_sparse(node: fx.Node, zeros: Mapping[fx.Node, Place], tokens: int) -> Place | None:
-    place = _only(node, zeros)
-    return place if place is not None and place.dim == 0 and _args(node)[0] is not _args(node)[1] else None
+def _product_sparse(node: fx.Node, place: Place, tokens: int) -> Place | None:
+    return place if place.dim == 0 and _args(node)[0] is not _args(node)[1] else None
 
 
 def _norm(node: fx.Node, place: Place, tokens: int) -> Operands | None:
@@ -224,11 +213,7 @@ def _norm_backward(rows: tuple[int, ...]) -> Rule:
         rank = len(shape_of(node)) - len(_args(node)[2])
         return None if place.dim >= rank else {_args(node)[i]: place for i in rows}
 
-    def sparse(node: fx.Node, zeros: Mapping[fx.Node, Place], tokens: int) -> Place | None:
-        place = _only(node, zeros)
-        return place if place is not None and operands(node, place, tokens) is not None else None
-
-    return Rule(operands, sparse)
+    return Rule(operands, _if_first(lambda node, place, tokens: place if operands(node, place, tokens) else None))
 
 
 def _reduction(node: fx.Node, place: Place, tokens: int) -> Operands | None:
@@ -242,11 +227,11 @@ def _reduction(node: fx.Node, place: Place, tokens: int) -> Operands | None:
     return None if dim in gone else {operand: Place(dim, place.outer)}
 
 
-_FIRST = Rule(_elementwise, _elementwise_first)
+_FIRST = Rule(_elementwise, _if_first(lambda node, place, _: _placed(node, _args(node)[0], place)))
 _ALL = Rule(_elementwise, _elementwise_all)
 _ANY = Rule(_elementwise, _elementwise_any)
-_VIEW = Rule(_view, _view_sparse)
-_PERMUTED = Rule(_permuted, _permuted_sparse)
+_VIEW = Rule(_view, _if_first(lambda node, place, n: _through(place, shape_of(_args(node)[0]), shape_of(node), n)))
+_PERMUTED = Rule(_permuted, _if_first(lambda node, place, _: Place(_order(node).index(place.dim), place.outer)))
 
 RULES: dict[Any, Rule] = {
     aten.add.Tensor: _ALL, aten.sub.Tensor: _ALL, aten.mul.Tensor: _ANY, aten.div.Tensor: _FIRST,
@@ -256,10 +241,10 @@ RULES: dict[Any, Rule] = {
     aten.view.default: _VIEW, aten._unsafe_view.default: _VIEW, aten.reshape.default: _VIEW,
     aten.expand.default: _FIRST, aten.permute.default: _PERMUTED, aten.transpose.int: _PERMUTED,
     aten.t.default: _PERMUTED, aten.unsqueeze.default: Rule(_unsqueeze),
-    aten.select.int: Rule(_without, _without_sparse), aten.unbind.int: Rule(_without),
+    aten.select.int: Rule(_without, _if_first(_without_sparse)), aten.unbind.int: Rule(_without),
     aten.slice.Tensor: _beside(1), aten.split.Tensor: _beside(2), aten.split_with_sizes.default: _beside(2),
     aten._softmax.default: Rule(_beside(1).operands), aten.cat.default: Rule(_cat),
-    aten.mm.default: Rule(_product(0), _product_sparse), aten.addmm.default: Rule(_product(1)),
+    aten.mm.default: Rule(_product(0), _if_first(_product_sparse)), aten.addmm.default: Rule(_product(1)),
     aten.native_layer_norm.default: Rule(_norm), aten._fused_rms_norm.default: Rule(_norm),
     aten.native_layer_norm_backward.default: _norm_backward((0, 1, 3, 4)),
     aten._fused_rms_norm_backward.default: _norm_backward((0, 1, 3)),

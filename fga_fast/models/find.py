@@ -28,11 +28,9 @@ SUPPORTED = (
 def find_layout(model: nn.Module, image_size: tuple[int, int] | None = None) -> ModelLayout:
     """Layout of the one supported vision transformer inside `model`.
 
-    Supported: timm's plain ViTs (ViT, DeiT, DeiT III, DINOv2, DINOv3, EVA-02, BEiT, CLIP and SigLIP towers,
-    Perception Encoder), the image towers of open_clip, Hugging Face's ViT, DeiT, BEiT, CLIP, SigLIP, DINOv2 and
-    DINOv3, and torchvision's VisionTransformer. The tower may be the model itself or any module inside it; text towers
-    of dual encoders do not count. The layout's pooling is that of the library: this function does not see what your own
-    wrapper does with the tower's output.
+    `fga_fast.models.find.SUPPORTED` names the supported families, and docs/models.md has a table. The tower may be the
+    model itself or any module inside it; text towers of dual encoders do not count. The layout's pooling is that of the
+    library: this function does not see what your own wrapper does with the tower's output.
 
     Args:
         model: any module from images [B, channels, height, width] to logits [B, classes].

@@ -70,7 +70,7 @@ def _pooling(tower: nn.Module, tokens: int) -> tuple[Pooling, tuple[int, int]]:
     if queries != 1 or kind != "tok":
         raise cannot(
             tower,
-            f"its attentional pool has {queries} queries and pool_type={kind!r}; expected 1 query, whose row is the "
-            "seed, and pool_type='tok'",
+            f"its attentional pool has {queries} queries and pool_type={kind!r}; expected 1 query, "
+            "because the rollout starts from its row, and pool_type='tok'",
         )
     return "attention", (0, tokens)

@@ -124,6 +124,6 @@ def _check_attention_pool(tower: nn.Module, pool: nn.Module) -> None:
     if "AttentionPoolLatent" not in [cls.__name__ for cls in type(pool).__mro__]:
         raise cannot(tower, f"its attention pooling is a {kind}; expected timm's AttentionPoolLatent")
     if latents != 1:
-        raise cannot(tower, f"its attention pooling has {latents} latent queries; expected 1, whose row is the seed")
+        raise cannot(tower, f"its attention pooling has {latents} latent queries; expected 1, the start of the rollout")
     if getattr(pool, "pool", "") not in ("token", "avg"):
         raise cannot(tower, "its attention pooling returns a sequence instead of one vector per image")

@@ -36,10 +36,7 @@ class _StandInType(type):
 
 
 class _StandInModule(ModuleType):
-    def __getattr__(self, name: str) -> _StandInType:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _StandInType(f"{self.__name__}.{name}", (), {})
+    __getattr__ = _StandInType.__getattr__
 
 
 class _StandIns(MetaPathFinder, Loader):

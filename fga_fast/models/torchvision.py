@@ -21,7 +21,7 @@ def read_layout(tower: nn.Module, image_size: tuple[int, int] | None = None) -> 
     Raises:
         ValueError: a subclass replaces the forward pass, or `image_size` is not the tower's own.
     """
-    check_methods(tower, ["forward"], [_PACKAGE], "what is pooled")
+    check_methods(tower, ["forward"], [_PACKAGE], "which tokens are pooled")
     own = pair(attribute(tower, "image_size"), tower, "image_size")
     only_size(image_size, own, tower, "create the model with that image_size")
     return ModelLayout(

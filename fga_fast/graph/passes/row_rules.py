@@ -30,7 +30,7 @@ Sparse = Callable[[fx.Node, Mapping[fx.Node, Place], int], Place | None]
 
 class Rule(NamedTuple):
     """`operands`: (node, place in the result, N) -> places in the operands, or None if the operator mixes tokens.
-    `sparse`: (node, operands that are zero at all other tokens, N) -> place in the result, or None if it is not zero.
+    `sparse`: (node, operands that are zero at all other tokens, N) -> place in the result, or None if unknown.
     """
 
     operands: Callable[[fx.Node, Place, int], Operands | None]

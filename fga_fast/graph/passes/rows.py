@@ -60,7 +60,7 @@ class _Pruner:
         for node in reversed(graph.nodes):
             self._find_wanted(node)
 
-    # -- what is zero ----------------------------------------------------------------------------------------------
+    # -- zeros -----------------------------------------------------------------------------------------------------
 
     def _find_sparse(self, node: fx.Node) -> None:
         if node.op != "call_function":
@@ -99,7 +99,7 @@ class _Pruner:
                 return Place(len(shape_of(node)) - 1)
         return None
 
-    # -- what is read ----------------------------------------------------------------------------------------------
+    # -- readers ---------------------------------------------------------------------------------------------------
 
     def _find_wanted(self, node: fx.Node) -> None:
         if node.op == "call_function" and node.target is operator.getitem:
@@ -189,7 +189,7 @@ class _Pruner:
                 whole = self._at(node, None)
                 size = shape[place.dim]
                 rows = self.new.call_function(aten.slice.Tensor, (whole, place.dim, self.row, size, self.tokens))
-                # Contiguous: PyTorch's layer norm, for one, reads its statistics as if they were.
+                # Contiguous, because PyTorch's layer norm ignores the strides of its statistics.
                 self.made[node, place] = self.new.call_function(
                     aten.clone.default, (rows,), {"memory_format": torch.contiguous_format}
                 )

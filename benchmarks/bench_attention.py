@@ -1,4 +1,4 @@
-"""Tapped attention, forward and backward: beside PyTorch's fused attention (without relevance) and the reference."""
+"""Tapped attention, forward and backward, compared with PyTorch's fused attention (no relevance) and the reference."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SCALE = WIDTH**-0.5
 
 
 class Problem(NamedTuple):
-    """q, k, v as a ViT has them (views of one [B, N, 3, H, D] tensor), what backward starts from, what forward gave."""
+    """q, k, v as in a ViT (views of one [B, N, 3, H, D] tensor), gradients to start backward, results of forward."""
 
     q: Tensor  # [B, H, N, D]
     k: Tensor  # [B, H, N, D]
@@ -52,7 +52,7 @@ def forwards(p: Problem) -> dict[str, Work]:
 
 
 def backwards(p: Problem) -> dict[str, Work]:
-    """Native and reference move relevance as well; plain is the gradient alone."""
+    """Native and reference also propagate relevance; plain computes only the gradients."""
     q, k, v = (t.detach().requires_grad_() for t in (p.q, p.k, p.v))
     out = F.scaled_dot_product_attention(q, k, v, scale=SCALE)
     return {

@@ -1,4 +1,4 @@
-"""Whole explanations as multiples of the model's plain forward pass: ViT-B/16, two SAEs of 49,152 features."""
+"""Whole explanations in multiples of the model's plain forward pass: ViT-B/16, two SAEs of 49,152 features."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from fga_fast import Explainer, SparseAutoencoder
 
-LEVELS = (64, 500, 1700)  # wanted active features a token
+LEVELS = (64, 500, 1700)  # target for active features per token
 TOPK = 64
 
 
 class Subject(NamedTuple):
-    """Model and SAEs; name -> (block -> SAE, active features a token)."""
+    """A model and SAEs by name: name -> (block -> SAE, active features per token)."""
 
     model: nn.Module
     saes: dict[str, tuple[dict[int, SparseAutoencoder], float]]
@@ -86,7 +86,7 @@ def test_explanation(
     record(replace(timed(blank, "forward", fast.baseline()), peak_bytes=peak_bytes(plain)))
     for name, work in native.items():
         row = timed(blank, name, fast.result(name), levels.get(name))
-        # The reference's codes are dense: it takes the same time at any L0.
+        # The reference computes dense codes, so it takes the same time at any L0.
         beside = name if name in reference else f"FGA relu {LEVELS[-1]}"
         ratio = fast.result(name).ratio / slow.result(beside).ratio
         record(replace(row, ratio_to_reference=ratio, peak_bytes=peak_bytes(work)))
@@ -96,7 +96,7 @@ def test_explanation(
 
 
 def test_settings(subject: Subject, scale: Scale, race: Callable[..., Race], record: Callable[[Row], None]) -> None:
-    """Several targets of one image, and the other method and backward rule."""
+    """Several targets of one image, the other method and the other backward rule."""
     images, targets = subjects.images(1), torch.arange(8)[None]
     plain = partial(forward, subject.model, images)
     saes, active = subject.saes[f"relu {LEVELS[0]}"]

@@ -1,4 +1,4 @@
-"""The gate: native kernel beside the reference, and beside two full sorts."""
+"""The gate: the native kernel compared with the reference and with two full sorts."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from fga_fast import ops, reference
 
-REPEATS = 20  # calls a timing: one takes microseconds
+REPEATS = 20  # calls per timing, because one call takes microseconds
 
 
 def by_sorting(scores: Tensor) -> Tensor:  # [M, P]
-    """What one would write without an order statistic at hand."""
+    """The gate by sorting, without a function for order statistics."""
     middle = (scores.shape[1] - 1) // 2
     deviation = scores - scores.sort(dim=1).values[:, middle : middle + 1]
     spread = deviation.abs().sort(dim=1).values[:, middle : middle + 1]

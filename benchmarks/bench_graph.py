@@ -1,4 +1,4 @@
-"""Compiled explanations: as multiples of the compiled forward pass, how steady they are, and whether they stay so."""
+"""Compiled explanations: time in multiples of the compiled forward pass, latency, and results over many calls."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from fga_fast import Explainer, SparseAutoencoder, load_package
 from fga_fast.assets import fashion_model, fashion_saes
 from fga_fast.graph.trace import flatten
 
-LEVEL = 1700  # active features a token, of 49,152
+LEVEL = 1700  # active features per token, of 49,152
 
 
 def saes(model: torch.nn.Module, scale: Scale) -> dict[str, dict[int, SparseAutoencoder]]:
-    """Two dictionaries of either kind, after the third and second block from the end."""
+    """Two dictionaries of each kind, for the third-last and the second-last block."""
     found: dict[str, dict[int, SparseAutoencoder]] = {"TransMM": {}}
     blocks = (scale.depth - 3, scale.depth - 2)
     for block, x in subjects.streams(model, blocks, subjects.images(2)).items():
@@ -44,11 +44,11 @@ def saes(model: torch.nn.Module, scale: Scale) -> dict[str, dict[int, SparseAuto
     return found
 
 
-Ways = dict[str, tuple[Callable[[], object], float]]  # name -> a call, seconds until it could be made
+Ways = dict[str, tuple[Callable[[], object], float]]  # name -> a call, seconds to prepare it
 
 
 def packaged(explainer: Explainer, images: Tensor, folder: Path) -> Ways:
-    """The explanation exported: run from Python, and by the C++ session where its module was built."""
+    """The exported explanation: called from Python, and by the C++ session if its module was built."""
     path = explainer.export(folder / f"{len(images)}.pt2", images)
     start = time.perf_counter()
     ways: Ways = {"package": (partial(load_package(path), images), time.perf_counter() - start)}
@@ -65,7 +65,7 @@ def packaged(explainer: Explainer, images: Tensor, folder: Path) -> Ways:
 def test_compiled(
     scale: Scale, race: Callable[..., Race], record: Callable[[Row], None], one_thread: None, tmp_path: Path
 ) -> None:
-    """One thread: what the machine's cores share is measured elsewhere."""
+    """With one thread; other benchmarks use all cores."""
     model = subjects.vit(depth=scale.depth)
     for batch in scale.batches:
         images = subjects.images(batch)
@@ -100,7 +100,7 @@ def test_compiled(
 
 
 def test_pruning(scale: Scale, race: Callable[..., Race], record: Callable[[Row], None], one_thread: None) -> None:
-    """What it saves to compute the last block for the pooled token alone."""
+    """The gain from computing the last block for the pooled token only."""
     model = subjects.vit(depth=scale.depth)
     for batch in scale.batches:
         images = subjects.images(batch)
@@ -116,7 +116,7 @@ def test_pruning(scale: Scale, race: Callable[..., Race], record: Callable[[Row]
 
 
 def small() -> tuple[Explainer, Tensor]:
-    """The demo's model with its two autoencoders, and one image."""
+    """The demo model with its two SAEs, and one image."""
     model = fashion_model()
     explainer = Explainer(model, fashion_saes(), backend="native")
     height, width = explainer.layout.image_size or (0, 0)
@@ -126,7 +126,7 @@ def small() -> tuple[Explainer, Tensor]:
 
 
 def test_latency(scale: Scale, record: Callable[[Row], None], one_thread: None, tmp_path: Path) -> None:
-    """2,000 calls at batch 1 of a small model, where what surrounds the arithmetic counts most."""
+    """2,000 calls of a small model at batch 1, where overhead counts most."""
     explainer, images = small()
     start = time.perf_counter()
     compiled = partial(explainer.compile(images), images)
@@ -155,7 +155,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def test_soak(scale: Scale, record: Callable[[Row], None], one_thread: None) -> None:
-    """20,000 explanations: the same bits each time, and no memory that grows."""
+    """20,000 explanations: all bit-equal, and memory does not grow."""
     explainer, images = small()
     compiled = explainer.compile(images)
     want = compiled(images)

@@ -1,4 +1,4 @@
-"""Peak memory at high resolution, each case in a process of its own: two blocks of ViT-B/16, one SAE."""
+"""Peak memory at high resolution, each case in its own process: two blocks of ViT-B/16, one SAE."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def tokens_of(side: int) -> int:
 
 
 def expected_bytes(way: str, side: int, features: int) -> int:
-    """About what the reference needs, by what it took at 1,025 tokens; it decides whether a case can be run."""
+    """An estimate of the reference's memory from its use at 1,025 tokens; decides whether a case can run."""
     if not way.startswith("reference"):
         return 0
     maps = round(3.2 * DEPTH * HEADS * tokens_of(side) ** 2 * 4)
@@ -33,7 +33,7 @@ def expected_bytes(way: str, side: int, features: int) -> int:
 
 
 def measure(way: str, side: int, features: int) -> int:
-    # A fixed threshold keeps glibc from holding on to freed tensors, so that the peak is what is in use.
+    # With a fixed threshold glibc gives freed tensors back, so the peak counts only memory in use.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
     command = [sys.executable, str(Path(__file__).with_name("memory_case.py")), way, str(side), str(features)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -1,7 +1,7 @@
-"""The feature score: native kernel beside two dense products, and where gathering stops to pay.
+"""The feature score: the native kernel compared with two dense products, and the point where gathering stops paying.
 
-The native kernel gathers decoder rows of active features while few are active and makes a second dense product of a
-tile where many are (kDenseShare in csrc/cpu/score.cpp). `test_crossover` measures where the two cost the same.
+In a tile with few active features the native kernel gathers their decoder rows; with many it computes a second dense
+product (kDenseShare in csrc/cpu/score.cpp). `test_crossover` measures where both cost the same.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from torch import Tensor
 from fga_fast import SparseAutoencoder, ops, reference
 
 WIDTH, PATCHES = 768, 196
-GATHERED, DENSE = (0.01, 0.05, 0.1, 0.15, 0.2), (0.3, 0.5)  # shares of active features on either side of the switch
+GATHERED, DENSE = (0.01, 0.05, 0.1, 0.15, 0.2), (0.3, 0.5)  # shares of active features below and above the switch
 
 
 def dictionary(features: int, share: float, activation: str = "relu", k: int | None = None) -> SparseAutoencoder:
-    """Random SAE of which, on standard normal x, `share` of the features are active."""
+    """Random SAE; on standard normal x the share `share` of its features is active."""
     generator = torch.Generator().manual_seed(0)
     W_enc = torch.randn(features, WIDTH, generator=generator).div_(WIDTH**0.5).t()
     W_dec = torch.randn(features, WIDTH, generator=generator).div_(WIDTH**0.5)
@@ -36,7 +36,7 @@ def dictionary(features: int, share: float, activation: str = "relu", k: int | N
 
 
 def two_products(x: Tensor, g: Tensor, sae: SparseAutoencoder) -> Tensor:  # [B, P, C], [B, P, C]
-    """What one would write: dense codes and dense feature gradients."""
+    """The plain way: dense codes and dense feature gradients."""
     codes = sae.encode(x)
     return (codes * (g @ sae.W_dec.t())).sum(dim=-1)
 
@@ -68,7 +68,7 @@ def test_score(images: int, level: str, scale: Scale, race: Callable[..., Race],
 
 @pytest.mark.parametrize("threads", (1, 2))
 def test_crossover(threads: int, scale: Scale, race: Callable[..., Race], record: Callable[[Row], None]) -> None:
-    """Gathering costs in proportion to the active features, the second product hardly depends on them."""
+    """Gathering costs in proportion to the active features; the second product costs nearly the same for any number."""
     features = 1024 if scale.quick else 8192
     torch.manual_seed(0)
     x, g = torch.randn(2, 1, PATCHES, WIDTH)
@@ -89,7 +89,7 @@ def test_crossover(threads: int, scale: Scale, race: Callable[..., Race], record
 
 
 def crossover(seconds: dict[float, float]) -> float:
-    """Share at which the straight line through the gathered times meets the one through the dense times."""
+    """The share at which the line through the gathered times meets the line through the dense times."""
     slope, start = line({share: seconds[share] for share in GATHERED})
     dense_slope, dense_start = line({share: seconds[share] for share in DENSE})
     return (dense_start - start) / (slope - dense_slope)

@@ -1,4 +1,4 @@
-"""Options and fixtures of the benchmarks. `make bench` runs them all; see benchmarks/run.py."""
+"""Options and fixtures of the benchmarks. `make bench` runs all of them; see benchmarks/run.py."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ ENVIRONMENT = pytest.StashKey[dict[str, str]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fga_fast")
-    group.addoption("--quick", action="store_true", help="small dictionaries, few rounds: does it run, not how fast")
+    group.addoption("--quick", action="store_true", help="small sizes and few rounds: only check that it runs")
     group.addoption("--rows", metavar="FILE", type=Path, help="write the rows as CSV to FILE")
     group.addoption("--keep-rows", action="store_true", help="write the rows to benchmarks/results/cpu-<model>.csv")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[COLLECTED] = []
-    config.stash[ENVIRONMENT] = environment()  # now: the load that counts is that of others, before we make our own
+    config.stash[ENVIRONMENT] = environment()  # now, because the column `load` must not count ours
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
@@ -65,7 +65,7 @@ class Scale:
         return (1, 2) if self.quick else (1, 8)
 
     def rounds(self, seconds_a_round: float, seconds: float, least: int = 3, most: int = 200) -> int:
-        """Rounds that fill about `seconds`."""
+        """Number of rounds that take about `seconds`."""
         return 1 if self.quick else max(least, min(most, round(seconds / max(seconds_a_round, 1e-6))))
 
 
@@ -76,7 +76,7 @@ def scale(request: pytest.FixtureRequest) -> Scale:
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest) -> Callable[[Row], None]:
-    """Adds a row to the results; its name says if the process keeps memory that was freed (run.py)."""
+    """Adds a row to the results; its name says if the process keeps freed memory (run.py)."""
     rows: list[Row] = request.config.stash[COLLECTED]
     kept = ", memory kept" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else ""
     return lambda row: rows.append(replace(row, name=row.name + kept))
@@ -84,14 +84,14 @@ def record(request: pytest.FixtureRequest) -> Callable[[Row], None]:
 
 @pytest.fixture
 def race(benchmark: Any, scale: Scale) -> Callable[..., Race]:
-    """Times contestants in turn with a baseline, for about so many seconds; pytest-benchmark counts whole rounds."""
+    """Alternates contestants with a baseline for about `seconds`; pytest-benchmark counts whole rounds."""
     used = False
 
     def run(baseline: Work, contestants: Mapping[str, Work], seconds: float, least: int = 3) -> Race:
         nonlocal used
         runner = Race(baseline, contestants)
         rounds = scale.rounds(runner.warm_up(), seconds, least)
-        if used:  # the fixture takes one function a test
+        if used:  # the fixture `benchmark` takes one function per test
             for _ in range(rounds):
                 runner.round()
         else:

@@ -1,6 +1,6 @@
-"""Peak memory of one explanation, in a process of its own: `python memory_case.py WAY SIDE FEATURES` prints bytes.
+"""Peak memory of one explanation in its own process: `python memory_case.py WAY SIDE FEATURES` prints bytes.
 
-WAY is forward_backward, TransMM, FGA, "reference TransMM" or "reference FGA"; SIDE the image's side in pixels.
+WAY: forward_backward, TransMM, FGA, "reference TransMM" or "reference FGA". SIDE: the image's side in pixels.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fga_fast import Explainer, SparseAutoencoder
 
 DEPTH = 2
-BLOCK = 0  # with the SAE: after the last block no patch has a gradient
+BLOCK = 0  # the block with the SAE; after the last block no patch has a gradient
 
 
 def forward_backward(model: nn.Module, images: Tensor) -> None:
@@ -40,7 +40,7 @@ def main() -> None:
         weights = [torch.randn(features, subjects.WIDTH, generator=generator).div_(27.7) for _ in range(2)]
         bias, zeros = torch.full((features,), -1.8), torch.zeros(subjects.WIDTH)  # about 1,700 of 49,152 fire
         saes = {BLOCK: SparseAutoencoder(weights[0].t(), bias, weights[1], zeros)}
-    explain(way, 64, saes)  # what is allocated once, on first use, does not count
+    explain(way, 64, saes)  # do not count what is allocated once, on first use
     print(explain(way, side, saes))
 
 

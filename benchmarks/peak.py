@@ -1,4 +1,4 @@
-"""Peak memory of a call: how far the process's resident memory rises above where it was (Linux)."""
+"""Peak memory of a call: how far it raises the resident memory of the process (Linux)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _PROCESS = Path("/proc/self")
 
 
 def peak_bytes(work: Callable[[], object]) -> int | None:
-    """Highest resident memory while `work` runs, above that before; None where the system cannot tell.
+    """Highest resident memory while `work` runs, minus that before; None if the system cannot tell.
 
-    Free memory that the allocator kept is given back first, so that nothing hides in it; the kernel's high-water mark
-    is reset by writing 5 to clear_refs. Counts everything: tensors, kernels' own buffers, Python objects.
+    First the allocator gives free memory back, so that `work` cannot use it unnoticed. Then writing 5 to clear_refs
+    resets the kernel's high-water mark. Counts everything: tensors, buffers of kernels, Python objects.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")
@@ -29,12 +29,12 @@ def peak_bytes(work: Callable[[], object]) -> int | None:
 
 
 def resident_bytes() -> int:
-    """Memory that the process takes now."""
+    """The resident memory of the process."""
     return _status("VmRSS")
 
 
 def available_bytes() -> int:
-    """Memory that can be taken without swapping."""
+    """Memory available without swapping."""
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024

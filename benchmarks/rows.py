@@ -1,4 +1,4 @@
-"""Result rows: what was measured, where and on which state of the code."""
+"""Result rows: what was measured, where, and on which commit."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Row:
 
 
 def cpu_name() -> str:
-    """Model of the processor, as the system names it."""
+    """The system's name of the processor."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -63,13 +63,13 @@ def cpu_name() -> str:
 
 
 def slug(name: str) -> str:
-    """A file name from the name of a device."""
+    """The name of a device as part of a file name."""
     plain = re.sub(r"\((r|tm)\)|@.*", " ", name.lower())
     return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
 
 
 def environment(device: str = "") -> dict[str, str]:
-    """Columns that are the same for all rows of a run. `device`: a GPU's name; by default the processor."""
+    """The columns that all rows of a run share. `device`: name of a GPU; by default the processor."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     return {
         "commit": os.environ.get("FGA_FAST_COMMIT") or _git("rev-parse", "--short=12", "HEAD") or "unknown",
@@ -93,7 +93,7 @@ def _git(*arguments: str) -> str:
 
 
 def write_csv(path: Path, rows: Sequence[Row], common: dict[str, str]) -> None:
-    """Writes rows and the columns common to all of them; the file is complete or not there."""
+    """Writes rows with the columns that they share. The file is complete or absent."""
     text = io.StringIO()
     writer = csv.DictWriter(text, [*common, *(field.name for field in fields(Row))], lineterminator="\n")
     writer.writeheader()
@@ -112,18 +112,9 @@ def _plain(value: object) -> str:
 def table(rows: Sequence[Row]) -> str:
     """The rows as short text."""
     head = (
-        "benchmark",
-        "name",
-        "batch",
-        "tokens",
-        "L0",
-        "median ms",
-        "/forward",
-        "/compiled",
-        "/plain",
-        "/reference",
-        "peak MiB",
-    )
+        "benchmark", "name", "batch", "tokens", "L0", "median ms",
+        "/forward", "/compiled", "/plain", "/reference", "peak MiB",
+    )  # fmt: skip
     lines = [head]
     for row in rows:
         lines.append(
@@ -131,8 +122,7 @@ def table(rows: Sequence[Row]) -> str:
                 row.benchmark, row.name, str(row.batch), str(row.tokens), _number(row.L0, ".0f"),
                 _number(row.median_s and row.median_s * 1e3, ".3g" if (row.median_s or 0) < 1 else ".0f"),
                 _number(row.ratio_to_forward, ".2f"), _number(row.ratio_to_compiled, ".2f"),
-                _number(row.ratio_to_plain, ".2f"),
-                _number(row.ratio_to_reference, ".3f"),
+                _number(row.ratio_to_plain, ".2f"), _number(row.ratio_to_reference, ".3f"),
                 _number(row.peak_bytes and row.peak_bytes / 2**20, ".0f") + ("  " + row.note).rstrip(),
             )
         )  # fmt: skip

@@ -1,7 +1,7 @@
 """Runs the benchmarks: `make bench`, or `python benchmarks/run.py [--quick] [bench_score.py ...] [pytest options]`.
 
-A full run writes benchmarks/results/cpu-<model>.csv; --quick and a choice of files only print. The table comes last.
-With --keep-memory the process keeps memory that was freed (results/README.md says why one would).
+A full run writes benchmarks/results/cpu-<model>.csv; with --quick or chosen files it only prints. The table comes last.
+With --keep-memory the process keeps freed memory (results/README.md says why).
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 
-# glibc reads these when a process starts: nothing is mapped for one tensor alone, nothing goes back to the system.
+# glibc reads these at process start. No tensor gets its own mapping, and freed memory stays with the process.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 
 
 def main() -> int:
-    """Run pytest on the benchmarks; its exit status."""
+    """Runs pytest on the benchmarks and returns its exit status."""
     chosen = [argument for argument in sys.argv[1:] if argument.endswith(".py") or ".py::" in argument]
     options = [argument for argument in sys.argv[1:] if argument not in chosen]
     environment = dict(os.environ)

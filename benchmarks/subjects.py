@@ -1,4 +1,4 @@
-"""What is measured: a ViT-B/16 with random weights, and SAEs whose sparsity is set on that model's own activations."""
+"""The measured model and SAEs: a ViT-B/16 with random weights, and SAEs with a sparsity set on its activations."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ WIDTH = 768
 
 
 def images(batch: int, size: int = 224) -> Tensor:
-    """Seeded noise [batch, 3, size, size], normalised as a model's input is."""
+    """Seeded noise [batch, 3, size, size], normalised like a model's input."""
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
 def vit(size: int = 224, depth: int = 12, patch: int = 16) -> nn.Module:
-    """timm's ViT-B/16 for square images, random weights; fewer blocks, larger images or other patches on request."""
+    """timm's ViT-B/16 with random weights, for square images of `size` pixels."""
     import_timm()
     from timm.models.vision_transformer import VisionTransformer
 
@@ -33,7 +33,7 @@ def vit(size: int = 224, depth: int = 12, patch: int = 16) -> nn.Module:
 
 
 def streams(model: nn.Module, blocks: Sequence[int], inputs: Tensor) -> dict[int, Tensor]:
-    """Residual stream [batch * patches, C] after each of the blocks, at the patches."""
+    """The patches' residual stream [B * P, C] after each of the blocks."""
     found: dict[int, Tensor] = {}
 
     def keep(block: int) -> Callable[[nn.Module, object, Tensor], None]:
@@ -48,10 +48,10 @@ def streams(model: nn.Module, blocks: Sequence[int], inputs: Tensor) -> dict[int
 
 
 class Dictionary:
-    """Random directions for one residual stream; makes SAEs of any sparsity from them.
+    """Random directions for one residual stream; makes SAEs of any sparsity.
 
     Args:
-        x: residual stream [tokens, C] on which the sparsity is set.
+        x: residual stream [tokens, C]; sets the sparsity.
         features: size of the dictionary.
     """
 
@@ -65,10 +65,10 @@ class Dictionary:
         self._standard = z.sub_(self._mean).div_(self._std).flatten()
 
     def relu(self, L0: float) -> tuple[SparseAutoencoder, float]:
-        """An SAE with about L0 active features a token, and how many there are.
+        """An SAE with about L0 active features per token, and their exact mean number.
 
-        One threshold, in standard deviations, for all features: each fires where it is unusually strong, so that tokens
-        differ in their features as they do under a trained SAE.
+        All features share one threshold in standard deviations. Each fires where it is unusually strong, so tokens
+        differ in their features, as with a trained SAE.
         """
         features = self._W_enc.shape[1]
         rank = max(1, round(self._standard.numel() * (1 - L0 / features)))
@@ -78,6 +78,6 @@ class Dictionary:
         return SparseAutoencoder(self._W_enc, bias, self._W_dec, torch.zeros(WIDTH)), active
 
     def topk(self, k: int) -> SparseAutoencoder:
-        """An SAE with k active features a token."""
+        """An SAE with k active features per token."""
         zeros = torch.zeros(WIDTH)
         return SparseAutoencoder(self._W_enc, -self._mean, self._W_dec, zeros, activation="topk", k=k)

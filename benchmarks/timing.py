@@ -1,4 +1,4 @@
-"""Times functions in turn with a baseline, so that whatever else the machine does hits all of them alike."""
+"""Alternates functions with a baseline, so that other load on the machine affects all of them equally."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True)
 class Timing:
-    """What a contestant took, and how that compares with the baseline just before and just after it."""
+    """The time of a contestant, also relative to the baseline just before and just after it."""
 
     rounds: int
     median: float  # seconds
@@ -22,16 +22,16 @@ class Timing:
 
 
 def nothing() -> None:
-    """On the CPU there is nothing to wait for."""
+    """Waits for queued work on the CPU: there is none."""
 
 
 class Race:
     """Baseline, contestant, baseline, contestant, ..., baseline: one round.
 
     Args:
-        baseline: what everything is compared with.
-        contestants: name -> function; run in this order in every round.
-        synchronise: waits for queued work before a clock is read (CUDA).
+        baseline: the function to compare with.
+        contestants: name -> function; every round runs them in this order.
+        synchronise: waits for queued work before the clock is read (CUDA).
     """
 
     def __init__(self, baseline: Work, contestants: Mapping[str, Work], synchronise: Work = nothing) -> None:
@@ -50,7 +50,7 @@ class Race:
         self._rounds.append((baselines, times))
 
     def warm_up(self) -> float:
-        """One round that does not count; returns the seconds it took."""
+        """Runs one round that does not count; returns its seconds."""
         start = time.perf_counter()
         self.round()
         self._rounds.clear()
@@ -66,13 +66,8 @@ class Race:
         at = list(self._contestants).index(name)
         times = [contestants[at] for _, contestants in self._rounds]
         ratios = [own[at] / ((base[at] + base[at + 1]) / 2) for base, own in self._rounds]
-        return Timing(
-            len(times),
-            statistics.median(times),
-            min(times),
-            statistics.median(ratios),
-            min(times) / self.baseline().minimum,
-        )
+        least, median = min(times), statistics.median(times)
+        return Timing(len(times), median, least, statistics.median(ratios), least / self.baseline().minimum)
 
     def _seconds(self, work: Work) -> float:
         self._synchronise()

@@ -1,6 +1,6 @@
-"""How to explain: every choice there is, and the settings of an explanation as frozen objects.
+"""How to explain: all named choices, and the settings of an explanation as frozen objects.
 
-Nothing here knows a model; what has to fit one is checked in engine/plan.py.
+Nothing here knows the model; engine/plan.py checks what must fit it.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ Backward = Literal["exact", "conservative"]
 Backend = Literal["auto", "native", "triton", "composite", "reference"]
 Mode = Literal["combined", "activation_only", "gradient_only", "no_sae", "shuffled"]
 Pooling = Literal["token", "average", "attention"]
-TargetMode = Literal["predicted", "given"]  # what a graph explains: the predicted class, or one that a call is given
+TargetMode = Literal["predicted", "given"]  # a graph explains the predicted class, or a class given in each call
 Activation = Literal["relu", "topk", "topk_signed", "batch_topk", "jumprelu", "gated"]
 Normalisation = Literal["layer_norm", "constant_norm"]
 
 
 def check_choice(name: str, value: object, choices: object) -> None:
-    """Raises ValueError unless `value` is one of a Literal's."""
+    """Raises ValueError unless `value` is one of the values of the Literal `choices`."""
     known = get_args(choices)
     if value not in known:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}")
 
 
 def check_count(name: str, value: object, least: int, most: int | None = None, of: str = "") -> None:
-    """Raises TypeError or ValueError unless `value` is an int from `least` to `most` (which counts `of`)."""
+    """Raises TypeError or ValueError unless `value` is an int from `least` to `most`; `of` names what `most` counts."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if value < least or (most is not None and value > most):
@@ -43,17 +43,17 @@ class Gate:
     """Settings of the feature-gradient gate.
 
     Attributes:
-        mode: what a patch is scored by. "combined" (the method): codes times feature gradients. The others are its
-            controls: "activation_only" (codes), "gradient_only" (feature gradients), "no_sae" (gradient . residual
-            stream), "shuffled" (combined with decoder rows permuted).
-        base: gates lie in [1/base, base]; above 0, 1 gates nothing.
+        mode: how to score a patch. "combined" (the method): codes times feature gradients. The others are controls:
+            "activation_only" (codes), "gradient_only" (feature gradients), "no_sae" (gradient . residual stream),
+            "shuffled" (like combined, with permuted decoder rows).
+        base: gates lie in [1/base, base]. Must be above 0; 1 switches the gates off.
         slope: how fast a gate saturates with the robust z of its patch's score.
-        seed: of the permutation for "shuffled".
-        permutation: int64 [F] for "shuffled": decoder row k used is permutation[k]; None draws one from `seed`.
+        seed: seed of the permutation for "shuffled".
+        permutation: int64 [F] for "shuffled": feature k uses decoder row permutation[k]; None: drawn from `seed`.
 
     Raises:
-        ValueError: a value outside these ranges.
-        TypeError: a permutation that is no tensor.
+        ValueError: a value is outside its range.
+        TypeError: the permutation is not a tensor.
     """
 
     mode: Mode = "combined"
@@ -71,13 +71,13 @@ class Gate:
         if self.permutation is not None and not isinstance(self.permutation, Tensor):
             raise TypeError(f"permutation: expected an int64 tensor [F], got {type(self.permutation).__name__}")
         if self.permutation is not None and self.mode != "shuffled":
-            raise ValueError(f'permutation: belongs to mode "shuffled" only, got mode {self.mode!r}')
+            raise ValueError(f'permutation: expected mode "shuffled", got mode {self.mode!r}; change one of them')
 
     def decoder_permutation(self, features: int, device: torch.device) -> Tensor | None:
-        """int64 [F] on `device` for mode "shuffled", else None.
+        """The permutation int64 [F] on `device` for mode "shuffled", else None.
 
         Raises:
-            ValueError: the given permutation is not one of 0 .. features - 1.
+            ValueError: `permutation` is not a permutation of 0 .. features - 1.
         """
         if self.mode != "shuffled":
             return None
@@ -97,10 +97,10 @@ class Gate:
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model is explained, apart from its SAEs and the question; `Explainer` says what each of them means.
+    """How to explain a model, apart from its SAEs and the question; `Explainer` documents each setting.
 
     Raises:
-        TypeError, ValueError: a value of the wrong type or outside its range.
+        TypeError, ValueError: a value has the wrong type or is outside its range.
     """
 
     gate: Gate = field(default_factory=Gate)

@@ -1,9 +1,9 @@
-"""Creates a virtual environment with fga_fast built and installed (editable) in it. Used by the Makefile.
+"""Creates a virtual environment and installs fga_fast in it (editable). Used by the Makefile.
 
     python3 scripts/make_venv.py .venv                    # torch and tools as pinned in constraints.txt
-    python3 scripts/make_venv.py .venv --torch system     # the torch this python3 imports, left as it is
+    python3 scripts/make_venv.py .venv --torch system     # the torch that this python3 imports, unchanged
 
-Needs Python 3.10 or newer with its headers and venv module, and a C++ compiler. Safe to run again: what is there stays.
+Needs Python 3.10 or newer with its headers and venv module, and a C++ compiler. Safe to run again.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# What timm needs besides torch and torchvision. A torchvision must fit its torch to the build, and pip cannot tell
-# which one does; where the system's torch has none, timm is installed alone and fga_fast/models/timm_import.py copes.
+# What timm needs besides torch and torchvision. torchvision must match the exact build of torch, and pip cannot tell
+# which one does. If the system has none, we install timm alone; fga_fast/models/timm_import.py handles that.
 TIMM_NEEDS = ["pyyaml", "huggingface_hub", "safetensors"]
 
 
 def check_machine() -> None:
-    """Stop with what to install if something is missing that pip cannot bring."""
-    if sys.version_info < (3, 10):  # noqa: UP036 - this file runs on whatever python3 is
+    """Stop if something is missing that pip cannot install, and say what to install."""
+    if sys.version_info < (3, 10):  # noqa: UP036 - any python3 may run this file
         raise SystemExit(f"fga_fast needs Python 3.10 or newer, {sys.executable} is {sys.version.split()[0]}")
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler.split()[0]) is None:
@@ -41,22 +41,22 @@ def check_machine() -> None:
 
 
 def run(*command: str | Path) -> None:
-    """Run a command in the repository root; on failure, end with its exit status."""
+    """Run a command in the repository root; stop if it fails."""
     result = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, check=False)
     if result.returncode != 0:
         raise SystemExit(f"failed with status {result.returncode}: {' '.join(map(str, command))}")
 
 
 def answer(python: Path, code: str) -> str:
-    """What a line of Python prints in the environment; "" if it fails."""
+    """The output of a line of Python in the environment; "" if it fails."""
     result = subprocess.run([python, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     return result.stdout.strip() if result.returncode == 0 else ""
 
 
 def share_torch(python: Path) -> list[str]:
-    """Put the folder of this interpreter's torch on the environment's path; returns pip constraints that keep it.
+    """Put this interpreter's torch on the environment's path and return pip constraints that keep it.
 
-    A .pth file rather than --system-site-packages: that option misses a torch that itself lies in an environment.
+    Uses a .pth file, because --system-site-packages misses a torch that is itself in a virtual environment.
     """
     spec = find_spec("torch")
     if spec is None or spec.origin is None:

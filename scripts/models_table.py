@@ -1,10 +1,10 @@
-"""Writes the generated parts of docs/models.md: the table of supported families and that of refused classes.
+"""Writes the generated parts of docs/models.md: the tables of supported families and of refused classes.
 
     python scripts/models_table.py            # writes docs/models.md
-    python scripts/models_table.py --check    # fails if it is not what would be written
+    python scripts/models_table.py --check    # fails if the page is out of date
 
-Each family of tests/families.py is built small with random weights and explained natively and by the reference. Needs
-timm, transformers, open_clip, torchvision and the compiled library.
+Builds a small model of each family of tests/families.py with random weights and explains it with the native backend and
+the reference. Needs timm, transformers, open_clip, torchvision and the compiled library.
 """
 
 from __future__ import annotations
@@ -19,24 +19,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
-import families  # noqa: E402 - after the path to it
+import families  # noqa: E402 - needs the path above
 import torch  # noqa: E402
 from families import Family  # noqa: E402
 
 from fga_fast.models.refused import REFUSED, REFUSED_PARTS  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
-BOUND = 1e-4  # of tests/models/test_families.py; smaller numbers differ from machine to machine
-ATTENTION = {
-    "fused": "SDPA",
-    "eager": "softmax",
-    "MultiheadAttention": "MHA",
-}
+BOUND = 1e-4  # as in tests/models/test_families.py; smaller errors differ between machines
+ATTENTION = {"fused": "SDPA", "eager": "softmax", "MultiheadAttention": "MHA"}
 PACKAGES = {"timm": "timm", "transformers": "Hugging Face", "open_clip": "open_clip", "torchvision": "torchvision"}
 
 
 def measure(family: Family) -> float:
-    """Largest relative error of relevance, native against reference, without SAEs and with two, in float32."""
+    """Largest relative error of relevance, native against reference, in float32, without SAEs and with two."""
     model = family.build()
     layout = families.layout_of(family, model)
     start, worst = families.seed(layout), 0.0
@@ -57,7 +53,7 @@ def pooling(family: Family) -> str:
 
 
 def supported(families_: Iterable[Family]) -> str:
-    """The table of supported families; the ways of a family to compute attention share a row."""
+    """The table of supported families; all attention implementations of a family share a row."""
     rows: dict[tuple[str, ...], list[Family]] = {}
     for family in families_:
         key = (family.library, family.name, family.model, pooling(family), str(family.prefix))
@@ -82,7 +78,7 @@ def supported(families_: Iterable[Family]) -> str:
 
 
 def refused() -> str:
-    """The table of refused classes, those of one reason in one row."""
+    """The table of refused classes; those with the same reason share a row."""
     rows: dict[tuple[str, str], list[str]] = {}
     for package, classes in REFUSED.items():
         for name, reason in classes.items():
@@ -95,7 +91,7 @@ def refused() -> str:
 
 
 def render(text: str) -> str:
-    """The page with its generated parts made anew; each stands between a begin and an end comment."""
+    """The page with new generated parts; each is between a begin and an end comment."""
     for name, part in (("supported", supported(families.registry())), ("refused", refused())):
         pattern = re.compile(rf"(<!-- begin {name}[^\n]*-->\n).*?(<!-- end {name} -->)", re.DOTALL)
         text, count = pattern.subn(lambda match, part=part: f"{match[1]}\n{part}\n\n{match[2]}", text)  # type: ignore[misc]

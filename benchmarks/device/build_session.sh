@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the C++ session with CMake: build_session.sh FOLDER PYTHON
-# With its Python module where PYTHON has pybind11. Without tests and examples, which nothing on a device runs.
+# Includes the Python module if PYTHON has pybind11. Leaves out tests and examples, which no device step needs.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 

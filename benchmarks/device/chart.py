@@ -1,4 +1,4 @@
-"""A bar chart of the explanations' multiples of the forward pass, as SVG: a bare machine has no plotting library."""
+"""A bar chart of explanations in multiples of the forward pass. Writes SVG itself: a bare machine cannot plot."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BAR, GAP, LEFT, WIDTH = 16, 6, 300, 420
 
 
 def draw(rows: Sequence[Row], device: str) -> str:
-    """One bar for each explanation that has a ratio; a line at 1, the plain forward pass."""
+    """One bar for each explanation with a ratio, and a line at 1 for the plain forward pass."""
     shown = [row for row in rows if row.benchmark == "explainer" and row.ratio_to_forward and row.name != "forward"]
     longest = max((row.ratio_to_forward or 1.0 for row in shown), default=1.0)
     height = 60 + len(shown) * (BAR + GAP)

@@ -1,5 +1,5 @@
-"""Rows of compiled explanations on a device: multiples of the compiled forward pass, how steady they are, whether they
-stay so, and what else one may call in their place.
+"""Rows of compiled explanations on a device: time in multiples of the compiled forward pass, latency, results over many
+calls, and the other ways to call an explanation.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ SOAK_SECONDS = 90.0
 
 
 def rows(device: Device, built: tuple[nn.Module, Saes], backend: Backend) -> Iterator[Row]:
-    """In the dtype that the model was left in, what matters most first.
+    """In the model's present dtype; the most important rows come first.
 
-    Batch 1, where what surrounds the arithmetic counts most: all ways to call an explanation. Then batch 32.
+    Batch 1, where overhead counts most: all ways to call an explanation. Then batch 32.
     """
     model, saes = built
     for batch in (1,) if device.small else (1, 32):
@@ -41,7 +41,7 @@ def rows(device: Device, built: tuple[nn.Module, Saes], backend: Backend) -> Ite
         compiled: list[Work] = []
         yield _compiled(subject, FGA, explainer, compiled)
         if batch == 1:
-            # Triton kernels, which native scores with on CUDA, need Python: the C++ session does without.
+            # On CUDA the native backend scores with Triton kernels, which need Python and so cannot run in the session.
             composite = Explainer(model, saes[FGA], backend="composite")
             yield from package_rows.rows(subject, FGA, composite)
             for work in compiled:
@@ -66,7 +66,7 @@ def _eager(subject: Subject, name: str, explainer: Explainer) -> Row:
 
 
 def _compiled(subject: Subject, name: str, explainer: Explainer, works: list[Work]) -> Row:
-    """Adds the call to `works` once it is there."""
+    """Appends the compiled call to `works`."""
 
     def prepare() -> tuple[Work, str]:
         start = time.perf_counter()
@@ -77,11 +77,11 @@ def _compiled(subject: Subject, name: str, explainer: Explainer, works: list[Wor
 
 
 def _soak(subject: Subject, name: str, work: Work) -> Row:
-    """The same bits each time, and no memory that grows: 20,000 calls, or as many as there is time for."""
+    """20,000 calls, or as many as there is time for: all bit-equal, and memory does not grow."""
     row = replace(subject.blank, benchmark="soak", name=name)
     try:
         return _soaked(subject.device, row, work)
-    except Exception as problem:  # one that fails must not end the run
+    except Exception as problem:  # a failure must not end the run
         return failed(row, problem)
 
 

@@ -1,6 +1,6 @@
-"""The device that is measured, and how: events around calls, peaks of its allocator, the two ceilings.
+"""The measured device: times calls with events, reads peaks from its allocator, and measures the two ceilings.
 
-`cpu` stands for a rehearsal: the same script on a machine without a GPU, at toy sizes, to see that it runs.
+The kind "cpu" is a rehearsal: the same script at toy sizes on a machine without a GPU, to check that it runs.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True)
 class Device:
-    """Where everything runs.
+    """The device that everything runs on.
 
     Attributes:
         kind: "cuda", or "cpu" for a rehearsal.
         small: toy sizes.
-        until: when the run's time is over, on the monotonic clock.
+        until: end of the run's time, on the monotonic clock.
     """
 
     kind: str
@@ -36,7 +36,7 @@ class Device:
         return torch.cuda.get_device_name() if self.kind == "cuda" else "rehearsal"
 
     def left(self) -> float:
-        """Seconds of the run's time; below 0 once it is over."""
+        """Seconds left of the run's time; below 0 once it is over."""
         return self.until - time.monotonic()
 
     def synchronise(self) -> None:
@@ -63,7 +63,7 @@ class Device:
         return float(begin.elapsed_time(end)) / 1e3
 
     def peak_bytes(self, work: Work) -> int | None:
-        """Most memory in tensors during the call, above that before it."""
+        """Peak of the memory in tensors during the call, minus that before it."""
         if self.kind != "cuda":
             return None
         gc.collect()
@@ -78,18 +78,18 @@ class Device:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device reached here: bytes a second of a copy, operations a second of a matrix product."""
+    """What this device reached: bytes per second of a copy, operations per second of a matrix product."""
 
     copy: float
     matmul: dict[torch.dtype, float]
 
     def share(self, seconds: float, flops: float, moved: float, dtype: torch.dtype) -> float:
-        """Time that the ceilings allow over the time taken; 1 is the ceiling."""
+        """The time at the ceilings, divided by the time taken; 1 is the ceiling."""
         return max(flops / self.matmul[dtype], moved / self.copy) / seconds
 
 
 def measure_ceilings(device: Device) -> Ceilings:
-    """A copy of a gibibyte (read and written) and products of square matrices, in the dtypes that are measured."""
+    """Times a copy of a gibibyte (read and written) and products of square matrices in each dtype."""
     elements = 2**20 if device.small else 2**29
     source = torch.randn(elements, device=device.kind).bfloat16()
     target = torch.empty_like(source)

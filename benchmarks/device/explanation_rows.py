@@ -1,4 +1,4 @@
-"""Rows of whole explanations on a device: multiples of the plain forward pass and of the reference."""
+"""Rows of whole explanations on a device, in multiples of the plain forward pass and of the reference."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import subjects
 import torch
 from device import Device
 from rows import Row
+from steadiness import failed as failed_row
 from timing import Race, Timing
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ from fga_fast import Explainer, SparseAutoencoder
 
 BLOCKS = (9, 10)
 SECONDS = 6.0  # for all ways of one dtype and batch size together
-REFERENCE_MOST = 32  # images at once; the reference keeps every map and every code
+REFERENCE_MOST = 32  # images at once, because the reference keeps all maps and all codes
 
 Saes = dict[str, dict[int, SparseAutoencoder]]
 
@@ -41,7 +42,7 @@ def build(device: Device) -> tuple[nn.Module, Saes]:
 
 
 def rows(device: Device, built: tuple[nn.Module, Saes], names: list[str], dtype: torch.dtype) -> Iterator[Row]:
-    """Every batch size; `names` are the backends that run here. What was built is rounded to the dtypes asked for."""
+    """All batch sizes; `names`: the backends that run here. Converts the built model and SAEs to `dtype` in place."""
     model, saes = built
     model.to(device.kind, dtype)
     for layers in saes.values():
@@ -61,14 +62,15 @@ def _raced(
     for backend in (*names, *(["reference"] if len(images) <= REFERENCE_MOST else [])):
         for name, layers in {"TransMM": {}, **saes}.items():
             if backend == "reference" and name == "FGA relu 64":
-                continue  # dense codes take the same time at any density
+                continue  # it computes dense codes, which take the same time at any density
             ways[f"{name}, {backend}"] = partial(Explainer(model, layers, backend=backend), images)  # type: ignore[arg-type]
-    failed: dict[str, str] = {}
+    blank = Row("explainer", "", len(images), 197, str(images.dtype).removeprefix("torch."))
+    failed: list[Row] = []
     for name in list(ways):
         try:
             ways[name]()
-        except Exception as problem:  # one that fails must not end the run
-            failed[name] = f"FAILED: {type(problem).__name__}: {str(problem)[:120]}"
+        except Exception as problem:  # a failure must not end the run
+            failed.append(failed_row(replace(blank, name=name), problem))
             del ways[name]
     if compiled is not None:
         ways["forward, compiled"] = torch.no_grad()(partial(compiled, images))
@@ -77,7 +79,6 @@ def _raced(
     a_round = race.warm_up()
     for _ in range(1 if device.small else max(3, min(30, round(SECONDS / a_round)))):
         race.round()
-    blank = Row("explainer", "", len(images), 197, str(images.dtype).removeprefix("torch."))
     yield _timed(replace(blank, name="forward", peak_bytes=device.peak_bytes(forward)), race.baseline(), None)
     against = race.result("forward, compiled").median if compiled is not None else None
     for name, work in ways.items():
@@ -86,8 +87,7 @@ def _raced(
         if beside in ways:
             row = replace(row, ratio_to_reference=race.result(name).median / race.result(beside).median)
         yield row
-    for name, note in failed.items():
-        yield replace(blank, name=name, note=note)
+    yield from failed
 
 
 def _timed(blank: Row, timing: Timing, compiled: float | None) -> Row:
@@ -99,7 +99,7 @@ def _timed(blank: Row, timing: Timing, compiled: float | None) -> Row:
 
 
 def memory_rows(device: Device, names: list[str]) -> Iterator[Row]:
-    """Peak memory at high resolution, beside plain forward and backward and beside the reference."""
+    """Peak memory at high resolution, compared with plain forward and backward and with the reference."""
     features, dtype = 512 if device.small else 49_152, torch.bfloat16
     weights = [torch.randn(features, subjects.WIDTH).div_(27.7) for _ in range(2)]
     bias, zeros = torch.full((features,), -1.8), torch.zeros(subjects.WIDTH)  # about 1,700 of 49,152 fire
@@ -119,8 +119,8 @@ def memory_rows(device: Device, names: list[str]) -> Iterator[Row]:
                 yield replace(row, median_s=median, peak_bytes=peak)
             except torch.OutOfMemoryError:
                 yield replace(row, note="out of memory")
-            except Exception as problem:  # one that fails must not end the run
-                yield replace(row, note=f"FAILED: {type(problem).__name__}: {str(problem)[:120]}")
+            except Exception as problem:  # a failure must not end the run
+                yield failed_row(row, problem)
 
 
 def _gradient(model: nn.Module, images: Tensor) -> object:

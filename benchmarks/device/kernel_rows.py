@@ -1,6 +1,6 @@
 """Rows of single stages on a device: time, operations, bytes, and the share of the device's measured ceiling.
 
-Each contestant is first compared with the reference on the numbers that are timed; one that is wrong gets no time.
+Each contestant is first compared with the reference on the timed inputs; a wrong one gets no time.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import subjects
 import torch
 from device import Ceilings, Device
 from rows import Row
+from steadiness import failed
 from torch import Tensor
 
 from fga_fast import SparseAutoencoder, reference
@@ -31,14 +32,14 @@ def error(got: Tensor, want: Tensor) -> float:
 def timed(
     blank: Row, device: Device, ceilings: Ceilings, work: Callable[[], Tensor], want: Tensor, dtype: torch.dtype
 ) -> Row:
-    """The row of one contestant; in words if it fails or is wrong."""
+    """The row of one contestant; if it fails or is wrong, a note instead of a time."""
     try:
         off = error(work(), want)
         if not off <= TOLERANCE[dtype]:
             return replace(blank, note=f"WRONG: relative error {off:.1e}")
         median, least = device.seconds(work)
-    except Exception as problem:  # a kernel that fails on a device must not end the run
-        return replace(blank, note=f"FAILED: {type(problem).__name__}: {str(problem)[:120]}")
+    except Exception as problem:  # a failure must not end the run
+        return failed(blank, problem)
     share = ceilings.share(median, blank.flops or 0.0, blank.bytes or 0.0, dtype)
     return replace(blank, median_s=median, min_s=least, share=share, note=f"relative error {off:.0e}")
 
@@ -53,7 +54,7 @@ def score_rows(device: Device, ceilings: Ceilings, stages: Stages) -> Iterator[R
                 flops = 4.0 * images * patches * features * subjects.WIDTH  # encoder and gradient tiles
                 moved = (2 * x.numel() + 2 * sae.W_dec.numel()) * x.element_size()
                 if sae.k:
-                    flops /= 2  # the gather takes no products worth counting
+                    flops /= 2  # a gather has hardly any products
                 want = reference.score(x[:1].float(), g[:1].float(), sae.to(torch.float32), "combined")
                 sae.to(dtype)
                 blank = Row("score", "", images, patches, _name(dtype), flops=flops, bytes=float(moved))
@@ -70,12 +71,12 @@ def _score(function: Callable[..., Any], x: Tensor, g: Tensor, sae: SparseAutoen
 
 
 def _first(work: Callable[[], Tensor]) -> Tensor:
-    """The first image's scores, which the reference computed; the whole batch was computed for them."""
+    """Computes the whole batch; returns the first image's scores, to compare with the reference."""
     return work()[:1]
 
 
 def _saes(x: Tensor, features: int) -> dict[str, SparseAutoencoder]:
-    """Dictionaries of three densities, set on these activations."""
+    """SAEs of three densities, set on these activations."""
     flat = x.reshape(-1, subjects.WIDTH)[:512].float().cpu()
     dictionary = subjects.Dictionary(flat, features, seed=0)
     scale = features / 49_152

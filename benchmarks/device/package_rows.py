@@ -1,7 +1,7 @@
-"""Rows of one explanation as a package: run from Python, and by the C++ session.
+"""Rows of one explanation as a package: called from Python, and by the C++ session.
 
-The session's Python module takes images from the host and brings everything back there. Beside it stands Python doing
-the same, since a package that stays on the device copies nothing.
+The session's Python module takes images from the host and returns results to the host. For a fair comparison another
+row does the same from Python; a package that stays on the device copies nothing.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ DIFFERENCE = 1e-3  # relative, norm-wise; one package on one device, twice
 
 
 def rows(subject: Subject, name: str, explainer: Explainer, session: bool = True) -> Iterator[Row]:
-    """Exported once, for all ways.
+    """Exports once and calls the package in all ways.
 
     Args:
-        session: whether the C++ session takes it; it has no Triton kernels.
+        session: also run it in the C++ session, which has no Triton kernels.
     """
     with tempfile.TemporaryDirectory(prefix="fga_fast_package.") as folder:
         ways = _Ways(subject, explainer, Path(folder) / "explanation.pt2")
@@ -43,11 +43,11 @@ def rows(subject: Subject, name: str, explainer: Explainer, session: bool = True
 
 
 class _Ways:
-    """How one package is run. Of each: the call, and what there is to say about it."""
+    """The ways to run one package. Each returns a call and a note about it."""
 
     def __init__(self, subject: Subject, explainer: Explainer, path: Path) -> None:
         self._subject, self._explainer, self._path = subject, explainer, path
-        # The session makes of float32 what the package takes.
+        # The session converts float32 to the package's dtype.
         self._host = subject.images.float().cpu()
 
     def package(self) -> tuple[Work, str]:
@@ -78,7 +78,7 @@ class _Ways:
         want = self._from_host().relevance.double().numpy()
         off = float(np.linalg.norm(call().relevance - want) / np.linalg.norm(want))
         if not off < DIFFERENCE:
-            raise RuntimeError(f"relevance is {off:.1e} off Python's")
+            raise RuntimeError(f"relevance differs from Python's by {off:.1e} (relative), expected {DIFFERENCE}")
         device = self._subject.device
         race = Race(self._from_host, {"session": call}, device.synchronise)
         race.warm_up()
@@ -87,7 +87,7 @@ class _Ways:
         return call, f"{ready}; {race.result('session').ratio:.3f} x Python from and to the host"
 
     def _ready(self, loaded: float, call: Work) -> str:
-        """The first call belongs to it: that is when a device gets its machine code."""
+        """Includes the first call, which loads the machine code onto the device."""
         start = time.perf_counter()
         call()
         self._subject.device.synchronise()
@@ -95,7 +95,7 @@ class _Ways:
 
 
 def _runtime() -> Any:
-    """The module fga_runtime of the build folder that FGA_FAST_CMAKE_BUILD names."""
+    """The module fga_runtime from the build folder $FGA_FAST_CMAKE_BUILD."""
     built = os.environ.get("FGA_FAST_CMAKE_BUILD")
     if not built:
         raise NotRunError("FGA_FAST_CMAKE_BUILD names no build of the C++ project")

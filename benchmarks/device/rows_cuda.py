@@ -28,7 +28,7 @@ from fga_fast.engine import backends
 
 
 def stages_here(device: Device) -> dict[str, backends.Stages]:
-    """The backends that load on this device; one that does not is said and left out."""
+    """The backends that load on this device. Prints why another one does not."""
     found = {}
     for name in ("native", "triton", "composite"):
         try:
@@ -75,9 +75,9 @@ def main() -> int:
     rows: list[Row] = []
     for row in all_rows(device):
         rows.append(row)
-        write_csv(path, rows, common)  # after each, so that a run that is cut short leaves what it has
+        write_csv(path, rows, common)  # after each row, so that an interrupted run keeps its rows
         if device.left() < 0:
-            print(f"stopped after {args.seconds:.0f} s; the rows behind {row.benchmark} {row.name!r} are missing")
+            print(f"stopped after {args.seconds:.0f} s; the rows after {row.benchmark} {row.name!r} are missing")
             break
     (args.out / f"gpu-{slug(device.name)}.svg").write_text(chart.draw(rows, device.name), encoding="utf-8")
     print(table(rows))

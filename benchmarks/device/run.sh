@@ -1,28 +1,28 @@
 #!/usr/bin/env bash
 # Proves and measures this project on a machine with an NVIDIA GPU and no network, in under 10 minutes.
 #
-# STATUS: this script has never run on a device. On a machine without one, its build and its CPU steps have run.
+# STATUS: this script has never run on a device. Its build and its CPU steps have run on a machine without one.
 #
 # Needs: nvcc, and a Python with torch (CUDA), timm (with safetensors), numpy, pytest, ninja, pip, setuptools. Nothing else.
 # Installs this tree, editable, into that Python.
-# Optional: hypothesis (without it the op tests that use it are left out), compute-sanitizer, cmake (for the C++ session) and
-# pybind11 (for its rows), conformance numbers in $FGA_FAST_CONFORMANCE, a built C++ project in $FGA_FAST_CMAKE_BUILD.
-# Use: benchmarks/device/run.sh [OUT]    rows and run.log go to OUT; by default rows to benchmarks/results, and the log to a
-# temporary folder
+# Optional: hypothesis (for some op tests), compute-sanitizer, cmake (for the C++ session) and pybind11 (for its rows),
+# conformance numbers in $FGA_FAST_CONFORMANCE, a built C++ project in $FGA_FAST_CMAKE_BUILD.
+# Use: benchmarks/device/run.sh [OUT]    writes rows and run.log to OUT; by default rows to benchmarks/results and the log
+# to a temporary folder
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit 1
 
 python=${PYTHON:-python3}
 out=${1:-benchmarks/results}
 mkdir -p "$out" || exit 1
-log=${1:-$(mktemp -d "${TMPDIR:-/tmp}/fga_fast_device.XXXXXX")}/run.log # one file: few come back from some machines
+log=${1:-$(mktemp -d "${TMPDIR:-/tmp}/fga_fast_device.XXXXXX")}/run.log # one file, because some machines return few
 : >"$log"
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 MAX_JOBS=${MAX_JOBS:-$(nproc)}
 summary=()
 failed=0
 
-# step NAME UNTIL COMMAND...: runs it until that second of the script at most, logs it, notes how it ended. A step that
-# takes less leaves its time to the next; one that takes more leaves the rows theirs.
+# step NAME UNTIL COMMAND...: runs the command, at most until second UNTIL of the script, logs it and notes its result. A
+# fast step leaves its time to the next one; a slow step cannot take the time reserved for the rows.
 step() {
   local name=$1 limit=$(($2 > SECONDS + 5 ? $2 - SECONDS : 5)) status
   shift 2
@@ -40,14 +40,14 @@ step() {
   return "$status"
 }
 
-# What the last step printed.
+# Prints the output of the last step.
 said() { tail -c "+$begin" "$log"; }
 
 skip() { summary+=("$(printf '%-12s skipped  %s' "$1" "$2")"); }
 
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || true
 
-# Machine code for the device at hand alone: the others are compiled in CI.
+# Machine code for this device only: CI compiles the others.
 arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1)
 [[ -n $arch ]] && export TORCH_CUDA_ARCH_LIST=${arch/9.0/9.0a}
 if ! FGA_FAST_CUDA=1 step build 200 "$python" -m pip install --no-index --no-deps --no-build-isolation -e .; then
@@ -78,7 +78,7 @@ else
   skip sanitizer "compute-sanitizer is not on PATH"
 fi
 
-# The C++ session: built once, for its test and for its rows. Both do without where it does not build.
+# Build the C++ session once, for its test and its rows. If it does not build, both are skipped.
 command -v cmake >/dev/null || PATH=$PATH:$(dirname "$(command -v "$python")") # pip puts it there
 if [[ -n ${FGA_FAST_CMAKE_BUILD:-} ]]; then
   skip cmake "FGA_FAST_CMAKE_BUILD is set"
@@ -90,7 +90,7 @@ else
   skip cmake "cmake is not on PATH"
 fi
 if [[ -n ${FGA_FAST_CMAKE_BUILD:-} ]]; then
-  # It compiles packages, which may take a minute.
+  # This compiles packages and may take a minute.
   step session 480 "$python" -m pytest -q -rs -p no:cacheprovider tests/runtime/test_runtime_cuda.py
 else
   skip session "the C++ project is not built"

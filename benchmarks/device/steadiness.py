@@ -1,4 +1,4 @@
-"""How steady calls are: one after the other, each from the host's call to the device's end."""
+"""Latency of single calls one after the other, each from the call on the host until the device has finished."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from rows import Row
 from torch import Tensor
 
 CALLS = 2_000
-SECONDS = 45.0  # of one way at most; the row says how many calls that were
-PREPARATION = 60.0  # what compiles starts with this much time left, or not at all
+SECONDS = 45.0  # at most, for one way; the row says how many calls fitted
+PREPARATION = 60.0  # a way that compiles needs this much time left to start
 
-Prepare = Callable[[], tuple[Work, str]]  # a call that is ready to be timed, and what there is to say about it
+Prepare = Callable[[], tuple[Work, str]]  # returns a call to time, and a note about it
 
 
 class NotRunError(Exception):
-    """Something that a row needs is not there, and need not be."""
+    """Something optional that a row needs is missing."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Images that all ways explain, and the compiled forward pass that they are compared with.
+    """The images that all ways explain, and the compiled forward pass to compare with.
 
     Attributes:
-        blank: a row with what all of them share.
+        blank: a row with the columns that all ways share.
         forward: median seconds of the compiled forward pass, if known.
     """
 
@@ -37,10 +37,10 @@ class Subject:
     forward: float | None = None
 
     def row(self, name: str, prepare: Prepare, seconds: float = 0.0) -> Row:
-        """One way, timed. One that fails must not end the run.
+        """Times one way. A failure must not end the run.
 
         Args:
-            seconds: what has to be left of the run's time.
+            seconds: time that must be left in the run.
         """
         row = replace(self.blank, name=name)
         try:
@@ -86,7 +86,7 @@ def _times(device: Device, work: Work) -> np.ndarray[tuple[int], np.dtype[np.flo
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows that have tails: how long calls took, and how far the slow ones are off."""
+    """The rows with latencies: median and slowest calls."""
     lines = [f"{'p50 ms':>9}{'p99 ms':>9}{'p99.9 ms':>10}{'p99/p50':>9}{'calls':>7}{'images/s':>10}  way"]
     for row in rows:
         if row.median_s and row.p99_s and row.p999_s:

@@ -4,10 +4,10 @@
                                      [--uses dense targets top encode]
 
 STATUS: has never run on a device. `--rehearse` runs the same code at toy sizes in Triton's interpreter on the CPU, and
-writes nothing. Commit the file it writes: kernels take their tiles from it on devices of that name, and
-scripts/compile_kernels.py then holds them to the limits too. A tile that does not compile, does not fit or gives other
-scores than the default is left out. Nearly all of the time goes into compiling, seconds a tile and up to 56 tiles a
-kind and use; what one call does not measure stays as an earlier one left it.
+writes nothing. Commit the file that this script writes: on devices of that name the kernels take their tiles from it,
+and scripts/compile_kernels.py checks these tiles against the limits too. The script skips a tile that does not compile,
+does not fit, or gives other scores than the default. Nearly all of its time goes into compiling: seconds per tile, and
+up to 56 tiles per kind and use. What a call does not measure keeps its earlier value.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from fga_fast import SparseAutoencoder, kernels  # noqa: E402
 
 USES = ("dense", "targets", "top", "encode")
 DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
-ACTIVE = (16, 32, 64, 128, 256, 512, 1024)  # features a token, to find where gathering stops paying
+ACTIVE = (16, 32, 64, 128, 256, 512, 1024)  # active features per token, to find where gathering stops paying
 
 
 def candidates(use: str, kind: str, small: bool, shared: int = 227 << 10) -> Iterator[tiling.Tile]:
@@ -52,7 +52,7 @@ def candidates(use: str, kind: str, small: bool, shared: int = 227 << 10) -> Ite
     for tokens, features, width, warps, stages in itertools.product(
         (64, 128), (64, 128, 256), widths, (4, 8), (2, 3, 4)
     ):
-        # At least 64 accumulators a thread and product, or it waits for memory; more than 128 in all are spilled.
+        # With fewer than 64 accumulators per thread and product it waits for memory; more than 128 in all spill.
         accumulators = tokens * features // (32 * warps)
         if not 64 <= accumulators <= (128 if use == "encode" else 64):
             continue
@@ -121,7 +121,7 @@ def best_tile(case: Case, device: Device) -> tiling.Tile:
 
 
 def sparse_share(device: Device, shape: argparse.Namespace) -> float:
-    """Share of active features below which gathering decoder rows is faster than the second product."""
+    """The share of active features below which gathering decoder rows is faster than the second product."""
     case = Case("dense", "half", device, shape)
     z = (case.x.flatten(0, 1)[:512] @ case.sae.W_enc).float().flatten()
     share = 0.0
@@ -158,7 +158,7 @@ def main() -> int:
     device = Device("cpu" if shape.rehearse else "cuda", shape.rehearse)
     earlier: dict[str, Any] = tiling.tuned(device.name)
     tiles = dict(earlier.get("tiles", {}))
-    tiling.tuned = lambda _: {}  # type: ignore[assignment]  # candidates, not what was measured before, are to be timed
+    tiling.tuned = lambda _: {}  # type: ignore[assignment]  # time the candidates, not earlier results
     for kind, use in itertools.product(shape.kinds, shape.uses):
         torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
         case = Case(use, kind, device, shape)

@@ -1,4 +1,4 @@
-// Relevance of patches to pictures, as Explanation.heatmap does it.
+// Turns the relevance of patches into pictures, like Explanation.heatmap.
 #include <algorithm>
 #include <cmath>
 
@@ -9,7 +9,7 @@
 namespace fga {
 namespace {
 
-// Where an output pixel lies between two patches.
+// The two patches around an output pixel, and its place between them.
 template <class T>
 struct Place {
   int64_t below, above;
@@ -28,7 +28,7 @@ std::vector<Place<T>> places_of(int64_t patches, int64_t pixels) {
   return places;
 }
 
-// In the type of the relevance, so that rounding is like Python's where a map is nearly constant.
+// Computes in the dtype of the relevance, so that nearly constant maps are rounded like in Python.
 template <class T>
 void draw(const double* relevance, const std::array<int64_t, 2>& grid, const std::vector<Place<T>>& rows,
           const std::vector<Place<T>>& columns, float* out) {
@@ -40,7 +40,7 @@ void draw(const double* relevance, const std::array<int64_t, 2>& grid, const std
     for (const auto& x : columns) {
       const T upper = (1 - x.fraction) * at(y.below, x.below) + x.fraction * at(y.below, x.above);
       const T lower = (1 - x.fraction) * at(y.above, x.below) + x.fraction * at(y.above, x.above);
-      // Interpolation stays between its inputs but for rounding, which on a constant map would be all there is to see.
+      // Rounding could leave the range of the inputs, and on a constant map the picture would show only that.
       large.push_back(std::clamp((1 - y.fraction) * upper + y.fraction * lower, floor, ceiling));
     }
   const auto [low, high] = std::minmax_element(large.begin(), large.end());

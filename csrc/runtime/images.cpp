@@ -20,7 +20,7 @@ void check_picture(const Picture& picture) {
                 " bytes, got " + std::to_string(picture.row_bytes));
 }
 
-// A copy with as many channels as the model takes; the weights of the grey value are Pillow's (ITU-R 601).
+// A copy with the number of channels that the model takes. Grey values use Pillow's weights (ITU-R 601).
 Pixels with_channels(const Picture& picture, int64_t channels) {
   Pixels out{std::vector<uint8_t>(picture.height * picture.width * channels), picture.height, picture.width, channels};
   const int64_t stride = picture.row_bytes == 0 ? picture.width * picture.channels : picture.row_bytes;
@@ -41,7 +41,7 @@ Pixels with_channels(const Picture& picture, int64_t channels) {
   return out;
 }
 
-// The part of the source that becomes the crop: resize and crop are one step.
+// The part of the source that becomes the crop, because resize and crop are one step.
 std::array<double, 4> crop_box(const Preprocess& p, int64_t source_height, int64_t source_width) {
   const auto [height, width] = p.image_size;
   const auto cover_height = static_cast<int64_t>(std::floor(static_cast<double>(height) / p.crop_pct));
@@ -51,7 +51,7 @@ std::array<double, 4> crop_box(const Preprocess& p, int64_t source_height, int64
     new_width = cover_height * source_width / source_height;
   else
     new_height = cover_width * source_height / source_width;
-  // Halves to even, as Python's round().
+  // Rounds halves to even, like Python's round().
   const double top = std::nearbyint(static_cast<double>(new_height - height) / 2);
   const double left = std::nearbyint(static_cast<double>(new_width - width) / 2);
   const double step_x = static_cast<double>(source_width) / static_cast<double>(new_width);
@@ -111,7 +111,7 @@ Images of_values(const void* values, bool is_double, std::array<int64_t, 4> shap
   if (*std::min_element(shape.begin(), shape.end()) < 0)
     throw Error("images: expected a shape [B, C, H, W], got " + shown({shape.begin(), shape.end()}));
   if (values == nullptr && shape[0] != 0) throw Error("images: expected values, got a null pointer");
-  static const double none = 0;  // an empty batch may come without memory
+  static const double none = 0;  // stands for the memory of an empty batch
   Images images;
   images.values = values == nullptr ? &none : values;
   images.is_double = is_double;

@@ -127,7 +127,7 @@ class Parser {
     return out;
   }
 
-  void escape(std::string& out) {  // leaves at_ on its last character
+  void escape(std::string& out) {  // leaves at_ on the last character of the escape
     ++at_;
     constexpr std::string_view kNames = "\"\\/bfnrt", kMeanings = "\"\\/\b\f\n\r\t";
     const size_t which = at_ < text_.size() ? kNames.find(peek()) : std::string_view::npos;

@@ -1,4 +1,4 @@
-// A strict reader of JSON (RFC 8259) for package metadata: no comments, no NaN, no name twice, at most 64 levels.
+// A strict JSON parser (RFC 8259) for package metadata: no comments, no NaN, no repeated names, at most 64 levels.
 #pragma once
 
 #include <map>
@@ -21,7 +21,7 @@ struct Json {
   bool is_null() const { return as<std::nullptr_t>() != nullptr; }
 };
 
-// Throws Error with the place, counted in bytes from 0.
+// Throws Error with the position in bytes, from 0.
 Json parse_json(std::string_view text);
 
 }  // namespace fga

@@ -26,25 +26,25 @@ void load(const std::filesystem::path& path, int scope, const char* advice = "")
     throw Error("session: cannot load " + path.string() + ": " + dlerror() + advice);
 }
 
-// The folder of the library that a function lies in.
+// The folder of the library that contains a function.
 template <class F>
 std::filesystem::path folder_of(F* function) {
   Dl_info info;
   if (dladdr(reinterpret_cast<void*>(function), &info) == 0 || info.dli_fname == nullptr)
     throw Error(
-        "session: cannot tell where the libraries lie; give ops_library, and torch's folder in LD_LIBRARY_PATH");
+        "session: cannot find the folder of its libraries; give ops_library, and torch's folder in LD_LIBRARY_PATH");
   return std::filesystem::path(info.dli_fname).parent_path();
 }
 
 }  // namespace
 
 void load_torch(bool cuda) {
-  // Compiled models name libtorch.so as what they need, without saying where it lies. It is not linked instead, as
-  // whoever links this library would then need all that a CUDA build of torch is made of.
+  // Compiled models need libtorch.so but do not say where it is. We do not link it: then every program that links this
+  // library would also need all libraries of a CUDA build of torch.
   const std::filesystem::path torch = folder_of(&at::get_num_threads);
   load(torch / "libtorch.so", RTLD_LOCAL);
   if (!cuda) return;
-  const std::filesystem::path devices = torch / "libtorch_cuda.so";  // they register themselves as it loads
+  const std::filesystem::path devices = torch / "libtorch_cuda.so";  // registers CUDA when it loads
   if (!std::filesystem::exists(devices))
     throw Error("package: was exported for cuda, but the torch in " + torch.string() +
                 " is built without CUDA; export one on the CPU, or build the session with a CUDA build of torch");
@@ -56,7 +56,7 @@ void load_ops(const std::string& ops_library, bool cuda) {
   const std::lock_guard<std::mutex> lock(mutex);
   std::filesystem::path path = ops_library;
   if (path.empty()) path = folder_of(&load_ops) / "libfga_ops.so";
-  // Global, as libfga_ops_cuda.so looks its symbols up by name.
+  // RTLD_GLOBAL, because libfga_ops_cuda.so looks up its symbols by name.
   if (!is_known()) {
     load(path, RTLD_GLOBAL, "; give ops_library, the path of libfga_ops.so");
     if (!is_known()) throw Error("ops_library: " + path.string() + " has no operators of fga_fast in it");

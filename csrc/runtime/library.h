@@ -4,12 +4,12 @@
 
 namespace fga {
 
-// Makes torch's libraries known to the loader of compiled models.
+// Loads torch's libraries, so that compiled models find them.
 void load_torch(bool cuda);
 
-// Makes fga_fast::* known to the dispatcher, once a process; nothing is loaded where they are known already, as beside
-// the Python package. `ops_library` empty: libfga_ops.so beside this library. cuda: libfga_ops_cuda.so
-// beside libfga_ops.so is loaded too.
+// Registers the operators fga_fast::* once per process. Loads nothing if they are registered already, for example by
+// the Python package. ops_library: empty means libfga_ops.so beside this library. cuda: also loads libfga_ops_cuda.so
+// beside libfga_ops.so.
 void load_ops(const std::string& ops_library, bool cuda);
 
 }  // namespace fga

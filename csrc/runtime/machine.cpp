@@ -7,7 +7,7 @@
 namespace fga {
 namespace {
 
-// By torch's names; what is not in here is passed over.
+// By torch's names. Features that are not listed here are not checked.
 std::map<std::string, bool> features() {
 #if defined(__x86_64__)
   return {{"sse", __builtin_cpu_supports("sse") != 0},

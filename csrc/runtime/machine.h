@@ -6,10 +6,10 @@
 
 namespace fga {
 
-// This processor's, as Python's platform.machine() calls it.
+// The architecture of this processor, with the same name as Python's platform.machine().
 std::string architecture();
 
-// Refuses a package that was compiled for a processor with what this one lacks: it would end the process.
+// Refuses a package compiled for features that this processor lacks: running it would crash the process.
 void check_machine(const Metadata& metadata);
 
 }  // namespace fga

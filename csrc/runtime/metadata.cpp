@@ -1,4 +1,4 @@
-// NAME.json, checked entry by entry: whoever runs a package must not trip over a damaged or a newer one.
+// Reads NAME.json and checks every entry, because the file may be damaged or of a newer version.
 #include <algorithm>
 #include <cmath>
 #include <fstream>
@@ -18,7 +18,7 @@ constexpr std::streamoff kMaxBytes = std::streamoff{64} << 20;
 constexpr double kMaxSize = 2147483647;
 constexpr double kMaxValues = 2147483648;  // of one batch of images
 
-// Reads the entries of one object; every message names the entry.
+// Reads the entries of one object and names the entry in every error.
 class Reader {
  public:
   Reader(const Json& json, std::string path) : path_(std::move(path)) {
@@ -105,7 +105,7 @@ class Reader {
 
 Preprocess read_preprocess(const Reader& in, const Metadata& m) {
   static const std::set<std::string> kKnown = {"image_size", "mean", "std", "crop_pct", "interpolation", "squash"};
-  for (const auto& [name, value] : in.all())  // one that is passed over would change what the model sees
+  for (const auto& [name, value] : in.all())  // ignoring one would change what the model sees
     if (kKnown.count(name) == 0) in.fail(name, "no such entry; the package may need a newer runtime");
   Preprocess p;
   p.image_size = {m.height, m.width};
@@ -125,7 +125,7 @@ Preprocess read_preprocess(const Reader& in, const Metadata& m) {
   return p;
 }
 
-// The tensors that the package must return, in the order in which it lists them.
+// The tensors that the package returns, in its order.
 void read_outputs(const Reader& in, Metadata& m) {
   const std::string wide = m.dtype == "float64" ? "float64" : "float32";
   const std::vector<int64_t> each = {m.batch}, maps = {m.batch, m.patches()};

@@ -1,4 +1,4 @@
-// The module fga_runtime: the session of C++ for Python, without fga_fast. It speaks NumPy and needs no torch import.
+// The module fga_runtime: the C++ session for Python. It uses NumPy arrays and imports neither fga_fast nor torch.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -34,7 +34,7 @@ fga::Picture picture_of(const uint8_t* pixels, const py::ssize_t* shape) {
   return {pixels, shape[0], shape[1], shape[2], 0};
 }
 
-// The images as the session takes them, and the arrays that own their memory.
+// The images for the session, and the arrays that own their memory.
 struct Batch {
   std::vector<py::object> owners;
   fga::Images images;
@@ -108,7 +108,7 @@ void bind_result(py::module_& m) {
       .def_property_readonly("gates", [wide](const Result& r) { return by_layer(r.gates, wide(r)); })
       .def_property_readonly("more",
                              [](const Result& r) {
-                               py::dict out;  // float64, which holds the numbers of every dtype
+                               py::dict out;  // float64 represents the values of every dtype
                                for (const auto& [name, array] : r.more) out[py::str(name)] = array_of(array, true);
                                return out;
                              })
@@ -150,12 +150,7 @@ void bind_preprocess(py::module_& m) {
       });
 }
 
-}  // namespace
-
-namespace {
-
-// Where fga_fast is in the process, the operators are those of the package: a second registration would end the
-// process.
+// If fga_fast is loaded, use its operators: registering them twice would crash the process.
 void load_ops_of_package() {
   if (py::module_::import("sys").attr("modules").contains("fga_fast"))
     py::module_::import("fga_fast.ops").attr("load")();

@@ -6,7 +6,7 @@
 namespace fga {
 namespace {
 
-constexpr int kPrecisionBits = 32 - 8 - 2;  // of a weight: 8 bits are the pixel's, 2 for a sum above 1 and the sign
+constexpr int kPrecisionBits = 32 - 8 - 2;  // of a weight; 8 bits for the pixel, 2 for sums above 1 and the sign
 
 double bilinear(double x) {
   x = std::abs(x);
@@ -21,13 +21,13 @@ double bicubic(double x) {
   return 0;
 }
 
-// What one output pixel is made of: `count` source pixels from `first`, and their weights.
+// The `count` source pixels from `first` that make one output pixel, and their weights.
 struct Taps {
   int64_t first = 0, count = 0;
   std::vector<int32_t> weights;
 };
 
-// Box edges are single precision in Pillow, everything else double; the order of operations is Pillow's too.
+// As in Pillow, box edges have single precision and everything else double, with the same order of operations.
 std::vector<Taps> taps_of(int64_t source, float begin, float end, int64_t size, double (*filter)(double),
                           double filter_support) {
   const double scale = static_cast<double>(end - begin) / static_cast<double>(size);
@@ -91,7 +91,7 @@ Pixels vertical(const Pixels& source, const std::vector<Taps>& taps, int64_t fir
   return out;
 }
 
-// Where each output pixel's centre falls; -1 outside. The steps are added up as Pillow adds them.
+// The source pixel at the centre of each output pixel, or -1 outside. Adds up the steps like Pillow.
 std::vector<int64_t> nearest_places(int64_t source, float begin, float end, int64_t size) {
   const double step = static_cast<double>(end - begin) / static_cast<double>(size);
   std::vector<int64_t> places;
@@ -129,8 +129,8 @@ Pixels resize(const Pixels& source, int64_t height, int64_t width, const std::st
   const auto rows = taps_of(source.height, edges[1], edges[3], height, filter, cubic ? 2 : 1);
   if (as_wide) return vertical(source, rows, 0);
   if (as_high) return horizontal(source, columns, 0, source.height);
-  // A sum is rounded to 8 bits after each pass, so the order shows. This is Pillow 13's; older ones always went
-  // horizontally first.
+  // Each pass rounds to 8 bits, so the order matters. This is the order of Pillow 13; older versions always did the
+  // horizontal pass first.
   const int64_t shrink = source.height - height;
   if (shrink > 0 && shrink > 2 * (source.width - width))
     return horizontal(vertical(source, rows, 0), columns, 0, height);

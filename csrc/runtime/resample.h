@@ -1,4 +1,4 @@
-// Resizing 8-bit pictures exactly as Pillow does, so that a model sees the same pixels from C++ as from Python.
+// Resizes 8-bit pictures exactly like Pillow, so that a model sees the same pixels from C++ and from Python.
 #pragma once
 
 #include <array>
@@ -14,7 +14,7 @@ struct Pixels {
   int64_t height = 0, width = 0, channels = 0;
 };
 
-// The part `box` (left, top, right, bottom, in pixels of the source) of a picture at another size.
+// Resizes the part `box` (left, top, right, bottom, in pixels of the source) of a picture.
 // interpolation: "bicubic", "bilinear" or "nearest".
 Pixels resize(const Pixels& source, int64_t height, int64_t width, const std::string& interpolation,
               const std::array<double, 4>& box);

@@ -1,4 +1,4 @@
-// The compiled model between its metadata and plain numbers: cut into batches, run, checked, put together again.
+// Runs the compiled model: cuts images into batches, runs them, checks the outputs and joins them.
 #include <fga_fast/session.h>
 
 #include <ATen/ATen.h>
@@ -21,7 +21,7 @@
 namespace fga {
 namespace {
 
-constexpr uintptr_t kAlignment = 64;  // what torch's own allocators give, and compiled models may rely on
+constexpr uintptr_t kAlignment = 64;  // that of torch's own allocators; compiled models may rely on it
 
 at::ScalarType type_of(const std::string& dtype) {
   if (dtype == "float32") return at::kFloat;
@@ -42,7 +42,7 @@ std::string json_beside(const std::string& path) {
   return std::filesystem::path(package).replace_extension(".json");
 }
 
-// Runs torch's code and makes an Error of what it throws.
+// Calls f, which calls torch, and turns its exceptions into Error.
 template <class F>
 auto calling_torch(const std::string& what, const F& f) {
   try {
@@ -60,7 +60,7 @@ bool all_finite(const Array& array) {
   return std::all_of(array.values.begin(), array.values.end(), [](double x) { return std::isfinite(x); });
 }
 
-// Triton's kernels are operators of the Python package, on CUDA also those that score an SAE.
+// Triton kernels exist only in the Python package. On CUDA the native backend scores SAEs with them.
 void check_backend(const Metadata& metadata, bool cuda) {
   if (metadata.backend == "triton" || (cuda && metadata.backend == "native" && !metadata.layers.empty()))
     throw Error("package: calls Triton kernels, which need Python; export it with backend=\"composite\"");
@@ -89,7 +89,7 @@ struct Session::State {
   void check_finite(const Result& result, const Images& images) const;
 };
 
-// What can be told before anything runs.
+// Checks images and targets before anything runs.
 void Session::State::check(const Images& images, const std::optional<std::vector<int64_t>>& targets) const {
   const Metadata& m = metadata;
   const std::vector<int64_t> shape(images.shape.begin(), images.shape.end());
@@ -102,8 +102,8 @@ void Session::State::check(const Images& images, const std::optional<std::vector
         "export the package from a model on cuda");
   if (images.values == nullptr && !images.list.empty() && !m.preprocess)
     throw Error(
-        "images: the package says nothing of preprocessing, so pictures of uint8 cannot be taken; pass normalised "
-        "floats [B, C, H, W], or export it with preprocessing");
+        "images: the package has no preprocessing, so it cannot take uint8 pictures; pass normalised floats "
+        "[B, C, H, W], or export it with preprocessing");
   if (targets.has_value() && !m.targets_given)
     throw Error("targets: this package explains the predicted class; make one with target_mode=\"given\" to choose");
   if (!targets.has_value() && m.targets_given)
@@ -118,7 +118,7 @@ void Session::State::check(const Images& images, const std::optional<std::vector
                   std::to_string(target));
 }
 
-// [count, channels, height, width] on the host or the device, of whatever dtype came.
+// [count, channels, height, width] on the host or the device, in the dtype of the caller.
 at::Tensor Session::State::values_of(const Images& images, int64_t first, int64_t count) const {
   const Metadata& m = metadata;
   const int64_t each = m.channels * m.height * m.width;
@@ -133,13 +133,13 @@ at::Tensor Session::State::values_of(const Images& images, int64_t first, int64_
   const auto type = images.is_double ? at::kDouble : at::kFloat;
   const auto* bytes = static_cast<const char*>(images.values) + first * each * static_cast<int64_t>(elementSize(type));
   const auto where = images.memory == Memory::device ? device : c10::Device(c10::kCPU);
-  // from_blob has no version for memory that is only read; nothing here writes to it.
+  // from_blob takes no const memory; nothing here writes to it.
   return at::from_blob(const_cast<char*>(bytes), {count, m.channels, m.height, m.width},
                        at::TensorOptions().dtype(type).device(where));
 }
 
-// One batch as the compiled model takes it. A short one is filled up with its last image: zeros could be an input for
-// which a layer of somebody's model divides by zero.
+// One batch for the compiled model. Repeats the last image to fill a short batch, because some models divide by zero on
+// images of zeros.
 at::Tensor Session::State::input_of(const Images& images, int64_t first, int64_t count) const {
   at::Tensor input = values_of(images, first, count).to(device, type_of(metadata.dtype));
   if (count < metadata.batch) {
@@ -196,7 +196,7 @@ Result Session::State::empty(int64_t count) const {
   return result;
 }
 
-// As Python does: only what came out is looked at, unless something is wrong.
+// Like Python, looks only at the outputs unless something is wrong.
 void Session::State::check_finite(const Result& result, const Images& images) const {
   const bool logits = all_finite(result.logits);
   if (logits && all_finite(result.relevance)) return;
@@ -252,7 +252,7 @@ Result Session::explain(const Images& images, const std::optional<std::vector<in
   const State& s = *state_;
   s.check(images, targets);
   return calling_torch("explain", [&] {
-    // No autograd: the gradients are part of the compiled graph.
+    // No autograd: the compiled graph computes the gradients.
     const c10::InferenceMode inference;
     const c10::OptionalDeviceGuard guard(s.device.is_cpu() ? std::nullopt : std::optional(s.device));
     Result result = s.empty(images.size());

@@ -39,7 +39,7 @@ void add_block(Sha256State& state, const uint8_t* block) {
            (std::rotr(b, 17) ^ std::rotr(b, 19) ^ b >> 10);
   }
   auto [a, b, c, d, e, f, g, h] = state;
-#pragma GCC unroll 64  // no word moves then: they take other names
+#pragma GCC unroll 64  // then the words only change names and none moves
   for (int i = 0; i < 64; ++i) {
     const uint32_t one =
         h + (std::rotr(e, 6) ^ std::rotr(e, 11) ^ std::rotr(e, 25)) + ((e & f) ^ (~e & g)) + kRounds[i] + w[i];
@@ -56,21 +56,20 @@ void add_blocks(Sha256State& state, const uint8_t* blocks, size_t count) {
 
 #if defined(__x86_64__)
 
-// By cpuid, as older compilers do not know the name in __builtin_cpu_supports. Whoever has these instructions has
-// SSE4.1.
+// Asks cpuid, because older compilers do not know the name in __builtin_cpu_supports. These instructions imply SSE4.1.
 bool has_sha_instructions() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (b & 1U << 29) != 0;
 }
 
-// W[t] to W[t+3] from the sixteen words before them, four in a vector, the earliest lowest.
+// W[t] to W[t+3] from the sixteen words before them: four words per vector, the earliest in the lowest place.
 __attribute__((target("sha,sse4.1"))) inline __m128i next_words(__m128i w16, __m128i w12, __m128i w8, __m128i w4) {
   const __m128i w7 = _mm_alignr_epi8(w4, w8, 4);  // W[t-7] to W[t-4]
   return _mm_sha256msg2_epu32(_mm_add_epi32(_mm_sha256msg1_epu32(w16, w12), w7), w4);
 }
 
-// The instructions take the state as two vectors, (a, b, e, f) and (c, d, g, h), the first of each highest. Two rounds
-// make a new (a, b, e, f), and what was in it becomes (c, d, g, h): the vectors swap their parts each time.
+// The instructions take the state as two vectors, (a, b, e, f) and (c, d, g, h), with the first word in the highest
+// place. Two rounds make a new (a, b, e, f), and the old one becomes (c, d, g, h): the vectors swap roles each time.
 __attribute__((target("sha,sse4.1"))) void add_blocks_by_instructions(Sha256State& state, const uint8_t* blocks,
                                                                       size_t count) {
   const auto word = [&](int i) { return static_cast<int>(state[i]); };
@@ -120,7 +119,7 @@ class File {
   File(const File&) = delete;
   File& operator=(const File&) = delete;
 
-  // How many bytes came; none at the end.
+  // The number of bytes read; 0 at the end.
   size_t read_into(std::vector<uint8_t>& buffer) {
     for (;;) {
       const ssize_t bytes = read(descriptor_, buffer.data(), buffer.size());
@@ -161,7 +160,7 @@ void Sha256::add(const uint8_t* bytes, size_t count) {
 std::string Sha256::finish() {
   const uint64_t bits = size_ * 8;
   std::array<uint8_t, 72> tail = {0x80};
-  const size_t zeros_end = 64 - (size_ + 8) % 64;  // 1 to 64 bytes, of which the first is not zero
+  const size_t zeros_end = 64 - (size_ + 8) % 64;  // 1 to 64 bytes; the first is 0x80
   for (int i = 0; i < 8; ++i) tail[zeros_end + i] = static_cast<uint8_t>(bits >> (56 - 8 * i));
   add(tail.data(), zeros_end + 8);
   std::string hex;

@@ -1,4 +1,4 @@
-// SHA-256 (FIPS 180-4), by which a package is told from another.
+// SHA-256 (FIPS 180-4), to recognise a package.
 #pragma once
 
 #include <array>
@@ -11,13 +11,13 @@ namespace fga {
 
 using Sha256State = std::array<uint32_t, 8>;
 
-// A way to add whole blocks of 64 bytes to the state.
+// An implementation that adds whole blocks of 64 bytes to the state.
 struct Sha256Route {
   const char* name;
   void (*add_blocks)(Sha256State& state, const uint8_t* blocks, size_t count);
 };
 
-// Those that this processor has, the fastest first; the last is plain C++.
+// The implementations for this processor, the fastest first; the last one is plain C++.
 const std::vector<Sha256Route>& sha256_routes();
 
 // The checksum of bytes that come in pieces of any size.
@@ -27,17 +27,17 @@ class Sha256 {
 
   void add(const uint8_t* bytes, size_t count);
 
-  // In lower-case hexadecimal, of all that was added; nothing may be added afterwards.
+  // The checksum of all added bytes in lower-case hexadecimal. Do not call add() afterwards.
   std::string finish();
 
  private:
   Sha256Route route_;
   Sha256State state_ = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a, 0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
-  std::array<uint8_t, 64> rest_ = {};  // what does not fill a block yet: the last size_ % 64 bytes
+  std::array<uint8_t, 64> rest_ = {};  // the last size_ % 64 bytes, less than a block
   uint64_t size_ = 0;
 };
 
-// Of a file's bytes. Throws Error where the file cannot be read.
+// The checksum of a file. Throws Error if it cannot read the file.
 std::string sha256_of_file(const std::string& path);
 
 }  // namespace fga

@@ -1,4 +1,4 @@
-// Shapes and lists as the Python package writes them in its messages.
+// Writes shapes and lists like the messages of the Python package.
 #pragma once
 
 #include <cstdint>

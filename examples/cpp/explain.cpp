@@ -1,4 +1,4 @@
-// Explains a picture by a package, without Python, and paints what the model looked at over what it saw:
+// Explains a picture with a package, without Python, and paints the heatmap over the part that the model saw:
 //   explain model.pt2 picture.ppm overlay.png [class]
 #include <fga_fast/session.h>
 
@@ -12,7 +12,7 @@
 
 namespace {
 
-// From blue over green to red.
+// From blue through green to red.
 uint8_t colour(float heat, int channel) {
   const float centre = channel == 0 ? 1.0F : channel == 1 ? 0.5F : 0.0F;
   return static_cast<uint8_t>(255 * std::clamp(1.5F - 2.5F * std::abs(heat - centre), 0.0F, 1.0F));
@@ -32,7 +32,7 @@ Rgb paint(const std::vector<uint8_t>& view, const fga::Heatmaps& heat) {
 void explain(int argc, char** argv) {
   const fga::Session session(argv[1]);
   const fga::Metadata& about = session.metadata();
-  if (!about.preprocess) throw fga::Error("the package says nothing of preprocessing; export it with preprocessing");
+  if (!about.preprocess) throw fga::Error("the package has no preprocessing; export it with preprocessing=...");
 
   const Rgb file = read_picture(argv[2]);
   const fga::Picture picture{file.pixels.data(), file.height, file.width, 3, 0};

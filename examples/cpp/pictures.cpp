@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t kMaxSide = 1 << 15;
 
-int64_t next_number(std::istream& file) {  // of a PPM header, past white space and comments
+int64_t next_number(std::istream& file) {  // in a PPM header; skips white space and comments
   while ((file >> std::ws).peek() == '#') file.ignore(1 << 20, '\n');
   int64_t number = 0;
   if (!(file >> number)) throw std::runtime_error("expected a number in the header of the PPM file");
@@ -56,7 +56,7 @@ Rgb read_png(const std::string& path) {
 }
 #endif
 
-void put(std::string& out, uint32_t number) {  // big end first
+void put(std::string& out, uint32_t number) {  // big-endian
   for (int shift = 24; shift >= 0; shift -= 8) out += static_cast<char>(number >> shift);
 }
 
@@ -77,7 +77,7 @@ std::string chunk(const std::string& name, const std::string& data) {
   return out;
 }
 
-// The zlib format with blocks that are stored as they are.
+// The zlib format with uncompressed blocks.
 std::string stored(const std::string& data) {
   std::string out = "\x78\x01";
   constexpr size_t kBlock = 65535;
@@ -114,7 +114,7 @@ Rgb read_picture(const std::string& path) {
     throw std::runtime_error(path + ": " + error.what());
   }
   throw std::runtime_error(path +
-                           ": not a format that this program was built to read (PPM, P6"
+                           ": this program was not built to read this format, only PPM (P6"
 #ifdef HAVE_PNG
                            ", or PNG"
 #endif
@@ -130,7 +130,7 @@ void write_png(const std::string& path, const Rgb& picture) {
   std::string header;
   put(header, static_cast<uint32_t>(picture.width));
   put(header, static_cast<uint32_t>(picture.height));
-  header += {8, 2, 0, 0, 0};  // bits, RGB, and the only methods that there are
+  header += {8, 2, 0, 0, 0};  // bits, RGB, default methods
   std::ofstream file(path, std::ios::binary);
   file << "\x89PNG\r\n\x1a\n" << chunk("IHDR", header) << chunk("IDAT", stored(rows)) << chunk("IEND", "");
   if (!file.flush()) throw std::runtime_error("cannot write " + path);

@@ -1,4 +1,4 @@
-// Files of pictures, as far as the example needs them.
+// Reads and writes picture files for the example.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@ struct Rgb {
   int64_t height = 0, width = 0;
 };
 
-// Binary PPM (P6) with 8 bits a channel; PNG too where libpng was there at build time, transparency on white.
+// Reads binary PPM (P6) with 8 bits per channel, and PNG if libpng was there at build time; puts transparency on white.
 // Throws std::runtime_error.
 Rgb read_picture(const std::string& path);
 

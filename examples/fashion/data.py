@@ -1,11 +1,11 @@
-"""Scenes of real Fashion-MNIST garments on a noisy canvas, with the truth about where each garment is.
+"""Scenes of real Fashion-MNIST garments on a noisy canvas, with the true place of each garment.
 
-A scene is a 56 x 56 RGB image that holds two or three different garments, one to a quadrant, slightly shifted and
-scaled, so that they hardly hide one another. Everything is drawn in batches from one `torch.Generator`: the same
-seed gives the same scenes.
+A scene is a 56 x 56 RGB image with two or three different garments. Each is in its own quadrant, slightly shifted and
+scaled, so garments hardly overlap. One `torch.Generator` draws everything in batches: the same seed gives the same
+scenes.
 
 Data: Fashion-MNIST (Xiao, Rasul and Vollgraf 2017, arXiv:1708.07747), MIT licence. Read from the Debian package
-`dataset-fashion-mnist` where that is installed, otherwise downloaded by torchvision.
+`dataset-fashion-mnist` if it is installed, otherwise downloaded by torchvision.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ALL_CLASSES = (
 IMAGE_SIZE = 56
 GARMENT_SIZE = 28
 MAX_GARMENTS = 3
-VALIDATION_GARMENTS = 2500  # the last of the 60,000 training garments, kept out of training to take decisions on
+VALIDATION_GARMENTS = 2500  # the last of the 60,000 training garments; not trained on, but used to make decisions
 
 Split = Literal["train", "validation", "test"]
 
@@ -41,7 +41,7 @@ class Garments:
     Attributes:
         images: [M, 28, 28] float32 in [0, 1], black background.
         members: one int64 tensor of row numbers into `images` for each class name.
-        class_names: what index c of `members` is.
+        class_names: the names of the classes in `members`.
     """
 
     images: Tensor
@@ -93,7 +93,7 @@ def _read_official(train: bool) -> tuple[np.ndarray, np.ndarray]:
         from torchvision.datasets import FashionMNIST
     except ImportError as error:
         raise RuntimeError(
-            "Fashion-MNIST is not here: install the Debian package dataset-fashion-mnist, or torchvision to download it"
+            "no Fashion-MNIST found: install the Debian package dataset-fashion-mnist, or torchvision to download it"
         ) from error
     data = FashionMNIST(str(DOWNLOAD_FOLDER), train=train, download=True)
     return data.data.numpy(), data.targets.numpy().astype(np.int64)
@@ -123,20 +123,20 @@ def make_scenes(
 
 
 def patch_classes(scenes: Scenes, patch: int, background: int, cover: float = 0.25) -> Tensor:
-    """The class that covers each patch, [B, P] int64; `background` where none covers the share `cover` of it."""
+    """The class that covers each patch, [B, P] int64; `background` if none covers more than the share `cover` of it."""
     share, garment = F.avg_pool2d(scenes.masks.float(), patch).flatten(2).max(dim=1)  # [B, P] both
     return torch.where(share > cover, scenes.classes.gather(1, garment), background)
 
 
 def _draw_classes(n_classes: int, count: int, generator: torch.Generator, fewest: int, most: int) -> Tensor:
-    """[count, most] different classes a scene; -1 behind the last garment of a scene that has fewer."""
+    """[count, most]: the different classes of each scene, filled with -1 if a scene has fewer garments."""
     classes = torch.rand(count, n_classes, generator=generator).argsort(dim=1)[:, :most]
     number = torch.randint(fewest, most + 1, (count, 1), generator=generator)
     return classes.masked_fill(torch.arange(most) >= number, -1)
 
 
 def _draw_garments(garments: Garments, classes: Tensor, generator: torch.Generator) -> Tensor:
-    """One garment [28, 28] for each entry of `classes`; black where the class is -1."""
+    """One garment [28, 28] for each entry of `classes`, black for class -1."""
     draw = torch.rand(classes.shape, generator=generator)
     rows = torch.zeros_like(classes)
     for index, member in enumerate(garments.members):
@@ -146,7 +146,7 @@ def _draw_garments(garments: Garments, classes: Tensor, generator: torch.Generat
 
 
 def _erase(picked: Tensor, generator: torch.Generator) -> Tensor:
-    """Blacken a 7 x 7 square of a tenth of the garments, so that no single detail decides."""
+    """Blacken a 7 x 7 square in a tenth of the garments, so that no single detail decides."""
     shape = picked.shape[:2]
     corner = torch.rand(*shape, 2, generator=generator) * (GARMENT_SIZE - 7)
     chosen = torch.rand(shape, generator=generator) < 0.1
@@ -157,7 +157,7 @@ def _erase(picked: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _place(picked: Tensor, classes: Tensor, generator: torch.Generator, augment: bool) -> Tensor:
-    """Move each garment [28, 28] into a quadrant of its own: [B, 3, 56, 56]."""
+    """Move each garment [28, 28] into its own quadrant: [B, 3, 56, 56]."""
     count, slots = classes.shape
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:

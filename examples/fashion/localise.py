@@ -2,9 +2,9 @@
 
     python -m examples.fashion.localise --scenes 500
 
-Every garment in a scene is explained once. Printed for TransMM (no gate) and for FGA with several gate bases:
+Explains every garment in a scene once. Prints for TransMM (no gate) and for FGA with several gate bases:
   inside    the share of the positive relevance that lies inside the garment's box
-  area      the share of the canvas that the box covers, which is what chance would give
+  area      the share of the canvas inside the box, which is what chance would give
   pointing  how often the most relevant patch has its centre inside the box (the pointing game)
 """
 
@@ -25,7 +25,7 @@ from fga_fast.assets import fashion_config, fashion_model, fashion_saes
 
 
 class Localisation(NamedTuple):
-    """One value for each explained garment, [M] each, in [0, 1]."""
+    """Values in [0, 1] for each explained garment, [M] each."""
 
     inside: Tensor
     area: Tensor
@@ -33,7 +33,7 @@ class Localisation(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """M garments to explain: the normalised scene each is in, its class and its box."""
+    """M garments to explain: for each its normalised scene, its class and its box."""
 
     images: Tensor  # [M, 3, H, W]
     targets: Tensor  # [M]
@@ -55,7 +55,7 @@ def localisation(
     grid: tuple[int, int],
     image_size: tuple[int, int],
 ) -> Localisation:
-    """Compare patch relevance with boxes; each patch's relevance is spread evenly over its pixels."""
+    """Compare patch relevance with boxes. The relevance of a patch counts evenly for all its pixels."""
     height, width = image_size
     patch = (height // grid[0], width // grid[1])
     positive = relevance.clamp(min=0).view(-1, *grid)

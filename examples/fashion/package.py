@@ -1,9 +1,9 @@
-"""Copy a trained model into the package, together with a few held-out scenes to explain.
+"""Copy a trained model and a few held-out scenes to explain into the package.
 
     python -m examples.fashion.package --model examples/fashion/runs
 
-The scenes are the first ones of a fixed seed in which the model names exactly the garments that are there (an
-explanation of a wrong answer is a subject of its own). They are made of test garments only.
+The scenes are made of test garments only. They are the first ones of a fixed seed whose garments the model names
+exactly: explaining wrong answers is another subject.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from timm.models import VisionTransformer
 
 from examples.fashion.data import load_garments, make_scenes
-from examples.fashion.train_vit import write_text
+from examples.fashion.train_vit import write_json
 
 ASSETS = Path(__file__).parents[2] / "fga_fast" / "assets" / "fashion"
 
@@ -30,13 +30,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ASSETS)
     parser.add_argument("--scenes", type=int, default=6)
     parser.add_argument("--seed", type=int, default=4_000_003)
-    parser.add_argument("--first", type=int, default=1, help="the scene to put first, which the demo draws large")
+    parser.add_argument("--first", type=int, default=1, help="the scene to put first; the demo draws it large")
     parser.add_argument("--gate-base", type=float, default=2.0, help="the demo's gates lie in [1/base, base]")
     arguments = parser.parse_args()
     config = json.loads((arguments.model / "config.json").read_text())
     arguments.out.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(arguments.model / "vit.safetensors", arguments.out / "vit.safetensors")
-    write_text(arguments.out / "config.json", json.dumps(config | {"gate_base": arguments.gate_base}, indent=2) + "\n")
+    write_json(arguments.out / "config.json", config | {"gate_base": arguments.gate_base})
     for folder in config["saes"].values():
         shutil.copytree(arguments.model / folder, arguments.out / folder, dirs_exist_ok=True)
     write_scenes(arguments.model, config, arguments.out / "scenes", arguments)
@@ -44,7 +44,7 @@ def main() -> None:
 
 @torch.inference_mode()
 def write_scenes(folder: Path, config: dict[str, object], out: Path, arguments: argparse.Namespace) -> None:
-    """Write scenes as PNG and what is in them as `scenes.json`: names, and boxes x0, y0, x1, y1."""
+    """Write scenes as PNG, and the names and boxes (x0, y0, x1, y1) of their garments as `scenes.json`."""
     count, seed, first = arguments.scenes, arguments.seed, arguments.first
     names = tuple(config["class_names"])
     model = VisionTransformer(**config["model_args"]).eval()
@@ -52,7 +52,7 @@ def write_scenes(folder: Path, config: dict[str, object], out: Path, arguments: 
     scenes = make_scenes(load_garments("test", names), 20 * count, torch.Generator().manual_seed(seed))
     pixels = (scenes.images * 255).round().to(torch.uint8)
     mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
-    probabilities = model((pixels / 255 - mean) / std).sigmoid()  # of what the PNG files will hold
+    probabilities = model((pixels / 255 - mean) / std).sigmoid()  # for the pixels of the PNG files
     right = ((probabilities > 0.5) == (scenes.targets > 0)).all(1).nonzero().flatten()[:count].tolist()
     right.insert(0, right.pop(first))
     out.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def write_scenes(folder: Path, config: dict[str, object], out: Path, arguments: 
             for slot in present
         ]  # fmt: skip
         listed.append({"file": name, "garments": garments})
-    write_text(out / "scenes.json", json.dumps({"seed": seed, "scenes": listed}, indent=2) + "\n")
+    write_json(out / "scenes.json", {"seed": seed, "scenes": listed})
 
 
 if __name__ == "__main__":

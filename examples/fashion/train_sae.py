@@ -2,9 +2,9 @@
 
     python -m examples.fashion.train_sae --model examples/fashion/runs --blocks 2 3
 
-Writes `sae_<block>/` (fga_fast's own format) beside the ViT, names the folders in its `config.json`, and writes
-`sae_report.json`: explained variance, codes a token, dead features, and what the ViT's label accuracy becomes when
-the reconstruction takes the place of the residual stream's patches. Top-k after Gao et al. 2024 (arXiv:2406.04093).
+Writes `sae_<block>/` (fga_fast's own format) beside the ViT, adds the folders to its `config.json`, and writes
+`sae_report.json`: explained variance, codes per token, dead features, and the ViT's label accuracy when the
+reconstruction replaces the patches of the residual stream. Top-k as in Gao et al. 2024 (arXiv:2406.04093).
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from examples.fashion.data import Garments, load_garments, make_scenes
-from examples.fashion.train_vit import write_text
+from examples.fashion.train_vit import write_json
 from fga_fast.sae import SparseAutoencoder
 
 LOG = logging.getLogger("train_sae")
-QUIET_TOKENS = 400_000  # a feature that is silent this long gets the auxiliary loss
+QUIET_TOKENS = 400_000  # a feature that is silent for so many tokens gets the auxiliary loss
 
 
 class TopKTrainer(nn.Module):
-    """One SAE in training, on activations divided by `scale` so that the learning rate suits any block."""
+    """One SAE in training, on activations divided by `scale`, so that one learning rate fits all blocks."""
 
     def __init__(self, sample: Tensor, d_sae: int, k: int) -> None:  # sample [T, C]
         super().__init__()
@@ -45,7 +45,7 @@ class TopKTrainer(nn.Module):
         self.register_buffer("silent", torch.zeros(d_sae))  # tokens since the feature last fired
 
     def forward(self, x: Tensor) -> Tensor:  # x [T, C]
-        """The loss on T tokens: what is not explained, plus a nudge that makes silent features explain the rest."""
+        """The loss on T tokens: the unexplained part, plus a term that makes silent features explain the rest."""
         x = x / self.scale
         pre = (x - self.b_dec) @ self.W_enc + self.b_enc  # [T, F]
         value, index = pre.topk(self.k, dim=1)
@@ -65,20 +65,14 @@ class TopKTrainer(nn.Module):
 
     @torch.no_grad()
     def unit_decoder(self) -> None:
-        """Give each decoder row length 1, so that a code's size is what the feature adds to the residual stream."""
+        """Scale each decoder row to length 1, so that a code is the size of what its feature adds to the stream."""
         self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-8))
 
     @torch.no_grad()
     def frozen(self) -> SparseAutoencoder:
-        """The same autoencoder for activations as they are, without the division by `scale`."""
-        return SparseAutoencoder(
-            self.W_enc / self.scale,
-            self.b_enc,
-            self.W_dec * self.scale,
-            self.b_dec * self.scale,
-            activation="topk",
-            k=self.k,
-        )
+        """The same SAE for activations that are not divided by `scale`."""
+        W_enc, W_dec, b_dec = self.W_enc / self.scale, self.W_dec * self.scale, self.b_dec * self.scale
+        return SparseAutoencoder(W_enc, self.b_enc, W_dec, b_dec, activation="topk", k=self.k)
 
 
 def main() -> None:
@@ -97,15 +91,15 @@ def main() -> None:
     for block, sae in saes.items():
         sae.save(arguments.model / f"sae_{block}")
     config["saes"] = {str(block): f"sae_{block}" for block in saes}
-    write_text(arguments.model / "config.json", json.dumps(config, indent=2) + "\n")
-    write_text(arguments.model / "sae_report.json", json.dumps(report, indent=2) + "\n")
+    write_json(arguments.model / "config.json", config)
+    write_json(arguments.model / "sae_report.json", report)
     LOG.info("test %s", json.dumps(report))
 
 
 def train(
     model: VisionTransformer, garments: Garments, config: dict[str, list[float]], arguments: argparse.Namespace
 ) -> dict[int, TopKTrainer]:
-    """Train one SAE a block, all on the same scenes."""
+    """Train one SAE for each block, all on the same scenes."""
     generator = torch.Generator().manual_seed(arguments.seed)
     sample = residual_streams(model, _images(garments, 256, generator, config), arguments.blocks)
     trainers = {block: TopKTrainer(x, arguments.features, arguments.k) for block, x in sample.items()}
@@ -137,7 +131,7 @@ def evaluate(
     config: dict[str, list[float]],
     count: int,
 ) -> dict[str, object]:
-    """How well each SAE renders the residual stream of held-out scenes."""
+    """How well each SAE reconstructs the residual stream of held-out scenes."""
     generator = torch.Generator().manual_seed(2_000_003)
     scenes = make_scenes(garments, count, generator)
     images = (scenes.images - config["mean"][0]) / config["std"][0]
@@ -163,7 +157,7 @@ def evaluate(
 
 @torch.no_grad()
 def residual_streams(model: VisionTransformer, images: Tensor, blocks: list[int]) -> dict[int, Tensor]:
-    """The patch tokens after each of `blocks`, [B * P, C] each, for images [B, 3, H, W]."""
+    """The patches' residual stream [B * P, C] after each of `blocks`, for images [B, 3, H, W]."""
     streams: dict[int, Tensor] = {}
     handles = [
         model.blocks[block].register_forward_hook(
@@ -181,7 +175,7 @@ def residual_streams(model: VisionTransformer, images: Tensor, blocks: list[int]
 
 @contextmanager
 def _replaced(model: VisionTransformer, block: int, sae: SparseAutoencoder) -> Iterator[None]:
-    """While active, the patches after `block` are the SAE's reconstruction."""
+    """Replaces the patches after `block` by the SAE's reconstruction for a while."""
 
     def splice(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:  # [B, N, C]
         return torch.cat((output[:, :1], sae.decode(sae.encode(output[:, 1:]))), dim=1)
@@ -208,7 +202,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--features", type=int, default=768)
     parser.add_argument("--k", type=int, default=16)
     parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--batch", type=int, default=64, help="scenes a step")
+    parser.add_argument("--batch", type=int, default=64, help="scenes per step")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)

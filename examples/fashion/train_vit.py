@@ -2,8 +2,8 @@
 
     python -m examples.fashion.train_vit --out examples/fashion/runs
 
-Writes `vit.safetensors`, `config.json` and `vit_report.json` to `--out`. A checkpoint of the averaged weights is
-renewed every `--report-every` steps, so that a stopped run leaves something usable.
+Writes `vit.safetensors`, `config.json` and `vit_report.json` to `--out`. Saves the averaged weights every
+`--report-every` steps, so that a stopped run leaves a usable checkpoint.
 """
 
 from __future__ import annotations
@@ -29,61 +29,58 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from examples.fashion.data import ALL_CLASSES, Garments, load_garments, make_scenes, patch_classes
+from fga_fast.io.atomic import atomic_write
 
 LOG = logging.getLogger("train_vit")
 MODEL_ARGS = {"img_size": 56, "patch_size": 7, "embed_dim": 128, "depth": 5, "num_heads": 4, "class_token": True}
 MEAN, STD = 0.3, 0.25
-DECAY = 0.3  # the share of the steps at the end in which the learning rate falls and every patch is looked at
+DECAY = 0.3  # in this share of the steps, at the end, the learning rate falls and the model sees every patch
 
 
 def main() -> None:
     arguments = _parse()
     arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        # Processes that meet once a step bear a busy machine far better than threads that meet in every operation.
+        # Processes synchronise once per step, threads in every operation, which is far slower on a busy machine.
         torch.multiprocessing.spawn(work, (arguments, f"file://{folder}/meet"), nprocs=arguments.processes)
 
 
 def work(rank: int, arguments: argparse.Namespace, meeting_point: str) -> None:
-    """One of the processes that train together, each on its own share of every batch."""
+    """One of the training processes; each takes its own share of every batch."""
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(asctime)s %(message)s")
     torch.distributed.init_process_group("gloo", meeting_point, rank=rank, world_size=arguments.processes)
     torch.set_num_threads(1)
     torch.manual_seed(arguments.seed)  # the same first weights in every process
-    # The unfused attention's backward is three times faster than the fused one's at these sizes on a CPU.
+    # At these sizes on a CPU, unfused attention has a three times faster backward pass.
     set_fused_attn(False)
     names = tuple(name for name in ALL_CLASSES if name not in arguments.without)
-    config = {
-        "model_args": MODEL_ARGS | {"num_classes": len(names)},
-        "mean": [MEAN] * 3,
-        "std": [STD] * 3,
-        "class_names": list(names),
-    }
+    model_args = MODEL_ARGS | {"num_classes": len(names)}
+    config = {"model_args": model_args, "mean": [MEAN] * 3, "std": [STD] * 3, "class_names": list(names)}
     model = train(VisionTransformer(**config["model_args"]), names, config, arguments)
     if rank > 0:
         return
     report = evaluate(model, load_garments("test", names), arguments.test_scenes, seed=1_000_003)
     report["training"] = {key: str(value) for key, value in vars(arguments).items() if key != "out"}
     LOG.info("test %s", json.dumps(report))
-    write_text(arguments.out / "vit_report.json", json.dumps(report, indent=2) + "\n")
+    write_json(arguments.out / "vit_report.json", report)
 
 
 def train(
     model: nn.Module, names: tuple[str, ...], config: dict[str, object], arguments: argparse.Namespace
 ) -> nn.Module:
-    """Train `model` from scratch and return its weights' running average, in eval mode."""
+    """Train `model` from scratch and return the model with the running average of its weights, in eval mode."""
     rank, processes = torch.distributed.get_rank(), arguments.processes
     garments = load_garments("train", names)
     validation = load_garments("validation", names)
     generator = torch.Generator().manual_seed(arguments.seed * processes + rank)
-    # Names the garment under each patch during training only: a dense signal where the class token's is sparse.
+    # Names the garment under each patch, in training only: a dense signal beside the sparse one of the class token.
     patch_head = nn.Linear(MODEL_ARGS["embed_dim"], len(names) + 1)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.998))
     optimizers = _optimizers(model, patch_head, arguments)
     schedules = [LambdaLR(optimizer, lambda step: _lr_factor(step, arguments.steps)) for optimizer in optimizers]
     decay_from = (1 - DECAY) * arguments.steps
     master = nn.ModuleList((model, patch_head))
-    # Forward and backward run on a copy in bfloat16; the float32 weights collect the small steps.
+    # Forward and backward run on a bfloat16 copy; the float32 weights accumulate the small steps.
     copy = deepcopy(master).to(torch.float32 if arguments.float32 else torch.bfloat16)
     started, losses = time.time(), []
     for step in range(1, arguments.steps + 1):
@@ -105,7 +102,7 @@ def train(
         for schedule in schedules:
             schedule.step()
         average.update_parameters(model)
-        if step < 300:  # the first weights are no use to the average
+        if step < 300:  # leave the first weights out of the average
             average.module.load_state_dict(model.state_dict())
         losses.append(class_loss.detach())
         if rank == 0 and (step % arguments.report_every == 0 or step == arguments.steps):
@@ -126,10 +123,10 @@ def _loss(
     images: Tensor,  # [B, 3, 56, 56]
     targets: Tensor,  # [B, classes]
     patches: Tensor,  # [B, P] class under each patch
-    kept: Tensor,  # [B, keep] the patches to look at
+    kept: Tensor,  # [B, keep] the patches that the model sees
     patch_weight: float,
 ) -> tuple[Tensor, Tensor]:
-    """The training loss and the part of it that the class token answers for."""
+    """The training loss, and its part from the class token."""
     tokens = model._pos_embed(model.patch_embed(images))  # [B, 1 + P, C]
     chosen = tokens[:, 1:].gather(1, kept[..., None].expand(-1, -1, tokens.shape[2]))
     tokens = model.norm(model.blocks(torch.cat((tokens[:, :1], chosen), dim=1)))  # [B, 1 + keep, C]
@@ -149,14 +146,14 @@ def _average_gradients(copy: nn.Module, master: nn.Module) -> None:
 
 
 def kept_patches(patches: Tensor, keep: int, background: int, generator: torch.Generator) -> Tensor:
-    """`keep` patches of each scene, garments first: [B, keep] int64. Empty canvas teaches little and costs as much."""
+    """`keep` patches of each scene, garments first: [B, keep] int64. Empty canvas costs as much and teaches little."""
     order = torch.rand(patches.shape, generator=generator) + (patches == background)  # patches [B, P]
     return order.argsort(dim=1)[:, :keep]
 
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, garments: Garments, count: int, seed: int) -> dict[str, object]:
-    """Accuracy on `count` scenes drawn from `seed`, in float32, threshold 0.5, with the all-absent baseline."""
+    """Accuracy on `count` scenes from `seed`, in float32 with threshold 0.5, and that of the answer "all absent"."""
     training = model.training
     model.eval()
     generator = torch.Generator().manual_seed(seed)
@@ -181,18 +178,18 @@ def evaluate(model: nn.Module, garments: Garments, count: int, seed: int) -> dic
 
 
 def save(model: nn.Module, config: dict[str, object], out: Path) -> None:
-    """Write `vit.safetensors` (with the configuration in its header) and `config.json`."""
+    """Write `vit.safetensors`, with the configuration in its header, and `config.json`."""
     state = {name: value.float().contiguous() for name, value in model.state_dict().items()}
     metadata = {key: json.dumps(value) for key, value in config.items()}
     save_file(state, out / "vit.safetensors.partial", metadata=metadata)
     (out / "vit.safetensors.partial").replace(out / "vit.safetensors")
-    write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
+    write_json(out / "config.json", config)
 
 
 def _optimizers(
     model: nn.Module, patch_head: nn.Module, arguments: argparse.Namespace
 ) -> tuple[torch.optim.Optimizer, ...]:
-    """Muon for the blocks' matrices, which learns from far fewer scenes, and AdamW for everything else."""
+    """Muon, which needs far fewer scenes, for the matrices of the blocks; AdamW for everything else."""
     named = [*model.named_parameters(), *patch_head.named_parameters()]
     matrices = [p for name, p in named if name.startswith("blocks.") and p.ndim == 2]
     rest = [p for name, p in named if not (name.startswith("blocks.") and p.ndim == 2)]
@@ -203,17 +200,15 @@ def _optimizers(
 
 
 def _lr_factor(step: int, steps: int, warmup: int = 300) -> float:
-    """Warm-up, constant, then down to nothing along a cosine over the last `DECAY` of the steps."""
+    """Warm-up, constant, then a cosine down to 0.005 over the last `DECAY` of the steps."""
     decay_from = (1 - DECAY) * steps
     if step < decay_from:
         return min(1.0, (step + 1) / warmup)
     return 0.005 + 0.995 * 0.5 * (1 + math.cos(math.pi * (step - decay_from) / (steps - decay_from)))
 
 
-def write_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
+def write_json(path: Path, value: object) -> None:
+    atomic_write(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def _parse() -> argparse.Namespace:
@@ -224,11 +219,11 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--patch-loss", type=float, default=0.3, help="weight of the loss on the patch tokens")
-    parser.add_argument("--keep", type=int, default=40, help="patches looked at before the learning rate falls")
-    parser.add_argument("--alone-steps", type=int, default=800, help="steps at the start with one garment a scene")
+    parser.add_argument("--keep", type=int, default=40, help="patches seen before the learning rate falls")
+    parser.add_argument("--alone-steps", type=int, default=800, help="steps at the start with one garment per scene")
     parser.add_argument("--without", nargs="*", default=[], choices=ALL_CLASSES, help="classes to leave out")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--processes", type=int, default=2, help="one thread each; results depend on this number")
+    parser.add_argument("--processes", type=int, default=2, help="with one thread each; results depend on this number")
     parser.add_argument("--test-scenes", type=int, default=5000)
     parser.add_argument("--report-every", type=int, default=250)
     parser.add_argument("--float32", action="store_true", help="no bfloat16, for CPUs without AMX")

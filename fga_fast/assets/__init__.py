@@ -1,7 +1,7 @@
 """The demo that ships with the package: a small ViT, its SAEs and a few scenes of Fashion-MNIST garments.
 
-`fashion/MODEL_CARD.md` says what they are, how they were trained and where their limits are. Weights are read from
-safetensors only; nothing is downloaded.
+`fashion/MODEL_CARD.md` says what they are, how they were trained and what their limits are. Weights are read from
+safetensors files only; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _FOLDER = Path(__file__).parent / "fashion"
 
 @dataclass(frozen=True)
 class FashionConfig:
-    """What goes with the demo model.
+    """The configuration of the demo model.
 
     Attributes:
         model_args: keyword arguments of timm's VisionTransformer.
         mean, std: three numbers each; an image in [0, 1] is normalised as (image - mean) / std.
-        class_names: the name of each logit; several may hold for one scene (sigmoid, not softmax).
+        class_names: the name of each logit. Several may apply to one scene (sigmoid, not softmax).
         saes: block number -> folder name of its SAE.
         gate_base: the demo's gates lie in [1/gate_base, gate_base].
     """

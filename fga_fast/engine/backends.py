@@ -1,7 +1,7 @@
-"""Which implementation of each stage runs where: `auto` takes the fastest that is known to be right on the device.
+"""Chooses the implementation of each stage: `auto` takes the fastest one that is known to be correct on the device.
 
-A stage's implementations share one signature (`ops.attention`, `ops.score`, `ops.gate`), so the tape does not know
-which it calls.
+All implementations of a stage have the same signature (`ops.attention`, `ops.score`, `ops.gate`), so the tape does not
+need to know which one it calls.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ COMPOSITE = Stages(composite.attention, composite.score, composite.gate)
 
 
 class Choice(NamedTuple):
-    """What runs, and why it is not the native backend where `auto` could not take that."""
+    """What runs. If `auto` could not take the native backend, `reason` says why."""
 
     name: str
-    stages: Stages | None  # None for "reference", which has no stages of its own
+    stages: Stages | None  # None for "reference", which is not made of these stages
     reason: str = ""
 
 
-# Whether the kernels for CUDA have run on a device and have rows in benchmarks/results; until then `auto` leaves them.
+# Whether the CUDA kernels have run on a device and have rows in benchmarks/results. Until then `auto` avoids them.
 CUDA_MEASURED = False
 
 
@@ -44,8 +44,8 @@ def choose(backend: Backend, device: torch.device, dtype: torch.dtype = torch.fl
     """The backend that will run on `device` for a model of `dtype`.
 
     Raises:
-        ValueError: unknown name.
-        RuntimeError: an explicit choice cannot run here; an explicit choice never falls back.
+        ValueError: the name is unknown.
+        RuntimeError: an explicit choice cannot run here; only `auto` falls back.
     """
     check_choice("backend", backend, Backend)
     if backend == "reference":

@@ -1,11 +1,11 @@
-"""One call of autograd for all that an explanation needs, for one target an image or K of them together.
+"""The one call of autograd behind an explanation, for one target per image or K targets together.
 
-Relevance, scores and gates leave as gradients of dummy tensors (taps.py), so K targets are K rows of gradients of the
-same graph, run as one backward pass over [K, B, ...] (`is_grads_batched`), in chunks that bound the memory.
+Relevance, scores and gates leave as gradients of dummy tensors (taps.py). So K targets are K rows of gradients of the
+same graph: one backward pass over [K, B, ...] (`is_grads_batched`), in chunks that limit the memory.
 
-float16 gradients underflow where a float32 model has tiny ones. There the explained values are differentiated times a
-power of two of each row's own, chosen from the gradient at the last residual stream and lowered where it overflows;
-relevance is not linear in it, so its inverse travels along the gate ports.
+Gradients that are tiny in a float32 model underflow in a float16 model. So for float16 we multiply each row of the
+explained values by its own power of two, the loss scale: chosen from the gradient at the last residual stream, and
+lowered if the row overflows. Relevance is not linear in the gradient, so the gate ports carry the inverse of the scale.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 _LARGEST = 2.0**14  # first try of a loss scale: the largest power of two with room to spare in float16
-_AIM = 2.0**4  # wanted size of the largest gradient at the last residual stream; leaves 2^11 for growth on the way
+_AIM = 2.0**4  # target for the largest gradient at the last residual stream; leaves a factor of 2^11 for growth
 _TRIES = 4
 
 
 @dataclass
 class Graph:
-    """Ends of a recorded forward pass: what is differentiated, what with, and with respect to what."""
+    """The ends of a recorded forward pass: the outputs and seeds of the backward pass, and the inputs it stops at."""
 
-    end: Tensor | None  # [B, N] last carrier, or [B, 1] after an attention pool; None if no relevance is rolled out
+    end: Tensor | None  # [B, N] last carrier, or [B, 1] after an attention pool; None without a rollout
     seed: Tensor | None  # like `end`: the row of relevance that enters there
     inputs: list[Tensor]  # dummies whose gradients are wanted, each [B, ...]
-    ports: list[Tensor]  # [B, N], gate ports of attentions that no SAE gates
-    scales: list[Tensor] = field(default_factory=list)  # [B] of stream taps, if scaled
-    last: Tensor | None = None  # [B, N, C] last residual stream, if gradients are to be scaled
-    tokens_first: bool = False  # it is [N, B, C]
-    pool: Tensor | None = None  # [B, N] port of an attention between it and the values, one of `ports`
+    ports: list[Tensor]  # [B, N], gate ports of attentions without an SAE
+    scales: list[Tensor] = field(default_factory=list)  # [B], ports for the inverse loss scale, one for each stream tap
+    last: Tensor | None = None  # [B, N, C] last residual stream; None: no loss scale
+    tokens_first: bool = False  # `last` is [N, B, C]
+    pool: Tensor | None = None  # [B, N], the port, one of `ports`, of an attention between `last` and the values
 
 
 def differentiate(graph: Graph, values: Tensor, chunk: int) -> list[Tensor]:  # values [B] or [B, K]
-    """Gradients of `graph.inputs`: each [B, ...], or [B, K, ...] for K values an image, at most `chunk` at a time."""
+    """Gradients for `graph.inputs`, each [B, ...], or [B, K, ...] for K values per image, `chunk` values at a time."""
     if values.dim() == 1:
         return _pass(graph, values, torch.ones_like(values), retain=False)
     count = values.shape[1]
@@ -52,7 +52,7 @@ def differentiate(graph: Graph, values: Tensor, chunk: int) -> list[Tensor]:  # 
 
 
 def _pass(graph: Graph, values: Tensor, ones: Tensor, retain: bool) -> list[Tensor]:
-    """One backward pass; `ones` [B], or [K, B, K'] for K of K' values together."""
+    """One backward pass; `ones` is [B], or [K, B, K'] for K of the K' values."""
     if graph.last is None:
         return _gradients(graph, values, ones, None, retain)
     scale = _choose_scale(graph, graph.last, values, ones)  # [B] or [K, B]
@@ -85,18 +85,18 @@ def _gradients(graph: Graph, values: Tensor, ones: Tensor, scale: Tensor | None,
 def _grad(
     outputs: list[Tensor], inputs: list[Tensor], seeds: list[Tensor], batched: bool, retain: bool
 ) -> list[Tensor]:
-    """`torch.autograd.grad`; `batched` for K seeds of each output at once, one by one where the model's own functions
-    cannot do that (hooks and autograd functions of its own that look at values).
+    """`torch.autograd.grad`; `batched`: with K seeds for each output. It takes the seeds one by one if the model cannot
+    be batched, because its hooks or autograd functions look at values.
     """
     if not batched:
         return list(torch.autograd.grad(outputs, inputs, seeds, retain_graph=retain))
     try:
-        # Retained, so that there is a graph to go back to; it is gone with the last reference to it.
+        # Keep the graph for the fallback below; it is freed with the last reference to it.
         return list(torch.autograd.grad(outputs, inputs, seeds, retain_graph=True, is_grads_batched=True))
     except RuntimeError as error:
         if "vmap" not in str(error) and "atching rule" not in str(error):
             raise
-        logger.warning("targets are differentiated one by one, since the model's gradients do not batch: %s", error)
+        logger.warning("targets are differentiated one by one, because the model's gradients do not batch: %s", error)
     rows = [
         torch.autograd.grad(outputs, inputs, [seed[k] for seed in seeds], retain_graph=True)
         for k in range(len(seeds[0]))
@@ -110,7 +110,7 @@ def _scaled(ones: Tensor, scale: Tensor) -> Tensor:
 
 
 def _choose_scale(graph: Graph, last: Tensor, values: Tensor, ones: Tensor) -> Tensor:
-    """Loss scale of each row, [B] or [K, B]: powers of two that bring the gradient at `last` to about `_AIM`."""
+    """Loss scale of each row, [B] or [K, B]: a power of two that brings the gradient at `last` to about `_AIM`."""
     rows = ones.shape[:1] if values.dim() == 1 else ones.shape[:2]
     scale = torch.full(rows, _LARGEST, dtype=torch.float32, device=values.device)
     for _ in range(_TRIES):
@@ -124,5 +124,5 @@ def _choose_scale(graph: Graph, last: Tensor, values: Tensor, ones: Tensor) -> T
             break
         scale = torch.where(torch.isfinite(largest), scale, scale / 2**6)
     factor = torch.where(largest > 0, _AIM / largest.clamp_min(1e-30), torch.ones_like(largest))
-    # No larger than the first try: the scaled seed itself has to fit into the dtype of the values.
+    # At most `_LARGEST`, because the scaled seed itself must fit into the dtype of the values.
     return (scale * 2.0 ** factor.log2().floor()).clamp(2.0**-14, _LARGEST)

@@ -1,4 +1,4 @@
-"""What is explained, and how: a model with its layout, SAEs and settings, checked to fit each other."""
+"""What to explain, and how: a model with its layout, SAEs and settings, checked against each other."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class ExplainerSettings(TypedDict, total=False):
-    """The keywords of `Explainer` beside model and SAEs, for functions that pass them on."""
+    """The keywords of `Explainer`, without model and SAEs, for functions that pass them on."""
 
     gate: Gate | None
     method: Method
@@ -41,40 +41,40 @@ class ExplainerSettings(TypedDict, total=False):
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Everything that an explanation needs beside images and targets."""
+    """Everything that an explanation needs besides images and targets."""
 
     model: nn.Module
     layout: ModelLayout
-    found: bool  # the layout was read from the model, so that it can be read again for another image size
+    found: bool  # we read the layout from the model, so we can read it again for another image size
     readout: Readout
-    saes: dict[int, SparseAutoencoder]  # block -> SAE of what leaves it, in order
+    saes: dict[int, SparseAutoencoder]  # block -> SAE for its output, in ascending order
     settings: Settings
     permutations: dict[int, Tensor | None]  # block -> [F], for the control with shuffled decoder rows
 
     @property
     def parameter(self) -> nn.Parameter:
-        """Any parameter of the explained tower, which says on which device and in which dtype it is."""
+        """Any parameter of the explained tower; it tells the device and the dtype."""
         return next((self.layout.tower or self.model).parameters())
 
     def choice(self) -> backends.Choice:
-        """The backend for the model's device and dtype, both of which may have changed since the last call."""
+        """The backend for the model's device and dtype. Both may have changed since the last call."""
         return backends.choose(self.settings.backend, self.parameter.device, self.parameter.dtype)
 
     def layout_for(self, images: object) -> ModelLayout:
-        """The layout; for a tower that takes several image sizes, the one for images of this size."""
+        """The layout; if the tower takes several image sizes, the layout for images of this size."""
         size = tuple(images.shape[-2:]) if isinstance(images, Tensor) else ()
         if not self.found or len(size) != 2 or self.layout.image_size in (None, size):
             return self.layout
         try:
             return find_layout(self.model, (int(size[0]), int(size[1])))
-        except ValueError:  # it takes one size; the check of the images says which
+        except ValueError:  # the tower takes one size; the check of the images will name it
             return self.layout
 
     def check(self, images: Tensor) -> ModelLayout:
-        """The layout for these images; refuses what does not fit, now or since the plan was made.
+        """The layout for these images. Checks the images, and what may have changed since the plan was made.
 
         Raises:
-            TypeError, ValueError: a model in train mode, other images than the model takes, SAEs that were moved.
+            TypeError, ValueError: the model is in train mode or does not take such images, or an SAE was moved.
         """
         checks.check_eval(self.model)
         layout = self.layout_for(images)
@@ -96,10 +96,10 @@ def make_plan(
     class_names: Sequence[str] | Mapping[int, str] | None,
     tokenizer: Callable[..., Any] | None,
 ) -> Plan:
-    """A plan whose parts fit each other; see `Explainer` for what they are.
+    """A plan, after checking that its parts fit each other; `Explainer` documents the arguments.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; the message says which, and what to do.
+        TypeError, ValueError: an argument does not fit; the message says which one and what to do.
         RuntimeError: an explicit backend cannot run here.
     """
     found = layout is None
@@ -113,7 +113,7 @@ def make_plan(
     cpu = torch.device("cpu")
     permutations = {block: settings.gate.decoder_permutation(sae.d_sae, cpu) for block, sae in ordered.items()}
     plan = Plan(model, layout, found, Readout(model, class_names, tokenizer), ordered, settings, permutations)
-    plan.choice()  # now, so that a backend that cannot run is said here
+    plan.choice()  # raises now if the backend cannot run
     return plan
 
 
@@ -124,13 +124,13 @@ def _check_fit(settings: Settings, saes: dict[int, SparseAutoencoder], layout: M
     for block, sae in saes.items():
         if block < start:
             raise ValueError(
-                f"saes[{block}]: would gate nothing, since start_layer={start} leaves block {block} out; lower "
-                "start_layer or leave the SAE out"
+                f"saes[{block}]: would gate nothing, since start_layer={start} skips block {block}; lower "
+                "start_layer or remove the SAE"
             )
         told = sae.metadata.get("layer", str(block))
         if told.isdecimal() and int(told) != block:
             logger.warning(
-                "saes[%d]: its checkpoint says it was trained on block %s; sae.self_check tells whether it fits here",
+                "saes[%d]: its checkpoint says it was trained on block %s; its self_check() tells whether it fits",
                 block, told,
             )  # fmt: skip
     if settings.top_features:
@@ -139,4 +139,4 @@ def _check_fit(settings: Settings, saes: dict[int, SparseAutoencoder], layout: M
         fewest = min(sae.d_sae for sae in saes.values())
         check_count("top_features", settings.top_features, 0, fewest, "features of the smallest SAE")
     if settings.method == "rollout" and layout.pooling == "token" and last in saes:
-        logger.warning("the SAE after the last block gates nothing: only the class token is read there")
+        logger.warning("the SAE after the last block gates nothing: the model reads only the class token there")

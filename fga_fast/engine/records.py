@@ -1,6 +1,6 @@
-"""What is read from the residual stream and its gradient at one place: feature gates, or token contributions.
+"""What a tap computes from the residual stream and its gradient at one place: feature gates, or token contributions.
 
-Both are a `taps.Record`.
+Both classes implement `taps.Record`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from fga_fast.settings import Gate
 
 
 class Gating:
-    """Scores the patches at one block and makes gates of the scores.
+    """Scores the patches at one block and turns the scores into gates.
 
-    Slots: scores [B, P], gates [B, P] and, with `top_features`, the four tensors of `TopFeatures`, whose indices are
-    float64 there (exact far beyond any dictionary's size), as a gradient cannot be an integer.
+    Slots: scores [B, P], gates [B, P] and, with `top_features`, the four tensors of `TopFeatures`. Their indices travel
+    as float64, because a gradient cannot be an integer; float64 is exact for any size of dictionary.
     """
 
     def __init__(
@@ -44,11 +44,11 @@ class Gating:
     def __call__(self, x: Tensor, g: Tensor, inverse: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         if x.shape[-1] != self.sae.d_model:
             raise ValueError(
-                f"saes: one for a residual stream of width {self.sae.d_model} is used where the model's has width "
-                f"{x.shape[-1]}; use an SAE trained on this model"
+                f"saes: expected an SAE for a residual stream of width {x.shape[-1]}, got one for width "
+                f"{self.sae.d_model}; use an SAE trained on this model"
             )
         prefix = self.prefix_tokens
-        if prefix:  # a slice of everything is an alias, for which vmap has no rule
+        if prefix:  # without a prefix the slice would be an alias, and vmap has no rule for aliases
             x, g = x[:, prefix:], g[:, prefix:]
         found = self.stages.score(
             x, g, self.sae, self.gate.mode,
@@ -56,7 +56,7 @@ class Gating:
         )  # fmt: skip
         scores, *features = found
         features[0], features[2] = features[0].to(torch.float64), features[2].to(torch.float64)  # the indices
-        if inverse is not None and self.gate.mode != "activation_only":  # the other scores are linear in g
+        if inverse is not None and self.gate.mode != "activation_only":  # all other scores are linear in g
             scores = scores * inverse.unsqueeze(-1)
             features[1], features[3] = features[1] * inverse[..., None, None], features[3] * inverse.unsqueeze(-1)
         gates = self.stages.gate(scores, self.gate.base, self.gate.slope)
@@ -65,7 +65,7 @@ class Gating:
 
     @staticmethod
     def read(recorded: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, TopFeatures | None]:
-        """Scores, gates and features of what the slots brought."""
+        """Scores, gates and features from the gradients of the slots."""
         scores, gates, *features = recorded
         if not features:
             return scores, gates, None
@@ -86,7 +86,7 @@ class Contribution:
 
 
 def gated_map(contribution: Tensor, gates: Mapping[int, Tensor], first: int) -> Tensor:  # [B, P] or [B, K, P]
-    """x . g at the tokens that enter block `first`, times the gates of that block and of all later ones."""
+    """x . g at the tokens that enter block `first`, times the gates of this block and of all later ones."""
     for layer, gate in gates.items():
         if layer >= first:
             contribution = contribution * gate

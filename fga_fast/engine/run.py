@@ -1,6 +1,6 @@
-"""Plan and images to tensors: one forward pass, one backward pass, and what they brought.
+"""From a plan and images to the tensors of an explanation: one forward pass and one backward pass.
 
-The explainer runs it, and graph/ traces it, so that both explain by the same lines.
+The explainer runs this code and graph/ traces it, so both give the same explanation.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from fga_fast.sae.features import TopFeatures
 
 
 class Tensors(NamedTuple):
-    """An explanation without its settings. For K targets an image [B] is [B, K], [B, P] is [B, K, P], and so on."""
+    """An explanation without its settings. With K targets per image, [B] becomes [B, K], [B, P] becomes [B, K, P]."""
 
     logits: Tensor  # [B, classes]
     targets: Tensor  # [B] int64
     values: Tensor  # [B]
-    names: tuple[str, ...] | None  # of the logits' columns, where known
+    names: tuple[str, ...] | None  # of the columns of the logits, if known
     relevance: Tensor  # [B, P]
     scores: dict[int, Tensor]  # block -> [B, P]
     gates: dict[int, Tensor]  # block -> [B, P]
-    features: dict[int, TopFeatures]  # block -> its strongest features, if they were asked for
-    blocks: Tensor | None  # [B, L', P], relevance of what enters each block, if it was asked for
+    features: dict[int, TopFeatures]  # block -> its strongest features, if asked for
+    blocks: Tensor | None  # [B, L', P], relevance of the patches that enter each block, if asked for
 
 
 def explain(
@@ -45,16 +45,16 @@ def explain(
     look_at_values: bool = True,
     first: bool = False,
 ) -> Tensors:
-    """Explains B images, B at least 1, with the plan's backend, which is not the reference.
+    """Explains one or more images with any backend but the reference.
 
     Args:
-        layout: what `plan.check(images)` returned.
-        answer: from the model's output to the numbers that are explained.
-        look_at_values: look for NaN and Inf; False for a graph, which cannot.
-        first: also check that the model pools as its layout says, which takes a part of a backward pass.
+        layout: the result of `plan.check(images)`.
+        answer: from the model's output to the explained values.
+        look_at_values: look for NaN and Inf; False while a graph is traced.
+        first: also check that the model pools as its layout says, at the cost of part of a backward pass.
 
     Raises:
-        TypeError, ValueError: the model cannot be tapped, or something holds NaN or Inf; the message says what to do.
+        TypeError, ValueError: the model cannot be tapped, or a tensor has NaN or Inf; the message says what to do.
     """
     settings, prefix = plan.settings, layout.prefix_tokens
     tape = _tape(plan, layout)
@@ -85,7 +85,7 @@ def explain(
 def _tape(plan: Plan, layout: ModelLayout) -> Tape:
     settings, stages = plan.settings, plan.choice().stages
     if stages is None:
-        raise RuntimeError("backend: 'reference' has no stages; fga_fast.reference.explain runs it")
+        raise RuntimeError("backend: expected one with stages, got 'reference'; call fga_fast.reference.explain")
     records = {
         block: Gating(
             sae, settings.gate, plan.permutations[block], layout.prefix_tokens, settings.top_features, stages
@@ -100,7 +100,7 @@ def _tape(plan: Plan, layout: ModelLayout) -> Tape:
 
 
 def nothing(plan: Plan, layout: ModelLayout, images: Tensor, targets: Targets) -> Tensors:
-    """The explanation of no images; one blank image tells how many classes there are."""
+    """The explanation of no images. Runs one blank image to learn the number of classes."""
     settings = plan.settings
     with torch.no_grad():
         output = plan.readout.run(images.new_zeros(1, *images.shape[1:]))[:0]

@@ -1,8 +1,8 @@
-"""What a tape puts into a model's graph: identities in the forward pass that carry something in the backward pass.
+"""The taps that a tape puts into a model's graph: identities in the forward pass that do work in the backward pass.
 
-Each of them uses the same device: the *gradient* of a dummy tensor of zeros is what is wanted. So relevance, gates,
-scores and contributions all leave through one call of `torch.autograd.grad`, also with K targets at once
-(`is_grads_batched`), and nothing is written to the side.
+All use the same trick: a dummy tensor of zeros, whose *gradient* is the result. So relevance, gates, scores and
+contributions all come out of one call of `torch.autograd.grad`, also with K targets at once (`is_grads_batched`), and
+no tap writes to anything outside of the graph.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from fga_fast.ops.few_rows import few_rows_product
 
 
 class Record(Protocol):
-    """What is read at one place of the residual stream when its gradient comes by (records.py)."""
+    """What to compute at one place of the residual stream when its gradient arrives (records.py)."""
 
     def slots(self, carrier: Tensor) -> tuple[Tensor, ...]:
-        """Dummies of zeros for a batch of B images like `carrier` [B, N]; their gradients carry the results out."""
+        """Dummies of zeros for the B images of `carrier` [B, N]; their gradients carry the results out."""
         ...
 
     def __call__(
         self,
         x: Tensor,  # [B, N, C]
-        g: Tensor,  # [B, N, C], the gradient times a loss scale
-        inverse: Tensor | None,  # [B], the inverse of that scale; None: 1
+        g: Tensor,  # [B, N, C], the gradient times the loss scale
+        inverse: Tensor | None,  # [B], the inverse of the loss scale; None: 1
     ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-        """The gate of every token [B, N], or None, and what fills the slots."""
+        """The gate of every token [B, N], or None, and the gradients of the slots."""
         ...
 
 
 class _StreamTap(torch.autograd.Function):
-    """Identity on the residual stream; in backward, scores it, gates the block before and fills the slots."""
+    """Identity on the residual stream; in backward, scores it, gates the block before it and fills the slots."""
 
     @staticmethod
     def forward(
@@ -44,7 +44,7 @@ class _StreamTap(torch.autograd.Function):
         ctx.record, ctx.transposed, ctx.gates = record, transposed, port is not None
         ctx.set_materialize_grads(False)
         images = x.shape[1 if transposed else 0]
-        # A copy, so that a model that adds in place does not overwrite the x_l that is scored.
+        # A copy: otherwise a model that adds in place would overwrite the x_l that we score.
         return x.clone(), x.new_zeros(images, dtype=slots[0].dtype)
 
     @staticmethod
@@ -67,11 +67,11 @@ def tap_stream(
     slots: tuple[Tensor, ...],
     transposed: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Passes the residual stream on. In backward `record` sees it with its gradient; its gate leaves through `port`,
-    what else it returns leaves as the gradients of `slots`.
+    """Passes the residual stream on. In backward, calls `record` with the stream and its gradient. The gate that it
+    returns becomes the gradient of `port`, and its other results become the gradients of `slots`.
 
     Returns:
-        x, and a port [B] whose gradient is to be the inverse of the loss scale (none: 1).
+        x, and a port [B]: seed it with the inverse of the loss scale; without a seed the scale is 1.
     """
     out: tuple[Tensor, Tensor] = _StreamTap.apply(x, port, record, transposed, *slots)  # type: ignore[no-untyped-call]
     return out
@@ -117,12 +117,12 @@ def tap_map(
     signed: bool,
     constant_map: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The tap for attention that a model computes itself, placed after its softmax; see `ops.attention`.
+    """The tap for a model that writes out its attention: placed after the softmax; see `ops.attention`.
 
-    The model keeps its maps for its own backward pass anyway, so this costs no memory that it would not take.
+    It takes no extra memory, because the model keeps its maps for its own backward pass anyway.
 
     Returns:
-        the maps, the carrier [B, Nq] for the next block and the gate port [B, N].
+        The maps, the carrier [B, Nq] for the next block and the gate port [B, N].
     """
     settings = (gated, residual, signed, constant_map)
     out: tuple[Tensor, Tensor, Tensor] = _MapTap.apply(maps, carrier, *settings)  # type: ignore[no-untyped-call]
@@ -130,9 +130,9 @@ def tap_map(
 
 
 class _LinearOfFewRows(torch.autograd.Function):
-    """A linear layer of the last block, whose gradient is zero at most tokens when one token is pooled.
+    """A linear layer of the last block. If the model pools one token, its gradient is zero at nearly all tokens.
 
-    The products with zero rows are left out: for a class-token model three quarters of that block's backward pass.
+    It skips products with rows of zeros: for a class-token model three quarters of this block's backward pass.
     """
 
     @staticmethod
@@ -152,9 +152,9 @@ def linear_of_few_rows(
     weight: Tensor,  # [out, in]
     bias: Tensor | None = None,  # [out]
 ) -> Tensor:
-    """`F.linear` whose backward pass leaves out the rows without gradient."""
-    if weight.requires_grad or (bias is not None and bias.requires_grad):  # made from the input, so they need gradients
+    """`F.linear` with a backward pass that skips rows of zero gradient."""
+    if weight.requires_grad or (bias is not None and bias.requires_grad):  # the model computes them from the input
         return F.linear(input, weight, bias)
-    # Flat rows, so that the function's output is no view and the model may change it in place.
+    # Flatten before the call, so that its output is no view and the model may change it in place.
     out: Tensor = _LinearOfFewRows.apply(input.reshape(-1, input.shape[-1]), weight, bias)  # type: ignore[no-untyped-call]
     return out.view(*input.shape[:-1], out.shape[-1])

@@ -1,3 +1,1 @@
-"""An explanation as one graph: traced (trace.py), rid of work that nobody reads (simplify.py, rows.py), compiled
-(compiled.py) and shipped (package.py).
-"""
+"""An explanation as one graph: traced (trace.py), simplified (passes/), compiled (compiled.py), exported (package/)."""

@@ -1,8 +1,8 @@
-"""An explainer whose whole graph was compiled ahead: one call of machine code an explanation, no Python in between.
+"""A compiled explainer: one call of machine code for each explanation, with no Python in between.
 
-On the CPU, TorchInductor with frozen weights: they are laid out once as its matrix products want them, beside the
-model's own. On CUDA the compiled graph is captured in a CUDA graph for each batch size and stream, and replayed from
-buffers that stay where they are.
+On the CPU, TorchInductor compiles the graph with frozen weights: it keeps a copy of them in the memory layout that its
+matrix products need. On CUDA, a CUDA graph captures the compiled graph for each batch size and stream, and replays it
+from fixed buffers.
 
 STATUS: the CUDA half has never run on a device.
 """
@@ -32,12 +32,12 @@ _capturing = threading.Lock()
 
 
 class CompiledExplainer:
-    """What `Explainer.compile` returns; see there. Called as the explainer is, with the same result.
+    """The result of `Explainer.compile`. Call it like the explainer; it returns the same.
 
     Attributes:
-        plan: what was compiled. A change of its model's weights or SAEs does not reach the compiled graph; nor does
-            autocast around a call, since the graph holds the casts of the autocast that it was compiled under.
-        batches: batch sizes that were compiled, rising.
+        plan: what was compiled. Later changes of the model's weights or SAEs do not reach the compiled graph. Autocast
+            around a call has no effect: the graph contains the casts of the autocast that it was compiled under.
+        batches: the compiled batch sizes, in ascending order.
         target_mode: "predicted" or "given".
     """
 
@@ -57,28 +57,31 @@ class CompiledExplainer:
             self._outputs, self._classes, self._class_names = flat.outputs, flat.classes, flat.class_names
             fold_biases(flat.module)
             _freeze(flat.module, frozen)
-            self._runs[size] = _compiled(flat, images, target_mode, options)
+            self._runs[size] = _compiled(flat, options)
 
     def __call__(self, images: Tensor, targets: Any = None) -> Explanation:
-        """Explains any number of images of the size that was compiled, from 1.
+        """Explains one or more images of the compiled size.
 
         Args:
-            images: [B, channels, H, W], as `Explainer` takes them.
-            targets: nothing for "predicted"; for "given" an int or a class name, or one for each image [B].
+            images: [B, channels, H, W], as for `Explainer`.
+            targets: None for "predicted"; for "given" an int or a class name, or one for each image [B].
 
         Raises:
-            TypeError, ValueError: as `Explainer`; on CUDA, NaN and Inf are not looked for, nor class numbers out of
-                range in a tensor there, which give NaN: the host would have to wait for the device.
+            TypeError, ValueError: as `Explainer`, but on CUDA the host would have to wait for the device to see values.
+                So it does not look for NaN and Inf, and class numbers out of range in a CUDA tensor give NaN.
         """
         plan, layout = self.plan, self.plan.layout_for(images)
         checks.check_images(images, layout.in_chans, layout.image_size, self._example)
         if images.shape[1:] != self._example.shape[1:] or len(images) == 0:
             raise ValueError(
                 f"images: expected [B, {', '.join(map(str, self._example.shape[1:]))}] with B at least 1, as compiled, "
-                f"got {list(images.shape)}; compile another example for other sizes"
+                f"got {list(images.shape)}; compile with another example for other sizes"
             )
-        # Dense, which is what was compiled: machine code walks through memory as it was told.
-        inputs = (images.detach().contiguous(), *self._given(images, targets))
+        # Contiguous: the machine code was compiled for these strides.
+        given = given_classes(
+            "graph", self.target_mode, targets, images, self._classes, self._class_names, ranged=not images.is_cuda
+        )
+        inputs = (images.detach().contiguous(), *given)
         with _plain(images):
             outputs = in_batches(lambda size, given: self._runs[size](*given), self.batches, inputs)
         found = dict(zip(self._outputs, outputs, strict=True))
@@ -91,10 +94,6 @@ class CompiledExplainer:
             start_layer=plan.settings.start_layer,
         )  # fmt: skip
 
-    def _given(self, images: Tensor, targets: Any) -> tuple[Tensor, ...]:
-        names, ranged = self._class_names, not images.is_cuda
-        return given_classes("graph", self.target_mode, targets, images, self._classes, names, ranged=ranged)
-
 
 def _checked_batches(batches: Sequence[int] | None, example: Tensor) -> tuple[int, ...]:
     sizes = (len(example),) if batches is None else tuple(batches)
@@ -104,23 +103,26 @@ def _checked_batches(batches: Sequence[int] | None, example: Tensor) -> tuple[in
 
 
 def _options(mode: str | None, example: Tensor) -> dict[str, Any]:
-    """Options of TorchInductor. CUDA graphs are captured here, with buffers and streams that are known."""
+    """Options of TorchInductor, without its CUDA graphs: `_Replay` captures those itself."""
     modes = torch._inductor.list_mode_options()
     if mode is not None and mode not in modes:
         raise ValueError(f"mode: expected None or one of {', '.join(map(repr, modes))}, got {mode!r}")
     chosen = {} if mode is None else dict(modes[mode])
     chosen.pop("triton.cudagraphs", None)
-    # oneDNN, which frozen weights are laid out for, has no float64.
+    # Freezing lays weights out for oneDNN, which has no float64.
     freezing = example.dtype != torch.float64
     return {"freezing": freezing, "freezing_discard_parameters": freezing, **chosen}
 
 
 def _freeze(module: fx.GraphModule, frozen: dict[Any, tuple[Tensor, Tensor]]) -> None:
-    """Gives a graph weights of its own, the same for all batch sizes: of the model's, a later change would reach the
-    graph where they are used as they are, and not where they were laid out anew. What was laid out is discarded.
+    """Gives the graph its own copy of each weight, shared by all batch sizes.
+
+    Otherwise a later change of the model's weights would reach some of the graph: the weights that the compiler uses
+    directly, but not those that it copied into another memory layout.
 
     Args:
-        frozen: where a weight lies -> the weight, which keeps that place taken, and its copy.
+        frozen: address, shape, strides and dtype -> the weight and its copy. Holding the weight keeps its address in
+            use, so no other tensor can match.
     """
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if not name.startswith("_folded_"):
@@ -133,22 +135,21 @@ def _freeze(module: fx.GraphModule, frozen: dict[Any, tuple[Tensor, Tensor]]) ->
 
 @contextmanager
 def _plain(images: Tensor) -> Iterator[None]:
-    """Nothing of the caller's modes: a graph holds its casts, and has no gradients."""
+    """Switches the caller's modes off: the graph contains its casts and needs no gradients."""
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(images.device.type, enabled=False):
         yield
 
 
-def _compiled(flat: Flat, images: Tensor, target_mode: TargetMode, options: dict[str, Any]) -> Run:
-    given = [torch.zeros(len(images), dtype=torch.int64, device=images.device)] if target_mode == "given" else []
-    inputs = [images, *given]
+def _compiled(flat: Flat, options: dict[str, Any]) -> Run:
+    images = flat.inputs[0]
     with one_at_a_time, _plain(images):
-        run: Run = torch._inductor.compile(flat.module, [*inputs], options=options)
-        run(*inputs)
-    return _Replay(run, inputs) if images.is_cuda else run
+        run: Run = torch._inductor.compile(flat.module, [*flat.inputs], options=options)
+        run(*flat.inputs)
+    return _Replay(run, flat.inputs) if images.is_cuda else run
 
 
 class _Captured(NamedTuple):
-    """A CUDA graph and the memory that it works in."""
+    """A CUDA graph and its memory."""
 
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor]
@@ -157,10 +158,10 @@ class _Captured(NamedTuple):
 
 
 class _Replay:
-    """A compiled graph as one launch: captured once a stream, replayed from buffers of its own.
+    """Runs a compiled graph as one launch: captures it once for each stream and replays it from its own buffers.
 
-    Outputs lie together, so that one more copy makes them outlive the next replay; the memory for it comes from
-    PyTorch's cache, and is held as long as any of them.
+    The next replay overwrites the outputs, so each call copies them. They lie in one buffer, so one copy is enough; its
+    memory comes from PyTorch's cache and is freed with the last output.
     """
 
     def __init__(self, run: Run, inputs: Sequence[Tensor]) -> None:
@@ -184,7 +185,7 @@ class _Replay:
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(3):  # what a library allocates at first use must not be part of the graph
+            for _ in range(3):  # libraries allocate at first use, which must not be captured
                 outputs = self._run(*buffers)
                 packed(outputs)
         torch.cuda.current_stream().wait_stream(side)

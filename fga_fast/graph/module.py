@@ -1,4 +1,4 @@
-"""An explanation as a plain module, for tools that take modules: `torch.export`, other compilers, other runtimes."""
+"""An explanation as a plain module, for `torch.export`, other compilers and other runtimes."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from fga_fast.settings import TargetMode
 
 
 class ExplanationModule(nn.Module):
-    """What `Explainer.module` returns; see there.
+    """The result of `Explainer.module`.
 
     Attributes:
-        names: of the tensors that a call returns, in order.
+        names: names of the tensors that a call returns, in order.
     """
 
     def __init__(self, plan: Plan, example: Tensor, target_mode: TargetMode) -> None:
         super().__init__()
         flat = flatten(plan, example, target_mode)
-        # The same memory under names of its own: what a graph computes has no gradients.
+        # New parameters in the same memory, because the graph needs no gradients.
         for name, parameter in list(flat.module.named_parameters()):
             setattr(flat.module, name, nn.Parameter(parameter.detach(), requires_grad=False))
         self.graph_module = flat.module
         self.names = flat.outputs
 
     def forward(self, images: Tensor, *targets: Tensor) -> dict[str, Tensor]:
-        """Explains images of the example's shape, dtype and device, for which alone it was made; not under autocast.
+        """Explains images of exactly the example's shape, dtype and device. Do not call it under autocast.
 
         Args:
             images: [B, channels, H, W], not checked.
-            targets: for "given", class numbers [B] int64, not checked; for "predicted" nothing.
+            targets: for "given", class numbers [B] int64, not checked; for "predicted", none.
         """
         return dict(zip(self.names, self.graph_module(images.detach(), *targets), strict=True))

@@ -1,4 +1,4 @@
-"""Between calls and graphs: classes that are given, batches of fixed sizes filled up and cut, results found by name."""
+"""From a call to a graph and back: target classes, batches of fixed sizes, and results by name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from fga_fast.question.targets import pick, picks_classes
 from fga_fast.settings import TargetMode
 
-_ALIGNMENT = 64
+ALIGNMENT = 64  # bytes; PyTorch's own allocations have it, and compiled code may rely on it
 
 
 def in_batches(
@@ -22,8 +22,8 @@ def in_batches(
 
     Args:
         run: (batch size, inputs of that many rows) -> outputs of that many rows.
-        sizes: the batch sizes there are, rising. The smallest that holds all images is taken; more images than the
-            largest holds are cut. A batch that is not full repeats its last image, since zeros may not be finite later.
+        sizes: the graphs' batch sizes, in ascending order. Images that do not fit the largest take several runs. Each
+            run takes the smallest size that fits and repeats its last image to fill it; zeros might give NaN.
         inputs: tensors [B, ...] with B at least 1.
     """
     count, parts = len(inputs[0]), list[list[Tensor]]()
@@ -47,16 +47,16 @@ def given_classes(
     *,
     ranged: bool = True,
 ) -> tuple[Tensor, ...]:
-    """What a graph takes beside the images: nothing, or one class an image, [B] int64, on their device.
+    """The inputs of a graph besides the images: none, or one class for each image, [B] int64, on the images' device.
 
     Args:
         what: "graph" or "package", for messages.
-        target_mode: as it was made.
-        ranged: whether to look for numbers out of range in a tensor of a device, for which the host waits; otherwise
-            the graph gives NaN for them.
+        target_mode: the mode that the graph was made with.
+        ranged: check the range of class numbers in a tensor on a device, although the host has to wait for it. If
+            False, the graph gives NaN for numbers out of range.
 
     Raises:
-        TypeError, ValueError: targets that it does not take; the message says why and what to do.
+        TypeError, ValueError: the graph does not take such targets; the message says why and what to do.
     """
     if target_mode == "predicted":
         if targets is not None:
@@ -80,7 +80,7 @@ def given_classes(
 
 
 def packed(outputs: Sequence[Tensor]) -> Tensor:
-    """All tensors as bytes, one after the other, so that one copy moves them."""
+    """All tensors as bytes in one buffer, so that one copy moves them."""
     flat = torch.empty(_places(outputs)[1], dtype=torch.uint8, device=outputs[0].device)
     for place, tensor in zip(unpacked(flat, outputs), outputs, strict=True):
         place.copy_(tensor)
@@ -88,7 +88,7 @@ def packed(outputs: Sequence[Tensor]) -> Tensor:
 
 
 def unpacked(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Views of what `packed(like)` gave, with shapes and dtypes of `like`."""
+    """Views of the result of `packed`, with the shapes and dtypes of `like`."""
     return [
         flat[first : first + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         for tensor, first in zip(like, _places(like)[0], strict=True)
@@ -96,6 +96,6 @@ def unpacked(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _places(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
-    """Where each begins, in bytes, and how much all take; at multiples of what any dtype or vector needs."""
-    ends = list(itertools.accumulate(-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors))
+    """Where each tensor begins in the buffer, and the buffer's size, in bytes. All are multiples of `ALIGNMENT`."""
+    ends = list(itertools.accumulate(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors))
     return [0, *ends[:-1]], ends[-1]

@@ -1,7 +1,7 @@
 """Traces an explanation - forward pass, backward pass, gates and rollout - into one flat graph of operators.
 
-Nothing of autograd, hooks or modes is left in it: tensors in, tensors out, weights and SAEs as its attributes. So it is
-an ordinary inference graph, which can be compiled, captured and exported.
+The graph contains no autograd, hooks or modes: tensors go in, tensors come out, and weights and SAEs are attributes. So
+any tool can compile, capture or export it like an ordinary inference graph.
 """
 
 from __future__ import annotations
@@ -29,30 +29,31 @@ from fga_fast.settings import TargetMode, check_choice
 
 logger = logging.getLogger(__name__)
 
-# Tracing patches nn.Module, and compiling changes settings, for the whole process.
+# Tracing patches nn.Module and compiling changes settings, both for the whole process.
 one_at_a_time = threading.RLock()
 
 
 class Flat(NamedTuple):
     """A traced explanation."""
 
-    module: fx.GraphModule  # images [B, channels, H, W] (and targets [B] int64, if given) -> a tuple of tensors
-    outputs: tuple[str, ...]  # their names: "logits", "targets", "values", "relevance", "scores.6", "gates.6", ...
+    module: fx.GraphModule  # images [B, channels, H, W] (for "given" also targets [B] int64) -> a tuple of tensors
+    inputs: tuple[Tensor, ...]  # the example that was traced
+    outputs: tuple[str, ...]  # names: "logits", "targets", "values", "relevance", "scores.6", "gates.6", ...
     classes: int  # columns of the logits
     class_names: tuple[str, ...] | None
 
 
 def flatten(plan: Plan, images: Tensor, target_mode: TargetMode = "predicted", prune: bool = True) -> Flat:
-    """The graph of an explanation of images of this shape, dtype and device.
+    """Traces an explanation of images of this shape, dtype and device.
 
     Args:
-        plan: what to trace; it and its model stay as they are, and their weights are shared, not copied.
-        images: [B, channels, H, W], an example; explained once eagerly, so that everything that is checked is.
+        plan: what to trace. It and its model do not change; the graph shares their weights.
+        images: [B, channels, H, W], an example. It is explained eagerly first, so that all checks run.
         target_mode: "predicted": the graph explains the predicted class; "given": it takes class numbers [B].
-        prune: leave out what is computed for tokens that nobody reads; exact (passes/rows.py).
+        prune: compute nothing for tokens that nobody reads; exact (passes/rows.py).
 
     Raises:
-        TypeError, ValueError: what cannot be a fixed graph; the message says why and what to do.
+        TypeError, ValueError: this cannot become a fixed graph; the message says why and what to do.
     """
     _check(plan, images, target_mode)
     layout = plan.check(images)
@@ -75,7 +76,7 @@ def flatten(plan: Plan, images: Tensor, target_mode: TargetMode = "predicted", p
         with _left_as_it_was(plan.model):
             module = _traced(explain, inputs, type(plan.model).__name__)
         before = len(module.graph.nodes)
-        with torch.autocast(images.device.type, enabled=False):  # whose casts the graph holds
+        with torch.autocast(images.device.type, enabled=False):  # the graph contains its casts already
             module = simplify.functional(module, inputs)
             simplify.simplify(module)
         if prune and layout.pooling == "token":
@@ -85,15 +86,16 @@ def flatten(plan: Plan, images: Tensor, target_mode: TargetMode = "predicted", p
     logger.info(
         "traced an explanation of %s: %d operators, %d kept", list(images.shape), before, len(module.graph.nodes)
     )
-    return Flat(module, tuple(names), eager.logits.shape[1], eager.names)
+    return Flat(module, inputs, tuple(names), eager.logits.shape[1], eager.names)
 
 
 @functools.cache
 def _keep_device_guard() -> None:
-    """Sets what a PyTorch built for CUDA, on a machine without, sets when it first traces, from a thread that stays.
+    """Makes PyTorch register its CUDA device guard from a thread that never ends.
 
-    It belongs to the thread that set it and is used by all: once that thread has ended, the next backward pass of any
-    other ends the process (PyTorch 2.11).
+    A PyTorch built for CUDA registers the guard at the first trace, also on a machine without CUDA. All threads use it,
+    but it belongs to the thread that registered it. Once that thread has ended, the next backward pass of any other
+    thread crashes the process (PyTorch 2.11).
     """
     if not torch.cuda._is_compiled() or torch.cuda.is_available():
         return
@@ -110,7 +112,7 @@ def _keep_device_guard() -> None:
 
 @contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Puts back what a forward pass that keeps tensors in its modules overwrites with some that have no values."""
+    """Restores tensors that the forward pass keeps in its modules: tracing overwrites them with fake tensors."""
     places = [place for part in model.modules() for place in (part.__dict__, part._buffers)]
     before = [dict(place) for place in places]
     try:
@@ -129,17 +131,13 @@ def _traced(explain: Callable[..., Any], inputs: tuple[Tensor, ...], model: str)
         return make_fx(explain, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
     except Exception as error:
         raise ValueError(
-            f"model: {model} cannot be traced into one graph, since its forward pass looks at values or leaves "
-            f"PyTorch: {error}"
+            f"model: {model} cannot be traced into one graph. Its forward pass looks at values or leaves PyTorch; "
+            f"explain it eagerly, or change this: {error}"
         ) from error
 
 
 def check_example(images: Any) -> None:
-    """Refuses what are no images.
-
-    Raises:
-        ValueError: it is no tensor [B, channels, H, W] with B at least 1.
-    """
+    """Raises ValueError unless `images` is a tensor [B, channels, H, W] with B at least 1."""
     if not isinstance(images, Tensor) or images.dim() != 4 or len(images) == 0:
         what = f"a tensor {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"example: expected images [B, channels, H, W] with B at least 1, got {what}")
@@ -151,26 +149,26 @@ def _check(plan: Plan, images: Any, target_mode: str) -> None:
     choice = plan.choice()
     if choice.stages is None:
         raise ValueError(
-            f"backend: {choice.name!r} is not compiled; it is there to say what is correct. Use backend="
+            f"backend: {choice.name!r} is not compiled, it only defines the correct numbers; use backend="
             '"auto", "native", "triton" or "composite"'
         )
     if images.dtype == torch.float16 or (
         torch.is_autocast_enabled(images.device.type) and torch.get_autocast_dtype(images.device.type) == torch.float16
     ):
         raise ValueError(
-            "dtype: float16 gradients get a loss scale that is chosen from their values, which a fixed graph cannot; "
+            "dtype: float16 gradients get a loss scale chosen from their values, and a fixed graph cannot choose; "
             "use bfloat16 or float32"
         )
 
 
 def _explanation(plan: Plan, layout: ModelLayout, images: Tensor, given: Tensor | None = None) -> dict[str, Tensor]:
-    """An explanation without a look at values: of the predicted classes, or of the `given` ones [B]."""
+    """An explanation that looks at no values: of the predicted classes, or of the `given` ones [B]."""
     inside: list[Tensor] = []
 
     def answer(output: Tensor) -> Answer:
         logits = plan.readout.logits(output)
         targets = logits.argmax(dim=-1) if given is None else given
-        # Whether there is such a class: where the host did not look, the graph says so itself, by NaN.
+        # Does the class exist? If the host did not check, the graph gives NaN below.
         inside.append((targets >= 0) & (targets < logits.shape[1]))
         values = logits.gather(1, targets.where(inside[0], 0).unsqueeze(1)).squeeze(1)
         return Answer(logits.detach(), targets, values, None)

@@ -1,8 +1,7 @@
-"""Checks of what a user hands over: each error names the argument, what was expected, what came and what to do."""
+"""Checks of a user's model, layout, SAEs and images: errors name the argument, the expected, the found, the remedy."""
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Mapping
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from fga_fast.models import refused
 from fga_fast.models.find import active_randomness
-from fga_fast.models.layout import ModelLayout
+from fga_fast.models.layout import ModelLayout, is_whole
 from fga_fast.precision import relevance_dtype
 from fga_fast.sae import SparseAutoencoder
 
@@ -29,13 +28,13 @@ def check_eval(model: nn.Module) -> None:
     if names:
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         raise ValueError(
-            f"model: dropout is active in train mode ({shown}), so an explanation would be of a random prediction; "
+            f"model: dropout is active in train mode ({shown}), so the explained prediction would be random; "
             "call model.eval() first"
         )
 
 
 def check_layout(layout: ModelLayout, model: nn.Module) -> None:
-    """Refuses a layout of something else than this model."""
+    """Refuses a layout that does not belong to this model."""
     if not isinstance(layout, ModelLayout):
         raise TypeError(f"layout: expected a ModelLayout, got {type(layout).__name__}")
     inside = set(model.modules())
@@ -46,23 +45,18 @@ def check_layout(layout: ModelLayout, model: nn.Module) -> None:
         if block not in inside:
             raise ValueError(
                 f"layout: blocks[{index}] ({type(block).__name__}) is no module inside the model; take the blocks from "
-                "the very model that is explained"
+                "the same model that you explain"
             )
 
 
-def _is_block(layer: object, blocks: int) -> bool:
-    # Integral takes NumPy's integers too; a bool is one by accident of Python's.
-    return not isinstance(layer, bool) and isinstance(layer, numbers.Integral) and 0 <= int(layer) < blocks
-
-
 def check_saes(saes: Mapping[int, SparseAutoencoder], layout: ModelLayout, like: Tensor) -> None:
-    """Refuses an SAE that does not fit the block it is meant for; `like` is any parameter of the model."""
+    """Refuses an SAE that does not fit its block; `like` is any parameter of the model."""
     if not isinstance(saes, Mapping):
         raise TypeError(f"saes: expected a mapping from block to SparseAutoencoder, got {type(saes).__name__}")
     for layer, sae in saes.items():
         if not isinstance(sae, SparseAutoencoder):
             raise TypeError(f"saes[{layer}]: expected a SparseAutoencoder, got {type(sae).__name__}")
-        if not _is_block(layer, len(layout.blocks)):
+        if not is_whole(layer) or not 0 <= layer < len(layout.blocks):
             raise ValueError(f"saes: expected blocks 0 to {len(layout.blocks) - 1} as keys, got {layer!r}")
         if layout.d_model is not None and sae.d_model != layout.d_model:
             raise ValueError(
@@ -104,7 +98,7 @@ def check_weights(model: nn.Module, layout: ModelLayout) -> None:
             )
     if parameter.is_inference():
         raise ValueError(
-            "model: its weights were made under torch.inference_mode(), where autograd does not work; build or load "
+            "model: its weights were made under torch.inference_mode(), so autograd cannot use them; build or load "
             "the model outside of it"
         )
 
@@ -113,7 +107,7 @@ def check_images(images: Tensor, channels: int, size: tuple[int, int] | None, li
     """Refuses images that the model does not take; `like` is any parameter of the model.
 
     Args:
-        size: (height, width); None where it is not known, so that the model's own forward pass checks it.
+        size: (height, width); None if unknown: then the model's own forward pass checks it.
     """
     if not isinstance(images, Tensor):
         raise TypeError(f"images: expected a tensor [B, {channels}, H, W], got {type(images).__name__}")
@@ -131,7 +125,7 @@ def check_images(images: Tensor, channels: int, size: tuple[int, int] | None, li
 def check_finite(
     values: Tensor, what: str, model: nn.Module, images: Tensor, saes: Mapping[int, SparseAutoencoder] | None = None
 ) -> None:
-    """Passes finite values; else looks for the culprit and names it. The costly search runs only then."""
+    """Raises ValueError if `values` contain NaN or Inf, and names the cause: images, a weight, an SAE, or overflow."""
     if bool(torch.isfinite(values).all()):
         return
     if not bool(torch.isfinite(images).all()):

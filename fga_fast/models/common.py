@@ -1,41 +1,51 @@
-"""What the readers of all model families share: recognising classes without importing them, and refusing clearly."""
+"""Shared by the readers of all model families: recognises classes without importing them, and refuses clearly."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import nn
 
 
-def is_a(module: nn.Module, names: Collection[str], package: str) -> bool:
-    """Whether a class of `module`'s MRO has one of the names and was defined in `package` or below it."""
-    return class_of(module, names, package) is not None
-
-
 def class_of(module: nn.Module, names: Collection[str], package: str) -> str | None:
-    """Name of the first class of the MRO with one of the names that was defined in `package` or below it."""
-    for cls in type(module).__mro__:
-        if cls.__name__ in names and (cls.__module__ == package or cls.__module__.startswith(package + ".")):
-            return cls.__name__
-    return None
+    """The first name in the MRO that is one of `names` and whose class was defined in `package` or below it."""
+    return next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in names and _is_in(cls, package)), None)
+
+
+def _is_in(cls: type, package: str) -> bool:
+    return cls.__module__ == package or cls.__module__.startswith(package + ".")
+
+
+def check_methods(tower: nn.Module, methods: Iterable[str], packages: Collection[str], unknown: str) -> None:
+    """Refuses a subclass from outside `packages` that replaces one of the methods.
+
+    Raises:
+        ValueError: names the class and the method; `unknown` says what can no longer be known.
+    """
+    for method in methods:
+        owners = [cls for cls in type(tower).__mro__ if method in vars(cls)]
+        known = [cls for cls in owners if any(_is_in(cls, package) for package in packages)]
+        if owners[:1] != known[:1]:
+            replaced = f"{(known or owners)[0].__name__}.{method}"
+            raise cannot(tower, f"{owners[0].__name__} replaces {replaced}, so {unknown} is not known")
 
 
 def attribute(module: nn.Module, name: str) -> Any:
-    """Attribute that is a number, a string or a module; nn.Module types every attribute as Tensor | Module."""
+    """An attribute typed as Any: nn.Module types every attribute as Tensor | Module."""
     return getattr(module, name)
 
 
 def cannot(tower: nn.Module, reason: str) -> ValueError:
-    """The error for a tower that is known, but configured in a way that cannot be explained."""
+    """The error for a known tower with a configuration that cannot be explained."""
     return ValueError(f"model: {type(tower).__name__} cannot be explained: {reason}")
 
 
 def pair(value: object, tower: nn.Module, name: str) -> tuple[int, int]:
-    """(height, width) of an attribute that is one number for both or a pair.
+    """(height, width) from an attribute that is a pair, or one number for both.
 
     Raises:
-        ValueError: it is neither; `name` says which attribute of `tower` it was.
+        ValueError: it is neither; `name` is the name of the attribute of `tower`.
     """
     if isinstance(value, int) and not isinstance(value, bool):
         return value, value
@@ -45,7 +55,7 @@ def pair(value: object, tower: nn.Module, name: str) -> tuple[int, int]:
 
 
 def cut(image_size: tuple[int, int], patch_size: tuple[int, int], tower: nn.Module) -> tuple[int, int]:
-    """Grid of patches (gh, gw) that a strided convolution without padding cuts an image into.
+    """Grid of patches (gh, gw) that a strided convolution without padding makes of an image.
 
     Raises:
         ValueError: the image is smaller than a patch.
@@ -53,14 +63,14 @@ def cut(image_size: tuple[int, int], patch_size: tuple[int, int], tower: nn.Modu
     grid = image_size[0] // patch_size[0], image_size[1] // patch_size[1]
     if min(grid) < 1:
         raise ValueError(
-            f"image_size: {image_size[0]} x {image_size[1]} holds no patch of {patch_size[0]} x {patch_size[1]} pixels "
-            f"({type(tower).__name__})"
+            f"image_size: expected at least one patch of {patch_size[0]} x {patch_size[1]} pixels "
+            f"({type(tower).__name__}), got {image_size[0]} x {image_size[1]}; give larger images"
         )
     return grid
 
 
 def only_size(image_size: tuple[int, int] | None, own: tuple[int, int], tower: nn.Module, advice: str) -> None:
-    """Refuses another image size than the tower's own, for towers that take one size only."""
+    """For towers that take one image size only: refuses any other."""
     if image_size is not None and image_size != own:
         raise ValueError(
             f"image_size: {type(tower).__name__} takes images of {own[0]} x {own[1]} only, got {image_size[0]} x "

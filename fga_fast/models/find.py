@@ -1,7 +1,7 @@
 """Finds the vision transformer in a model and reads its layout.
 
-Looks at the modules only: it runs nothing, changes nothing and imports no model library. Families are recognised by the
-classes of the modules that the caller already built.
+Only looks at the modules: it runs nothing, changes nothing and imports no model library. It recognises a family by the
+classes of the modules.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fga_fast.models.layout import ModelLayout, two
 from fga_fast.models.refused import check_inside
 from fga_fast.models.refused import reason as refusal
 
-# Asked in this order. Each file has `is_tower(module)` and `read_layout(tower, image_size)`.
+# Tried in this order. Each file has `is_tower(module)` and `read_layout(tower, image_size)`.
 FAMILIES = (timm, huggingface, open_clip, torchvision)
 
 SUPPORTED = (
@@ -28,24 +28,22 @@ SUPPORTED = (
 def find_layout(model: nn.Module, image_size: tuple[int, int] | None = None) -> ModelLayout:
     """Layout of the one supported vision transformer inside `model`.
 
-    Supported: timm's plain ViTs (ViT, DeiT, DeiT III, DINOv2, DINOv3, EVA-02, BEiT, CLIP and SigLIP towers,
-    Perception Encoder), the image towers of open_clip, Hugging Face's ViT, DeiT, BEiT, CLIP, SigLIP, DINOv2 and
-    DINOv3, and torchvision's VisionTransformer. The tower may be the model itself or sit anywhere inside it; text
-    towers of dual encoders do not count. What a wrapper of your own does with the tower's output is not looked at: the
-    pooling is the library's own.
+    `fga_fast.models.find.SUPPORTED` names the supported families, and docs/models.md has a table. The tower may be the
+    model itself or any module inside it; text towers of dual encoders do not count. The layout's pooling is that of the
+    library: this function does not see what your own wrapper does with the tower's output.
 
     Args:
         model: any module from images [B, channels, height, width] to logits [B, classes].
-        image_size: (height, width) of the images to be explained, for towers that take several sizes; None: the size
-            that the tower was built for.
+        image_size: (height, width) of the images to explain, for towers that take several sizes; None: the size that
+            the tower was built for.
 
     Returns:
         The tower's `ModelLayout`.
 
     Raises:
         TypeError: `model` is not an nn.Module.
-        ValueError: no supported tower, more than one, or one that the method cannot explain; the message names the
-            class, the reason and what to do. An `image_size` that the tower does not take.
+        ValueError: there is no supported tower, more than one, or one that the method cannot explain, or the tower does
+            not take `image_size`; the message names the class, the reason and what to do.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module from images to logits, got {type(model).__name__}")
@@ -63,14 +61,14 @@ def find_layout(model: nn.Module, image_size: tuple[int, int] | None = None) -> 
     if not towers:
         raise ValueError(
             f"model: no supported vision transformer found in {type(model).__name__}; supported are {SUPPORTED}, alone "
-            "or anywhere inside a wrapper that registers the tower as a submodule. For a vision transformer of your "
-            "own say where its blocks are: ModelLayout(blocks=..., prefix_tokens=..., grid=..., pooling=...)"
+            "or anywhere inside a wrapper that registers the tower as a submodule. For your own vision transformer "
+            "say where its blocks are: ModelLayout(blocks=..., prefix_tokens=..., grid=..., pooling=...)"
         )
     if len(towers) > 1:
         found = ", ".join(f"'{name}' ({type(tower).__name__})" for name, (_, tower) in towers.items())
         raise ValueError(
-            f"model: expected exactly one vision transformer, found {len(towers)}: {found}; pass a model that holds "
-            "only the tower to be explained, e.g. a wrapper with the other one's output precomputed"
+            f"model: expected exactly one vision transformer, found {len(towers)}: {found}; pass a model that contains "
+            "only the tower to explain, e.g. a wrapper with the other one's output precomputed"
         )
     ((family, tower),) = towers.values()
     check_inside(tower)
@@ -81,8 +79,8 @@ def find_layout(model: nn.Module, image_size: tuple[int, int] | None = None) -> 
 def active_randomness(model: nn.Module) -> list[str]:
     """Names of submodules that would draw random numbers in a forward pass: dropout of any kind in train mode.
 
-    An explanation of such a model would not be of the logits that a user sees, so callers refuse it. A module counts
-    if it is in train mode and has a drop probability above 0 (torch's Dropout modules, DropPath and PatchDropout, the
+    Callers refuse such a model: its explanation would not belong to the logits that a user sees. A module counts if it
+    is in train mode and has a drop probability above 0 (torch's Dropout modules, DropPath and PatchDropout, the
     attention modules of torch and Hugging Face) or shifts its rotary embeddings at random (DINOv3).
     """
     return [name or type(module).__name__ for name, module in model.named_modules() if _draws(module)]
@@ -112,7 +110,7 @@ def _family(module: nn.Module) -> ModuleType | None:
 
 
 def _outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Submodules in forward-registration order, once each, without looking inside a tower that was recognised."""
+    """Submodules in the order of registration, each once, without those inside a recognised tower."""
     seen: set[nn.Module] = set()
     stack = [("", model)]
     while stack:

@@ -1,11 +1,11 @@
-"""Vision towers of Hugging Face transformers: ViT, DeiT, BEiT, CLIP and its kin, SigLIP, DINOv2 and DINOv3.
+"""Vision towers of Hugging Face transformers: ViT, DeiT, BEiT, the CLIP family, SigLIP, DINOv2 and DINOv3.
 
-Each is found alone, in its `...ForImageClassification` model and in dual encoders (CLIPModel, SiglipModel). Read
-against transformers 5; the names of 4 are known too. transformers is never imported.
+A tower may stand alone, in its `...ForImageClassification` model or in a dual encoder (CLIPModel, SiglipModel). Written
+for transformers 5; the names of version 4 are known too. This file never imports transformers.
 
-Dinov2ForImageClassification and its form with registers read the class token *and* the mean of the patches, through one
-linear layer over both. No single row of the rollout stands for such logits. The class token's row is taken, which is
-what the field does for DINOv2; the gradients are those of the whole logit. For the patches' half ask for it with
+Dinov2ForImageClassification, with or without registers, reads the class token *and* the mean of the patches through one
+linear layer. No single row of the rollout represents such logits. As usual for DINOv2, we take the class token's row;
+the gradients are those of the whole logit. For the half that reads the patches, use
 `dataclasses.replace(find_layout(model), pooling="average", pooled=None)`.
 """
 
@@ -15,36 +15,25 @@ from typing import Any
 
 from torch import nn
 
-from fga_fast.models.common import attribute, cannot, class_of, cut, pair
+from fga_fast.models.common import attribute, cannot, check_methods, class_of, cut, pair
 from fga_fast.models.layout import ModelLayout
 from fga_fast.settings import Pooling
 
 _PACKAGE = "transformers.models"
+_CLIPS = ("CLIP", "MetaClip2", "ChineseCLIP", "AltCLIP")
 
-# Class of the tower -> tokens in front of the patches, not counting registers.
+# Class of the tower -> tokens in front of the patches, not counting registers. In transformers 4 the tower of CLIP and
+# similar models is the ...VisionTransformer inside the ...VisionModel.
 _TOWERS: dict[str, int] = {
-    "ViTModel": 1,
-    "ViTMSNModel": 1,
+    **dict.fromkeys(("ViTModel", "ViTMSNModel", "BeitModel", "Data2VecVisionModel"), 1),
+    **dict.fromkeys(("Dinov2Model", "Dinov2WithRegistersModel", "DINOv3ViTModel"), 1),
+    **dict.fromkeys((f"{name}Vision{kind}" for name in _CLIPS for kind in ("Model", "Transformer")), 1),
+    **dict.fromkeys(("SiglipVisionModel", "SiglipVisionTransformer"), 0),
     "DeiTModel": 2,
-    "BeitModel": 1,
-    "Data2VecVisionModel": 1,
-    "CLIPVisionModel": 1,
-    "CLIPVisionTransformer": 1,  # inside CLIPVisionModel in transformers 4, and so on
-    "MetaClip2VisionModel": 1,
-    "MetaClip2VisionTransformer": 1,
-    "ChineseCLIPVisionModel": 1,
-    "ChineseCLIPVisionTransformer": 1,
-    "AltCLIPVisionModel": 1,
-    "AltCLIPVisionTransformer": 1,
-    "SiglipVisionModel": 0,
-    "SiglipVisionTransformer": 0,
-    "Dinov2Model": 1,
-    "Dinov2WithRegistersModel": 1,
-    "DINOv3ViTModel": 1,
 }
 
-# Class of a model with a classifier -> how it reads its tower's tokens: pooling, and where the range starts and stops
-# (None: at the last token). Other classes around a tower read its pooled output.
+# Class of a model with a classifier -> how it reads its tower's tokens: pooling, start and stop of the range (None: at
+# the last token). Other classes around a tower read its pooled output.
 _HEADS: dict[str, tuple[Pooling, int, int | None]] = {
     "ViTForImageClassification": ("token", 0, 1),
     "ViTMSNForImageClassification": ("token", 0, 1),
@@ -61,10 +50,10 @@ _BLOCKS = ("layers", "layer", "encoder.layers", "encoder.layer", "model.layers",
 
 
 def is_tower(module: nn.Module) -> bool:
-    """Whether `module` is a supported tower, or a supported tower with its classifier."""
+    """Whether `module` is a supported tower, alone or with its classifier."""
     if class_of(module, _HEADS, _PACKAGE):
         return True
-    # Without embeddings it is the shell that transformers 4 puts around some towers: the tower is inside.
+    # A module without embeddings is the shell that transformers 4 puts around some towers.
     return class_of(module, _TOWERS, _PACKAGE) is not None and hasattr(module, "embeddings")
 
 
@@ -73,16 +62,14 @@ def read_layout(module: nn.Module, image_size: tuple[int, int] | None = None) ->
 
     Args:
         module: module for which `is_tower` is true.
-        image_size: size of the images to be explained; None: the one of the tower's config. Some towers take any size,
-            others when called with interpolate_pos_encoding=True, which a wrapper may do.
+        image_size: size of the images to explain; None: the size in the tower's config. Some towers take any size,
+            others only if a wrapper calls them with interpolate_pos_encoding=True.
 
     Raises:
-        ValueError: the tower is configured in a way that cannot be explained.
+        ValueError: the tower's configuration cannot be explained.
     """
     tower = next(part for part in module.modules() if is_tower(part) and not class_of(part, _HEADS, _PACKAGE))
-    owner = next(cls for cls in type(tower).__mro__ if "forward" in vars(cls))
-    if not owner.__module__.startswith(_PACKAGE):
-        raise cannot(tower, f"{owner.__name__} replaces its forward, so which tokens are patches is not known")
+    check_methods(tower, ["forward"], [_PACKAGE], "which tokens are patches")
     config = attribute(tower, "config")
     _check_attention(tower, config)
     size = pair(config.image_size if image_size is None else image_size, tower, "image_size")
@@ -119,11 +106,11 @@ def _blocks(tower: nn.Module) -> tuple[nn.Module, ...]:
             found = getattr(found, name, None)
         if isinstance(found, nn.ModuleList) and len(found):
             return tuple(found)
-    raise cannot(tower, f"its blocks are not where transformers 4 and 5 have them ({', '.join(_BLOCKS)})")
+    raise cannot(tower, f"its blocks are not where transformers 4 and 5 put them ({', '.join(_BLOCKS)})")
 
 
 def _pooling(module: nn.Module, tower: nn.Module, prefix: int, tokens: int) -> tuple[Pooling, tuple[int, int]]:
-    """Pooling kind and the range of tokens that it reads."""
+    """The kind of pooling and the range of tokens that it reads."""
     head = class_of(module, _HEADS, _PACKAGE)
     if head is not None:
         pooling, start, stop = _HEADS[head]

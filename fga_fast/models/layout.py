@@ -1,11 +1,11 @@
-"""What a relevance rollout has to know about a model: its blocks, its token order and how logits are read."""
+"""What a rollout must know about a model: its blocks, the order of its tokens and how its logits read them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral
-from typing import get_args
+from typing import TypeGuard, get_args
 
 from torch import nn
 
@@ -14,9 +14,9 @@ from fga_fast.settings import Pooling
 
 @dataclass(frozen=True)
 class ModelLayout:
-    """Places in a vision transformer that an explanation needs. `find_layout` reads it from the known families.
+    """Where the parts of a vision transformer are. `find_layout` makes one for the known families.
 
-    For a model of your own, say where things are; only the first three have no default:
+    For your own model, write it yourself; only the first three have no default:
 
         layout = ModelLayout(
             blocks=model.layers,         # in forward order; each returns the residual stream and attends once
@@ -26,12 +26,12 @@ class ModelLayout:
         )
         explainer = Explainer(model, layout=layout)
 
-    To correct one that was found, for example for a wrapper that averages the patches itself:
+    To correct a found layout, for example for a wrapper that averages the patches itself:
     `dataclasses.replace(find_layout(model), pooling="average", pooled=None)`.
 
     Attributes:
         blocks: the L transformer blocks in forward order (any sequence of modules, kept as a tuple). Block l returns
-            the residual stream x_l [B, N, C], or a tuple whose first entry it is, and attends over all N tokens once.
+            the residual stream x_l [B, N, C], or a tuple that starts with it, and attends over all N tokens once.
         prefix_tokens: tokens in front of the patches (class, distillation, registers); N = prefix_tokens + gh * gw.
         grid: (gh, gw), patches along height and width; patch p sits at row p // gw, column p % gw.
         pooling: how the residual stream becomes one vector. "token": one token is read. "average": the tokens of
@@ -39,14 +39,14 @@ class ModelLayout:
             in one more attention call after the blocks.
         pooled: token range [start, stop) that the pooling reads. None: the first token for "token", all patches for
             "average" and "attention"; the attribute is the range itself, never None.
-        image_size: (height, width) of the images the model takes; None: not known, so not checked.
+        image_size: (height, width) of the model's images; None: unknown, so not checked.
         in_chans: channels of those images.
-        d_model: width C of the residual stream; None: not known, so not checked.
-        tower: the vision transformer inside the model (the model itself, or a submodule of it); None: not known.
-        tokens_first: blocks hand over [N, B, C] (sequence first) instead of [B, N, C].
+        d_model: width C of the residual stream; None: unknown, so not checked.
+        tower: the vision transformer: the model itself, or a submodule of it; None: unknown.
+        tokens_first: blocks take and return [N, B, C] (sequence first) instead of [B, N, C].
 
     Raises:
-        TypeError, ValueError: a value that cannot be, or two that contradict each other; the message names them.
+        TypeError, ValueError: a value is impossible, or two contradict each other; the message names them.
     """
 
     blocks: tuple[nn.Module, ...]
@@ -129,13 +129,17 @@ def _modules(blocks: object) -> tuple[nn.Module, ...]:
     if not found:
         raise ValueError("blocks: expected at least one block, got none")
     if len(set(found)) < len(found):
-        raise ValueError("blocks: one module is there twice; blocks that share weights run more than once a pass")
+        raise ValueError("blocks: one module is there twice; give each block once, and no blocks that share weights")
     return found
 
 
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether `value` is an int, also one of NumPy's, and no bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _whole(name: str, value: object, least: int) -> int:
-    # Integral takes NumPy's integers too; a bool is one by accident of Python's.
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if not is_whole(value):
         raise TypeError(f"{name}: expected an int, got {value!r}")
     if value < least:
         raise ValueError(f"{name}: expected {least} or more, got {value}")

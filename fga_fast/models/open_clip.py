@@ -1,13 +1,13 @@
-"""open_clip's image towers, alone or inside CLIP, CustomTextCLIP and CoCa models. Read against open_clip 3.3.
+"""open_clip's image towers, alone or inside CLIP, CustomTextCLIP and CoCa models. Written for open_clip 3.3.
 
-Its text towers are not looked at. Models with a TimmModel tower are read by `timm.py`, which finds the trunk inside.
+It ignores text towers. timm.py reads the trunk inside a TimmModel tower.
 """
 
 from __future__ import annotations
 
 from torch import nn
 
-from fga_fast.models.common import attribute, cannot, cut, is_a, only_size, pair
+from fga_fast.models.common import attribute, cannot, check_methods, class_of, cut, only_size, pair
 from fga_fast.models.layout import ModelLayout
 from fga_fast.settings import Pooling
 
@@ -16,15 +16,14 @@ _PACKAGE = "open_clip.transformer"
 
 def is_tower(module: nn.Module) -> bool:
     """Whether `module` is open_clip's VisionTransformer or a subclass of it."""
-    return is_a(module, ("VisionTransformer",), _PACKAGE)
+    return class_of(module, ("VisionTransformer",), _PACKAGE) is not None
 
 
 def read_layout(tower: nn.Module, image_size: tuple[int, int] | None = None) -> ModelLayout:
     """Layout of an open_clip VisionTransformer: one class token in front of the patches.
 
     Raises:
-        ValueError: the tower is configured in a way that cannot be explained exactly, or another image size than its
-            own is asked for.
+        ValueError: the tower's configuration cannot be explained exactly, or `image_size` is not its own.
     """
     _check(tower)
     own = pair(attribute(tower, "image_size"), tower, "image_size")
@@ -42,27 +41,21 @@ def read_layout(tower: nn.Module, image_size: tuple[int, int] | None = None) -> 
         in_chans=attribute(tower, "conv1").in_channels,
         d_model=len(attribute(tower, "class_embedding")),
         tower=tower,
-        # Versions before batch_first handed over [N, B, C] always.
+        # Versions without batch_first always used [N, B, C].
         tokens_first=not getattr(transformer, "batch_first", False),
     )
 
 
 def _check(tower: nn.Module) -> None:
-    for method in ("forward", "_embeds", "_pool", "_global_pool"):
-        owner = next((cls for cls in type(tower).__mro__ if method in vars(cls)), None)
-        if owner is not None and owner.__module__ != _PACKAGE:
-            raise cannot(
-                tower,
-                f"{owner.__name__} replaces VisionTransformer.{method}, so which tokens are patches and which are "
-                "pooled is not known",
-            )
+    methods = ("forward", "_embeds", "_pool", "_global_pool")
+    check_methods(tower, methods, [_PACKAGE], "which tokens are patches and which are pooled")
     dropout = getattr(tower, "patch_dropout", None)
     if tower.training and getattr(dropout, "prob", 0.0) > 0:
         raise cannot(tower, "patch dropout is active in train mode; call model.eval() first")
 
 
 def _pooling(tower: nn.Module, tokens: int) -> tuple[Pooling, tuple[int, int]]:
-    """Pooling kind and the range of tokens that it reads."""
+    """The kind of pooling and the range of tokens that it reads."""
     kind = attribute(tower, "pool_type")
     pool = getattr(tower, "attn_pool", None)
     if pool is None:
@@ -72,12 +65,12 @@ def _pooling(tower: nn.Module, tokens: int) -> tuple[Pooling, tuple[int, int]]:
             return "average", (1, tokens)
         raise cannot(tower, f"pool_type={kind!r} returns every token; create the model with pool_type 'tok' or 'avg'")
     if getattr(tower, "attn_pool_contrastive", None) is not None:
-        raise cannot(tower, "it pools by two attention pools, for captions and for contrast; one is expected")
+        raise cannot(tower, "it has two attention pools, for captions and for contrast; expected one")
     queries = len(attribute(pool, "query"))
     if queries != 1 or kind != "tok":
         raise cannot(
             tower,
-            f"its attentional pool has {queries} queries and pool_type={kind!r}; expected 1 query, whose row is the "
-            "seed, and pool_type='tok'",
+            f"its attentional pool has {queries} queries and pool_type={kind!r}; expected 1 query, "
+            "because the rollout starts from its row, and pool_type='tok'",
         )
     return "attention", (0, tokens)

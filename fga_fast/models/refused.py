@@ -17,8 +17,8 @@ _VIDEO = "it reads videos: its tokens are no grid over one image"
 _NO_LOGITS = "it returns feature maps or pixels, no logits or image features to explain; use its base model"
 _FLEXIBLE = "it takes packed patches of varying grids under a boolean padding mask; use the fixed-size model instead"
 
-# Package -> class name -> why. Looked up over a module's whole MRO, so subclasses are covered; only these packages'
-# classes count, because a user's own wrapper may well be called Nest or Twins.
+# Package -> class name -> reason. Subclasses count too. Classes of other packages do not: a user's own wrapper may be
+# called Nest or Twins.
 REFUSED: dict[str, dict[str, str]] = {
     "timm": {
         **dict.fromkeys(("SwinTransformer", "SwinTransformerV2", "SwinTransformerV2Cr"), _WINDOWED),
@@ -36,10 +36,7 @@ REFUSED: dict[str, dict[str, str]] = {
         "TNT": "two nested transformers, over pixels and over patches, so there is no single token grid",
         "NaFlexVit": _FLEXIBLE,
     },
-    "torchvision": {
-        "SwinTransformer": _WINDOWED,
-        "MaxVit": _HIERARCHICAL,
-    },
+    "torchvision": {"SwinTransformer": _WINDOWED, "MaxVit": _HIERARCHICAL},
     "open_clip": {
         "ModifiedResNet": "it is a convolutional network with one attention pool at its end, so there is no rollout",
     },
@@ -59,7 +56,7 @@ REFUSED: dict[str, dict[str, str]] = {
     },
 }
 
-# Parts of a tower: blocks that make two attention calls, or subtract one attention map from another.
+# Class of a part of a tower -> reason: it makes two attention calls, or subtracts one attention map from another.
 REFUSED_PARTS: dict[str, str] = {
     "DiffAttention": "differential attention subtracts two softmax maps, so the relevance of a map is not defined",
     "DiffParallelScalingBlock": "differential attention subtracts two softmax maps, so relevance is not defined",
@@ -70,18 +67,17 @@ _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch
 
 
 def reason(module: nn.Module) -> str | None:
-    """Why `module` itself is something that cannot be explained, or None. Its submodules are not looked at."""
+    """Why `module` itself, apart from its submodules, cannot be explained, or None."""
     for cls in type(module).__mro__:
-        package = cls.__module__.split(".")[0]
-        found = REFUSED.get(package, {}).get(cls.__name__)
+        found = REFUSED.get(cls.__module__.split(".")[0], {}).get(cls.__name__)
         if found is not None:
             return found
     return opaque(module)
 
 
 def opaque(module: nn.Module) -> str | None:
-    """Why the calls that `module` makes cannot be seen from outside, or None."""
-    if hasattr(module, "_orig_mod"):  # what torch.compile returns
+    """Why the calls that `module` makes are not visible from outside, or None."""
+    if hasattr(module, "_orig_mod"):  # a module from torch.compile()
         return "it is compiled by torch.compile, whose graph hides its attention; pass the model that was compiled"
     if getattr(module, "_compiled_call_impl", None) is not None:
         return "it was compiled in place by module.compile(), which hides its attention; build the model without it"
@@ -89,7 +85,7 @@ def opaque(module: nn.Module) -> str | None:
     if "ScriptModule" in names:
         return "TorchScript modules hide their attention calls; pass the eager model"
     if "GraphModule" in names:
-        return "a traced or exported graph has no blocks any more; pass the model that was traced"
+        return "a traced or exported graph no longer has blocks; pass the model that was traced"
     return None
 
 

@@ -1,19 +1,18 @@
 """timm's plain vision transformers, recognised by their classes and read from their attributes.
 
 VisionTransformer is ViT, DeiT, DINOv2, and the towers of CLIP and SigLIP; Eva is EVA-02, DINOv3, the Perception Encoder
-and the ViTs with rotary embeddings; Beit is BEiT and BEiT v2. Read against timm 1.0: `models/vision_transformer.py`,
-`deit.py`, `eva.py`, `beit.py`, `vision_transformer_relpos.py`. timm itself is never imported.
+and the ViTs with rotary embeddings; Beit is BEiT and BEiT v2. Written for timm 1.0. This file never imports timm.
 """
 
 from __future__ import annotations
 
 from torch import nn
 
-from fga_fast.models.common import attribute, cannot, class_of, only_size, pair
+from fga_fast.models.common import attribute, cannot, check_methods, class_of, only_size, pair
 from fga_fast.models.layout import ModelLayout
 from fga_fast.settings import Pooling
 
-# Class -> methods that decide which tokens are patches and which are pooled; a subclass must not replace them.
+# Class -> methods that decide which tokens are patches and which are pooled; a subclass must not replace these.
 _TOWERS: dict[str, tuple[str, ...]] = {
     "VisionTransformer": ("_pos_embed", "forward_features", "pool"),
     "Eva": ("_pos_embed", "forward_features", "pool"),
@@ -27,7 +26,7 @@ _REFUSED_POOLS: dict[str, str] = {
     "": "global_pool='' returns every token and no logits; create the model with a pooling and a head",
     "max": "max pooling reads a different token for every channel, so no row of the rollout stands for the logits",
     "avgmax": "half of its pooling is a maximum, which reads a different token for every channel",
-    "prr": "'prr' pooling runs a further self-attention without a residual path after the last block",
+    "prr": "'prr' pooling adds a self-attention without a residual path after the last block",
 }
 
 
@@ -41,15 +40,14 @@ def read_layout(tower: nn.Module, image_size: tuple[int, int] | None = None) -> 
 
     Args:
         tower: module for which `is_tower` is true.
-        image_size: size of the images to be explained, for a tower with dynamic_img_size=True; None: the tower's own.
+        image_size: size of the images to explain, for a tower with dynamic_img_size=True; None: the tower's own.
 
     Returns:
-        Its `ModelLayout`. For the distilled DeiT, whose logits are the mean of a class-token head and a
-        distillation-token head, `pooling` is "average" over these two tokens: both are read with equal weight.
+        Its `ModelLayout`. The logits of the distilled DeiT are the mean of two heads, on the class token and the
+        distillation token, so its `pooling` is "average" over these two tokens.
 
     Raises:
-        ValueError: the tower is configured in a way that the method cannot explain exactly, or does not take images of
-            `image_size`.
+        ValueError: the tower's configuration cannot be explained exactly, or it does not take images of `image_size`.
     """
     family = class_of(tower, _TOWERS, "timm.models") or ""
     _check_forward(tower, _TOWERS[family])
@@ -70,15 +68,9 @@ def read_layout(tower: nn.Module, image_size: tuple[int, int] | None = None) -> 
 
 
 def _check_forward(tower: nn.Module, methods: tuple[str, ...]) -> None:
-    """Refuse towers whose token order is not the one that timm's own code produces."""
-    for method in methods:
-        owner = next((cls for cls in type(tower).__mro__ if method in vars(cls)), None)
-        if owner is not None and owner.__module__ not in _MODULES:
-            raise cannot(
-                tower,
-                f"{owner.__name__} replaces VisionTransformer.{method}, so which tokens are patches and which are "
-                "pooled is not known (registers may come after the patches, for example)",
-            )
+    """Refuses towers whose order of tokens may differ from timm's own."""
+    unknown = "which tokens are patches (registers may come after the patches) and which are pooled"
+    check_methods(tower, methods, _MODULES, unknown)
     if not isinstance(getattr(tower, "blocks", None), (nn.Sequential, nn.ModuleList)):
         raise cannot(tower, "it has no blocks")
     patch_drop = getattr(tower, "patch_drop", None)
@@ -89,7 +81,7 @@ def _check_forward(tower: nn.Module, methods: tuple[str, ...]) -> None:
 
 
 def _read_size(tower: nn.Module, wanted: tuple[int, int] | None) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Image size and grid. They are fixed for one explanation, also where the tower takes several sizes."""
+    """Image size and grid of one explanation. `wanted`: the size of its images, if the tower takes several."""
     patch_embed = attribute(tower, "patch_embed")
     own = getattr(patch_embed, "img_size", None)
     dynamic = bool(getattr(tower, "dynamic_img_size", False))
@@ -108,14 +100,14 @@ def _read_size(tower: nn.Module, wanted: tuple[int, int] | None) -> tuple[tuple[
 
 
 def _read_pooling(tower: nn.Module, family: str, prefix: int, tokens: int) -> tuple[Pooling, tuple[int, int]]:
-    """Pooling kind and the range of tokens that it reads."""
+    """The kind of pooling and the range of tokens that it reads."""
     if class_of(tower, ("VisionTransformerDistilled",), "timm.models.deit"):
         return "average", (0, 2)
     include_prefix = bool(getattr(tower, "pool_include_prefix", False))
     seen = (0 if include_prefix else prefix, tokens)
     global_pool = str(getattr(tower, "global_pool", ""))
     attn_pool = getattr(tower, "attn_pool", None)
-    # timm looks at attn_pool before global_pool, so this order is what decides. Eva's pool reads the prefix too.
+    # As timm does, look at attn_pool before global_pool. Eva's attention pool reads the prefix too.
     if attn_pool is not None and global_pool != "prr":
         _check_attention_pool(tower, attn_pool)
         return "attention", (0, tokens) if family == "Eva" else seen
@@ -132,6 +124,6 @@ def _check_attention_pool(tower: nn.Module, pool: nn.Module) -> None:
     if "AttentionPoolLatent" not in [cls.__name__ for cls in type(pool).__mro__]:
         raise cannot(tower, f"its attention pooling is a {kind}; expected timm's AttentionPoolLatent")
     if latents != 1:
-        raise cannot(tower, f"its attention pooling has {latents} latent queries; expected 1, whose row is the seed")
+        raise cannot(tower, f"its attention pooling has {latents} latent queries; expected 1, the start of the rollout")
     if getattr(pool, "pool", "") not in ("token", "avg"):
         raise cannot(tower, "its attention pooling returns a sequence instead of one vector per image")

@@ -1,9 +1,9 @@
-"""Imports timm, also beside a torch for which there is no torchvision.
+"""Imports timm, even if torchvision is missing or does not match the installed torch.
 
-timm imports torchvision at the top of its layers and data modules, for FrozenBatchNorm2d and image transforms that no
-vision transformer uses. torchvision must fit the installed torch to the build: beside a CPU or nightly build of torch
-it may be missing, or fail with "operator torchvision::nms does not exist". timm is then imported with stand-ins for
-torchvision's names. They are taken out of sys.modules right after, and refuse to be called.
+timm imports torchvision for FrozenBatchNorm2d and image transforms, which no vision transformer uses. torchvision must
+match the exact build of torch: with a CPU or nightly build it may be missing, or fail with "operator torchvision::nms
+does not exist". We then import timm with stand-ins for torchvision's names. They leave sys.modules right after the
+import, and raise an error if they are called.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _lock = threading.Lock()
 
 
 class _StandInType(type):
-    """Type of the classes that stand in for torchvision's: may be inherited from and searched, not called."""
+    """Metaclass of the stand-ins for torchvision's classes: they can be subclassed and have every attribute."""
 
     def __getattr__(cls, name: str) -> _StandInType:
         if name.startswith("__"):
-            raise AttributeError(name)  # introspection must not find protocols that are not there
+            raise AttributeError(name)  # a stand-in must not seem to support any protocol
         return _StandInType(f"{cls.__name__}.{name}", (), {})
 
     def __call__(cls, *args: object, **kwargs: object) -> object:
@@ -36,14 +36,11 @@ class _StandInType(type):
 
 
 class _StandInModule(ModuleType):
-    def __getattr__(self, name: str) -> _StandInType:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _StandInType(f"{self.__name__}.{name}", (), {})
+    __getattr__ = _StandInType.__getattr__
 
 
 class _StandIns(MetaPathFinder, Loader):
-    """Finds every module of the name torchvision, and makes an empty one that has whatever is asked for."""
+    """Finds torchvision and all its submodules, and makes empty modules that have every attribute."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -54,7 +51,7 @@ class _StandIns(MetaPathFinder, Loader):
         return _StandInModule(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Nothing to run: names are made when asked for."""
+        """Nothing to run: the module makes each name on first use."""
 
 
 def _is_torchvision(name: str) -> bool:
@@ -67,20 +64,20 @@ def _forget(package: str) -> None:
 
 
 def _torchvision_fault() -> str:
-    """Why torchvision cannot be imported; "" if it can."""
+    """Why the import of torchvision fails; "" if it works."""
     try:
         importlib.import_module("torchvision")
-    except (ImportError, RuntimeError, OSError) as error:  # a build for another torch fails with any of these
+    except (ImportError, RuntimeError, OSError) as error:  # a build for another torch may raise any of these
         _forget("torchvision")
         return f"{type(error).__name__}: {error}"
     return ""
 
 
 def import_timm() -> ModuleType:
-    """timm as a module, imported on the first call.
+    """The module timm, imported on the first call.
 
     Raises:
-        ImportError: timm is not installed, or does not import for a reason other than torchvision.
+        ImportError: timm is not installed, or its import fails for another reason than torchvision.
     """
     with _lock:
         if "timm" in sys.modules:
@@ -96,7 +93,7 @@ def import_timm() -> ModuleType:
         try:
             return importlib.import_module("timm")
         except ImportError:
-            _forget("timm")  # half of it would look importable the next time
+            _forget("timm")  # do not leave it half imported
             raise
         finally:
             sys.meta_path.remove(stand_ins)

@@ -1,10 +1,10 @@
-"""torchvision's VisionTransformer (vit_b_16, vit_l_32, vit_h_14, ...). Read against torchvision 0.26."""
+"""torchvision's VisionTransformer (vit_b_16, vit_l_32, vit_h_14, ...). Written for torchvision 0.26."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from fga_fast.models.common import attribute, cannot, cut, is_a, only_size, pair
+from fga_fast.models.common import attribute, check_methods, class_of, cut, only_size, pair
 from fga_fast.models.layout import ModelLayout
 
 _PACKAGE = "torchvision.models.vision_transformer"
@@ -12,18 +12,16 @@ _PACKAGE = "torchvision.models.vision_transformer"
 
 def is_tower(module: nn.Module) -> bool:
     """Whether `module` is torchvision's VisionTransformer or a subclass of it."""
-    return is_a(module, ("VisionTransformer",), _PACKAGE)
+    return class_of(module, ("VisionTransformer",), _PACKAGE) is not None
 
 
 def read_layout(tower: nn.Module, image_size: tuple[int, int] | None = None) -> ModelLayout:
     """Layout of a torchvision VisionTransformer: one class token, which its head reads.
 
     Raises:
-        ValueError: a subclass replaces the forward pass, or another image size than the tower's own is asked for.
+        ValueError: a subclass replaces the forward pass, or `image_size` is not the tower's own.
     """
-    owner = next(cls for cls in type(tower).__mro__ if "forward" in vars(cls))
-    if owner.__module__ != _PACKAGE:
-        raise cannot(tower, f"{owner.__name__} replaces VisionTransformer.forward, so what is pooled is not known")
+    check_methods(tower, ["forward"], [_PACKAGE], "which tokens are pooled")
     own = pair(attribute(tower, "image_size"), tower, "image_size")
     only_size(image_size, own, tower, "create the model with that image_size")
     return ModelLayout(

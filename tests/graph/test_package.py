@@ -216,7 +216,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"classes": ...}, "classes: expected a whole number of at least 1, got nothing"),
     ({"class_names": ["ant"]}, "class_names: expected 5, one for each class, got 1"),
     ({"class_names": [1, 2, 3, 4, 5]}, "class_names: expected strings"),
-    ({"targets": "all"}, "targets: expected 'predicted' or 'given', got 'all'"),
+    ({"target_mode": "all"}, "target_mode: expected 'predicted' or 'given', got 'all'"),
     ({"layers": [0, 1, 2]}, "outputs: expected 'scores.2' of shape [2, 6], got none"),
     ({"layers": "0"}, "layers: expected a list, got '0'"),
     ({"outputs": []}, "outputs: expected 'logits' of shape [2, 5], got none"),

@@ -224,7 +224,7 @@ def test_packages_are_checked(module: Any, altered: Callable[..., Path], tmp_pat
         with pytest.raises(module.Error, match=message):
             module.Session(altered(**changes))
     module.Session(altered(sha256="0" * 64), verify=False)
-    with pytest.raises(module.Error, match="images: the package says nothing of preprocessing"):
+    with pytest.raises(module.Error, match="images: the package has no preprocessing"):
         module.Session(altered(preprocessing=None)).explain(np.zeros((8, 8, 3), np.uint8))
     with pytest.raises(
         module.Error, match=r"package: expected blocks of shape \[3, 2, 6\] and dtype float32, got \[3, 5\]"

@@ -1,4 +1,4 @@
-// What every function of the runtime throws, and the mark of what its library exports.
+// The exception of the runtime, and the macro for symbols that its library exports.
 #pragma once
 
 #include <stdexcept>
@@ -7,7 +7,7 @@
 
 namespace fga {
 
-// The message names the argument, what was expected, what came and what to do, in the words of the Python package.
+// As in the Python package, the message names the argument, what was expected, what came and what to do.
 class FGA_API Error : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;

@@ -1,4 +1,4 @@
-// Pictures, and what a model makes of them before it looks: the C++ side of fga_fast/io/images.py.
+// Pictures and their preprocessing: the C++ version of fga_fast/io/images.py.
 #pragma once
 
 #include <array>
@@ -12,7 +12,7 @@ namespace fga {
 
 enum class Memory { host, device };
 
-// 8-bit pixels in host memory, rows from the top, channels last, RGB or grey. Not owned: they must outlive the call.
+// 8-bit pixels in host memory, rows from the top, channels last, RGB or grey. The caller owns them during the call.
 struct Picture {
   const uint8_t* pixels = nullptr;
   int64_t height = 0, width = 0;
@@ -20,8 +20,8 @@ struct Picture {
   int64_t row_bytes = 0;  // from one row to the next; 0: width * channels
 };
 
-// From a picture of any size to a model's input: resize to cover, centre crop, normalise. Pixels are those that
-// the antialiased resize of Pillow 13 gives, to the last bit; older ones differ by 1 where a tall picture gets low.
+// From a picture of any size to a model's input: resize to cover, centre crop, normalise. Pixels are bit-equal to the
+// antialiased resize of Pillow 13; older versions may differ by 1 when a tall picture shrinks in height.
 struct FGA_API Preprocess {
   std::array<int64_t, 2> image_size = {0, 0};  // height and width of the model's input
   std::vector<double> mean, std;               // per channel, of values in [0,1]; three numbers, or one for grey
@@ -29,21 +29,21 @@ struct FGA_API Preprocess {
   std::string interpolation = "bicubic";       // or bilinear, nearest
   bool squash = false;                         // resize both sides to image_size and crop nothing
 
-  void check() const;  // throws Error where a field is out of its range
+  void check() const;  // throws Error if a field is out of range
 
-  // What the model sees of the picture: [height, width, channels], channels last.
+  // The pixels that the model sees: [height, width, channels].
   std::vector<uint8_t> view(const Picture& picture) const;
 
   // (value / 255 - mean) / std of the view, written to out [channels, height, width].
   void write(const Picture& picture, float* out) const;
 };
 
-// A batch: pictures of any sizes, or values that are normalised already. Nothing is owned.
+// A batch: pictures of any sizes, or normalised values. The caller owns the memory.
 struct FGA_API Images {
   static Images pictures(std::vector<Picture> pictures);
 
-  // [batch, channels, height, width], contiguous, in host memory or on the device of the session. Device memory must
-  // be ready on torch's current stream, which is the default stream where nobody set another.
+  // [B, channels, height, width], contiguous, in host memory or on the session's device. Device memory must be ready on
+  // torch's current stream, by default the default stream.
   static Images normalised(const float* values, std::array<int64_t, 4> shape, Memory memory = Memory::host);
   static Images normalised(const double* values, std::array<int64_t, 4> shape, Memory memory = Memory::host);
 

@@ -1,10 +1,10 @@
-"""Packages: an explanation compiled ahead of time with its weights, as NAME.pt2 and NAME.json, for Python and for C++.
+"""Packages: an explanation compiled ahead of time with its weights, as NAME.pt2 and NAME.json, for Python and C++.
 
-A .pt2 file holds machine code, and loading it runs that code: load only packages you trust. NAME.json is
-data (package_metadata.py); its sha256 tells a damaged file, not a malicious one.
+A .pt2 file contains machine code, and loading it runs that code: load only packages you trust. NAME.json is data
+(metadata.py). Its sha256 detects a damaged file, not a malicious one.
 
-Weights are not frozen into layouts of their own, as `Explainer.compile` does: in a package the forward and the backward
-pass would keep a copy each (652 instead of 331 MiB for ViT-B/16), which is no faster there.
+Unlike `Explainer.compile`, a package does not freeze weights into other memory layouts. The forward and the backward
+pass would each keep a copy (652 instead of 331 MiB for ViT-B/16) and would not be faster.
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ def export(
     preprocessing: Preprocess | None = None,
     class_names: Sequence[str] | Mapping[int, str] | None = None,
 ) -> Path:
-    """Compiles a plan with its model and SAEs into a package; takes a minute or so and needs a C++ compiler.
+    """Compiles a plan with its model and SAEs into a package. Takes about a minute and needs a C++ compiler.
 
     Args:
-        plan: what to export; it stays as it is.
-        path: NAME.pt2; NAME.json is written beside it. Both are replaced only when the new ones are complete.
-        example: [B, channels, H, W], images of the size, dtype and device that are to be explained. B becomes the
-            package's batch: it takes any number of images, but computes B at a time. None: one image of the model's
-            size.
-        target_mode: "predicted": the package explains the predicted class; "given": it takes one class an image.
-        preprocessing: from pictures to images, for whoever runs the package on image files.
+        plan: what to export; it does not change.
+        path: NAME.pt2; NAME.json goes beside it. Existing files are replaced only once the new ones are complete.
+        example: [B, channels, H, W] of the size, dtype and device of the images to explain. The package takes any
+            number of images and computes B at a time. None: one image of the model's size.
+        target_mode: "predicted": the package explains the predicted class; "given": it takes one class for each image.
+        preprocessing: from pictures to images, for users who run the package on image files.
         class_names: as for `Explainer`; None: the explainer's own.
 
     Returns:
         `path` as a Path.
 
     Raises:
-        TypeError, ValueError: what cannot be one fixed graph, or does not fit; the message says why and what to do.
+        TypeError, ValueError: an argument does not fit, or this cannot become a fixed graph; the message says why and
+            what to do.
         RuntimeError: the compiler failed.
-        OSError: the folder cannot be written.
+        OSError: the folder is not writable.
     """
     path = check_path(path)
     example = _blank(plan) if example is None else example
@@ -67,10 +67,10 @@ def export(
     flat = flatten(plan, example, target_mode)
     fold_biases(flat.module)
     names = flat.class_names if class_names is None else Readout(plan.model, class_names).names(flat.classes)
-    # In the same folder, since files are moved atomically only within one file system.
+    # In the same folder, because a move is atomic only within one file system.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         staged = Path(folder) / path.name
-        outputs = _compile(flat, example, target_mode, staged)
+        outputs = _compile(flat, staged)
         metadata = _metadata(plan, flat, example, target_mode, outputs, sha256_of(staged))
         metadata |= {"preprocess": preprocessing, "class_names": names}
         atomic_write(staged.with_suffix(".json"), Metadata(**metadata).to_json())
@@ -80,10 +80,10 @@ def export(
 
 
 def check_path(path: str | os.PathLike[str]) -> Path:
-    """Refuses names that no package can have.
+    """`path` as a Path.
 
     Raises:
-        ValueError, IsADirectoryError: not a .pt2 file, or the name of a folder.
+        ValueError, IsADirectoryError: it does not end in .pt2, or is a folder.
     """
     path = Path(path)
     if path.suffix != ".pt2" or not path.stem:
@@ -96,33 +96,32 @@ def check_path(path: str | os.PathLike[str]) -> Path:
 
 def _blank(plan: Plan) -> Tensor:
     if plan.layout.image_size is None:
-        raise ValueError("example: the model does not say what size of images it takes; give some")
+        raise ValueError("example: the model does not say what size of images it takes; pass images of that size")
     return plan.parameter.new_zeros(1, plan.layout.in_chans, *plan.layout.image_size)
 
 
 def _check_preprocessing(preprocessing: Preprocess | None, example: Tensor) -> None:
-    if preprocessing is None or not isinstance(example, Tensor) or example.dim() != 4:  # flatten says what is wrong
-        return
+    if preprocessing is None or not isinstance(example, Tensor) or example.dim() != 4:
+        return  # flatten() reports a wrong example
     if not isinstance(preprocessing, Preprocess):
         raise TypeError(f"preprocessing: expected a Preprocess, got {type(preprocessing).__name__}")
     made = [len(preprocessing.mean), *preprocessing.image_size]
     if made != list(example.shape[1:]):
         raise ValueError(
-            f"preprocessing: makes images {made} (channels, height, width), the example's are {list(example.shape[1:])}"
+            f"preprocessing: expected one that makes images {list(example.shape[1:])} (channels, height, width) like "
+            f"the example, this one makes images {made}; change its image_size or mean and std"
         )
 
 
-def _compile(flat: Flat, example: Tensor, target_mode: TargetMode, path: Path) -> tuple[Output, ...]:
-    """Writes the package to `path`; what it returns."""
+def _compile(flat: Flat, path: Path) -> tuple[Output, ...]:
+    """Writes the package to `path` and returns what its calls will return."""
     from torch._inductor import config
 
     built = path.parent / "built"
     built.mkdir()
     with one_at_a_time, torch.inference_mode(False), torch.no_grad():
-        images = example.detach().clone(memory_format=torch.contiguous_format)
-        given = [torch.zeros(len(images), dtype=torch.int64, device=images.device)] if target_mode == "given" else []
-        inputs = (images, *given)
-        # Not into the compiler's cache, where it would leave a copy of everything for good, weights included.
+        inputs = tuple(t.clone(memory_format=torch.contiguous_format) for t in flat.inputs)
+        # Not in the compiler's cache, which would keep a copy of everything for good, including the weights.
         with config.patch({"aot_inductor.output_path": str(built)}):
             program = torch.export.export(flat.module, inputs)
             torch._inductor.aoti_compile_and_package(program, package_path=str(path))
@@ -151,7 +150,7 @@ def _metadata(
 
 
 def _move(staged: Path, path: Path) -> None:
-    """Both files of a package to their names, the metadata last; on an error what was there before is there again."""
+    """Moves both files to their names, the metadata last. On an error, restores the files that were there before."""
     pairs = [(staged, path), (staged.with_suffix(".json"), path.with_suffix(".json"))]
     undo: list[Callable[[], Any]] = []
     try:

@@ -1,4 +1,4 @@
-"""Packages as they are used: checked, loaded and run without the model. See export.py."""
+"""Checks, loads and runs a package, without the model. See export.py."""
 
 from __future__ import annotations
 
@@ -12,24 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fga_fast.graph.outputs import given_classes, in_batches
+from fga_fast.graph.outputs import ALIGNMENT, given_classes, in_batches
 from fga_fast.graph.package.metadata import DTYPES, Metadata, sha256_of, this_machine
 from fga_fast.io.images import Preprocess
 from fga_fast.models import checks
 from fga_fast.result.explanation import Explanation
 from fga_fast.result.fields import nested
 
-_ALIGNMENT = 64  # bytes; what torch's own allocations have, and compiled code may count on
-
 
 class Package:
-    """An exported explanation, ready to run; see `load_package`. Called as an `Explainer` is, with the same result.
+    """An exported explanation, ready to run; see `load_package`. Call it like an `Explainer`; it returns the same.
 
     Several threads may share one; they run in turn.
 
     Attributes:
         path: NAME.pt2.
-        metadata: what NAME.json says: sizes, dtype, classes, settings, versions.
+        metadata: the content of NAME.json: sizes, dtype, classes, settings, versions.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -43,13 +41,13 @@ class Package:
         if sha256_of(self.path) != self.metadata.sha256:
             raise ValueError(
                 f"package: {self.path} is damaged, or not the file that {self.path.with_suffix('.json').name} was "
-                "written for: its sha256 is another one; export it again"
+                "written for: its sha256 differs; export it again"
             )
         _load_operators(self.metadata)
         self._device = torch.device(self.metadata.device)
         if self.metadata.device == "cuda":
             self._device = torch.device("cuda", torch.cuda.current_device())
-        # torch waits for a free runner without releasing Python's lock, which the thread that runs may need.
+        # torch waits for a free runner while it holds Python's lock, and the running thread may need that lock.
         self._lock = threading.Lock()
         try:
             self._loader = _loader(self.path, self._device)
@@ -61,7 +59,7 @@ class Package:
 
     @property
     def preprocess(self) -> Preprocess | None:
-        """From a picture to an image [channels, H, W] that the package takes, if it was exported with it."""
+        """From a picture to an image [channels, H, W] for this package; None if it was exported without."""
         return self.metadata.preprocess
 
     def __call__(self, images: Tensor, targets: Any = None) -> Explanation:
@@ -69,27 +67,27 @@ class Package:
 
         Args:
             images: [B, channels, H, W] of the package's size, dtype and device. B may be 0.
-            targets: nothing where the package explains the predicted class; where classes are given, an int or a class
-                name, or one for each image [B].
+            targets: None for target_mode "predicted"; for "given" an int or a class name, or one for each image [B].
 
         Returns:
-            An `Explanation`, as the exported explainer's.
+            The `Explanation` that the exported explainer would return.
 
         Raises:
-            TypeError, ValueError: images or targets do not fit, or hold NaN or Inf; the message says which.
+            TypeError, ValueError: images or targets do not fit, or contain NaN or Inf; the message says which.
         """
         m = self.metadata
         like = torch.empty(0, dtype=DTYPES[m.dtype], device=self._device)
         checks.check_images(images, m.channels, (m.height, m.width), like)
         count = len(images)
-        inputs: tuple[Tensor, ...] = (images.detach(), *self._given(images, targets))
-        if not count:  # one blank image tells dtypes and shapes
+        given = given_classes("package", m.target_mode, targets, images, m.classes, m.class_names)
+        inputs: tuple[Tensor, ...] = (images.detach(), *given)
+        if not count:  # run one blank image, to learn dtypes and shapes
             inputs = tuple(t.new_zeros(1, *t.shape[1:]) for t in inputs)
         with torch.inference_mode(False), torch.no_grad():
             outputs = in_batches(self._batch, [m.batch], inputs)
         found = {output.name: t[:count] for output, t in zip(m.outputs, outputs, strict=True)}
         for name, what in (("logits", "the logits"), ("relevance", "the relevance")):
-            checks.check_finite(found[name], what, nn.Module(), images)  # a model without weights to look at
+            checks.check_finite(found[name], what, nn.Module(), images)  # stands for a model without weights
         return Explanation(
             **nested(found), grid=m.grid, image_size=(m.height, m.width), backend=m.backend, backend_reason="package",
             names=m.class_names, start_layer=m.start_layer,
@@ -97,33 +95,29 @@ class Package:
 
     def _batch(self, _: int, inputs: tuple[Tensor, ...]) -> Sequence[Tensor]:
         whole = (t.contiguous() for t in inputs)
-        aligned = [t if t.data_ptr() % _ALIGNMENT == 0 else t.clone() for t in whole]
+        aligned = [t if t.data_ptr() % ALIGNMENT == 0 else t.clone() for t in whole]
         with self._lock:
             outputs: list[Tensor] = self._loader.run(aligned)
         got = [(tuple(t.shape), t.dtype) for t in outputs]
         if got != [(output.shape, DTYPES[output.dtype]) for output in self.metadata.outputs]:
-            raise RuntimeError(f"package: {self.path} returns other tensors than its metadata says: {got}")
+            raise RuntimeError(f"package: {self.path}: expected {self.metadata.outputs}, got {got}; export it again")
         return outputs
-
-    def _given(self, images: Tensor, targets: Any) -> tuple[Tensor, ...]:
-        m = self.metadata
-        return given_classes("package", m.target_mode, targets, images, m.classes, m.class_names)
 
 
 def load_package(path: str | os.PathLike[str]) -> Package:
-    """Loads what `Explainer.export` wrote.
+    """Loads a package that `Explainer.export` wrote.
 
-    A package is machine code, and loading it runs that code: load only packages you trust. No model, no
-    timm and no compiler are needed. Needs free space of the file's size in the folder for temporary files.
+    Loading a package runs its machine code: load only packages you trust. This needs no model, no timm and no compiler,
+    but free space of the file's size in the folder for temporary files.
 
     Args:
-        path: NAME.pt2; NAME.json has to lie beside it, and is checked first.
+        path: NAME.pt2; NAME.json must be in the same folder, and is checked first.
 
     Raises:
         FileNotFoundError: one of the two files is missing.
-        ValueError: the metadata is damaged or of another version, the package is not the one that it was written for,
-            or was compiled for a device or processor that is not here; the message says which.
-        RuntimeError: torch does not load it.
+        ValueError: the metadata is damaged or of another version, belongs to another package, or the package was
+            compiled for a device or processor that is not here; the message says which.
+        RuntimeError: torch cannot load it.
     """
     return Package(path)
 
@@ -145,13 +139,13 @@ def _check_machine(metadata: Metadata, path: Path) -> None:
 
 
 def _loader(path: Path, device: torch.device) -> Any:
-    # Not torch._inductor.aoti_load_package, which has a C++ compiler try out instruction sets first, for 15 seconds.
+    # torch._inductor.aoti_load_package() would first try instruction sets with a C++ compiler, for 15 seconds.
     index = -1 if device.index is None else device.index
     return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, index)
 
 
 def _load_operators(metadata: Metadata) -> None:
-    """Makes the operators known that the package calls by name."""
+    """Registers the operators that the package calls by name."""
     if metadata.backend == "native":
         from fga_fast import ops
 

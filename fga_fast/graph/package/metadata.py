@@ -1,7 +1,6 @@
-"""What lies beside a package as NAME.json: how it is called, what it returns and where it runs.
+"""NAME.json, the file beside a package: how to call the package, what it returns and where it runs.
 
-The file is checked entry by entry before the package itself is touched, since it may be damaged, of another version or
-somebody else's.
+Every entry is checked before the package itself is opened: the file may be damaged, hostile or of another version.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import hashlib
 import json
 import math
 import platform
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -24,7 +24,7 @@ FORMAT, VERSION = "fga_fast package", 2
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "int64": torch.int64}
 _MAX_BYTES = 64 * 2**20
 _MAX_VALUES = 2**31  # of one batch of images
-# Extensions of the instruction set that a compiler uses on its own; others are used by libraries that ask first.
+# Instruction sets that a compiler uses without asking. Libraries ask the processor before they use any other.
 _EXTENSIONS = ("avx", "sse", "fma", "bmi", "f16c", "lzcnt", "popcnt", "movbe")
 
 
@@ -38,47 +38,30 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class Metadata:
-    """The content of NAME.json.
-
-    Attributes:
-        device: "cpu" or "cuda".
-        dtype: of the images: "float32", "float64" or "bfloat16".
-        batch: images of one run; more are cut into several runs, fewer are filled up.
-        channels, height, width: of an image.
-        grid: patches down and across.
-        preprocess: from pictures to images, if known.
-        classes: columns of the logits; `class_names` names them, if known.
-        target_mode: "predicted", or "given" for packages that take one class an image.
-        layers: blocks with an SAE.
-        outputs: what the package returns, in order.
-        backend: whose kernels it calls: "native", "triton" or "composite".
-        method, backward, start_layer, signed, gate: settings of the `Explainer`.
-        machine: what it was compiled for: {"architecture": "x86_64", "features": ["avx2", ...]}.
-        versions: of fga_fast and torch.
-        sha256: of NAME.pt2.
-    """
+    """The content of NAME.json. `method`, `backward`, `start_layer`, `signed` and `gate` are the `Explainer`'s."""
 
     device: Literal["cpu", "cuda"]
-    dtype: Literal["float32", "float64", "bfloat16"]
-    batch: int
+    dtype: Literal["float32", "float64", "bfloat16"]  # of the images
+    batch: int  # images in one run; more images take several runs, fewer are padded
     channels: int
     height: int
     width: int
-    grid: tuple[int, int]
-    preprocess: Preprocess | None
-    classes: int
-    class_names: tuple[str, ...] | None
-    target_mode: TargetMode
-    layers: tuple[int, ...]
-    outputs: tuple[Output, ...]
-    backend: str
+    grid: tuple[int, int]  # patches (rows, columns)
+    preprocess: Preprocess | None  # from pictures to images, if known
+    classes: int  # columns of the logits
+    class_names: tuple[str, ...] | None  # one for each of these columns, if known
+    target_mode: TargetMode  # "given": a call takes one class for each image
+    layers: tuple[int, ...]  # blocks with an SAE
+    outputs: tuple[Output, ...]  # what the package returns, in order
+    backend: str  # whose kernels it calls: "native", "triton" or "composite"
     method: str
     backward: str
     start_layer: int
     signed: bool
     gate: dict[str, Any]
-    versions: dict[str, str]
-    sha256: str
+    versions: dict[str, str]  # of fga_fast and torch
+    sha256: str  # of NAME.pt2
+    # The processor it was compiled for: {"architecture": "x86_64", "features": ["avx2", ...]}.
     machine: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> bytes:
@@ -94,13 +77,14 @@ class Metadata:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: damaged, of another format or version, or an entry that is missing or wrong; it is named.
+            ValueError: it is damaged, of another format or version, or the entry that the message names is missing or
+                wrong.
         """
         return _read(Entries(_parsed(path), f"package: {path}"))
 
 
 class Entries:
-    """The entries of a JSON object, each read as what it has to be; errors name it."""
+    """Reads the entries of a JSON object. Each method checks one entry and names it in its error."""
 
     def __init__(self, content: Any, where: str) -> None:
         self.where, self.content = where, content
@@ -114,47 +98,46 @@ class Entries:
     def inner(self, name: str) -> Entries:
         return Entries(self.content.get(name), f"{self.where}: {name}")
 
-    def text(self, name: str, *known: str) -> Any:
+    def one(self, name: str, expected: str, fits: Callable[[Any], bool]) -> Any:
         value = self.content.get(name)
-        if not isinstance(value, str) or (known and value not in known):
-            raise self.wrong(name, " or ".join(map(repr, known)) or "a string")
+        if not fits(value):
+            raise self.wrong(name, expected)
         return value
 
-    def whole(self, name: str, least: int = 1) -> int:
-        value = self.content.get(name)
-        if not _is_whole(value, least):
-            raise self.wrong(name, f"a whole number of at least {least}")
-        return int(value)
+    def each(self, name: str, expected: str, fits: Callable[[Any], bool]) -> tuple[Any, ...]:
+        values = self.list(name)
+        return tuple(self.one(name, expected, lambda _: all(map(fits, values))))
+
+    def list(self, name: str) -> Any:
+        return self.one(name, "a list", lambda value: isinstance(value, list))
+
+    def text(self, name: str, *known: str) -> Any:
+        expected = " or ".join(map(repr, known)) or "a string"
+        return self.one(name, expected, lambda value: isinstance(value, str) and (not known or value in known))
+
+    def whole(self, name: str, least: int = 1) -> Any:
+        return self.one(name, f"a whole number of at least {least}", lambda value: _is_whole(value, least))
+
+    def wholes(self, name: str, least: int) -> tuple[int, ...]:
+        return self.each(name, f"whole numbers of at least {least}", lambda value: _is_whole(value, least))
+
+    def pair(self, name: str) -> tuple[int, int]:
+        values = self.wholes(name, 1)
+        first, second = self.one(name, "2 whole numbers of at least 1", lambda _: len(values) == 2)
+        return first, second
 
     def flag(self, name: str) -> bool:
-        value = self.content.get(name, False)
-        if not isinstance(value, bool):
-            raise self.wrong(name, "true or false")
-        return value
-
-    def list(self, name: str) -> list[Any]:
-        value = self.content.get(name)
-        if not isinstance(value, list):
-            raise self.wrong(name, "a list")
-        return value
-
-    def wholes(self, name: str, least: int, count: int | None = None) -> tuple[int, ...]:
-        values = self.list(name)
-        if not all(_is_whole(value, least) for value in values) or count not in (None, len(values)):
-            raise self.wrong(name, f"{'' if count is None else f'{count} '}whole numbers of at least {least}")
-        return tuple(values)
+        return name in self.content and self.one(name, "true or false", lambda value: isinstance(value, bool))
 
     def numbers(self, name: str) -> tuple[float, ...]:
-        values = self.list(name)
-        if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values):
-            raise self.wrong(name, "numbers")
-        return tuple(map(float, values))
+        return tuple(map(float, self.each(name, "numbers", _is_number)))
 
     def texts(self, name: str) -> tuple[str, ...]:
-        values = self.list(name)
-        if not all(isinstance(value, str) for value in values):
-            raise self.wrong(name, "strings")
-        return tuple(values)
+        return self.each(name, "strings", lambda value: isinstance(value, str))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _is_whole(value: Any, least: int) -> bool:
@@ -181,7 +164,7 @@ def _read(entries: Entries) -> Metadata:
         channels=entries.whole("channels"),
         height=entries.whole("height"),
         width=entries.whole("width"),
-        grid=_pair(entries.wholes("grid", 1, 2)),
+        grid=entries.pair("grid"),
         preprocess=_preprocess(entries),
         classes=entries.whole("classes"),
         class_names=None if entries.content.get("class_names") is None else entries.texts("class_names"),
@@ -202,16 +185,12 @@ def _read(entries: Entries) -> Metadata:
     return metadata
 
 
-def _pair(values: tuple[int, ...]) -> tuple[int, int]:
-    return values[0], values[1]
-
-
 def _preprocess(entries: Entries) -> Preprocess | None:
     if entries.content.get("preprocessing") is None:
         return None
     inner = entries.inner("preprocessing")
     size = (entries.whole("height"), entries.whole("width"))
-    if "image_size" in inner.content and inner.wholes("image_size", 1, 2) != size:
+    if "image_size" in inner.content and inner.pair("image_size") != size:
         raise inner.wrong("image_size", f"height and width of the package, {list(size)}")
     try:
         return Preprocess(
@@ -235,7 +214,7 @@ def _machine(entries: Entries) -> dict[str, Any]:
 
 
 def _check(metadata: Metadata, entries: Entries) -> None:
-    """That the entries fit each other."""
+    """Refuses entries that do not fit each other."""
     m = metadata
     if m.batch * m.channels * m.height * m.width > _MAX_VALUES:
         raise entries.wrong("batch", f"a batch of images of at most {_MAX_VALUES} values")
@@ -256,11 +235,11 @@ def _check(metadata: Metadata, entries: Entries) -> None:
             got = f"one of shape {list(found[name])}" if name in found else "none"
             raise ValueError(f"{entries.where}: outputs: expected {name!r} of shape {list(shape)}, got {got}")
     if any(shape[:1] != each for shape in found.values()):
-        raise ValueError(f"{entries.where}: outputs: expected {m.batch} rows each, as the batch has")
+        raise ValueError(f"{entries.where}: outputs: expected {m.batch} rows in each, the batch, got {found}")
 
 
 def this_machine() -> dict[str, Any]:
-    """The processor as far as compiled code depends on it; no features where torch does not tell them."""
+    """The part of the processor that compiled code depends on; no features if this torch cannot tell them."""
     told: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     features = sorted(name for name, there in told.items() if there is True and name.startswith(_EXTENSIONS))
     return {"architecture": platform.machine(), "features": features}

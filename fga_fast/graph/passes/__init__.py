@@ -1,1 +1,1 @@
-"""Changes of a traced graph that leave its numbers as they are."""
+"""Passes over a traced graph: they make it faster and do not change its numbers."""

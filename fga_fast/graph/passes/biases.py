@@ -1,7 +1,7 @@
 """Biases of q, k and v as one more column of their product.
 
-A compiler adds a bias where the result is read next, which costs nothing. What attention reads it cannot reach, so
-there the sum became a pass of its own, which wrote q, k and v once more.
+A compiler fuses the addition of a bias into the next operator, at no cost. It cannot fuse into attention, so there the
+addition was a loop of its own that wrote q, k and v a second time.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default)
 def fold_biases(module: fx.GraphModule) -> None:
     """Turns x W^T + b into [x 1] [W b]^T where only attention reads it; changes the graph in place.
 
-    The same sums in another order. For float32 on the CPU: elsewhere products add a bias as they write. Weights become
-    copies, so this is for graphs that are compiled with weights of their own.
+    The sums are the same, in another order. Only for float32 on the CPU: elsewhere a product adds its bias while it
+    writes. It copies weights, so use it only for graphs that are compiled with their own weights.
     """
     widened: dict[fx.Node, fx.Node] = {}
     for node in list(module.graph.nodes):
@@ -30,11 +30,11 @@ def fold_biases(module: fx.GraphModule) -> None:
         if shown.dtype == torch.float32 and shown.device.type == "cpu" and _only_attention_reads(node):
             _fold(module, node, widened)
     module.graph.eliminate_dead_code()
-    _forget_unread(module)
+    _delete_unread(module)
     module.recompile()
 
 
-def _forget_unread(module: fx.GraphModule) -> None:
+def _delete_unread(module: fx.GraphModule) -> None:
     read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
     for name, _ in (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)):
         if name not in read and "." not in name:
@@ -48,7 +48,7 @@ def _only_attention_reads(node: fx.Node) -> bool:
 
 
 def _is_attention(user: fx.Node) -> bool:
-    # A clone is what remains of the queries of one token.
+    # After pruning, the queries of the one token reach attention through a clone.
     return user.target is aten.clone.default or getattr(user.target, "namespace", "") == "fga_fast"
 
 
@@ -78,7 +78,7 @@ def _fold(module: fx.GraphModule, node: fx.Node, widened: dict[fx.Node, fx.Node]
 
 
 def _transposed(node: fx.Node) -> fx.Node | None:
-    """The weight [out, C] that a node is the transpose of, if nothing reads it but products and transposes."""
+    """The weight [out, C] of which `node` is the transpose, if only products and transposes read it."""
     weight = node.args[0] if node.target in _TRANSPOSES else None
     if not isinstance(weight, fx.Node) or weight.op != "get_attr":
         return None

@@ -1,8 +1,8 @@
-"""Which operators work token by token, and what they need to make one token's row.
+"""Rules for operators that work token by token: what they need to compute the row of one token.
 
-A rule says, for an operator whose result is wanted at one token only, at which place of which operand that token lies;
-operands it does not name are needed as they are. Where zeros stay zeros it also says at which place of the result the
-token lies if operands are zero at all others. Operators without a rule are not pruned.
+If only one token of an operator's result is wanted, its rule says where that token lies in each operand; operands that
+the rule does not name are needed whole. If operands are zero at all other tokens and the result is then zero there too,
+the rule says where the token lies in the result. Operators without a rule are not pruned.
 """
 
 from __future__ import annotations
@@ -18,24 +18,27 @@ aten = torch.ops.aten
 
 
 class Place(NamedTuple):
-    """Where the tokens of a tensor lie: dimension `dim`, of size outer * N, the token running fastest in it."""
+    """Where the tokens lie in a tensor: in dimension `dim`, of size outer * N, with the token as the fast index."""
 
     dim: int
     outer: int = 1
 
 
 Operands = dict[fx.Node, Place]
+Sparse = Callable[[fx.Node, Mapping[fx.Node, Place], int], Place | None]
 
 
 class Rule(NamedTuple):
-    """See above. `sparse` gets the operands that are zero at all other tokens."""
+    """`operands`: (node, place in the result, N) -> places in the operands, or None if the operator mixes tokens.
+    `sparse`: (node, operands that are zero at all other tokens, N) -> place in the result, or None if unknown.
+    """
 
     operands: Callable[[fx.Node, Place, int], Operands | None]
-    sparse: Callable[[fx.Node, Mapping[fx.Node, Place], int], Place | None] = lambda *_: None
+    sparse: Sparse = lambda *_: None
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
-    """Shape of a tensor, or of the first of several."""
+    """Shape of a node's tensor, or of the first if it has several."""
     value = node.meta["val"]
     return tuple((value if isinstance(value, torch.Tensor) else value[0]).shape)
 
@@ -46,7 +49,7 @@ def shrunk(shape: tuple[int, ...], place: Place) -> list[int]:
 
 
 def _args(node: fx.Node) -> tuple[Any, ...]:
-    """Arguments as the operator's schema says they are."""
+    """The arguments, typed loosely: the operator's schema says what they are."""
     return node.args
 
 
@@ -62,10 +65,15 @@ def _tensors(node: fx.Node) -> list[fx.Node]:
     return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
 
 
-def _only(node: fx.Node, zeros: Mapping[fx.Node, Place], position: int = 0) -> Place | None:
-    """Place of the operand at `position`, if it is sparse."""
-    operand = _args(node)[position]
-    return zeros.get(operand) if isinstance(operand, fx.Node) else None
+def _if_first(then: Callable[[fx.Node, Place, int], Place | None]) -> Sparse:
+    """Sparse if the first operand is; `then` turns the place there into the place in the result."""
+
+    def sparse(node: fx.Node, zeros: Mapping[fx.Node, Place], tokens: int) -> Place | None:
+        operand = _args(node)[0]
+        place = zeros.get(operand) if isinstance(operand, fx.Node) else None
+        return None if place is None else then(node, place, tokens)
+
+    return sparse
 
 
 # -- element by element, with broadcasting ----------------------------------------------------------------------------
@@ -87,11 +95,6 @@ def _placed(node: fx.Node, operand: fx.Node, place: Place) -> Place | None:
     return Place(dim, place.outer) if dim >= 0 and out[dim] == shape[place.dim] else None
 
 
-def _elementwise_first(node: fx.Node, zeros: Mapping[fx.Node, Place], tokens: int) -> Place | None:
-    place = _only(node, zeros)
-    return None if place is None else _placed(node, _args(node)[0], place)
-
-
 def _elementwise_any(node: fx.Node, zeros: Mapping[fx.Node, Place], tokens: int) -> Place | None:
     return next((_placed(node, operand, zeros[operand]) for operand in _tensors(node) if operand in zeros), None)
 
@@ -109,7 +112,7 @@ def _elementwise_all(node: fx.Node, zeros: Mapping[fx.Node, Place], tokens: int)
 
 def _through(place: Place, before: tuple[int, ...], after: tuple[int, ...], tokens: int) -> Place | None:
     """Where the tokens lie after a change of shape."""
-    left = math.prod(before[: place.dim]) * place.outer  # what runs slower than the token
+    left = math.prod(before[: place.dim]) * place.outer  # number of indices slower than the token's
     for dim in range(len(after)):
         slower = math.prod(after[:dim])
         if slower * after[dim] == left * tokens and left % slower == 0:
@@ -124,13 +127,8 @@ def _view(node: fx.Node, place: Place, tokens: int) -> Operands | None:
     return None if found is None else {operand: found}
 
 
-def _view_sparse(node: fx.Node, zeros: Mapping[fx.Node, Place], tokens: int) -> Place | None:
-    place = _only(node, zeros)
-    return None if place is None else _through(place, shape_of(_args(node)[0]), shape_of(node), tokens)
-
-
 def _order(node: fx.Node) -> list[int]:
-    """Dimension of the operand that each dimension of the result is."""
+    """For each dimension of the result, the operand's dimension that it was."""
     dims = list(range(len(shape_of(node))))
     if node.target is aten.permute.default:
         return [dim % len(dims) for dim in _args(node)[1]]
@@ -143,43 +141,39 @@ def _permuted(node: fx.Node, place: Place, tokens: int) -> Operands | None:
     return {_args(node)[0]: Place(_order(node)[place.dim], place.outer)}
 
 
-def _permuted_sparse(node: fx.Node, zeros: Mapping[fx.Node, Place], tokens: int) -> Place | None:
-    place = _only(node, zeros)
-    return None if place is None else Place(_order(node).index(place.dim), place.outer)
-
-
 def _unsqueeze(node: fx.Node, place: Place, tokens: int) -> Operands | None:
     new = _args(node)[1] % len(shape_of(node))
     return None if place.dim == new else {_args(node)[0]: Place(place.dim - (place.dim > new), place.outer)}
 
 
 def _without(node: fx.Node, place: Place, tokens: int) -> Operands | None:
-    """One index of another dimension: select, unbind."""
+    """Rule for operators that take one index of another dimension: select, unbind."""
     gone = _axis(node, 1, 0)
     return {_args(node)[0]: Place(place.dim + (place.dim >= gone), place.outer)}
 
 
-def _without_sparse(node: fx.Node, zeros: Mapping[fx.Node, Place], tokens: int) -> Place | None:
-    place, gone = _only(node, zeros), _axis(node, 1, 0)
-    return None if place is None or place.dim == gone else Place(place.dim - (place.dim > gone), place.outer)
+def _without_sparse(node: fx.Node, place: Place, tokens: int) -> Place | None:
+    gone = _axis(node, 1, 0)
+    return None if place.dim == gone else Place(place.dim - (place.dim > gone), place.outer)
 
 
 def _beside(position: int) -> Rule:
-    """What happens along another dimension, given as that argument, and leaves zeros zeros: slice, split."""
+    """Rule for operators that work along another dimension and keep zeros: slice, split. The argument at `position`
+    is that dimension.
+    """
+
+    def sparse(node: fx.Node, place: Place, tokens: int) -> Place | None:
+        return None if _axis(node, position, 0) == place.dim else place
 
     def operands(node: fx.Node, place: Place, tokens: int) -> Operands | None:
-        return None if _axis(node, position, 0) == place.dim else {_args(node)[0]: place}
+        return None if sparse(node, place, tokens) is None else {_args(node)[0]: place}
 
-    def sparse(node: fx.Node, zeros: Mapping[fx.Node, Place], tokens: int) -> Place | None:
-        place = _only(node, zeros)
-        return None if place is None or _axis(node, position, 0) == place.dim else place
-
-    return Rule(operands, sparse)
+    return Rule(operands, _if_first(sparse))
 
 
 def _cat(node: fx.Node, place: Place, tokens: int) -> Operands | None:
     if any(len(shape_of(operand)) != len(shape_of(node)) for operand in _tensors(node)):
-        return None  # nothing of no dimension in particular, which it takes too
+        return None  # cat also accepts empty tensors of shape [0], which have no tokens
     return None if _axis(node, 1, 0) == place.dim else dict.fromkeys(_tensors(node), place)
 
 
@@ -187,7 +181,7 @@ def _cat(node: fx.Node, place: Place, tokens: int) -> Operands | None:
 
 
 def _product(position: int) -> Callable[[fx.Node, Place, int], Operands | None]:
-    """Rows times a matrix that has no tokens."""
+    """Rule for a product of rows, the argument at `position`, and a matrix without tokens, the argument after it."""
 
     def operands(node: fx.Node, place: Place, tokens: int) -> Operands | None:
         bias = _args(node)[0]
@@ -199,9 +193,8 @@ def _product(position: int) -> Callable[[fx.Node, Place, int], Operands | None]:
     return operands
 
 
-def _product_sparse(node: fx.Node, zeros: Mapping[fx.Node, Place], tokens: int) -> Place | None:
-    place = _only(node, zeros)
-    return place if place is not None and place.dim == 0 and _args(node)[0] is not _args(node)[1] else None
+def _product_sparse(node: fx.Node, place: Place, tokens: int) -> Place | None:
+    return place if place.dim == 0 and _args(node)[0] is not _args(node)[1] else None
 
 
 def _norm(node: fx.Node, place: Place, tokens: int) -> Operands | None:
@@ -210,7 +203,9 @@ def _norm(node: fx.Node, place: Place, tokens: int) -> Operands | None:
 
 
 def _norm_backward(rows: tuple[int, ...]) -> Rule:
-    """`rows`: positions of the arguments that have tokens. Gradients of weights are sums over them: not asked for."""
+    """`rows`: positions of the arguments that have tokens. There is no rule if gradients of weights, sums over all
+    tokens, are asked for.
+    """
 
     def operands(node: fx.Node, place: Place, tokens: int) -> Operands | None:
         if list(_args(node)[-1])[1:] != [False] * (len(_args(node)[-1]) - 1):
@@ -218,11 +213,7 @@ def _norm_backward(rows: tuple[int, ...]) -> Rule:
         rank = len(shape_of(node)) - len(_args(node)[2])
         return None if place.dim >= rank else {_args(node)[i]: place for i in rows}
 
-    def sparse(node: fx.Node, zeros: Mapping[fx.Node, Place], tokens: int) -> Place | None:
-        place = _only(node, zeros)
-        return place if place is not None and operands(node, place, tokens) is not None else None
-
-    return Rule(operands, sparse)
+    return Rule(operands, _if_first(lambda node, place, tokens: place if operands(node, place, tokens) else None))
 
 
 def _reduction(node: fx.Node, place: Place, tokens: int) -> Operands | None:
@@ -236,11 +227,11 @@ def _reduction(node: fx.Node, place: Place, tokens: int) -> Operands | None:
     return None if dim in gone else {operand: Place(dim, place.outer)}
 
 
-_FIRST = Rule(_elementwise, _elementwise_first)
+_FIRST = Rule(_elementwise, _if_first(lambda node, place, _: _placed(node, _args(node)[0], place)))
 _ALL = Rule(_elementwise, _elementwise_all)
 _ANY = Rule(_elementwise, _elementwise_any)
-_VIEW = Rule(_view, _view_sparse)
-_PERMUTED = Rule(_permuted, _permuted_sparse)
+_VIEW = Rule(_view, _if_first(lambda node, place, n: _through(place, shape_of(_args(node)[0]), shape_of(node), n)))
+_PERMUTED = Rule(_permuted, _if_first(lambda node, place, _: Place(_order(node).index(place.dim), place.outer)))
 
 RULES: dict[Any, Rule] = {
     aten.add.Tensor: _ALL, aten.sub.Tensor: _ALL, aten.mul.Tensor: _ANY, aten.div.Tensor: _FIRST,
@@ -250,10 +241,10 @@ RULES: dict[Any, Rule] = {
     aten.view.default: _VIEW, aten._unsafe_view.default: _VIEW, aten.reshape.default: _VIEW,
     aten.expand.default: _FIRST, aten.permute.default: _PERMUTED, aten.transpose.int: _PERMUTED,
     aten.t.default: _PERMUTED, aten.unsqueeze.default: Rule(_unsqueeze),
-    aten.select.int: Rule(_without, _without_sparse), aten.unbind.int: Rule(_without),
+    aten.select.int: Rule(_without, _if_first(_without_sparse)), aten.unbind.int: Rule(_without),
     aten.slice.Tensor: _beside(1), aten.split.Tensor: _beside(2), aten.split_with_sizes.default: _beside(2),
     aten._softmax.default: Rule(_beside(1).operands), aten.cat.default: Rule(_cat),
-    aten.mm.default: Rule(_product(0), _product_sparse), aten.addmm.default: Rule(_product(1)),
+    aten.mm.default: Rule(_product(0), _if_first(_product_sparse)), aten.addmm.default: Rule(_product(1)),
     aten.native_layer_norm.default: Rule(_norm), aten._fused_rms_norm.default: Rule(_norm),
     aten.native_layer_norm_backward.default: _norm_backward((0, 1, 3, 4)),
     aten._fused_rms_norm_backward.default: _norm_backward((0, 1, 3)),
@@ -262,7 +253,7 @@ RULES: dict[Any, Rule] = {
 
 
 def rule_of(node: fx.Node) -> Rule | None:
-    """The rule of an operator; every other pointwise operator of PyTorch's has one by its tag."""
+    """The rule of an operator: from the table, or from PyTorch's tag `pointwise`."""
     if node.op != "call_function" or any(isinstance(n, fx.Node) for n in node.kwargs.values()):
         return None
     schema, tags = getattr(node.target, "_schema", None), getattr(node.target, "tags", ())

@@ -1,14 +1,14 @@
-"""Leaves out what is computed for tokens that nobody reads: of the last block of a model that pools one token, queries,
-projection and MLP matter for that token alone, and the gradients that come back to it are zero everywhere else.
+"""Removes work for tokens that nobody reads. If a model pools one token, then in its last block queries, projection and
+MLP matter for that token only, and gradients that return there are zero at all other tokens.
 
-Two facts about every tensor of the graph are found, then it is written anew:
+The pass finds two facts about every tensor and then writes a new graph:
 
-- *sparse*: it is zero at all other tokens (from the inputs on), as the gradient of a selected token is;
-- *wanted*: its readers look at one token only (from the outputs back to the inputs).
+- *sparse*: the tensor is zero at all other tokens, as the gradient of one selected token is (found from the inputs on);
+- *wanted*: its readers look at one token only (found from the outputs back).
 
-Either way one row an image is enough. Operators that work token by token (row_rules.py) run on that row; where a full
-tensor meets one that has shrunk, the row is taken out or zeros are put around it. Any other operator gets what it had.
-So the result is the same, whatever the model, and what is not recognised is not pruned.
+In both cases one row per image is enough. Operators that work token by token (row_rules.py) run on that row. Where a
+whole tensor meets a row, the pass takes the row out of the tensor or puts zeros around the row. Every other operator
+gets the same operands as before. So the result is the same for any model; an operator without a rule is not pruned.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from fga_fast.graph.passes.row_rules import Operands, Place, rule_of, shape_of, 
 
 aten = torch.ops.aten
 _VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
-_RESIDUAL = {"attention": 7, "attention_backward": 11}  # position of that argument
+_RESIDUAL = {"attention": 7, "attention_backward": 11}  # position of the argument `residual`
 
 
 def prune(module: fx.GraphModule, row: int, tokens: int) -> int:
     """Changes the graph in place.
 
     Args:
-        row: the token that is pooled.
-        tokens: N, tokens an image.
+        row: the pooled token.
+        tokens: N, tokens per image.
 
     Returns:
-        how many operators work on one row an image instead of all.
+        How many operators now work on one row per image.
     """
     module.graph.eliminate_dead_code()
     pruner = _Pruner(module.graph, row, tokens)
@@ -45,7 +45,7 @@ def prune(module: fx.GraphModule, row: int, tokens: int) -> int:
 
 
 def _is(node: fx.Node, name: str) -> bool:
-    """Whether it calls that operator of this library; by its name, as other backends run without the library."""
+    """Whether it calls this operator of ours. Compares names: other backends run without the native library."""
     return str(node.target) == f"fga_fast.{name}.default"
 
 
@@ -54,20 +54,20 @@ class _Pruner:
         self.graph, self.row, self.tokens = graph, row, tokens
         self.zero: dict[fx.Node, Place] = {}  # sparse tensors
         self.want: dict[fx.Node, Place | None] = {}  # None: wanted whole
-        self.runs: dict[fx.Node, Place] = {}  # operators that work on one row an image
+        self.runs: dict[fx.Node, Place] = {}  # operators that work on one row per image
         for node in graph.nodes:
             self._find_sparse(node)
         for node in reversed(graph.nodes):
             self._find_wanted(node)
 
-    # -- what is zero ----------------------------------------------------------------------------------------------
+    # -- zeros -----------------------------------------------------------------------------------------------------
 
     def _find_sparse(self, node: fx.Node) -> None:
         if node.op != "call_function":
             return
         if node.target is operator.getitem:
             source, index = cast(tuple[fx.Node, int], node.args)
-            # Of attention's gradients that of the queries is sparse, those of keys and values are not.
+            # Attention's gradient of the queries is sparse; those of keys and values are not.
             if source in self.runs and (index == 0 or not _is(source, "attention_backward")):
                 self.zero[node] = self.runs[source]
             return
@@ -87,7 +87,7 @@ class _Pruner:
         self.runs[node] = place
 
     def _sparse_source(self, node: fx.Node) -> Place | None:
-        """Zeros with a row put in."""
+        """The place of the row in an operator that puts one row among zeros."""
         if node.target is aten.select_backward.default:
             _, sizes, dim, index = cast(tuple[Any, list[int], int, int], node.args)
             if sizes[dim] == self.tokens and index % self.tokens == self.row:
@@ -99,11 +99,11 @@ class _Pruner:
                 return Place(len(shape_of(node)) - 1)
         return None
 
-    # -- what is read ----------------------------------------------------------------------------------------------
+    # -- readers ---------------------------------------------------------------------------------------------------
 
     def _find_wanted(self, node: fx.Node) -> None:
         if node.op == "call_function" and node.target is operator.getitem:
-            return  # counted where the operator is
+            return  # belongs to the operator that made it
         if node.op == "call_function" and node not in self.runs:
             place = self._wanted_place(node)
             if place is not None and self._operands(node, place) is not None:
@@ -114,7 +114,7 @@ class _Pruner:
             self.want[operand] = place if self.want.get(operand, place) == place else None
 
     def _wanted_place(self, node: fx.Node) -> Place | None:
-        """Where the only token lies that readers of this operator's result look at, if they do."""
+        """Where the token lies in the result, if its readers look at no other token."""
         if isinstance(node.meta.get("val"), Tensor):
             return self.want.get(node)
         parts = {cast(int, part.args[1]): self.want.get(part) for part in node.users}
@@ -125,7 +125,7 @@ class _Pruner:
         return places.pop() if len(places) == 1 else None
 
     def _needs(self, node: fx.Node) -> Operands:
-        """Operands of which one row an image is enough."""
+        """The operands of which one row per image is enough."""
         if node.op != "call_function":
             return {}
         if node in self.runs:
@@ -143,7 +143,7 @@ class _Pruner:
             return None if q in (k, v) else self._with_bias(node, {q: Place(2)}, 4)
         if _is(node, "attention_backward"):
             grad_out, row, gate, q, k, v, _, out, lse = cast(tuple[fx.Node, ...], node.args[:9])
-            if {grad_out, row, q, out, lse} & {gate, k, v}:  # which are needed for all tokens
+            if {grad_out, row, q, out, lse} & {gate, k, v}:  # gate, k and v are needed for all tokens
                 return None
             wide = dict.fromkeys((grad_out, q, out, lse), Place(2))
             return self._with_bias(node, {**wide, row: Place(1)}, 6)
@@ -170,31 +170,31 @@ class _Pruner:
                 self._write_row(node, self.runs[node])
             else:
                 needs = self._needs(node)
-                if needs:  # select: of what has shrunk, the first and only token
+                if needs:  # a select from a tensor that has only one token now: index 0
                     ((operand, place),) = needs.items()
                     made = self.new.call_function(aten.select.int, (self._at(operand, place), node.args[1], 0))
                     made.meta["val"] = node.meta["val"]
                 else:
                     made = self.new.node_copy(node, lambda operand: self._at(operand, None))
-                    if made.target in _VIEWS:  # rows with zeros around them may lie otherwise in memory
+                    if made.target in _VIEWS:  # an operand padded with zeros may have other strides
                         made.target = aten.reshape.default
                 self.made[node, None] = made
         return self.new
 
     def _at(self, node: fx.Node, place: Place | None) -> fx.Node:
-        """The tensor, whole or one row an image at `place`."""
+        """The tensor: whole for None, else one row per image at `place`."""
         if (node, place) not in self.made:
             shape = shape_of(node)
             if place is not None:
                 whole = self._at(node, None)
                 size = shape[place.dim]
                 rows = self.new.call_function(aten.slice.Tensor, (whole, place.dim, self.row, size, self.tokens))
-                # Dense, as operators may count on: PyTorch's layer norm reads its statistics as if they were.
+                # Contiguous, because PyTorch's layer norm ignores the strides of its statistics.
                 self.made[node, place] = self.new.call_function(
                     aten.clone.default, (rows,), {"memory_format": torch.contiguous_format}
                 )
             else:
-                there = self.zero[node]  # nothing else is asked for whole after it has shrunk
+                there = self.zero[node]  # no other kind of row is ever needed whole
                 rows, size = self.made[node, there], shape[there.dim]
                 self.made[node, place] = self.new.call_function(
                     aten.slice_backward.default, (rows, list(shape), there.dim, self.row, size, self.tokens)
@@ -220,14 +220,14 @@ class _Pruner:
         self.made[node, place if isinstance(node.meta["val"], Tensor) else None] = made
 
     def _write_part(self, node: fx.Node, source: fx.Node) -> None:
-        """One of the results of an operator that worked on one row an image."""
+        """One of several results of an operator that works on one row per image."""
         index, place = cast(int, node.args[1]), self.runs[source]
         part = self.new.call_function(operator.getitem, (self.made[source, None], index))
         if _is(source, "attention"):
             self.made[node, Place(1) if index == 2 else Place(2)] = part
         elif _is(source, "attention_backward") and index:
             residual = source.args[_RESIDUAL["attention_backward"]]
-            if index == 3 and residual:  # the row itself, which goes on beside what it sends through attention
+            if index == 3 and residual:  # the residual path: the row itself, added to what attention passes on
                 whole = self._at(cast(fx.Node, source.args[1]), None)
                 part = self.new.call_function(aten.add.Tensor, (whole, part))
             self.made[node, None] = part

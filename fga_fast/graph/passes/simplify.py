@@ -1,4 +1,4 @@
-"""What a traced graph computes although it is known: tensors made of weights alone, and of shapes alone."""
+"""Computes ahead what depends only on weights or only on shapes, so that the graph does not repeat it in every call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 aten = torch.ops.aten
 
-# Constructors that ask a tensor for its shape only -> the value that they fill in; None: their last argument.
+# Constructors that use only the shape of their operand -> the value that they fill in; None: their last argument.
 _LIKE: dict[Any, float | None] = {
     aten.zeros_like.default: 0, aten.new_zeros.default: 0, aten.ones_like.default: 1, aten.new_ones.default: 1,
     aten.full_like.default: None, aten.new_full.default: None,
@@ -21,7 +21,7 @@ _IDENTITIES = (aten.detach.default, aten.lift_fresh_copy.default, aten.alias.def
 
 
 class _Lifted(fx.Interpreter):
-    """Runs a graph with its weights given from outside."""
+    """Runs a graph with the given weights instead of its own."""
 
     def __init__(self, module: fx.GraphModule, weights: dict[str, Tensor]) -> None:
         super().__init__(module)
@@ -32,12 +32,12 @@ class _Lifted(fx.Interpreter):
 
 
 def functional(module: fx.GraphModule, inputs: tuple[Tensor, ...]) -> fx.GraphModule:
-    """The same graph with new tensors for what was changed in place, which the passes here do not look for.
+    """The same graph without in-place operators, which the passes cannot handle.
 
-    Weights are inputs meanwhile, as in-place changes of copies of them are found only so.
+    Weights become inputs for a while: otherwise functionalize() does not see in-place changes of their copies.
 
     Raises:
-        ValueError: it changes weights.
+        ValueError: the model changes its weights.
     """
     if not any(_is_mutable(node) for node in module.graph.nodes):
         return module
@@ -53,10 +53,10 @@ def functional(module: fx.GraphModule, inputs: tuple[Tensor, ...]) -> fx.GraphMo
     for node in [node for node in traced.graph.nodes if _is_mutable(node)]:
         if node.args[0] not in found[: len(inputs)]:
             raise ValueError(
-                "model: its forward pass changes its weights or buffers in place, so no two calls are alike; a graph "
-                "holds them as they are"
+                "model: its forward pass changes its weights or buffers in place, but a graph has fixed ones; explain "
+                "it eagerly, or change the forward pass"
             )
-        traced.graph.erase_node(node)  # images that the model overwrites, which nobody reads afterwards
+        traced.graph.erase_node(node)  # the model overwrites its images; nobody reads them afterwards
     for node, name, weight in zip(found[len(inputs) :], names, weights, strict=True):
         if isinstance(weight, torch.nn.Parameter):
             traced.register_parameter(name, weight)
@@ -72,7 +72,7 @@ def functional(module: fx.GraphModule, inputs: tuple[Tensor, ...]) -> fx.GraphMo
 
 
 def simplify(module: fx.GraphModule) -> None:
-    """Changes the graph in place; its outputs stay the same bits."""
+    """Changes the graph in place; its outputs stay bit-equal."""
     for node in list(module.graph.nodes):
         if node.op != "call_function":
             continue
@@ -80,7 +80,7 @@ def simplify(module: fx.GraphModule) -> None:
             node.replace_all_uses_with(node.args[0])
         elif node.target in _LIKE:
             _made_of_shape(module.graph, node)
-        elif node.target is torch.ops.fga_fast.few_rows_product.default:  # which looks at values
+        elif node.target is torch.ops.fga_fast.few_rows_product.default:  # it looks at values
             with module.graph.inserting_before(node):
                 node.replace_all_uses_with(made(module.graph, node, aten.mm.default, node.args))
     module.graph.eliminate_dead_code()
@@ -90,7 +90,7 @@ def simplify(module: fx.GraphModule) -> None:
 
 
 def made(graph: fx.Graph, like: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], **kwargs: Any) -> fx.Node:
-    """A call whose result has the shape and dtype of `like`'s."""
+    """A new call; its result has the shape and dtype of the result of `like`."""
     node = graph.call_function(target, args, kwargs)
     node.meta["val"] = like.meta["val"]
     return node
@@ -99,7 +99,7 @@ def made(graph: fx.Graph, like: fx.Node, target: Callable[..., Any], args: tuple
 def _made_of_shape(graph: fx.Graph, node: fx.Node) -> None:
     value: Any = _LIKE[node.target]
     shown = node.meta["val"]
-    if not shown.is_contiguous():  # it lies in memory as what it asks, which views of it count on
+    if not shown.is_contiguous():  # it copies the operand's strides, and later views rely on them
         return
     if value is None:
         value = node.args[-1]
@@ -110,9 +110,9 @@ def _made_of_shape(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def fold(module: fx.GraphModule) -> None:
-    """Computes once what depends on weights only: casts under autocast, position tables, concatenated biases.
+    """Computes once what depends only on weights: casts under autocast, position tables, concatenated biases.
 
-    Views stay: they cost nothing, and what they look at is kept once.
+    Views stay in the graph: they cost nothing, and folding them would store their tensor a second time.
     """
     known: dict[fx.Node, Any] = {}
     for node in list(module.graph.nodes):

@@ -20,6 +20,7 @@ Sources: Chefer, Gur and Wolf, "Generic Attention-model Explainability", ICCV 20
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,10 +67,11 @@ class Explainer:
         layout: where the model's blocks and patches are, for models that `find_layout` does not know.
         class_names: names of the classes, so that targets may be given by name.
         tokenizer: for dual encoders, so that targets may be text prompts: open_clip's or Hugging Face's.
-        start_layer: roll out the blocks from this one on only; relevance is that of the tokens that enter it.
+        start_block: roll out the blocks from this one on only; relevance is that of the tokens that enter it.
         signed: keep the negative part of relevance maps, which speaks against the target. "input_x_gradient" always is.
         per_block: also report the relevance of the tokens that enter each block, as the result's `blocks`.
         target_chunk: how many targets of an image are differentiated together; bounds the memory.
+        start_layer: the old name of start_block.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, and what to do.
@@ -81,10 +83,14 @@ class Explainer:
         method: Method = "rollout", backward: Backward = "exact", backend: Backend = "auto", top_features: int = 0,
         ungated: bool = False, layout: ModelLayout | None = None,
         class_names: Sequence[str] | Mapping[int, str] | None = None, tokenizer: Callable[..., Any] | None = None,
-        start_layer: int = 0, signed: bool = False, per_block: bool = False, target_chunk: int = 8,
+        start_block: int = 0, signed: bool = False, per_block: bool = False, target_chunk: int = 8,
+        start_layer: int | None = None,
     ) -> None:  # fmt: skip
+        if start_layer is not None:
+            warnings.warn("start_layer: renamed to start_block", DeprecationWarning, stacklevel=2)
+            start_block = start_layer
         settings = Settings(
-            Gate() if gate is None else gate, method, backward, backend, top_features, start_layer, signed, per_block,
+            Gate() if gate is None else gate, method, backward, backend, top_features, start_block, signed, per_block,
             target_chunk,
         )  # fmt: skip
         self.plan = make_plan(model, saes, settings, layout, class_names, tokenizer)
@@ -122,7 +128,7 @@ class Explainer:
         backend = self.plan.choice()
         return Explanation(
             **found._asdict(), ungated=ungated, grid=layout.grid, image_size=(images.shape[-2], images.shape[-1]),
-            backend=backend.name, backend_reason=backend.reason, start_layer=self.settings.start_layer,
+            backend=backend.name, backend_reason=backend.reason, start_block=self.settings.start_block,
         )  # fmt: skip
 
     def compile(
@@ -188,7 +194,7 @@ def _tensors(plan: Plan, layout: ModelLayout, images: Tensor, targets: Targets, 
     settings = plan.settings
     found = reference.explain(
         plan.model, images, targets, plan.saes, settings.gate, layout=layout, readout=plan.readout,
-        method=settings.method, backward=settings.backward, start_layer=settings.start_layer, signed=settings.signed,
+        method=settings.method, backward=settings.backward, start_block=settings.start_block, signed=settings.signed,
         per_block=settings.per_block, top_features=settings.top_features, pooling_checked=not first,
     )  # fmt: skip
     check_finite(found.relevance, "the relevance", plan.model, images, plan.saes)

@@ -108,7 +108,7 @@ class Settings:
     backward: Backward = "exact"
     backend: Backend = "auto"
     top_features: int = 0
-    start_layer: int = 0
+    start_block: int = 0
     signed: bool = False
     per_block: bool = False
     target_chunk: int = 8
@@ -121,7 +121,7 @@ class Settings:
         for name in ("signed", "per_block"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
-        check_count("start_layer", self.start_layer, 0)
+        check_count("start_block", self.start_block, 0)
         check_count("target_chunk", self.target_chunk, 1)
         check_count("top_features", self.top_features, 0)
         if self.top_features and self.gate.mode in ("gradient_only", "no_sae"):

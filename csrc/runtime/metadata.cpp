@@ -131,8 +131,8 @@ void read_outputs(const Reader& in, Metadata& m) {
   const std::vector<int64_t> each = {m.batch}, maps = {m.batch, m.patches()};
   std::map<std::string, std::vector<int64_t>> expected = {
       {"logits", {m.batch, m.classes}}, {"targets", each}, {"values", each}, {"relevance", maps}};
-  for (const int64_t layer : m.layers)
-    for (const char* kind : {"scores.", "gates."}) expected[kind + std::to_string(layer)] = maps;
+  for (const int64_t block : m.gated_blocks)
+    for (const char* kind : {"scores.", "gates."}) expected[kind + std::to_string(block)] = maps;
   std::set<std::string> seen;
   for (const Json& json : in.array("outputs", in.at("outputs"))) {
     const Reader entry(json, "outputs");
@@ -182,7 +182,7 @@ void read_entries(const Reader& in, Metadata& m) {
   if (!m.class_names.empty() && static_cast<int64_t>(m.class_names.size()) != m.classes)
     in.fail("class_names", std::to_string(m.classes) + " names");
   m.targets_given = in.one_of("target_mode", {"predicted", "given"}) == "given";
-  m.layers = in.wholes("layers", 0);
+  m.gated_blocks = in.wholes("gated_blocks", 0);
   if (in.find("preprocessing") != nullptr) m.preprocess = read_preprocess(in.inner("preprocessing"), m);
   read_outputs(in, m);
   m.backend = in.find("backend") == nullptr ? "native" : in.one_of("backend", {"native", "triton", "composite"});

@@ -24,9 +24,9 @@ py::array array_of(const fga::Array& array, bool wide) {
   return narrow;
 }
 
-py::dict by_layer(const std::map<int64_t, fga::Array>& layers, bool wide) {
+py::dict by_block(const std::map<int64_t, fga::Array>& blocks, bool wide) {
   py::dict out;
-  for (const auto& [layer, array] : layers) out[py::int_(layer)] = array_of(array, wide);
+  for (const auto& [block, array] : blocks) out[py::int_(block)] = array_of(array, wide);
   return out;
 }
 
@@ -104,8 +104,8 @@ void bind_result(py::module_& m) {
   py::class_<Result>(m, "Result", "NumPy arrays; names as in fga_fast.Explanation.")
       .def_property_readonly("logits", [wide](const Result& r) { return array_of(r.logits, wide(r)); })
       .def_property_readonly("relevance", [wide](const Result& r) { return array_of(r.relevance, wide(r)); })
-      .def_property_readonly("scores", [wide](const Result& r) { return by_layer(r.scores, wide(r)); })
-      .def_property_readonly("gates", [wide](const Result& r) { return by_layer(r.gates, wide(r)); })
+      .def_property_readonly("scores", [wide](const Result& r) { return by_block(r.scores, wide(r)); })
+      .def_property_readonly("gates", [wide](const Result& r) { return by_block(r.gates, wide(r)); })
       .def_property_readonly("more",
                              [](const Result& r) {
                                py::dict out;  // float64 represents the values of every dtype
@@ -177,7 +177,7 @@ PYBIND11_MODULE(fga_runtime, m) {
            "images: uint8 [B, H, W, 3], [H, W, 3] or a list of [H, W, 3] of any sizes; or normalised floats "
            "[B, C, H, W]. targets: one class, or one for each image, for packages that take them.")
       .def_property_readonly("batch", [](const Session& s) { return s.metadata().batch; })
-      .def_property_readonly("layers", [](const Session& s) { return s.metadata().layers; })
+      .def_property_readonly("gated_blocks", [](const Session& s) { return s.metadata().gated_blocks; })
       .def_property_readonly("class_names", [](const Session& s) { return s.metadata().class_names; })
       .def_property_readonly("takes_targets", [](const Session& s) { return s.metadata().targets_given; });
 }

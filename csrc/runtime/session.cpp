@@ -62,7 +62,7 @@ bool all_finite(const Array& array) {
 
 // Triton kernels exist only in the Python package. On CUDA the native backend scores SAEs with them.
 void check_backend(const Metadata& metadata, bool cuda) {
-  if (metadata.backend == "triton" || (cuda && metadata.backend == "native" && !metadata.layers.empty()))
+  if (metadata.backend == "triton" || (cuda && metadata.backend == "native" && !metadata.gated_blocks.empty()))
     throw Error("package: calls Triton kernels, which need Python; export it with backend=\"composite\"");
 }
 
@@ -175,9 +175,9 @@ std::vector<at::Tensor> Session::State::run(const std::vector<at::Tensor>& input
 Array& Session::State::array_of(Result& result, const std::string& name) const {
   if (name == "logits") return result.logits;
   if (name == "relevance") return result.relevance;
-  for (const int64_t layer : metadata.layers) {
-    if (name == "scores." + std::to_string(layer)) return result.scores[layer];
-    if (name == "gates." + std::to_string(layer)) return result.gates[layer];
+  for (const int64_t block : metadata.gated_blocks) {
+    if (name == "scores." + std::to_string(block)) return result.scores[block];
+    if (name == "gates." + std::to_string(block)) return result.gates[block];
   }
   return result.more[name];
 }

@@ -38,7 +38,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", choices=get_args(Method), default="rollout")
     parser.add_argument("--backward", choices=get_args(Backward), default="exact")
     parser.add_argument(
-        "--start-layer", type=int, default=0, metavar="L", help="explain from this block on (default: %(default)s)"
+        "--start-block", type=int, default=0, metavar="L", help="explain from this block on (default: %(default)s)"
     )
     parser.add_argument("--signed", action="store_true", help="keep what speaks against the class")
     parser.add_argument("--base", type=float, help="gates lie in [1/BASE, BASE] (default: 10; the demo's own: 2)")
@@ -49,6 +49,6 @@ def explainer(subject: Subject, args: argparse.Namespace, *, top_features: int =
     base = subject.gate_base if args.base is None else args.base
     return Explainer(
         subject.model, subject.saes, gate=Gate(base=base), method=args.method, backward=args.backward,
-        backend=args.backend, class_names=subject.class_names, start_layer=args.start_layer, signed=args.signed,
+        backend=args.backend, class_names=subject.class_names, start_block=args.start_block, signed=args.signed,
         top_features=top_features, ungated=ungated,
     )  # fmt: skip

@@ -70,7 +70,7 @@ class Writer:
             "backend_reason": explanation.backend_reason,
             "image_size": explanation.image_size,
             "grid": explanation.grid,
-            "gated_layers": sorted(explanation.gates),
+            "gated_blocks": sorted(explanation.gates),
             "gate_base": self.way.gate_base if explanation.gates else None,
             "probability_is": {None: None, True: "sigmoid", False: "softmax"}[self.way.multi_label],
             **milliseconds,
@@ -119,7 +119,7 @@ class Writer:
 
 def _print_head(facts: dict[str, Any]) -> None:
     (height, width), (rows, columns) = facts["image_size"], facts["grid"]
-    blocks = ", ".join(map(str, facts["gated_layers"]))
+    blocks = ", ".join(map(str, facts["gated_blocks"]))
     taken, forward = facts["milliseconds"], facts["milliseconds_forward_pass"]
     ratio = "" if forward is None else f"{taken / max(forward, 1e-9):.1f} times the plain forward pass, "
     why = f" ({facts['backend_reason']})" if facts["backend_reason"] else ""

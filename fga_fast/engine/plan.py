@@ -33,7 +33,8 @@ class ExplainerSettings(TypedDict, total=False):
     layout: ModelLayout | None
     class_names: Sequence[str] | Mapping[int, str] | None
     tokenizer: Callable[..., Any] | None
-    start_layer: int
+    start_block: int
+    start_layer: int | None
     signed: bool
     per_block: bool
     target_chunk: int
@@ -119,13 +120,13 @@ def make_plan(
 
 def _check_fit(settings: Settings, saes: dict[int, SparseAutoencoder], layout: ModelLayout) -> None:
     """Refuses settings that do not fit the model or its SAEs."""
-    last, start = len(layout.blocks) - 1, settings.start_layer
-    check_count("start_layer", start, 0, last, "blocks")
+    last, start = len(layout.blocks) - 1, settings.start_block
+    check_count("start_block", start, 0, last, "blocks")
     for block, sae in saes.items():
         if block < start:
             raise ValueError(
-                f"saes[{block}]: would gate nothing, since start_layer={start} skips block {block}; lower "
-                "start_layer or remove the SAE"
+                f"saes[{block}]: would gate nothing, since start_block={start} skips block {block}; lower "
+                "start_block or remove the SAE"
             )
         told = sae.metadata.get("layer", str(block))
         if told.isdecimal() and int(told) != block:

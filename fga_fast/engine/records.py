@@ -87,7 +87,7 @@ class Contribution:
 
 def gated_map(contribution: Tensor, gates: Mapping[int, Tensor], first: int) -> Tensor:  # [B, P] or [B, K, P]
     """x . g at the tokens that enter block `first`, times the gates of this block and of all later ones."""
-    for layer, gate in gates.items():
-        if layer >= first:
+    for block, gate in gates.items():
+        if block >= first:
             contribution = contribution * gate
     return contribution

@@ -71,7 +71,7 @@ def explain(
     blocks = {block: row[..., prefix:].contiguous() for block, row in sorted(found.rows.items())}
     if settings.method == "input_x_gradient":
         blocks = {block: gated_map(row, gates, block) for block, row in blocks.items()}
-    relevance = blocks[settings.start_layer]
+    relevance = blocks[settings.start_block]
     if look_at_values:
         check_finite(relevance, "the relevance", plan.model, images, plan.saes)
     return Tensors(
@@ -95,7 +95,7 @@ def _tape(plan: Plan, layout: ModelLayout) -> Tape:
     return Tape(
         layout, records, stages.attention,
         method=settings.method, conservative=settings.backward == "conservative", signed=settings.signed,
-        start_layer=settings.start_layer, per_block=settings.per_block,
+        start_block=settings.start_block, per_block=settings.per_block,
     )  # fmt: skip
 
 
@@ -111,7 +111,7 @@ def nothing(plan: Plan, layout: ModelLayout, images: Tensor, targets: Targets) -
         value = none.new_zeros(*none.shape, settings.top_features)
         index = value.long()
         features = dict.fromkeys(plan.saes, TopFeatures(index, value, index[..., 0, :], value[..., 0, :]))
-    depth = len(layout.blocks) - settings.start_layer
+    depth = len(layout.blocks) - settings.start_block
     blocks = none.new_zeros(*none.shape[:-1], depth, none.shape[-1]) if settings.per_block else None
     maps = dict.fromkeys(plan.saes, none)
     return Tensors(

@@ -54,7 +54,7 @@ class Tape(FunctionMode):
         method: "rollout", or "input_x_gradient" for x . g at the tokens that enter a block.
         conservative: the model's non-linear factors are constants of the backward pass (conservative.py).
         signed: relevance maps keep their negative part.
-        start_layer: first block that is explained; those before it only run.
+        start_block: first block that is explained; those before it only run.
         per_block: relevance is wanted at every block, not at the first only.
 
     Use:
@@ -65,13 +65,13 @@ class Tape(FunctionMode):
     def __init__(
         self, layout: ModelLayout, records: Mapping[int, Record], attention: Attention = ops.attention, *,
         method: str = "rollout",
-        conservative: bool = False, signed: bool = False, start_layer: int = 0, per_block: bool = False,
+        conservative: bool = False, signed: bool = False, start_block: int = 0, per_block: bool = False,
     ) -> None:  # fmt: skip
-        self.passed = ForwardPass(layout, 0, start_layer)  # attached() says of how many images
+        self.passed = ForwardPass(layout, 0, start_block)  # attached() says of how many images
         super().__init__(self.passed)
         self._layout, self._records, self._attention = layout, records, attention
-        self._rollout, self._signed, self._start_layer, self._per_block = (
-            method == "rollout", signed, start_layer, per_block,
+        self._rollout, self._signed, self._start_block, self._per_block = (
+            method == "rollout", signed, start_block, per_block,
         )  # fmt: skip
         self._last_block = len(layout.blocks) - 1
         self._conservative = Conservative(self.passed) if conservative else None
@@ -250,7 +250,7 @@ class Tape(FunctionMode):
         if block is None:
             first, last = self._layout.pooled
             return self._carrier[:, first:last]
-        if self._rollout and (self._per_block or block == self._start_layer):
+        if self._rollout and (self._per_block or block == self._start_block):
             self._rows[block] = self._carrier
         return self._carrier
 
@@ -264,7 +264,7 @@ class Tape(FunctionMode):
             if getattr(_thread, "tape", None) is not self:
                 return None
             self.passed.enter(index)
-            if self._rollout or not (index == self._start_layer or (self._per_block and index > self._start_layer)):
+            if self._rollout or not (index == self._start_block or (self._per_block and index > self._start_block)):
                 return None
             return self._tap_input(index, args, kwargs or {})
 

@@ -91,7 +91,7 @@ class CompiledExplainer:
         return Explanation(
             **nested(found), grid=layout.grid, image_size=(images.shape[-2], images.shape[-1]),
             backend=plan.choice().name, backend_reason="compiled", names=self._class_names,
-            start_layer=plan.settings.start_layer,
+            start_block=plan.settings.start_block,
         )  # fmt: skip
 
 

@@ -53,22 +53,22 @@ def check_saes(saes: Mapping[int, SparseAutoencoder], layout: ModelLayout, like:
     """Refuses an SAE that does not fit its block; `like` is any parameter of the model."""
     if not isinstance(saes, Mapping):
         raise TypeError(f"saes: expected a mapping from block to SparseAutoencoder, got {type(saes).__name__}")
-    for layer, sae in saes.items():
+    for block, sae in saes.items():
         if not isinstance(sae, SparseAutoencoder):
-            raise TypeError(f"saes[{layer}]: expected a SparseAutoencoder, got {type(sae).__name__}")
-        if not is_whole(layer) or not 0 <= layer < len(layout.blocks):
-            raise ValueError(f"saes: expected blocks 0 to {len(layout.blocks) - 1} as keys, got {layer!r}")
+            raise TypeError(f"saes[{block}]: expected a SparseAutoencoder, got {type(sae).__name__}")
+        if not is_whole(block) or not 0 <= block < len(layout.blocks):
+            raise ValueError(f"saes: expected blocks 0 to {len(layout.blocks) - 1} as keys, got {block!r}")
         if layout.d_model is not None and sae.d_model != layout.d_model:
             raise ValueError(
-                f"saes[{layer}]: the SAE reads a residual stream of width {sae.d_model}, the model's has width "
+                f"saes[{block}]: the SAE reads a residual stream of width {sae.d_model}, the model's has width "
                 f"{layout.d_model}; use an SAE trained on this model"
             )
         if sae.device != like.device:
-            raise ValueError(f"saes[{layer}]: is on {sae.device}, the model on {like.device}; move one with .to()")
+            raise ValueError(f"saes[{block}]: is on {sae.device}, the model on {like.device}; move one with .to()")
         wide = relevance_dtype(like.dtype)
         if sae.dtype not in (like.dtype, wide):
             raise ValueError(
-                f"saes[{layer}]: is {sae.dtype} for a model of {like.dtype}; convert it with sae.to({like.dtype})"
+                f"saes[{block}]: is {sae.dtype} for a model of {like.dtype}; convert it with sae.to({like.dtype})"
             )
 
 
@@ -133,10 +133,10 @@ def check_finite(
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"model: weight '{name}' contains NaN or Inf; reload the checkpoint")
-    for layer, sae in (saes or {}).items():
+    for block, sae in (saes or {}).items():
         for name, tensor in sae.named_buffers():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"saes[{layer}]: {name} contains NaN or Inf; reload the SAE")
+                raise ValueError(f"saes[{block}]: {name} contains NaN or Inf; reload the SAE")
     raise ValueError(
         f"{what} came out NaN or Inf although images and weights are finite: an overflow in {values.dtype}; "
         "run the model in a wider dtype"

@@ -1,6 +1,6 @@
 """The whole explanation in plain PyTorch: record maps and residual streams, differentiate, multiply, gate, roll out.
 
-Equations, with y the explained value and blocks l numbered in forward order from s, `start_layer`:
+Equations, with y the explained value and blocks l numbered in forward order from s, `start_block`:
 
     method "rollout":           Cbar_l = mean_h relu(A_l * dA_l), dA_l = d y / d A_l; without the relu if `signed`
                                 R = (I + Cbar_{L-1}) ... (I + Cbar_s), whose row for the pooled vector is the relevance
@@ -52,7 +52,7 @@ class ReferenceResult(NamedTuple):
     scores: dict[int, Tensor]  # block -> [B, P]
     gates: dict[int, Tensor]  # block -> [B, P], in [1 / base, base]
     features: dict[int, TopFeatures]  # block -> its strongest features, if they were asked for
-    blocks: Tensor | None  # [B, L', P], relevance for every start_layer from the given one on, if it was asked for
+    blocks: Tensor | None  # [B, L', P], relevance for every start_block from the given one on, if it was asked for
     names: tuple[str, ...] | None  # of the logits' columns, where known
 
 
@@ -64,14 +64,14 @@ class _Settings:
     gate: Gate
     given_gates: dict[int, Tensor]  # block -> [B, P] or [B, K, P]
     method: Method
-    start_layer: int
+    start_block: int
     signed: bool
     per_block: bool
     top_features: int
 
     def depths(self, layout: ModelLayout) -> range:
         """The blocks at whose inputs relevance is wanted."""
-        return range(self.start_layer, len(layout.blocks) if self.per_block else self.start_layer + 1)
+        return range(self.start_block, len(layout.blocks) if self.per_block else self.start_block + 1)
 
 
 class _Parts(NamedTuple):
@@ -95,7 +95,7 @@ def explain(
     readout: Readout | None = None,
     method: Method = "rollout",
     backward: Backward = "exact",
-    start_layer: int = 0,
+    start_block: int = 0,
     signed: bool = False,
     per_block: bool = False,
     top_features: int = 0,
@@ -113,8 +113,8 @@ def explain(
         gate: score mode, base and slope.
         layout: where the model's blocks and tokens are; None: `find_layout(model)`.
         readout: how the model's output answers the targets; None: `Readout(model)`.
-        method, backward, start_layer, signed: the explanation's kind, see above.
-        per_block: also report the relevance for every start_layer from the given one on.
+        method, backward, start_block, signed: the explanation's kind, see above.
+        per_block: also report the relevance for every start_block from the given one on.
         top_features: k > 0 reports the k strongest features a patch and an image at every block with an autoencoder.
         given_gates: gates in place of those computed from the scores, at blocks that have an autoencoder; for checking
             another implementation's rollout apart from its scores.
@@ -126,11 +126,11 @@ def explain(
     Raises:
         TapeError: a model whose forward pass cannot be followed.
         ValueError, TypeError: an unsupported model or output, targets or autoencoders that do not fit, a block that
-            does not exist or is below `start_layer`, `top_features` for mode "no_sae", an unknown method or backward.
+            does not exist or is below `start_block`, `top_features` for mode "no_sae", an unknown method or backward.
     """
     layout = find_layout(model) if layout is None else layout
     settings = _Settings(
-        dict(sorted(saes.items())), gate, dict(given_gates or {}), method, start_layer, signed, per_block, top_features
+        dict(sorted(saes.items())), gate, dict(given_gates or {}), method, start_block, signed, per_block, top_features
     )
     _check(settings, backward, layout)
     checks.check_eval(model)
@@ -153,7 +153,7 @@ def _forward(
 ) -> tuple[Recording, Answer]:
     """The model's answer, attached to the graph of everything that was recorded on the way."""
     wanted = () if settings.method == "rollout" else settings.depths(layout)
-    with recording(layout, images, conservative, settings.start_layer, wanted) as record:
+    with recording(layout, images, conservative, settings.start_block, wanted) as record:
         output = readout.run(images.detach())
         checks.check_finite(output.detach(), "the logits", readout.model, images)
         return record, readout.answer(targets, output)
@@ -298,9 +298,9 @@ def _check(settings: _Settings, backward: str, layout: ModelLayout) -> None:
     for name, value, known in (("method", settings.method, Method), ("backward", backward, Backward)):
         if value not in get_args(known):
             raise ValueError(f"{name}: expected {' or '.join(map(repr, get_args(known)))}, got {value!r}")
-    start, last = settings.start_layer, len(layout.blocks) - 1
+    start, last = settings.start_block, len(layout.blocks) - 1
     if isinstance(start, bool) or not isinstance(start, int) or not 0 <= start <= last:
-        raise ValueError(f"start_layer: expected a block, 0 to {last}, got {start!r}")
+        raise ValueError(f"start_block: expected a block, 0 to {last}, got {start!r}")
     below = [block for block in settings.saes if block in range(start)]
     if below:
-        raise ValueError(f"saes: layer {below[0]} is below start_layer={start}, so its gates would gate nothing")
+        raise ValueError(f"saes: block {below[0]} is below start_block={start}, so its gates would gate nothing")

@@ -48,10 +48,10 @@ class Explanation:
         ungated: like `relevance` but without gates (TransMM), if it was computed.
         features: per gated block the strongest SAE features, if they were asked for.
         values: like `targets`, the explained numbers: a logit, a difference of two, a cosine, a function's value.
-        blocks: [B,(K,)L',P], if asked for: entry i is the relevance of the patches that enter block start_layer + i,
+        blocks: [B,(K,)L',P], if asked for: entry i is the relevance of the patches that enter block start_block + i,
             so entry 0 equals `relevance`.
         names: of the columns of `logits`, where known: class names or prompts.
-        start_layer: the first block that was rolled out.
+        start_block: the first block that was rolled out.
 
     Raises:
         ValueError: shapes that do not fit together.
@@ -71,7 +71,7 @@ class Explanation:
     values: Tensor | None = None  # [B, (K)]
     blocks: Tensor | None = None  # [B, (K,) L', P]
     names: tuple[str, ...] | None = None
-    start_layer: int = 0
+    start_block: int = 0
 
     def __post_init__(self) -> None:
         for name in ("grid", "image_size"):
@@ -95,8 +95,8 @@ class Explanation:
                 raise ValueError(
                     f"names: expected {self.logits.shape[1]} str, one a column of logits, got {self.names!r:.80}"
                 )
-        if isinstance(self.start_layer, bool) or not isinstance(self.start_layer, int) or self.start_layer < 0:
-            raise ValueError(f"start_layer: expected a block number from 0, got {self.start_layer!r}")
+        if isinstance(self.start_block, bool) or not isinstance(self.start_block, int) or self.start_block < 0:
+            raise ValueError(f"start_block: expected a block number from 0, got {self.start_block!r}")
 
     def _expected(self, shape: tuple[int, ...]) -> Iterator[tuple[str, Tensor | None, tuple[int, ...]]]:
         """Name, tensor and its right shape, beside relevance of shape (B, (K,) P)."""
@@ -104,20 +104,20 @@ class Explanation:
         yield from (("targets", self.targets, leading), ("values", self.values, leading))
         yield "ungated", self.ungated, shape
         for kind, maps in (("scores", self.scores), ("gates", self.gates)):
-            yield from ((f"{kind}[{layer}]", tensor, shape) for layer, tensor in maps.items())
+            yield from ((f"{kind}[{block}]", tensor, shape) for block, tensor in maps.items())
         if self.blocks is not None:
             yield "blocks", self.blocks, (*leading, *(max(n, 1) for n in self.blocks.shape[-2:-1]), shape[-1])
-        for layer, top in self.features.items():
+        for block, top in self.features.items():
             for name, tensor in top._asdict().items():
                 before = shape if name.startswith("patch") else leading
-                yield f"features[{layer}].{name}", tensor, (*before, *top.image_index.shape[-1:])
+                yield f"features[{block}].{name}", tensor, (*before, *top.image_index.shape[-1:])
 
     def __repr__(self) -> str:
         batch, patches = self.relevance.shape[0], f"{self.grid[0]}x{self.grid[1]} patches"
         few = self.targets.reshape(-1)[: 8 if self.names is None else 4].tolist()
         targets = [str(target) if self.names is None and target >= 0 else label(target, self.names) for target in few]
         more = ", ..." if self.targets.numel() > len(targets) else ""
-        start = f", from block {self.start_layer}" if self.start_layer else ""
+        start = f", from block {self.start_block}" if self.start_block else ""
         gated = f"gated blocks {sorted(self.gates)}" if self.gates else "ungated"
         features = f", top features of blocks {sorted(self.features)}" if self.features else ""
         reason = f" ({self.backend_reason})" if self.backend_reason else ""
@@ -245,15 +245,15 @@ class Explanation:
 
         return draw(
             self._pictures(image).cpu(), rows(self.relevance), None if self.ungated is None else rows(self.ungated),
-            {layer: rows(gate) for layer, gate in self.gates.items()}, self.grid,
+            {block: rows(gate) for block, gate in self.gates.items()}, self.grid,
             [label(target, class_names, self.names) for target in self.targets.flatten().tolist()], colormap,
         )  # fmt: skip
 
-    def top_features(self, layer: int, k: int | None = None, patch: tuple[int, int] | None = None) -> list[Any]:
+    def top_features(self, block: int, k: int | None = None, patch: tuple[int, int] | None = None) -> list[Any]:
         """The strongest features of a block, largest contribution in magnitude first.
 
         Args:
-            layer: a gated block.
+            block: a gated block.
             k: how many at most; None is all that were recorded.
             patch: (row, column) in the grid for one patch's features; None is those of the whole image.
 
@@ -264,7 +264,7 @@ class Explanation:
         Raises:
             ValueError: no features recorded for this block, fewer than k recorded, or a patch outside the grid.
         """
-        return ranked(self.features, self.grid, layer, k, patch)
+        return ranked(self.features, self.grid, block, k, patch)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes one safetensors file, whole or not at all; `load` reads it back.

@@ -16,16 +16,16 @@ class FeatureContribution(NamedTuple):
 
 
 def ranked(
-    features: Mapping[int, TopFeatures], grid: tuple[int, int], layer: int, k: int | None, patch: tuple[int, int] | None
+    features: Mapping[int, TopFeatures], grid: tuple[int, int], block: int, k: int | None, patch: tuple[int, int] | None
 ) -> list[Any]:
     """Lists of `FeatureContribution`, largest in magnitude first; see `Explanation.top_features`."""
-    if layer not in features:
+    if block not in features:
         recorded = f"only for blocks {sorted(features)}" if features else "for no block"
         raise ValueError(
-            f"layer: features were recorded {recorded}, got {layer}; "
-            f"construct Explainer(..., saes={{{layer}: sae}}, top_features=k)"
+            f"block: features were recorded {recorded}, got {block}; "
+            f"construct Explainer(..., saes={{{block}: sae}}, top_features=k)"
         )
-    top = features[layer]
+    top = features[block]
     recorded_k = top.image_index.shape[-1]
     if k is not None and not 0 < k <= recorded_k:
         raise ValueError(f"k: expected 1 to {recorded_k}, got {k}; construct Explainer(..., top_features=k) for more")

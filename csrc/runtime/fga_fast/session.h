@@ -29,7 +29,7 @@ struct FGA_API Metadata {
   std::vector<std::string> class_names;  // empty if unknown
   std::optional<Preprocess> preprocess;
   bool targets_given = false;   // true: each call gives the classes to explain; false: explains the predicted class
-  std::vector<int64_t> layers;  // blocks with an SAE
+  std::vector<int64_t> gated_blocks;  // blocks with an SAE
   std::vector<Output> outputs;
   std::string backend;  // whose kernels the package calls: native or composite
   std::string method, backward;

@@ -90,7 +90,7 @@ class Package:
             checks.check_finite(found[name], what, nn.Module(), images)  # stands for a model without weights
         return Explanation(
             **nested(found), grid=m.grid, image_size=(m.height, m.width), backend=m.backend, backend_reason="package",
-            names=m.class_names, start_layer=m.start_layer,
+            names=m.class_names, start_block=m.start_block,
         )  # fmt: skip
 
     def _batch(self, _: int, inputs: tuple[Tensor, ...]) -> Sequence[Tensor]:

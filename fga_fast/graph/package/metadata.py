@@ -38,7 +38,7 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class Metadata:
-    """The content of NAME.json. `method`, `backward`, `start_layer`, `signed` and `gate` are the `Explainer`'s."""
+    """The content of NAME.json. `method`, `backward`, `start_block`, `signed` and `gate` are the `Explainer`'s."""
 
     device: Literal["cpu", "cuda"]
     dtype: Literal["float32", "float64", "bfloat16"]  # of the images
@@ -51,12 +51,12 @@ class Metadata:
     classes: int  # columns of the logits
     class_names: tuple[str, ...] | None  # one for each of these columns, if known
     target_mode: TargetMode  # "given": a call takes one class for each image
-    layers: tuple[int, ...]  # blocks with an SAE
+    gated_blocks: tuple[int, ...]  # blocks with an SAE
     outputs: tuple[Output, ...]  # what the package returns, in order
     backend: str  # whose kernels it calls: "native", "triton" or "composite"
     method: str
     backward: str
-    start_layer: int
+    start_block: int
     signed: bool
     gate: dict[str, Any]
     versions: dict[str, str]  # of fga_fast and torch
@@ -169,12 +169,12 @@ def _read(entries: Entries) -> Metadata:
         classes=entries.whole("classes"),
         class_names=None if entries.content.get("class_names") is None else entries.texts("class_names"),
         target_mode=entries.text("target_mode", *get_args(TargetMode)),
-        layers=entries.wholes("layers", 0),
+        gated_blocks=entries.wholes("gated_blocks", 0),
         outputs=tuple(_output(Entries(one, f"{entries.where}: outputs")) for one in entries.list("outputs")),
         backend=entries.text("backend", "native", "triton", "composite"),
         method=entries.text("method", *get_args(Method)),
         backward=entries.text("backward", *get_args(Backward)),
-        start_layer=entries.whole("start_layer", 0),
+        start_block=entries.whole("start_block", 0),
         signed=entries.flag("signed"),
         gate=entries.inner("gate").content,
         versions={name: str(version) for name, version in entries.inner("versions").content.items()},
@@ -226,7 +226,7 @@ def _check(metadata: Metadata, entries: Entries) -> None:
         raise entries.inner("preprocessing").wrong("mean", f"{m.channels} numbers, one for each channel")
     each, maps = (m.batch,), (m.batch, math.prod(m.grid))
     expected = {"logits": (m.batch, m.classes), "targets": each, "values": each, "relevance": maps}
-    expected |= {f"{kind}.{layer}": maps for layer in m.layers for kind in ("scores", "gates")}
+    expected |= {f"{kind}.{block}": maps for block in m.gated_blocks for kind in ("scores", "gates")}
     found = {output.name: output.shape for output in m.outputs}
     if len(found) < len(m.outputs):
         raise ValueError(f"{entries.where}: outputs: expected different names, got {[o.name for o in m.outputs]}")

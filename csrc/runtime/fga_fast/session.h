@@ -28,7 +28,7 @@ struct FGA_API Metadata {
   int64_t classes = 0;
   std::vector<std::string> class_names;  // empty if unknown
   std::optional<Preprocess> preprocess;
-  bool targets_given = false;   // true: each call gives the classes to explain; false: explains the predicted class
+  bool targets_given = false;  // true: each call gives the classes to explain; false: explains the predicted class
   std::vector<int64_t> gated_blocks;  // blocks with an SAE
   std::vector<Output> outputs;
   std::string backend;  // whose kernels the package calls: native or composite

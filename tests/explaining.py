@@ -37,8 +37,8 @@ def held(e: Explanation) -> dict[str, Tensor]:
 
 
 def agree(got: Explanation, want: Explanation, tolerance: float) -> None:
-    """Numbers are within `tolerance` of their tensor's norm, those of float64 each within ten times that; the rest is
-    equal."""
+    """Every tensor's error is at most `tolerance` times its norm. Single numbers are compared as well: all of float64,
+    and logits and values of other dtypes. All that is not floating point is equal."""
     assert (got.grid, got.image_size, got.names) == (want.grid, want.image_size, want.names)
     found, expected = held(got) | {"logits": got.logits}, held(want) | {"logits": want.logits}
     assert found.keys() == expected.keys()
@@ -52,7 +52,7 @@ def agree(got: Explanation, want: Explanation, tolerance: float) -> None:
             assert torch.equal(a, b), name
         else:
             assert float((a - b).norm()) <= tolerance * float(b.norm()), name
-            if b.dtype == torch.float64:
-                torch.testing.assert_close(
-                    a, b, rtol=10 * tolerance, atol=tolerance / 100, msg=lambda m, n=name: f"{n}: {m}"
-                )
+            double = b.dtype == torch.float64
+            if double or name in ("logits", "values"):
+                rtol, atol = (10 * tolerance, tolerance / 100) if double else (tolerance, tolerance)
+                torch.testing.assert_close(a, b, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")

@@ -44,7 +44,6 @@ def images(count: int, seed: int = 5) -> Tensor:
 def test_the_same_numbers_for_any_batch(predicted: CompiledExplainer, explainer: Explainer, count: int) -> None:
     got, want = predicted(images(count, seed=count)), explainer(images(count, seed=count))
     agree(got, want, 1e-4)
-    torch.testing.assert_close(got.logits, want.logits, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(got.heatmap(), want.heatmap(), rtol=1e-3, atol=1e-3)
     assert (got.backend, got.backend_reason) == ("native", "compiled") and predicted.batches == (1, 4)
 

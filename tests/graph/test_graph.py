@@ -306,7 +306,7 @@ def test_autocast_of_the_caller_is_no_part_of_folding(tiny_vit: Build) -> None:
 
 
 def test_classes_that_are_not_there_give_nan(subject: tuple[nn.Module, Tensor]) -> None:
-    """Of a device's tensor nobody looked at the numbers."""
+    """Nobody looks at the numbers of a tensor on a device before the graph runs."""
     model, images = subject
     explainer = Explainer(model, {0: sae_for(model)}, per_block=True)
     flat = flatten(explainer.plan, images, "given")

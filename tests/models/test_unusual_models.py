@@ -1,4 +1,4 @@
-"""Models that do things their own way, and callers who do: explained alike, or refused by name."""
+"""Models and callers that do things in their own way: explained alike, or refused by name."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -171,8 +171,9 @@ class Case:
         )
 
 
+@lru_cache(maxsize=4)
 def load(name: str, dtype: torch.dtype) -> Case:
-    """One file with its model in `dtype`, in eval mode."""
+    """One file with its model in `dtype`, in eval mode; shared by tests, so leave it as it is."""
     path = folder() / name
     with safe_open(path, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping

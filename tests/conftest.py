@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator
+from pathlib import Path
 from typing import Any
 
 import conformance
@@ -21,7 +22,7 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_vit() -> Callable[..., nn.Module]:
     """Builds a random timm VisionTransformer of 32 x 48 px images: grid (2, 3), 3 blocks, width 16, 5 classes."""
     models = pytest.importorskip("timm.models.vision_transformer")
@@ -59,6 +60,25 @@ def random_sae() -> Callable[..., Any]:
         )
 
     return build
+
+
+@pytest.fixture(scope="session")
+def predicted_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """float64, two SAEs, batches of two, with all that metadata can say."""
+    from packages import NAMES, PREPROCESS, explainer, images
+
+    path = tmp_path_factory.mktemp("packages") / "predicted.pt2"
+    return explainer().export(path, images(2), preprocessing=PREPROCESS, class_names=NAMES)
+
+
+@pytest.fixture(scope="session")
+def given_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """float32, given classes, batches of three, with everything that an explanation can have besides."""
+    from packages import EVERYTHING, PREPROCESS, explainer, images
+
+    path, example = tmp_path_factory.mktemp("packages") / "given.pt2", images(3, torch.float32)
+    full = explainer(torch.float32, **EVERYTHING)
+    return full.export(path, example, target_mode="given", preprocessing=PREPROCESS)
 
 
 def _not_skipped(report: Any, path: Any) -> None:

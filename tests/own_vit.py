@@ -97,8 +97,10 @@ class OwnViT(nn.Module):
         pool: str | Attend | None = None,  # attention pool of this form
         by_keyword: bool = False,
         adds_in_place: bool = False,
+        call: Callable[[nn.Module, Tensor, Tensor], Any] | None = None,  # how a block gets tokens and positions
     ) -> None:
         super().__init__()
+        self.embed_dim = WIDTH
         self.patches = nn.Conv2d(3, WIDTH, 8, stride=8)
         self.token = nn.Parameter(torch.randn(1, 1, WIDTH))
         self.position = nn.Parameter(torch.randn(1, TOKENS, WIDTH))
@@ -107,14 +109,15 @@ class OwnViT(nn.Module):
         self.query = nn.Parameter(torch.randn(1, 1, WIDTH))
         self.pool = Attention("sdpa" if pool is None else pool, None)
         self.pools, self.returns = pool is not None, returns
-        self.by_keyword, self.adds_in_place = by_keyword, adds_in_place
+        self.adds_in_place = adds_in_place
+        self.call = call or (lambda layer, x, _: layer(hidden_states=x) if by_keyword else layer(x))
 
     def forward(self, images: Tensor) -> Tensor:  # [B, 3, 16, 24] -> [B, 5]
         x = self.patches(images).flatten(2).transpose(1, 2)
         x = torch.cat([self.token.expand(len(x), -1, -1), x], dim=1) + self.position
         x = x.transpose(0, 1) if self.returns == "tokens first" else x
         for layer in self.layers:
-            out = layer(hidden_states=x) if self.by_keyword else layer(x)
+            out = self.call(layer, x, self.position.expand(len(images), -1, -1))
             x = out[0] if isinstance(out, tuple) else out
             if self.adds_in_place:
                 x += 1

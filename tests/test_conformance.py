@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
-from collections.abc import Callable
-from pathlib import Path
+import dataclasses
 from typing import Any
 
 import conformance
@@ -15,7 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from fga_fast import Explainer, Explanation, Gate, ModelLayout
+from fga_fast.graph.passes.biases import fold_biases
+from fga_fast.graph.trace import flatten
 from fga_fast.models.find import find_layout
+from fga_fast.reference import explain, gate
+from fga_fast.result.fields import nested
 
 FOUND = conformance.folder().is_dir()
 BACKENDS = ("reference", "native", "graph")
@@ -36,53 +36,19 @@ FILES = [path.name for path in conformance.model_files()] if FOUND else ["none"]
 CONSERVATIVE = [path.name for path in conformance.conservative_files()] if FOUND else ["none"]
 
 
-def explain_reference(case: conformance.Case, run: int) -> Any:
-    from fga_fast.reference import explain
-    from fga_fast.result.explanation import Explanation
-
-    result = explain(case.model, case.images, None, case.saes(run), case.gate(run))
-    layout = find_layout(case.model)
-    return Explanation(
-        relevance=result.relevance,
-        logits=result.logits,
-        targets=result.targets,
-        grid=layout.grid,
-        image_size=layout.image_size,
-        scores=result.scores,
-        gates=result.gates,
-        backend="reference",
-    )
-
-
-def explain_native(case: conformance.Case, run: int) -> Any:
-    from fga_fast import Explainer
-
-    explainer = Explainer(case.model, saes=case.saes(run), gate=case.gate(run), backend="native")
-    explanation = explainer(case.images)
-    assert explanation.backend == "native"
-    return explanation
-
-
-def explain_graph(case: conformance.Case, run: int, *targets: Tensor) -> Any:
-    """The traced graph, without what nobody reads, run as it is."""
-    from fga_fast import Explainer, Explanation
-    from fga_fast.graph.passes.biases import fold_biases
-    from fga_fast.graph.trace import flatten
-    from fga_fast.result.fields import nested
-
-    explainer = Explainer(case.model, saes=case.saes(run), gate=case.gate(run), backend="native")
-    flat = flatten(explainer.plan, case.images, "given" if targets else "predicted")
+def explained(backend: str, case: conformance.Case, run: int, targets: Tensor | None = None) -> Explanation:
+    choice: Any = "native" if backend == "graph" else backend
+    explainer = Explainer(case.model, case.saes(run), gate=case.gate(run), backend=choice)
+    if backend != "graph":
+        e = explainer(case.images, targets)
+        assert e.backend == backend
+        return e
+    # The traced graph, without what nobody reads, run as it is.
+    flat = flatten(explainer.plan, case.images, "predicted" if targets is None else "given")
     fold_biases(flat.module)  # as before it is compiled
-    layout = find_layout(case.model)
-    found = dict(zip(flat.outputs, flat.module(case.images, *targets), strict=True))
+    outputs = flat.module(case.images, *(() if targets is None else (targets,)))
+    layout, found = explainer.layout, dict(zip(flat.outputs, outputs, strict=True))
     return Explanation(**nested(found), grid=layout.grid, image_size=layout.image_size, backend="graph")
-
-
-EXPLAIN: dict[str, Callable[[conformance.Case, int], Any]] = {
-    "reference": explain_reference,
-    "native": explain_native,
-    "graph": explain_graph,
-}
 
 
 def errors(got: Tensor, want: Tensor) -> tuple[float, float]:
@@ -110,16 +76,16 @@ def relative(error: Tensor, size: Tensor) -> float:
 )
 def test_run(name: str, run: int, backend: str, dtype: str) -> None:
     case = conformance.load(name, DTYPES[dtype])
-    explanation = EXPLAIN[backend](case, run)
+    e = explained(backend, case, run)
     layers = case.header["runs"][run]["layers"]
-    assert sorted(explanation.scores) == sorted(layers)
-    assert sorted(explanation.gates) == sorted(layers)
-    assert explanation.relevance.dtype == DTYPES[dtype]
-    assert torch.equal(explanation.targets.cpu(), case.tensors["target"])
+    assert sorted(e.scores) == sorted(layers)
+    assert sorted(e.gates) == sorted(layers)
+    assert e.relevance.dtype == DTYPES[dtype]
+    assert torch.equal(e.targets.cpu(), case.tensors["target"])
 
-    got = {"logits": explanation.logits, "attribution": explanation.relevance, "heatmap": explanation.heatmap()}
-    got |= {f"score.{block}": explanation.scores[block] for block in layers}
-    got |= {f"gate.{block}": explanation.gates[block] for block in layers}
+    got = {"logits": e.logits, "attribution": e.relevance, "heatmap": e.heatmap()}
+    got |= {f"score.{block}": e.scores[block] for block in layers}
+    got |= {f"gate.{block}": e.gates[block] for block in layers}
     want = {"logits": case.tensors["logits"], **case.expected(run)}
     assert got.keys() == want.keys()
 
@@ -162,8 +128,6 @@ def check_cancelling(
     case: conformance.Case, run: int, block: int, got: dict[str, Tensor], want: dict[str, Tensor]
 ) -> None:
     """Checks of a run with a cancelling score; takes the quantities that it checked out of `got` and `want`."""
-    from fga_fast.reference import explain, gate
-
     dtype = case.images.dtype
     size = summands(case.name, run)[block]
     score, gates = got.pop(f"score.{block}"), got.pop(f"gate.{block}")
@@ -203,72 +167,33 @@ def test_targets_given_equal_targets_predicted(name: str, backend: str) -> None:
     """The stored targets are the predicted classes; naming them must not change the explanation."""
     case = conformance.load(name, torch.float64)
     run = len(case.header["runs"]) - 1
-    expected = EXPLAIN[backend](case, run).relevance
-    if backend == "graph":
-        got = explain_graph(case, run, case.tensors["target"]).relevance
-    elif backend == "native":
-        from fga_fast import Explainer
-
-        explainer = Explainer(case.model, saes=case.saes(run), gate=case.gate(run), backend="native")
-        got = explainer(case.images, case.tensors["target"]).relevance
-    else:
-        from fga_fast.reference import explain
-
-        got = explain(case.model, case.images, case.tensors["target"], case.saes(run), case.gate(run)).relevance
-    assert torch.equal(got, expected)
-
-
-def conservative_relevance(
-    backend: str, case: conformance.Case, saes: dict[int, Any], gate: Any, method: Any
-) -> tuple[Tensor, dict[int, Tensor]]:
-    """Relevance [n, P] and gates under the conservative backward pass."""
-    if backend == "reference":
-        from fga_fast.reference import explain
-
-        result = explain(case.model, case.images, None, saes, gate, method=method, backward="conservative")
-        return result.relevance, result.gates
-    from fga_fast import Explainer
-
-    explainer = Explainer(case.model, saes, gate=gate, method=method, backward="conservative", backend="native")
-    explanation = explainer(case.images)
-    assert explanation.backend == "native"
-    return explanation.relevance, explanation.gates
-
-
-def conservative_contributions(backend: str, case: conformance.Case) -> Tensor:
-    """x_0 . g_0 of every token [n, N], the class token included, under the conservative backward pass."""
-    layout, targets = find_layout(case.model), case.tensors["target"][:, None]
-    if backend == "reference":
-        from fga_fast.reference.explain import differentiate
-        from fga_fast.reference.input_x_gradient import input_x_gradient
-        from fga_fast.reference.recording import recording
-
-        with recording(layout, case.images, conservative=True, wanted=(0,)) as record:
-            values = case.model(case.images.clone().requires_grad_()).gather(1, targets)
-        return input_x_gradient(record.inputs[0], differentiate(values.sum(), record, {}).inputs[0])
-    from fga_fast.engine.tape import Tape
-
-    tape = Tape(layout, {}, method="input_x_gradient", conservative=True)
-    with tape.attached(case.images):
-        values = case.model(case.images).gather(1, targets)
-    return tape.backward(values[:, 0]).rows[0]
+    expected = explained(backend, case, run).relevance
+    assert torch.equal(explained(backend, case, run, case.tensors["target"]).relevance, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", ("reference", "native"))
 @pytest.mark.parametrize("name", CONSERVATIVE)
-def test_conservative_backward(name: str, backend: str, dtype: str) -> None:
-    from fga_fast.settings import Gate
-
+def test_conservative_backward(name: str, backend: Any, dtype: str) -> None:
     case, settings, want = conformance.load_conservative(name, DTYPES[dtype])
     assert settings["backward"] == "conservative"
-    saes = case.saes_after(settings["layers"])
-    gate = Gate(base=settings["base"], slope=settings["slope"])
-    got = {"input_x_gradient_all_tokens": conservative_contributions(backend, case)}
+    gate, found = Gate(base=settings["base"], slope=settings["slope"]), find_layout(case.model)
+    # x_0 . g_0 of every token, the class token included: a layout in which all tokens are patches
+    every = dataclasses.replace(found, prefix_tokens=0, grid=(1, found.tokens), pooled=(0, 1))
+
+    def relevance(saes: dict[int, Any], method: Any, layout: ModelLayout | None = None) -> Explanation:
+        e = Explainer(
+            case.model, saes, gate=gate, method=method, backward="conservative", backend=backend, layout=layout
+        )(case.images)
+        assert e.backend == backend
+        return e
+
+    got = {"input_x_gradient_all_tokens": relevance({}, "input_x_gradient", every).relevance}
     for method in ("rollout", "input_x_gradient"):
-        got[method], _ = conservative_relevance(backend, case, {}, gate, method)
-        got[f"{method}_gated"], gates = conservative_relevance(backend, case, saes, gate, method)
-        got |= {f"gate.{block}": values for block, values in gates.items()}
+        got[method] = relevance({}, method).relevance
+        gated = relevance(case.saes_after(settings["layers"]), method)
+        got[f"{method}_gated"] = gated.relevance
+        got |= {f"gate.{block}": values for block, values in gated.gates.items()}
     assert got.keys() == want.keys()
     for quantity, expected in want.items():
         of_norm, of_element = errors(got[quantity], expected)
@@ -278,9 +203,6 @@ def test_conservative_backward(name: str, backend: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("name", CONSERVATIVE)
 def test_conservative_numbers_are_not_those_of_the_exact_backward_pass(name: str) -> None:
-    from fga_fast.reference import explain
-    from fga_fast.settings import Gate
-
     case, _, want = conformance.load_conservative(name, torch.float64)
     for method in ("rollout", "input_x_gradient"):
         exact = explain(case.model, case.images, None, {}, Gate(), method=method).relevance
@@ -302,33 +224,3 @@ def test_every_stored_number_belongs_to_a_run_or_a_later_metric() -> None:
             assert (
                 (run is not None and run < count) or key in whole_file or key.startswith(("model.", "sae.", "metric."))
             ), f"{path.name}: {key} is compared by no test"
-
-
-def test_every_run_is_collected() -> None:
-    """A run of pytest collects each stored run once per backend and dtype."""
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", __file__]
-    here = Path(__file__).resolve().parents[1]
-    listed = subprocess.run(command, capture_output=True, text=True, cwd=here, check=True, env=dict(os.environ)).stdout
-    collected = re.findall(r"::test_run\[(.+)\]", listed)
-    expected = [
-        f"{path.name.removesuffix('.safetensors')}-{run}-{backend}-{dtype}"
-        for path in conformance.model_files()
-        for run in range(len(conformance.header(path)["runs"]))
-        for backend in BACKENDS
-        for dtype in ("float64", "float32")
-    ]
-    assert expected
-    assert sorted(collected) == sorted(expected)
-
-
-@pytest.mark.parametrize(("ci", "exit_code"), [("1", 1), ("", 0)])
-def test_a_skip_fails_in_ci(tmp_path: Path, ci: str, exit_code: int) -> None:
-    here = Path(__file__).parent
-    for name in ("conftest.py", "conformance.py"):
-        (tmp_path / name).write_text((here / name).read_text())
-    (tmp_path / "test_conformance.py").write_text("import pytest\n\ndef test_run():\n    pytest.skip('no numbers')\n")
-    environment = dict(os.environ, CI=ci)
-    environment |= {conformance.REQUIRE: "", conformance.VARIABLE: str(conformance.folder())}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False, env=environment)
-    assert done.returncode == exit_code, done.stdout

@@ -27,7 +27,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "class token": {},
     "conservative": {"backward": "conservative"},
     "input x gradient": {"method": "input_x_gradient", "backward": "conservative"},
-    "signed, late": {"signed": True, "start_layer": 1},
+    "signed, late": {"signed": True, "start_block": 1},
 }
 
 

@@ -12,25 +12,22 @@ from torch import Tensor, nn
 from fga_fast import Explainer, Gate, SparseAutoencoder
 from fga_fast.models.find import find_layout
 
-
-def bad_images() -> list[tuple[Any, str]]:
-    return [
-        (torch.zeros(3, 32, 48), r"images: expected shape \[B, 3, 32, 48\], got \[3, 32, 48\]; add a batch dimension"),
-        (torch.zeros(1, 1, 32, 48), r"images: expected shape .* got \[1, 1, 32, 48\]"),
-        (torch.zeros(1, 3, 32, 32), r"images: expected shape .* got \[1, 3, 32, 32\]"),
-        (torch.zeros(1, 3, 32, 48).double(), "images: expected dtype torch.float32 like the model, got torch.float64"),
-        (torch.zeros(1, 3, 32, 48, dtype=torch.uint8), "images: expected dtype torch.float32"),
-        (torch.zeros(1, 3, 32, 48, device="meta"), "images: expected device cpu like the model, got meta"),
-        (torch.full((1, 3, 32, 48), float("nan")), "images: contain NaN or Inf"),
-        (torch.full((1, 3, 32, 48), float("inf")), "images: contain NaN or Inf"),
-        ([[1.0]], "images: expected a tensor"),
-    ]
+BAD_IMAGES: list[tuple[Any, str]] = [
+    (torch.zeros(3, 32, 48), r"images: expected shape \[B, 3, 32, 48\], got \[3, 32, 48\]; add a batch dimension"),
+    (torch.zeros(1, 1, 32, 48), r"images: expected shape .* got \[1, 1, 32, 48\]"),
+    (torch.zeros(1, 3, 32, 32), r"images: expected shape .* got \[1, 3, 32, 32\]"),
+    (torch.zeros(1, 3, 32, 48).double(), "images: expected dtype torch.float32 like the model, got torch.float64"),
+    (torch.zeros(1, 3, 32, 48, dtype=torch.uint8), "images: expected dtype torch.float32"),
+    (torch.zeros(1, 3, 32, 48, device="meta"), "images: expected device cpu like the model, got meta"),
+    (torch.full((1, 3, 32, 48), float("nan")), "images: contain NaN or Inf"),
+    (torch.full((1, 3, 32, 48), float("inf")), "images: contain NaN or Inf"),
+    ([[1.0]], "images: expected a tensor"),
+]
 
 
 @pytest.mark.parametrize("backend", ("native", "reference"))
-@pytest.mark.parametrize("case", range(9))
-def test_bad_images(case: int, backend: Any, tiny_vit: Build) -> None:
-    images, message = bad_images()[case]
+@pytest.mark.parametrize(("images", "message"), BAD_IMAGES, ids=range(len(BAD_IMAGES)))
+def test_bad_images(images: Any, message: str, backend: Any, tiny_vit: Build) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         Explainer(tiny_vit(), backend=backend)(images)
 
@@ -96,9 +93,9 @@ def test_bad_settings(tiny_vit: Build) -> None:
     for settings, message in (
         ({"method": "lrp"}, "method: expected one of 'rollout', 'input_x_gradient', got 'lrp'"),
         ({"backward": "lrp"}, "backward: expected one of 'exact', 'conservative', got 'lrp'"),
-        ({"start_layer": 3}, r"start_layer: expected 0 to 2 \(blocks\), got 3"),
-        ({"start_layer": True}, "start_layer: expected an int, got bool"),
-        ({"start_layer": 2, "saes": {1: sae_for(model)}}, r"saes\[1\]: would gate nothing, since start_layer=2"),
+        ({"start_block": 3}, r"start_block: expected 0 to 2 \(blocks\), got 3"),
+        ({"start_block": True}, "start_block: expected an int, got bool"),
+        ({"start_block": 2, "saes": {1: sae_for(model)}}, r"saes\[1\]: would gate nothing, since start_block=2"),
         ({"target_chunk": 0}, "target_chunk: expected at least 1, got 0"),
         ({"signed": 1}, "signed: expected True or False, got 1"),
         ({"layout": "timm"}, "layout: expected a ModelLayout, got str"),
@@ -196,14 +193,19 @@ def test_numpy_numbers_are_taken(tiny_vit: Build) -> None:
     assert Explainer(model)(images, numpy.int64(2)).targets.tolist() == [2, 2]
 
 
-def test_a_model_without_attention_is_refused(tiny_vit: Build) -> None:
-    with pytest.raises(ValueError, match="no supported vision transformer found in Sequential"):
-        Explainer(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)))
-    with pytest.raises(TypeError, match=r"expected a torch.nn.Module"):
-        Explainer(lambda x: x)  # type: ignore[arg-type]
+class FirstClass(nn.Module):
+    """One number an image."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tower(x)[:, 0]  # type: ignore[no-any-return]
 
 
 def test_output_that_is_no_logits_is_refused(tiny_vit: Build) -> None:
-    model = tiny_vit(num_classes=0, global_pool="")
-    with pytest.raises(ValueError, match=r"model: "):
-        Explainer(model)(torch.randn(1, *PIXELS))
+    with pytest.raises(ValueError, match=r"model: .*logits"):
+        Explainer(tiny_vit(num_classes=0, global_pool=""))(torch.randn(1, *PIXELS))
+    with pytest.raises(ValueError, match=r"model: .*logits"):
+        Explainer(FirstClass(tiny_vit()), backend="native")(torch.randn(2, *PIXELS), [[0, 1], [1, 0]])

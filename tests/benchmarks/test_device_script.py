@@ -1,4 +1,4 @@
-"""The script that measures a device, at toy sizes on the CPU: it has to run when a device is there at last."""
+"""The scripts that measure a device, at toy sizes on the CPU: they must work when a device is there."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_scripts_are_valid_bash() -> None:
 
 @pytest.mark.parametrize("status", [0, 3])
 def test_the_session_is_built_once_and_may_fail_to_build(tmp_path: Path, status: int) -> None:
-    """With programs that only say how they were called."""
+    """The programs that it calls are replaced by ones that print their arguments."""
     for name, what in (("cmake", f"exit {status}"), ("python", 'echo "$* built=<$FGA_FAST_CMAKE_BUILD>"')):
         (tmp_path / name).write_text(f"#!/bin/sh\n{what}\n", encoding="utf-8")
         (tmp_path / name).chmod(0o755)

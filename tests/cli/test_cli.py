@@ -91,7 +91,7 @@ def test_explain_one_photo(
         torch.testing.assert_close(getattr(kept, name), getattr(want, name), rtol=1e-4, atol=1e-7)
     assert kept.gates.keys() == {2, 4} and kept.relevance.shape == (1, 2, 100)
     assert all(float(gate.min()) >= 1 / 5 - 1e-6 and float(gate.max()) <= 5 + 1e-5 for gate in kept.gates.values())
-    assert (facts["grid"], facts["gated_layers"], facts["gate_base"]) == ([10, 10], [2, 4], 5)
+    assert (facts["grid"], facts["gated_blocks"], facts["gate_base"]) == ([10, 10], [2, 4], 5)
     assert facts["probability_is"] == "softmax"
     assert facts["milliseconds"] > 0 and facts["milliseconds_forward_pass"] > 0
     for k, (one, target) in enumerate(zip(facts["explained"], (3, 7), strict=True)):
@@ -165,11 +165,11 @@ def test_settings_are_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     scene = fashion_scenes()[0]
     plain, facts = explained(tmp_path, scene, "--target", fashion_config().class_names[1].upper())
     assert plain.targets.tolist() == [1] and facts["explained"][0]["target"] == 1
-    assert bool((plain.relevance >= 0).all()) and plain.start_layer == 0
+    assert bool((plain.relevance >= 0).all()) and plain.start_block == 0
     assert bool((explained(tmp_path, scene, "--signed")[0].relevance < 0).any())
     shares, _ = explained(tmp_path, scene, "--method", "input_x_gradient", "--backward", "conservative")
     assert bool((shares.relevance < 0).any())
-    assert explained(tmp_path, scene, "--start-layer", "2")[0].start_layer == 2
+    assert explained(tmp_path, scene, "--start-block", "2")[0].start_block == 2
     assert explained(tmp_path, scene, "--backend", "composite")[0].backend == "composite"
 
 
@@ -202,7 +202,7 @@ def test_synonyms_name_classes(tmp_path: Path, photo: Path) -> None:
         ([*RANDOM, "--device", "warp"], "warp"),
         (["--model", "resnet18", "--random-weights"], "ResNet"),
         ([*RANDOM, "--base", "-1"], "base"),
-        (["--start-layer", "3"], "saes[2]"),
+        (["--start-block", "3"], "saes[2]"),
     ],
 )
 def test_wrong_arguments(tmp_path: Path, photo: Path, refused: Refused, given: list[str], message: str) -> None:

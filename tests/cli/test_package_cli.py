@@ -43,7 +43,7 @@ def test_package_of_the_demo_writes_what_the_demo_does(
         kept.append(Explanation.load(out / "relevance.safetensors"))
     by_model, by_package = facts
     assert by_model.keys() == by_package.keys()
-    for name in ("image", "image_size", "grid", "gated_layers", "gate_base"):
+    for name in ("image", "image_size", "grid", "gated_blocks", "gate_base"):
         assert by_model[name] == by_package[name]
     assert by_package["model"] == "the package demo.pt2"
     assert by_package["milliseconds"] > 0 and by_package["milliseconds_forward_pass"] is None
@@ -57,7 +57,7 @@ def test_package_of_the_demo_writes_what_the_demo_does(
     for name in ("targets", "logits", "values", "relevance", "scores", "gates"):
         torch.testing.assert_close(getattr(kept[1], name), getattr(kept[0], name), rtol=1e-4, atol=1e-6)
     about = load_package(demo).metadata
-    assert (about.batch, about.targets, about.signed, about.gate["base"]) == (2, "given", True, 2.0)
+    assert (about.batch, about.target_mode, about.signed, about.gate["base"]) == (2, "given", True, 2.0)
     assert sorted(path.name for path in demo.parent.iterdir()) == ["demo.json", "demo.pt2"]
 
 
@@ -128,7 +128,7 @@ def test_packages_that_take_no_files_or_no_targets(
         (["test_vit", "x.pt2"], "no weights for test_vit"),
         (["demo", "x.pt2", "--backend", "reference"], "backend: 'reference' is not compiled"),
         (["demo", "x.pt2", "--sae", "2=gone"], "--sae: no file or folder gone"),
-        (["demo", "x.pt2", "--start-layer", "9"], "start_layer: expected 0 to 4"),
+        (["demo", "x.pt2", "--start-block", "9"], "start_block: expected 0 to 4"),
     ],
 )
 def test_wrong_arguments(
@@ -145,10 +145,10 @@ def test_export_passes_settings_on(
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", uncompiled)
     path = tmp_path / "vit.pt2"
     given = ["--random-weights", "--dtype", "bfloat16", "--batch", "3", "--method", "input_x_gradient"]
-    assert main(["export", "test_vit", str(path), *given, "--start-layer", "1"]) == 0
+    assert main(["export", "test_vit", str(path), *given, "--start-block", "1"]) == 0
     assert f"wrote {path}" in capsys.readouterr().out
     told = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    assert (told["dtype"], told["batch"], told["method"], told["start_layer"]) == (
+    assert (told["dtype"], told["batch"], told["method"], told["start_block"]) == (
         "bfloat16", 3, "input_x_gradient", 1
     )  # fmt: skip
     assert told["preprocessing"]["image_size"] == [160, 160] and len(told["class_names"]) == 1000

@@ -20,7 +20,7 @@ TARGETS = torch.tensor([[0, 3, 2], [1, 1, 4]])
 SETTINGS: dict[str, dict[str, Any]] = {
     "exact": {},
     "conservative": {"backward": "conservative"},
-    "signed": {"signed": True, "start_layer": 1},
+    "signed": {"signed": True, "start_block": 1},
     "input x gradient": {"method": "input_x_gradient", "backward": "conservative"},
 }
 

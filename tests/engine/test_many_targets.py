@@ -6,22 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from explaining import PIXELS, Build, sae_for
-from torch import Tensor, nn
+from explaining import PIXELS, Build, held, sae_for
 
-from fga_fast import Explainer, Explanation, Gate
+from fga_fast import Difference, Explainer, Gate
 
 TARGETS = torch.tensor([[0, 1, 4], [2, 2, 3]])  # the second image asks twice for the same
-
-
-def held(e: Explanation) -> dict[str, Tensor]:
-    """All that an explanation holds about its targets, [B, ...] or [B, K, ...]."""
-    found = {"relevance": e.relevance, "targets": e.targets, "values": e.values, "blocks": e.blocks}
-    found |= {f"scores.{layer}": value for layer, value in e.scores.items()}
-    found |= {f"gates.{layer}": value for layer, value in e.gates.items()}
-    for layer, top in e.features.items():
-        found |= {f"features.{layer}.{name}": value for name, value in top._asdict().items()}
-    return {name: value for name, value in found.items() if value is not None}
 
 
 @pytest.mark.parametrize("chunk", (1, 2, 8))
@@ -102,8 +91,6 @@ def test_a_single_target_in_a_list(tiny_vit: Build) -> None:
 
 def test_differences_and_functions_of_the_logits(tiny_vit: Build) -> None:
     """x . g is linear in the explained value, so the map of a difference is the difference of the maps."""
-    from fga_fast import Difference
-
     model, images = tiny_vit().double(), torch.randn(2, *PIXELS, dtype=torch.float64)
     explainer = Explainer(model, method="input_x_gradient", backend="native")
     maps = [explainer(images, k).relevance for k in range(5)]
@@ -117,36 +104,3 @@ def test_differences_and_functions_of_the_logits(tiny_vit: Build) -> None:
     assert why.values is not None
     logits = model(images).detach()
     torch.testing.assert_close(why.values, logits[:, 3] - logits[:, 1])
-
-
-def test_class_names(tiny_vit: Build) -> None:
-    names = ["ant", "bee", "cat", "dog", "eel"]
-    model, images = tiny_vit(), torch.randn(2, *PIXELS)
-    explainer = Explainer(model, backend="native", class_names=names)
-    by_name, by_number = explainer(images, ["cat", "ant"]), explainer(images, [2, 0])
-    assert torch.equal(by_name.relevance, by_number.relevance)
-    assert by_name.names == tuple(names)
-    with pytest.raises(ValueError, match="cat"):
-        explainer(images, "cta")
-
-
-def test_every_target_is_gated_by_its_own_scores(tiny_vit: Build) -> None:
-    model = tiny_vit()
-    e = Explainer(model, {1: sae_for(model)}, backend="native")(torch.randn(1, *PIXELS), [[0, 1]])
-    assert not torch.allclose(e.gates[1][:, 0], e.gates[1][:, 1])
-
-
-class Headless(nn.Module):
-    """Something that is no tensor of logits."""
-
-    def __init__(self, tower: nn.Module) -> None:
-        super().__init__()
-        self.tower = tower
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.tower(x)[:, 0]  # type: ignore[no-any-return]
-
-
-def test_a_model_without_logits_is_refused(tiny_vit: Build) -> None:
-    with pytest.raises(ValueError, match="logits"):
-        Explainer(Headless(tiny_vit()), backend="native")(torch.randn(2, *PIXELS), [[0, 1], [1, 0]])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from explaining import PIXELS, Build, sae_for
+from families import error
 from torch import Tensor, nn
 
 from fga_fast import Explainer, Explanation, Gate
@@ -28,10 +29,6 @@ class Scaled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.tower(x) * self.factor  # type: ignore[no-any-return]
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    return float((got - want).norm() / want.norm())
 
 
 def explain(model: nn.Module, saes: dict[int, Any], images: Tensor, targets: Any, **settings: Any) -> Explanation:
@@ -128,15 +125,21 @@ def test_channels_last_images(tiny_vit: Build) -> None:
     torch.testing.assert_close(explain(last, saes, formatted, TARGETS).relevance, want, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("settings", ({}, {"backward": "conservative"}, {"method": "input_x_gradient"}))
+@pytest.mark.parametrize(
+    ("gated", "settings"),
+    ((True, {}), (False, {}), (False, {"backward": "conservative"}), (False, {"method": "input_x_gradient"})),
+)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
-def test_sixteen_bits_with_every_method(tiny_vit: Build, dtype: torch.dtype, settings: dict[str, Any]) -> None:
+def test_sixteen_bits(tiny_vit: Build, dtype: torch.dtype, gated: bool, settings: dict[str, Any]) -> None:
     """Against float32, at most twice the error of the reference run in the same dtype."""
-    model = tiny_vit(global_pool="avg")
-    images = torch.randn(8, *PIXELS)
-    want = Explainer(model, backend="reference", **settings)(images, 1).relevance
-    low, low_images = model.to(dtype), images.to(dtype)
-    plain = Explainer(low, backend="reference", **settings)(low_images, 1).relevance
-    fast = Explainer(low, backend="native", **settings)(low_images, 1).relevance
-    assert fast.dtype == torch.float32
-    assert float((fast - want).norm()) <= 2 * float((plain - want).norm())
+    model, images = tiny_vit(global_pool="token" if gated else "avg"), torch.randn(8, *PIXELS)
+    saes = {1: sae_for(model)} if gated else {}
+
+    def explained(dtype: torch.dtype, backend: Any) -> Explanation:
+        low = {block: sae.to(dtype) for block, sae in saes.items()}
+        return Explainer(model.to(dtype), low, backend=backend, **settings)(images.to(dtype), 1)
+
+    want = explained(torch.float32, "reference").relevance
+    plain, fast = explained(dtype, "reference").relevance, explained(dtype, "native")
+    assert {t.dtype for t in (fast.relevance, *fast.scores.values())} == {torch.float32}
+    assert float((fast.relevance - want).norm()) <= 2 * float((plain - want).norm())

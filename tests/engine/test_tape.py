@@ -224,7 +224,7 @@ def test_a_block_that_is_not_explained_may_do_as_it_likes(tiny_vit: Build) -> No
     model, batch = tiny_vit().double(), images().double()
     block = model.blocks[1]  # type: ignore[index]
     block.attn = Odd(block.attn, lambda q, k, v: sdpa(q, k, v, is_causal=True))  # type: ignore[union-attr]
-    got, want = (Explainer(model, backend=b, start_layer=2)(batch).relevance for b in ("native", "reference"))  # type: ignore[arg-type]
+    got, want = (Explainer(model, backend=b, start_block=2)(batch).relevance for b in ("native", "reference"))  # type: ignore[arg-type]
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
 
@@ -245,7 +245,7 @@ def test_an_equivalent_attention_of_the_users_is_explained_alike(tiny_vit: Build
     model, batch = tiny_vit(), images()
     settings: list[dict[str, Any]] = [
         {}, {"signed": True}, {"backward": "conservative"}, {"method": "input_x_gradient"},
-        {"method": "input_x_gradient", "backward": "conservative"}, {"start_layer": 1},
+        {"method": "input_x_gradient", "backward": "conservative"}, {"start_block": 1},
     ]  # fmt: skip
     saes, targets = {1: sae_for(model)}, torch.tensor([[1, 0], [4, 2]])
     want = [Explainer(model, saes, backend="native", **setting)(batch, targets) for setting in settings]

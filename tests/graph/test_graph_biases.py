@@ -18,11 +18,13 @@ aten = torch.ops.aten
 VIEWS = ("reshape", "view", "permute", "unbind", "transpose", "clone", "slice", "select")
 
 
-def folded(tiny_vit: Build, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, fx.GraphModule]:
+def folded(tiny_vit: Build, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module, fx.GraphModule]:
+    """A model, its SAE, and the graph of both."""
     model = tiny_vit(depth=3).to(dtype)
-    module = flatten(Explainer(model, {1: sae_for(model)}).plan, torch.randn(2, *PIXELS, dtype=dtype)).module
+    sae = sae_for(model)
+    module = flatten(Explainer(model, {1: sae}).plan, torch.randn(2, *PIXELS, dtype=dtype)).module
     fold_biases(module)
-    return model, module
+    return model, sae, module
 
 
 def product(node: fx.Node) -> str:
@@ -41,29 +43,30 @@ def made_of(module: fx.GraphModule) -> set[str]:
     return {product(node.args[i]) for node in attentions for i in range(3)}
 
 
-def test_attention_reads_plain_products(tiny_vit: Build) -> None:
-    assert made_of(folded(tiny_vit)[1]) == {"mm"}
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_dtypes_keep_their_biases(tiny_vit: Build, dtype: torch.dtype) -> None:
-    assert made_of(folded(tiny_vit, dtype)[1]) == {"addmm"}
-
-
-def test_products_that_autocast_makes_16_bit_keep_theirs(tiny_vit: Build) -> None:
-    explainer = Explainer(tiny_vit(depth=3))
-    with torch.autocast("cpu", torch.bfloat16):
-        module = flatten(explainer.plan, torch.randn(2, *PIXELS)).module
-    fold_biases(module)
-    assert made_of(module) == {"addmm"}
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "made"),
+    [
+        (torch.float32, False, "mm"), (torch.bfloat16, False, "addmm"), (torch.float64, False, "addmm"),
+        (torch.float32, True, "addmm"),
+    ],
+)  # fmt: skip
+def test_attention_reads_plain_products_of_float32(
+    tiny_vit: Build, dtype: torch.dtype, autocast: bool, made: str
+) -> None:
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert made_of(folded(tiny_vit, dtype)[2]) == {made}
 
 
 def test_weights_are_held_once(tiny_vit: Build) -> None:
     """The backward pass reads a slice of the same copy, and what nobody reads is gone."""
-    model, module = folded(tiny_vit)
+    model, sae, module = folded(tiny_vit)
     weights = {parameter.data_ptr() for name, parameter in model.named_parameters() if "qkv" in name}
     assert len(weights) == 6
-    assert not weights & {tensor.data_ptr() for tensor in (*module.parameters(), *module.buffers())}
+    inside = [*module.parameters(), *module.buffers()]
+    assert not weights & {tensor.data_ptr() for tensor in inside}
+    stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in inside}
+    given = sum(t.nbytes for part in (model, sae) for t in (*part.parameters(), *part.buffers()))
+    assert sum(stored.values()) <= 1.05 * given
     read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
     assert {name for name, _ in (*module.named_parameters(), *module.named_buffers())} <= read
 

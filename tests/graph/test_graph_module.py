@@ -3,67 +3,70 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import families
 import pytest
 import torch
 from explaining import PIXELS, Build, sae_for
-from torch import Tensor, nn
+from torch import Tensor
 
 from fga_fast import Explainer
+from fga_fast.graph.module import ExplanationModule
 
 
-@pytest.fixture(params=[torch.float32, torch.float64], ids=str)
-def subject(request: pytest.FixtureRequest, tiny_vit: Build) -> tuple[nn.Module, Explainer, Tensor]:
-    model = tiny_vit(depth=3).to(request.param)
-    return model, Explainer(model, {0: sae_for(model)}), torch.randn(2, *PIXELS).to(request.param)
+class Subject(NamedTuple):
+    explainer: Explainer
+    module: ExplanationModule
+    images: Tensor
+
+    def assert_same(self, got: dict[str, Tensor], targets: Any = None) -> None:
+        want = self.explainer(self.images, targets)
+        bound = 1e-9 if self.images.dtype == torch.float64 else 1e-4
+        assert families.error(got["relevance"], want.relevance) < bound
+        assert torch.equal(got["targets"], want.targets)
 
 
-def test_a_module_gives_the_explainers_numbers(subject: tuple[nn.Module, Explainer, Tensor]) -> None:
-    _, explainer, images = subject
-    module, want = explainer.module(images), explainer(images)
-    got = module(images.requires_grad_())
-    assert tuple(got) == module.names
+@pytest.fixture(scope="module", params=[torch.float32, torch.float64], ids=str)
+def subject(request: pytest.FixtureRequest, tiny_vit: Build) -> Subject:
+    torch.manual_seed(0)
+    model = tiny_vit(depth=2).to(request.param)
+    explainer, images = Explainer(model, {0: sae_for(model)}), torch.randn(2, *PIXELS).to(request.param)
+    return Subject(explainer, explainer.module(images), images)
+
+
+def test_a_module_gives_the_explainers_numbers(subject: Subject) -> None:
+    got = subject.module(subject.images.clone().requires_grad_())
+    subject.assert_same(got)
+    assert tuple(got) == subject.module.names
     assert {"relevance", "logits", "targets", "values", "scores.0", "gates.0"} <= set(got)
-    assert families.error(got["relevance"], want.relevance) < (1e-9 if images.dtype == torch.float64 else 1e-4)
     assert not any(tensor.requires_grad for tensor in got.values())
 
 
-def test_given_classes(subject: tuple[nn.Module, Explainer, Tensor]) -> None:
-    _, explainer, images = subject
-    got = explainer.module(images, target_mode="given")(images, torch.tensor([3, 0]))
-    assert got["targets"].tolist() == [3, 0]
-    assert families.error(got["relevance"], explainer(images, [3, 0]).relevance) < (
-        1e-9 if images.dtype == torch.float64 else 1e-4
-    )
+def test_given_classes(subject: Subject) -> None:
+    module = subject.explainer.module(subject.images, target_mode="given")
+    subject.assert_same(module(subject.images, torch.tensor([3, 0])), [3, 0])
 
 
-def test_torch_exports_saves_and_loads_it(subject: tuple[nn.Module, Explainer, Tensor], tmp_path: Path) -> None:
-    _, explainer, images = subject
-    program = torch.export.export(explainer.module(images), (images,))
+def test_torch_exports_saves_and_loads_it(subject: Subject, tmp_path: Path) -> None:
+    program = torch.export.export(subject.module, (subject.images,))
     torch.export.save(program, tmp_path / "explanation.pt2")
-    got = torch.export.load(tmp_path / "explanation.pt2").module()(images)
-    assert families.error(got["relevance"], explainer(images).relevance) < (
-        1e-9 if images.dtype == torch.float64 else 1e-4
-    )
+    subject.assert_same(torch.export.load(tmp_path / "explanation.pt2").module()(subject.images))
 
 
-def test_torch_compiles_it(subject: tuple[nn.Module, Explainer, Tensor]) -> None:
-    _, explainer, images = subject
-    got = torch.compile(explainer.module(images), fullgraph=True)(images)
-    assert families.error(got["relevance"], explainer(images).relevance) < (
-        1e-9 if images.dtype == torch.float64 else 1e-4
-    )
+@pytest.mark.parametrize("subject", [torch.float32], indirect=True, scope="module")
+def test_torch_compiles_it(subject: Subject) -> None:
+    subject.assert_same(torch.compile(subject.module, fullgraph=True)(subject.images))
 
 
-def test_weights_are_the_models_own(subject: tuple[nn.Module, Explainer, Tensor]) -> None:
-    model, explainer, images = subject
-    module = explainer.module(images)
-    own = {parameter.data_ptr() for parameter in model.parameters()}
-    assert {parameter.data_ptr() for parameter in module.parameters()} <= own
+def test_weights_are_the_models_own(subject: Subject) -> None:
+    model, module = subject.explainer.model, subject.module
+    weights = {parameter.data_ptr() for parameter in module.parameters()}
+    assert weights and weights <= {parameter.data_ptr() for parameter in model.parameters()}
     assert not any(parameter.requires_grad for parameter in module.parameters())
     assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.3)
-    assert families.error(module(images)["relevance"], explainer(images).relevance) < 1e-4
+    subject.assert_same(module(subject.images))

@@ -1,4 +1,4 @@
-"""Checks against layouts that do not say everything, as those of a user's own model."""
+"""Checks with layouts that leave something out, as a user's own may."""
 
 from __future__ import annotations
 

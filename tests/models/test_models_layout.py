@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fga_fast import Explainer, ModelLayout
+from fga_fast import ModelLayout
 from fga_fast.models.find import find_layout
 
 Build = Callable[..., nn.Module]
@@ -79,26 +79,3 @@ def test_it_cannot_be_changed_but_replaced(tiny_vit: Build) -> None:
         found.grid = (3, 2)  # type: ignore[misc]
     averaged = dataclasses.replace(found, pooling="average", pooled=None)
     assert averaged.pooled == (1, 7)
-
-
-class Averaged(nn.Module):
-    """A wrapper with a pooling of its own, which no look at the tower's modules can find."""
-
-    def __init__(self, tower: nn.Module) -> None:
-        super().__init__()
-        self.tower = tower
-
-    def forward(self, images: Tensor) -> Tensor:  # [B, 3, H, W]
-        return self.tower.head(self.tower.forward_features(images)[:, 1:].mean(dim=1))
-
-
-def test_a_wrapper_that_pools_itself_is_explained_with_a_corrected_layout(tiny_vit: Build) -> None:
-    torch.manual_seed(1)
-    model = tiny_vit(fc_norm=False)
-    wrapped = Averaged(model)
-    images = torch.randn(2, 3, 32, 48)
-    corrected = dataclasses.replace(find_layout(wrapped), pooling="average", pooled=None)
-    got = Explainer(wrapped, backend="reference", layout=corrected)(images, 1)
-    model.global_pool = "avg"  # type: ignore[assignment]
-    want = Explainer(model, backend="reference")(images, 1)
-    torch.testing.assert_close(got.relevance, want.relevance)

@@ -1,19 +1,19 @@
-"""Models that do things their own way, and callers who do: explained alike, or refused by name."""
+"""Models and callers that do things in their own way: explained alike, or refused by name."""
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import gc
 import threading
 import weakref
 from collections import namedtuple
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from explaining import PIXELS, Build, sae_for
+from own_vit import GRID, IMAGES, Attend, OwnViT, own_vit
 from torch import Tensor, nn
 
 from fga_fast import Explainer, ModelLayout
@@ -21,60 +21,11 @@ from fga_fast.engine.tape import Tape
 from fga_fast.models.find import find_layout
 
 Output = namedtuple("Output", ("hidden", "weights"))
+sdpa = F.scaled_dot_product_attention
 
 
-class Block(nn.Module):
-    """A block of one's own; `attend` and `norm` may be replaced."""
-
-    def __init__(self, width: int = 16, value_width: int | None = None) -> None:
-        super().__init__()
-        values = value_width or width
-        self.norm, self.qk = nn.LayerNorm(width), nn.Linear(width, 2 * width)
-        self.v, self.out = nn.Linear(width, values), nn.Linear(values, width)
-        self.mlp = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
-        )
-        self.attention_dtype: torch.dtype | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        u = self.norm(x)
-        q, k, v = (
-            t.unflatten(-1, (2, -1)).transpose(1, 2) for t in (*self.qk(u).chunk(2, -1), self.v(u))
-        )  # fmt: skip
-        if self.attention_dtype is not None:
-            q, k, v = (t.to(self.attention_dtype) for t in (q, k, v))
-        a = F.scaled_dot_product_attention(q, k, v).to(x.dtype).transpose(1, 2).flatten(2)
-        x = x + self.out(a)
-        return x + self.mlp(x)  # type: ignore[no-any-return]
-
-
-class Model(nn.Module):
-    """Patches, a class token, blocks called through `call`, a head on the class token."""
-
-    def __init__(self, call: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None, **block: Any) -> None:
-        super().__init__()
-        self.embed_dim = 16
-        self.patches, self.token = nn.Conv2d(3, 16, 16, 16), nn.Parameter(torch.randn(1, 1, 16))
-        self.position = nn.Parameter(torch.randn(1, 7, 16))
-        self.blocks = nn.ModuleList(Block(**block) for _ in range(3))
-        self.head, self.call = nn.Linear(16, 5), call or (lambda inner, x, position: inner(x))
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.patches(images).flatten(2).transpose(1, 2)
-        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
-        position = self.position.expand(len(x), -1, -1)
-        for block in self.blocks:
-            x = self.call(block, x, position)
-        return self.head(x[:, 0])  # type: ignore[no-any-return]
-
-
-def layout_of(model: nn.Module, **settings: Any) -> ModelLayout:
-    return ModelLayout(model.blocks, 1, (2, 3), **settings)  # type: ignore[arg-type]
-
-
-def relevance(model: nn.Module, images: Tensor, backend: Any = "native", **settings: Any) -> Tensor:
-    settings = {"layout": layout_of(model), **settings}
-    return Explainer(model, backend=backend, **settings)(images, [[1, 0], [4, 2]]).relevance
+def relevance(model: OwnViT, images: Tensor, backend: Any, targets: Any = ((1, 0), (4, 2)), **settings: Any) -> Tensor:
+    return Explainer(model, backend=backend, layout=model.layout(), **settings)(images, targets).relevance
 
 
 class Positioned(nn.Module):
@@ -89,50 +40,49 @@ class Positioned(nn.Module):
         return Output(x, None) if self.named else x
 
 
+@pytest.mark.parametrize("named", (False, True))
 @pytest.mark.parametrize("backend", ("native", "composite", "reference"))
-def test_blocks_called_their_own_way(backend: Any) -> None:
+def test_blocks_called_their_own_way(backend: Any, named: bool) -> None:
     """Positions before tokens, keywords, named tuples out: the same numbers as for the plain call."""
-    images = torch.randn(2, *PIXELS).double()
-    model = Model(lambda block, x, position: block(x + position)).double().eval()
-    settings: dict[str, Any] = {"start_layer": 1, "method": "input_x_gradient"}
+    images = torch.randn(IMAGES).double()
+    model = own_vit(call=lambda block, x, position: block(x + position))
     plain = relevance(model, images, backend)
-    for named in (False, True):
-        other = copy.deepcopy(model)
-        other.blocks = nn.ModuleList(Positioned(block, named) for block in other.blocks)
 
-        def call(block: nn.Module, x: Tensor, position: Tensor, named: bool = named) -> Tensor:
-            out = block(position=position, hidden=x)
-            return out.hidden if named else out  # type: ignore[no-any-return]
+    def call(block: nn.Module, x: Tensor, position: Tensor) -> Any:
+        return block(position=position, hidden=x)
 
-        other.call = call
-        torch.testing.assert_close(relevance(other, images, backend), plain)
-        # After the first block the tokens are known by identity; positions of the same shape do not confuse it.
-        got = Explainer(other, backend=backend, layout=layout_of(other), **settings)(images, 1).relevance
-        x = other.blocks[0](position=other.position.expand(2, -1, -1), hidden=embed(other, images))
-        x = (x.hidden if named else x).detach().requires_grad_()
-        y = x
-        for block in other.blocks[1:]:
-            y = call(block, y, other.position.expand(2, -1, -1))
-        (g,) = torch.autograd.grad(other.head(y[:, 0])[:, 1].sum(), x)
-        torch.testing.assert_close(got, (x * g).sum(-1)[:, 1:].detach())
-        with pytest.raises(ValueError, match=r"2 tensors .* of shape"):
-            Explainer(other, backend=backend, layout=layout_of(other), method="input_x_gradient")(images)
+    model.layers, model.call = nn.ModuleList(Positioned(block, named) for block in model.layers), call
+    torch.testing.assert_close(relevance(model, images, backend), plain)
+    with pytest.raises(ValueError, match=r"2 tensors .* of shape"):
+        relevance(model, images, backend, method="input_x_gradient")
+    # After the first block the tokens are known by identity; positions of the same shape do not confuse it.
+    got = relevance(model, images, backend, 1, start_block=1, method="input_x_gradient")
+    outputs: list[Any] = []
+    handle = model.layers[0].register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+    model(images)
+    handle.remove()
+    x = y = (outputs[0].hidden if named else outputs[0]).detach().requires_grad_()
+    for block in model.layers[1:]:
+        out = call(block, y, model.position.expand(2, -1, -1))
+        y = out.hidden if named else out
+    (g,) = torch.autograd.grad(model.head(model.norm(y)[:, 0])[:, 1].sum(), x)
+    torch.testing.assert_close(got, (x * g).sum(-1)[:, 1:].detach())
 
 
-def embed(model: Any, images: Tensor) -> Tensor:
-    x = model.patches(images).flatten(2).transpose(1, 2)
-    return torch.cat([model.token.expand(len(x), -1, -1), x], 1)
+ATTENTION: dict[str, tuple[torch.dtype, Attend]] = {
+    "values of another width": (
+        torch.float32, lambda q, k, v, _: sdpa(q, k, torch.cat([v, v[..., :2]], -1))[..., : v.shape[-1]]
+    ),
+    "float32 attention": (torch.float64, lambda q, k, v, _: sdpa(q.float(), k.float(), v.float()).double()),
+    "float64 attention": (torch.float32, lambda q, k, v, _: sdpa(q.double(), k.double(), v.double()).float()),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("settings", ({}, {"method": "input_x_gradient", "backward": "conservative"}))
-@pytest.mark.parametrize("kind", ("values of another width", "float32 attention", "float64 attention"))
+@pytest.mark.parametrize("kind", ATTENTION)
 def test_attention_of_another_shape_or_precision(kind: str, settings: dict[str, Any]) -> None:
-    model = Model(value_width=24 if kind.startswith("values") else None).eval()
-    if kind == "float32 attention":
-        model = model.double()
-    for block in model.blocks:
-        block.attention_dtype = {"float32 attention": torch.float32, "float64 attention": torch.float64}.get(kind)
-    images = torch.randn(2, *PIXELS).to(next(model.parameters()).dtype)
+    dtype, attend = ATTENTION[kind]
+    model, images = own_vit(attend).to(dtype), torch.randn(IMAGES).to(dtype)
     got, want = (relevance(model, images, backend, **settings) for backend in ("native", "reference"))
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-6)
 
@@ -233,19 +183,21 @@ def test_a_hook_seen_by_another_thread_while_it_is_removed(tiny_vit: Build) -> N
 
 
 def test_attention_between_the_blocks_is_refused() -> None:
-    model = Model().eval()
-    layout = ModelLayout([model.blocks[0], model.blocks[2]], 1, (2, 3))  # type: ignore[arg-type]
+    model = own_vit()
+    layout = ModelLayout([model.layers[0], model.layers[2]], 1, GRID)
     with pytest.raises(ValueError, match="attention runs between block 0 and block 1 of the layout"):
-        Explainer(model, layout=layout, backend="native")(torch.randn(2, *PIXELS))
+        Explainer(model, layout=layout, backend="native")(torch.randn(IMAGES).double())
 
 
 def test_wrong_poolings_are_noticed(caplog: pytest.LogCaptureFixture, tiny_vit: Build) -> None:
-    model, images = Model().eval(), torch.randn(2, *PIXELS)
-    Explainer(model, layout=layout_of(model, pooling="average", pooled=(0, 7)), backend="native")(images)
+    model = own_vit()
+    layout = dataclasses.replace(model.layout(), pooling="average", pooled=(0, 7))
+    Explainer(model, layout=layout, backend="native")(torch.randn(IMAGES).double())
     assert "only some of the pooled tokens" in caplog.text
     pooled = tiny_vit(global_pool="map", class_token=False)
+    layout = ModelLayout(pooled.blocks, 0, (2, 3), "average")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'average' pooling, but the explained values read another attention"):
-        Explainer(pooled, layout=ModelLayout(pooled.blocks, 0, (2, 3), "average"), backend="native")(images)  # type: ignore[arg-type]
+        Explainer(pooled, layout=layout, backend="native")(torch.randn(2, *PIXELS))
 
 
 def test_dropout_of_the_images_is_refused(tiny_vit: Build) -> None:
@@ -262,10 +214,10 @@ def test_dropout_of_the_images_is_refused(tiny_vit: Build) -> None:
 
 
 def test_a_compiled_block_is_refused() -> None:
-    model = Model().eval()
-    blocks = [model.blocks[0], torch.compile(model.blocks[1]), model.blocks[2]]
+    model = own_vit()
+    first, second, third = model.layers
     with pytest.raises(ValueError, match=r"layout: blocks\[1\]"):
-        Explainer(model, layout=ModelLayout(blocks, 1, (2, 3)))  # type: ignore[arg-type]
+        Explainer(model, layout=ModelLayout([first, torch.compile(second), third], 1, GRID))  # type: ignore[list-item]
 
 
 def test_a_look_at_the_maps_is_no_second_attention(tiny_vit: Build) -> None:

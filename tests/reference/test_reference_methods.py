@@ -50,7 +50,7 @@ def tensors(result: ReferenceResult) -> dict[str, Tensor]:
 @pytest.mark.parametrize("backward", BACKWARDS)
 @pytest.mark.parametrize("method", METHODS)
 def test_many_targets_are_one_after_the_other(averaging: Any, saes: Any, method: Any, backward: Any) -> None:
-    settings = {"method": method, "backward": backward, "per_block": True, "top_features": 3, "start_layer": 1}
+    settings = {"method": method, "backward": backward, "per_block": True, "top_features": 3, "start_block": 1}
     targets = torch.tensor([[0, 3, 3], [4, 1, 2]])
     together = explain(averaging, images(), targets, saes, Gate(), **settings)
     assert together.relevance.shape == (2, 3, 6)
@@ -118,12 +118,12 @@ def tail(model: Any, first: int) -> Any:
 @pytest.mark.parametrize("backward", BACKWARDS)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("start", [1, 2])
-def test_start_layer_explains_the_last_blocks_alone(
+def test_start_block_explains_the_last_blocks_alone(
     averaging: Any, saes: Any, method: Any, backward: Any, start: int
 ) -> None:
     settings = {"method": method, "backward": backward}
     gated = {block: sae for block, sae in saes.items() if block >= start}
-    got = explain(averaging, images(), 1, gated, Gate(), start_layer=start, **settings)
+    got = explain(averaging, images(), 1, gated, Gate(), start_block=start, **settings)
     entering: list[Tensor] = []
     handle = averaging.blocks[start].register_forward_pre_hook(lambda _module, args: entering.append(args[0]))
     averaging(images())
@@ -138,7 +138,7 @@ def test_start_layer_explains_the_last_blocks_alone(
 
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_per_block_is_every_start_layer(averaging: Any, saes: Any, method: Any, signed: bool) -> None:
+def test_per_block_is_every_start_block(averaging: Any, saes: Any, method: Any, signed: bool) -> None:
     settings = {"method": method, "signed": signed}
     result = explain(averaging, images(), 1, saes, Gate(), per_block=True, **settings)
     assert result.blocks is not None
@@ -146,19 +146,19 @@ def test_per_block_is_every_start_layer(averaging: Any, saes: Any, method: Any, 
     assert torch.equal(result.blocks[:, 0], result.relevance)
     for start in range(3):
         left = {block: sae for block, sae in saes.items() if block >= start}
-        alone = explain(averaging, images(), 1, left, Gate(), start_layer=start, **settings)
+        alone = explain(averaging, images(), 1, left, Gate(), start_block=start, **settings)
         assert alone.blocks is None
         torch.testing.assert_close(result.blocks[:, start], alone.relevance, rtol=1e-12, atol=1e-14)
 
 
 def test_signed_keeps_negative_evidence(averaging: Any) -> None:
-    plain = explain(averaging, images(), 1, {}, Gate(), start_layer=2).relevance
-    signed = explain(averaging, images(), 1, {}, Gate(), start_layer=2, signed=True).relevance
+    plain = explain(averaging, images(), 1, {}, Gate(), start_block=2).relevance
+    signed = explain(averaging, images(), 1, {}, Gate(), start_block=2, signed=True).relevance
     own = 1 / 6  # every patch's relevance for itself, from the identity in I + Cbar and the average of the six
     assert plain.min() >= own
     assert signed.min() < own - 1e-4
     # One block and no relu: linear in the explained value.
-    other = explain(averaging, images(), lambda x: -x[:, 1], {}, Gate(), start_layer=2, signed=True).relevance
+    other = explain(averaging, images(), lambda x: -x[:, 1], {}, Gate(), start_block=2, signed=True).relevance
     torch.testing.assert_close(signed - own, own - other)
 
 
@@ -230,10 +230,10 @@ def test_other_dtypes_follow_float64(tiny_vit: Build, backward: Any, dtype: torc
     [
         ({"method": "gradient"}, "method: expected 'rollout' or 'input_x_gradient', got 'gradient'"),
         ({"backward": "lrp"}, "backward: expected 'exact' or 'conservative', got 'lrp'"),
-        ({"start_layer": 3}, "start_layer: expected a block, 0 to 2, got 3"),
-        ({"start_layer": -1}, "start_layer: expected a block, 0 to 2, got -1"),
-        ({"start_layer": True}, "start_layer: expected a block, 0 to 2, got True"),
-        ({"start_layer": 2}, "saes: layer 1 is below start_layer=2"),
+        ({"start_block": 3}, "start_block: expected a block, 0 to 2, got 3"),
+        ({"start_block": -1}, "start_block: expected a block, 0 to 2, got -1"),
+        ({"start_block": True}, "start_block: expected a block, 0 to 2, got True"),
+        ({"start_block": 2}, "saes: layer 1 is below start_block=2"),
     ],
 )
 def test_refusals(averaging: Any, saes: Any, settings: dict[str, Any], message: str) -> None:

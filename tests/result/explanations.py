@@ -51,7 +51,7 @@ def full(batch: int = 2, targets: int | None = 3, signed: bool = False) -> Expla
     blocks = torch.randn(*leading, 4, 12)
     relevance = blocks[..., 0, :] if signed else blocks[..., 0, :].abs()
     return replace(
-        plain, relevance=relevance, values=torch.randn(leading), blocks=blocks, names=NAMES, start_layer=2,
+        plain, relevance=relevance, values=torch.randn(leading), blocks=blocks, names=NAMES, start_block=2,
         backend_reason="compiled",
     )  # fmt: skip
 

@@ -52,7 +52,7 @@ def test_indexing_iteration_and_moving_take_everything_along() -> None:
     assert len(explanation) == 3
     assert_same(explanation[-1], explanation[2:])
     for number, one in enumerate(explanation):
-        assert (one.names, one.start_layer, one.backend_reason) == (NAMES, 2, "compiled")
+        assert (one.names, one.start_block, one.backend_reason) == (NAMES, 2, "compiled")
         found = tensors(one)
         assert found.keys() == tensors(explanation).keys()
         assert all(torch.equal(found[name], value[number : number + 1]) for name, value in tensors(explanation).items())
@@ -118,8 +118,8 @@ def test_repr_says_what_it_is() -> None:
         ({"blocks": torch.zeros(2, 3, 0, 12)}, "blocks: expected shape"),
         ({"names": ("cat",)}, "names: expected 7 str, one a column of logits, got"),
         ({"names": (1,) * 7}, "names: expected 7 str"),
-        ({"start_layer": -1}, "start_layer: expected a block number from 0, got -1"),
-        ({"start_layer": 1.0}, "start_layer: expected a block number"),
+        ({"start_block": -1}, "start_block: expected a block number from 0, got -1"),
+        ({"start_block": 1.0}, "start_block: expected a block number"),
     ],
 )
 def test_shapes_must_fit(change: dict[str, Any], message: str) -> None:

@@ -9,7 +9,7 @@ inline const std::string kMetadata = R"({
   "format": "fga_fast package", "format_version": 2, "device": "cpu", "dtype": "float32", "batch": 2,
   "channels": 3, "height": 32, "width": 48, "grid": [2, 3], "classes": 5, "class_names": null,
   "preprocessing": {"mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2], "interpolation": "bilinear", "crop_pct": 0.9},
-  "target_mode": "predicted", "layers": [6],
+  "target_mode": "predicted", "gated_blocks": [6],
   "outputs": [{"name": "logits", "shape": [2, 5], "dtype": "float32"},
               {"name": "targets", "shape": [2], "dtype": "int64"}, {"name": "values", "shape": [2], "dtype": "float32"},
               {"name": "relevance", "shape": [2, 6], "dtype": "float32"},

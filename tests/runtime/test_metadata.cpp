@@ -41,7 +41,7 @@ TEST_CASE("metadata is read") {
   CHECK(m.preprocess->interpolation == "bilinear");
   CHECK_FALSE(m.preprocess->squash);
   CHECK_FALSE(m.targets_given);
-  CHECK(m.layers == std::vector<int64_t>{6});
+  CHECK(m.gated_blocks == std::vector<int64_t>{6});
   CHECK(m.outputs.size() == 6);
   CHECK(m.outputs[4].name == "scores.6");
   CHECK(m.backend == "native");
@@ -107,7 +107,7 @@ TEST_CASE("metadata that does not fit together is refused") {
   check_refused("{\"name\": \"logits\"",
                 "{\"name\": \"more\", \"shape\": [7], \"dtype\": \"int64\"}, {\"name\": \"logits\"",
                 "more with a row for each image, got [7]");
-  check_refused("\"layers\": [6]", "\"layers\": [6, 9]", "an output 'gates.9'");
+  check_refused("\"gated_blocks\": [6]", "\"gated_blocks\": [6, 9]", "an output 'gates.9'");
   check_refused("\"native\"", "\"magic\"", "backend: expected native or triton or composite, got 'magic'");
   check_refused("\"features\": [\"avx2\"]", "\"features\": [1]", "machine: features: expected strings");
   check_refused("\"height\": 32", "\"height\": 2000000000", "batch: expected a batch of images of at most 2^31 values");

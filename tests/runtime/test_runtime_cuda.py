@@ -10,10 +10,8 @@ import numpy as np
 import packages
 import pytest
 import torch
-from runtime_package import MARKS, close, run
-from torch import Tensor
+from session_case import MARKS, close, run, written
 
-pytest_plugins = ("runtime_fixtures",)
 pytestmark = [*MARKS]
 # Where a device is required, a missing one is a failure.
 if os.environ.get("FGA_FAST_REQUIRE_CUDA") != "1":
@@ -31,9 +29,6 @@ def test_images_in_host_and_in_device_memory(consumer: Path, tmp_path: Path) -> 
         out = tmp_path / memory
         run(consumer, memory, "1", tmp_path / "images", *map(str, images.shape), out, package)
         found[memory] = np.fromfile(out)
-    python = explainer(images.double().cuda())
-    maps = [part for layer in sorted(python.scores) for part in (python.scores[layer], python.gates[layer])]
-    parts: list[Tensor] = [python.logits, python.targets, python.values, python.relevance, *maps, python.heatmap()]
-    expected = torch.cat([part.double().cpu().flatten() for part in parts])
+    expected = written(explainer(images.double().cuda()))
     close(found["host"], expected)
     close(found["device"], expected)

@@ -14,76 +14,70 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from own_vit import GRID
+from packages import PREPROCESS, images
 from PIL import Image
-from runtime_package import BATCH, GRID, HEIGHT, LAYER, MARKS, PREPROCESS, SHAPE, WIDTH, close, expected, run
+from session_case import BATCH, MARKS, ROOT, SHAPE, close, run, written
 
-ROOT = Path(__file__).resolve().parents[2]
-pytest_plugins = ("runtime_fixtures",)
+from fga_fast import Package
+
 pytestmark = MARKS
 
 
-def test_python_without_fga_fast_and_without_torch(build: Path, package: Path) -> None:
+def test_python_without_fga_fast_and_without_torch(build: Path, python: Package) -> None:
     """The module finds the operators by itself, and torch may be imported after it."""
     code = f"""
 import sys; sys.path.insert(0, {str(build / "python")!r})
 import fga_runtime, numpy as np
-session = fga_runtime.Session({str(package)!r})
+session = fga_runtime.Session({str(python.path)!r})
 assert not {{"torch", "fga_fast"}} & set(sys.modules)
-print(session.explain(np.ones((2, 3, 32, 48), np.float32)).values.tolist())
+print(session.explain(np.ones((2, *{SHAPE}), np.float32)).values.tolist())
 import torch
 assert hasattr(torch.ops.fga_fast, "score")
-print(session.explain(torch.ones(2, 3, 32, 48).numpy()).values.tolist())
+print(session.explain(torch.ones(2, *{SHAPE}).numpy()).values.tolist())
 """
     environment = {name: value for name, value in os.environ.items() if name != "FGA_FAST_LIBRARY"}
     first, second = run(sys.executable, "-c", code, env=environment, cwd="/").splitlines()
-    values = expected(torch.ones(2, *SHAPE)).values
-    assert values is not None
-    assert first == second
+    values = python(torch.ones(2, *SHAPE, dtype=torch.float64)).values
+    assert values is not None and first == second
     close(json.loads(first), values)
 
 
-def test_python_beside_fga_fast(build: Path, package: Path) -> None:
+def test_python_beside_fga_fast(build: Path, predicted_package: Path) -> None:
     """Whoever loads the operators first, they are registered once."""
     code = f"""
 import sys; sys.path.insert(0, {str(build / "python")!r})
 import fga_fast, fga_runtime
-fga_runtime.Session({str(package)!r})
-print(fga_fast.load_package({str(package)!r}).metadata.batch)
+fga_runtime.Session({str(predicted_package)!r})
+print(fga_fast.load_package({str(predicted_package)!r}).metadata.batch)
 """
     assert run(sys.executable, "-c", code, cwd=ROOT).strip() == str(BATCH)
 
 
-def test_an_installed_program_in_threads(consumer: Path, package: Path, tmp_path: Path) -> None:
-    """Two sessions of one process, three threads each, five images in batches of three."""
-    images = torch.randn(5, *SHAPE)
-    images.numpy().tofile(tmp_path / "images")
-    run(consumer, "host", "3", tmp_path / "images", *map(str, images.shape), tmp_path / "out", package, package)
-    python = expected(images)
-    assert python.values is not None
-    parts = [python.logits, python.targets, python.values, python.relevance]
-    parts += [python.scores[LAYER], python.gates[LAYER], python.heatmap()]
-    close(np.fromfile(tmp_path / "out"), torch.cat([part.double().flatten() for part in parts]))
+def test_an_installed_program_in_threads(consumer: Path, python: Package, tmp_path: Path) -> None:
+    """Two sessions of one process, three threads each, five images in batches of two."""
+    five = images(5, torch.float32)
+    five.numpy().tofile(tmp_path / "images")
+    run(consumer, "host", "3", tmp_path / "images", *map(str, five.shape), tmp_path / "out", python.path, python.path)
+    close(np.fromfile(tmp_path / "out"), written(python(five.double())))
 
 
-def failure(consumer: Path, memory: str, package: Path, folder: Path, *side: int) -> str:
+def failure(consumer: Path, memory: str, package: Path, folder: Path, *size: int) -> str:
     """What the consumer says of one image of zeros."""
-    np.zeros((1, 3, *side), np.float32).tofile(folder / "images")
-    command = [consumer, memory, "1", folder / "images", "1", "3", *map(str, side), folder / "out", package]
+    shape = (1, 3, *(size or SHAPE[1:]))
+    np.zeros(shape, np.float32).tofile(folder / "images")
+    command = [consumer, memory, "1", folder / "images", *map(str, shape), folder / "out", package]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     return result.stderr
 
 
-def test_an_installed_program_that_fails(consumer: Path, package: Path, tmp_path: Path) -> None:
-    message = "consumer: images: expected shape [B, 3, 32, 48], got [1, 3, 8, 8]"
-    assert failure(consumer, "host", package, tmp_path, 8, 8).startswith(message)
-
-
-def test_device_memory_for_a_package_of_the_cpu(consumer: Path, package: Path, tmp_path: Path) -> None:
-    message = (
-        "consumer: images: expected host memory, as the package runs on cpu, got device memory; copy the images to"
-    )
-    assert failure(consumer, "device", package, tmp_path, HEIGHT, WIDTH).startswith(message)
+def test_an_installed_program_that_fails(consumer: Path, predicted_package: Path, tmp_path: Path) -> None:
+    said = failure(consumer, "host", predicted_package, tmp_path, 8, 8)
+    assert said.startswith("consumer: images: expected shape [B, 3, 16, 24], got [1, 3, 8, 8]")
+    said = failure(consumer, "device", predicted_package, tmp_path)
+    message = "images: expected host memory, as the package runs on cpu, got device memory; copy the images to"
+    assert said.startswith(f"consumer: {message}")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -91,19 +85,19 @@ def test_device_memory_for_a_package_of_the_cpu(consumer: Path, package: Path, t
 def test_a_package_of_cuda_without_it(
     consumer: Path, altered: Callable[..., Path], tmp_path: Path, memory: str
 ) -> None:
-    said = failure(consumer, memory, altered(device="cuda", backend="composite"), tmp_path, HEIGHT, WIDTH)
+    said = failure(consumer, memory, altered(device="cuda", backend="composite"), tmp_path)
     reasons = r"torch sees no CUDA device|the torch in .* is built without CUDA"
     assert re.match(f"consumer: package: .*was exported for cuda, but ({reasons}); export one on the CPU", said), said
 
 
 @pytest.mark.parametrize("suffix", ["ppm", "png"])
-def test_the_example(build: Path, session: Any, package: Path, tmp_path: Path, suffix: str) -> None:
+def test_the_example(build: Path, session: Any, predicted_package: Path, tmp_path: Path, suffix: str) -> None:
     program = build / "examples" / "cpp" / "explain"
     if suffix == "png" and "libpng" not in run("ldd", program):
         pytest.skip("built without libpng")
     picture = Image.fromarray(np.random.default_rng(3).integers(0, 256, (40, 90, 3), dtype=np.uint8))
     picture.save(tmp_path / f"picture.{suffix}")
-    printed = run(program, package, tmp_path / f"picture.{suffix}", tmp_path / "out.png")
+    printed = run(program, predicted_package, tmp_path / f"picture.{suffix}", tmp_path / "out.png")
     found = session.explain(np.asarray(picture))
     target = int(found.targets[0])
     assert printed.startswith(f"class {target} ({session.class_names[target]}), logit {found.values[0]:.4f}\n")
@@ -111,16 +105,16 @@ def test_the_example(build: Path, session: Any, package: Path, tmp_path: Path, s
     assert f"row {row}, column {column} of {GRID[0]} x {GRID[1]}" in printed
     with Image.open(tmp_path / "out.png") as overlay:
         overlay.load()
-        assert (overlay.size, overlay.mode) == ((WIDTH, HEIGHT), "RGB")
+        assert (overlay.size, overlay.mode) == (SHAPE[:0:-1], "RGB")
         painted = np.asarray(overlay).astype(int)
     heat, view = found.heatmap()[0], np.asarray(PREPROCESS.view(picture)).astype(int)
     y, x = np.unravel_index(heat.argmax(), heat.shape)
     assert np.abs(painted[y, x] - (view[y, x] + np.array([255, 63, 0])) // 2).max() <= 1  # red where most relevant
 
 
-def test_the_example_says_what_is_wrong(build: Path, package: Path, tmp_path: Path) -> None:
+def test_the_example_says_what_is_wrong(build: Path, predicted_package: Path, tmp_path: Path) -> None:
     (tmp_path / "short.ppm").write_bytes(b"P6 # wide\n4 4 255\nabc")
-    command = [build / "examples" / "cpp" / "explain", package, tmp_path / "short.ppm", tmp_path / "out.png"]
+    command = [build / "examples" / "cpp" / "explain", predicted_package, tmp_path / "short.ppm", tmp_path / "out.png"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert result.stderr.strip().endswith("short.ppm: the PPM file is truncated")

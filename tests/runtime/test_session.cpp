@@ -42,7 +42,7 @@ TEST_CASE("a package that does not load says which torch made it") {
 TEST_CASE("a package of another checksum is refused, unless nobody asks") {
   const Scratch scratch;
   const auto with = [](const std::string& checksum) {
-    return replaced(kComposite, "\"layers\"", "\"sha256\": \"" + checksum + "\", \"layers\"");
+    return replaced(kComposite, "\"gated_blocks\"", "\"sha256\": \"" + checksum + "\", \"gated_blocks\"");
   };
   const std::string of_abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
   const std::string other = "aa7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
@@ -58,8 +58,8 @@ TEST_CASE("packages that this process cannot run are refused") {
   const char* const triton = "calls Triton kernels, which need Python; export it with backend=\"composite\"";
   CHECK_REFUSED(written(scratch, replaced(kNative, "\"native\"", "\"triton\"")), {}, triton);
   CHECK_REFUSED(written(scratch, replaced(kNative, "\"device\": \"cpu\"", "\"device\": \"cuda\"")), {}, triton);
-  CHECK_REFUSED(written(scratch, replaced(kComposite, "\"layers\"",
-                                          "\"machine\": {\"architecture\": \"z80\", \"features\": []}, \"layers\"")),
+  CHECK_REFUSED(written(scratch, replaced(kComposite, "\"gated_blocks\"",
+                                          "\"machine\": {\"architecture\": \"z80\", \"features\": []}, \"gated_blocks\"")),
                 {}, "this one lacks z80; export it on a machine like this one");
   fga::Options none;
   none.runners = 0;

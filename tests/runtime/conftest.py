@@ -1,4 +1,4 @@
-"""Fixtures of the C++ runtime's tests: the project built by CMake and installed, and packages of a tiny model.
+"""The project of the C++ session, built by CMake and installed, and sessions of small packages.
 
 FGA_FAST_CMAKE_BUILD names a build folder to use instead of a new one; it must be of this source tree, with
 -DFGA_FAST_PYBIND=ON.
@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runtime_package
 import torch
-from runtime_package import run
+from session_case import ROOT, run
 
-ROOT = Path(__file__).resolve().parents[2]
+from fga_fast import Package, load_package
 
 
 @pytest.fixture(scope="session")
@@ -58,37 +57,30 @@ def module(build: Path) -> Any:
     """The Python module fga_runtime."""
     (path,) = (build / "python").glob("fga_runtime*.so")
     spec = importlib.util.spec_from_file_location("fga_runtime", path)
-    assert spec is not None
-    assert spec.loader is not None
+    assert spec is not None and spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
 
 
 @pytest.fixture(scope="session")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the predicted class."""
-    return runtime_package.export(tmp_path_factory.mktemp("package") / "tiny.pt2")
+def session(module: Any, predicted_package: Path) -> Any:
+    return module.Session(predicted_package)
 
 
 @pytest.fixture(scope="session")
-def package_of_given(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of classes that the caller gives, in float64."""
-    return runtime_package.export(tmp_path_factory.mktemp("package") / "given.pt2", True, torch.float64)
-
-
-@pytest.fixture(scope="session")
-def session(module: Any, package: Path) -> Any:
-    return module.Session(package)
+def python(predicted_package: Path) -> Package:
+    """The same package in Python."""
+    return load_package(predicted_package)
 
 
 @pytest.fixture
-def altered(package: Path, tmp_path: Path) -> Callable[..., Path]:
+def altered(predicted_package: Path, tmp_path: Path) -> Callable[..., Path]:
     """A copy of the package with other metadata."""
 
     def alter(**changes: Any) -> Path:
-        copy = Path(shutil.copy(package, tmp_path / "altered.pt2"))
-        about = json.loads(package.with_suffix(".json").read_text(encoding="utf-8"))
+        copy = Path(shutil.copy(predicted_package, tmp_path / "altered.pt2"))
+        about = json.loads(predicted_package.with_suffix(".json").read_text(encoding="utf-8"))
         copy.with_suffix(".json").write_text(json.dumps({**about, **changes}), encoding="utf-8")
         return copy
 

@@ -1,7 +1,8 @@
 """The demo that ships with the package: a small ViT, its SAEs and a few scenes of Fashion-MNIST garments.
 
 `fashion/MODEL_CARD.md` says what they are, how they were trained and what their limits are. Weights are read from
-safetensors files only; nothing is downloaded.
+safetensors files only; nothing is downloaded. Each function raises FileNotFoundError if the package was installed
+without its data files.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import nn
 
 from fga_fast.models.timm_import import import_timm
@@ -40,11 +42,7 @@ class FashionConfig:
 
 
 def fashion_config() -> FashionConfig:
-    """Read the demo model's configuration.
-
-    Raises:
-        FileNotFoundError: the package was installed without its data files.
-    """
+    """Read the demo model's configuration."""
     config = json.loads(_file("config.json").read_text(encoding="utf-8"))
     return FashionConfig(
         model_args=config["model_args"],
@@ -61,10 +59,7 @@ def fashion_model() -> nn.Module:
 
     Raises:
         ImportError: timm is not installed.
-        FileNotFoundError: the package was installed without its data files.
     """
-    from safetensors.torch import load_file
-
     timm: Any = import_timm()
     model: nn.Module = timm.models.VisionTransformer(**fashion_config().model_args)
     model.load_state_dict(load_file(_file("vit.safetensors")))
@@ -72,20 +67,12 @@ def fashion_model() -> nn.Module:
 
 
 def fashion_saes() -> dict[int, SparseAutoencoder]:
-    """The demo SAEs, block number -> SAE of the residual stream after that block.
-
-    Raises:
-        FileNotFoundError: the package was installed without its data files.
-    """
+    """The demo SAEs, block number -> SAE of the residual stream after that block."""
     return {block: SparseAutoencoder.from_pretrained(_file(folder)) for block, folder in fashion_config().saes.items()}
 
 
 def fashion_scenes() -> list[Path]:
-    """Held-out test scenes as 56 x 56 PNG files; `scenes.json` beside them names their garments and boxes.
-
-    Raises:
-        FileNotFoundError: the package was installed without its data files.
-    """
+    """Held-out test scenes as 56 x 56 PNG files; `scenes.json` beside them names their garments and boxes."""
     return sorted(_file("scenes").glob("*.png"))
 
 

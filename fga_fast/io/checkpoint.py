@@ -24,6 +24,7 @@ class Checkpoint:
     Attributes:
         path: the file.
         shapes: shape of every tensor by name, known without reading the tensors.
+        tensors: reads the weights by name, onto the CPU; raises ValueError for a damaged safetensors file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -35,17 +36,9 @@ class Checkpoint:
         if not self.path.is_file():
             raise FileNotFoundError(f"checkpoint: no file {self.path}")
         try:
-            self.shapes, self._read = _opened(self.path)
+            self.shapes, self.tensors = _opened(self.path)
         except ValueError as error:
             raise ValueError(f"checkpoint: {error}") from error
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The weights by name, on the CPU.
-
-        Raises:
-            ValueError: a damaged safetensors file.
-        """
-        return self._read()
 
     def load_into(self, model: nn.Module) -> None:
         """Copies the weights into a model of exactly these names and shapes, which is left alone on an error.

@@ -25,23 +25,13 @@ import torch
 MAX_PICKLE_BYTES = 4 << 20
 MAX_ENTRIES = 1000
 
-_TENSOR_NAMES = frozenset(
-    {
-        "collections OrderedDict",
-        "torch._utils _rebuild_tensor_v2",
-        "torch._utils _rebuild_parameter",
-        "torch FloatStorage",
-        "torch DoubleStorage",
-        "torch HalfStorage",
-        "torch BFloat16Storage",
-        "torch LongStorage",
-        "torch float32",
-        "torch float64",
-        "torch float16",
-        "torch bfloat16",
-        "torch device",
-    }
-)
+_OF_TORCH = "FloatStorage DoubleStorage HalfStorage BFloat16Storage LongStorage float32 float64 float16 bfloat16 device"
+_TENSOR_NAMES = {
+    "collections OrderedDict",
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_parameter",
+    *(f"torch {name}" for name in _OF_TORCH.split()),
+}
 _OPCODE_NAMES = """
     PROTO STOP GLOBAL NEWOBJ REDUCE BUILD BINPERSID MARK BINGET LONG_BINGET BINPUT LONG_BINPUT
     NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE

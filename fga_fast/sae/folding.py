@@ -22,16 +22,6 @@ def folded_centring(
     return torch.cat([rows.double() @ centre for rows in torch.split(W_enc_t, _ROWS)])
 
 
-def decoder_sum(
-    W_dec: Tensor,  # [F, C]
-) -> Tensor:
-    """Sum of the decoder rows [C] in float64 (the dense feature gradient's sum is ``g . decoder_sum``)."""
-    total = torch.zeros(W_dec.shape[1], dtype=torch.float64, device=W_dec.device)
-    for rows in torch.split(W_dec, _ROWS):
-        total += rows.double().sum(dim=0)
-    return total
-
-
 def derived_tensors(
     W_enc_t: Tensor,  # [F, C]
     W_dec: Tensor,  # [F, C]
@@ -44,7 +34,9 @@ def derived_tensors(
 ) -> dict[str, Tensor]:
     """The tensors kernels read beside the weights: see the attributes of `SparseAutoencoder`. Float64, but theta."""
     centring = folded_centring(W_enc_t, b_dec)  # [F]
-    derived = {"dec_sum": decoder_sum(W_dec)}
+    # The sum of the dense feature gradient is ``g . dec_sum``.
+    totals = (rows.double().sum(dim=0) for rows in torch.split(W_dec, _ROWS))
+    derived = {"dec_sum": sum(totals, start=centring.new_zeros(()))}
     if b_gate is not None and r_mag is not None and b_mag is not None:
         scale = r_mag.double().exp()
         derived |= {

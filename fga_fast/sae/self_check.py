@@ -28,11 +28,7 @@ def self_check(
     x: Tensor,  # [..., C]
     d_sae: int,
 ) -> SelfCheck:
-    """Encode and reconstruct the tokens once; see `SparseAutoencoder.self_check`.
-
-    Raises:
-        ValueError: fewer than two tokens or no variance.
-    """
+    """Encode and reconstruct the tokens once; see `SparseAutoencoder.self_check`."""
     rows = x.reshape(-1, x.shape[-1])
     total = ((rows.double() - rows.double().mean(dim=0)) ** 2).sum() if len(rows) > 1 else torch.zeros(())
     if float(total) == 0.0:

@@ -118,19 +118,26 @@ class SparseAutoencoder(nn.Module):
             raise ValueError("normalize: 'layer_norm' needs a width of at least 2, got d_model=1")
         # A tensor made in inference mode cannot take part in autograd later, and the explanation needs autograd.
         with torch.inference_mode(False), torch.no_grad():
-            raw = {"b_enc": b_enc, "b_gate": b_gate, "r_mag": r_mag, "b_mag": b_mag}
-            self._register_raw(W_enc, W_dec, b_dec, raw, threshold)
+            per_feature = {"b_enc": b_enc, "b_gate": b_gate, "r_mag": r_mag, "b_mag": b_mag}
+            self._check_raw(W_enc, W_dec, b_dec, per_feature)
+            limits = check_threshold(threshold, self.d_sae, W_enc)
+            raw = {"_W_enc_t": W_enc.t(), "W_dec": W_dec, "b_dec": b_dec, "threshold": limits, **per_feature}
+            for name in _RAW:
+                value = raw[name]
+                copy = None if value is None else value.detach().clone(memory_format=torch.contiguous_format)
+                self.register_buffer(name, copy)
+            for name in _DERIVED:
+                self.register_buffer(name, None, persistent=False)
             self._derive()
         self.register_load_state_dict_post_hook(_after_load_state_dict)  # type: ignore[no-untyped-call]
         self.eval()
 
-    def _register_raw(
+    def _check_raw(
         self,
         W_enc: Tensor,  # [C, F]
         W_dec: Tensor,  # [F, C]
         b_dec: Tensor,  # [C]
         per_feature: Mapping[str, Tensor | None],  # each [F]
-        threshold: float | Tensor | None,  # [] or [F]
     ) -> None:
         check_tensor("W_dec", W_dec, like=W_enc)
         check_tensor("b_dec", b_dec, (self.d_model,), like=W_enc)
@@ -140,19 +147,6 @@ class SparseAutoencoder(nn.Module):
                 raise ValueError(f"{name}: {need} activation 'gated', got activation {self.activation!r}")
             if value is not None:
                 check_tensor(name, value, (self.d_sae,), like=W_enc)
-        tensors = {
-            "_W_enc_t": W_enc.t(),
-            "W_dec": W_dec,
-            "b_dec": b_dec,
-            "threshold": check_threshold(threshold, self.d_sae, W_enc),
-            **per_feature,
-        }
-        for name in _RAW:
-            value = tensors[name]
-            copy = None if value is None else value.detach().clone(memory_format=torch.contiguous_format)
-            self.register_buffer(name, copy)
-        for name in _DERIVED:
-            self.register_buffer(name, None, persistent=False)
 
     @torch.no_grad()
     def _derive(self) -> None:
@@ -167,10 +161,9 @@ class SparseAutoencoder(nn.Module):
             self._W_enc_t, self.W_dec, self.b_dec, self.b_enc, self.threshold, self.b_gate, self.r_mag, self.b_mag
         )
         for name, value in derived.items():
-            if value is not None:
-                rounded = value.to(self.dtype, copy=True).contiguous()
-                check_finite(f"{name} (derived from the parameters)", rounded)
-                self._buffers[name] = rounded
+            rounded = value.to(self.dtype, copy=True).contiguous()
+            check_finite(f"{name} (derived from the parameters)", rounded)
+            self._buffers[name] = rounded
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseAutoencoder:
         # Module.to(), .double(), .cuda() ... all end here. Casting up the rounded derived tensors would keep their
@@ -351,7 +344,7 @@ class SparseAutoencoder(nn.Module):
 
         Raises:
             FileNotFoundError: the path, its weights or its configuration is missing, or a hub id without download.
-            ImportError: ``download`` without huggingface_hub.
+            ImportError: ``download`` without huggingface_hub, or a ``config.yaml`` without PyYAML.
             ValueError: unknown, damaged, oversized or refused file, settings that cannot be used, an argument for what
                 the file itself stores, or an SAE that cannot gate patches of the residual stream.
         """
@@ -367,15 +360,9 @@ class SparseAutoencoder(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes and settings, for repr()."""
-        parts = [f"d_model={self.d_model}", f"d_sae={self.d_sae}", f"activation={self.activation!r}"]
-        if self.k is not None:
-            parts.append(f"k={self.k}")
-        if self.expected_l0 is not None:
-            parts.append(f"expected_l0={self.expected_l0}")
-        parts += [f"normalize={self.normalize!r}", f"dtype={self.dtype}", f"device='{self.device}'"]
-        if self.metadata:
-            parts.append(f"metadata={self.metadata!r}")
-        return ", ".join(parts)
+        names = ("d_model", "d_sae", "activation", "k", "expected_l0", "normalize", "dtype", "device", "metadata")
+        shown = {name: getattr(self, name) for name in names} | {"device": str(self.device)}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items() if value not in (None, {}))
 
 
 def _after_load_state_dict(module: nn.Module, _incompatible: Any) -> None:

@@ -38,10 +38,10 @@ def with_header(path: Path, header: bytes, announced: int | None = None, body: b
 def test_oversized_headers_are_refused_unread(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"header of 1099511627776 bytes, over the limit"):
         Checkpoint(with_header(tmp_path / "large", b"{}", announced=2**40))
-    with pytest.raises(ValueError, match="truncated: a header of 5000 bytes in a file of"):
+    with pytest.raises(ValueError, match="truncated or damaged: not a readable safetensors file"):
         Checkpoint(with_header(tmp_path / "lying", b"{}", announced=5000))
     tensor = b'{"w": {"dtype": "F32", "shape": [1000000000000], "data_offsets": [0, 4000000000000]}}'
-    with pytest.raises(ValueError, match="tensors claim 4000000000000 bytes, the file stores 64"):
+    with pytest.raises(ValueError, match="truncated or damaged: not a readable safetensors file"):
         Checkpoint(with_header(tmp_path / "huge", tensor, body=b"\0" * 64))
 
 

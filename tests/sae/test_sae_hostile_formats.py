@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from fga_fast.io.safetensors_file import MAX_HEADER_BYTES
 from fga_fast.sae import SparseAutoencoder
 from fga_fast.sae.formats.checkpoint import MAX_SETTINGS_BYTES
+from fga_fast.sae.formats.yaml_config import MAX_YAML_BYTES
 
 OPTIONS: dict[str, dict[str, Any]] = {"overcomplete": {"activation": "relu"}}
 
@@ -212,23 +214,19 @@ def test_safetensors_that_lie(tmp_path: Path, name: str) -> None:
         weights.write_bytes(struct.pack("<Q", length) + data[8:])
         refused(folder, f"a header of {length} bytes, over the limit of {MAX_HEADER_BYTES}", **options)
     length = struct.unpack("<Q", data[:8])[0]
-    for change, message in HEADER_CHANGES:
+    damaged = "not a readable safetensors file"
+    for change, message in [*((one, damaged) for one in HEADER_CHANGES), ({"dtype": "I64"}, "got torch.int64")]:
         header = json.loads(data[8 : 8 + length])
-        change(header[min(n for n in header if n.endswith(("weight", "W_enc")))])
+        header[min(n for n in header if n.endswith(("weight", "W_enc")))].update(change)
         new = json.dumps(header).encode()
         weights.write_bytes(struct.pack("<Q", len(new)) + new + data[8 + length :])
         refused(folder, message, **options)
 
 
-HEADER_CHANGES: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
-    (lambda entry: entry.update(shape=[10**9, 10**9]), "bytes, the file stores"),
-    (lambda entry: entry.update(shape=[10**30]), "expected a shape of at most 64 whole numbers, got [1000"),
-    (lambda entry: entry.update(shape=[-6, -10]), "expected a shape of at most 64 whole numbers, got [-6, -10]"),
-    (lambda entry: entry.update(shape=[2] * 65), "expected a shape of at most 64 whole numbers, got [2, 2"),
-    (lambda entry: entry.update(shape="6x10"), "expected a shape of at most 64 whole numbers, got 6x10"),
-    (lambda entry: entry.update(dtype="I64"), "expected a dense floating-point tensor, got torch.int64"),
-    (lambda entry: entry.update(dtype=["F64"]), "expected a dtype of F64, F32"),
-    (lambda entry: entry.update(data_offsets=[0, 10**12]), "not a readable safetensors file"),
+HEADER_CHANGES: list[dict[str, Any]] = [
+    *({"shape": shape} for shape in ([10**9, 10**9], [10**30], [-6, -10], [2] * 65, "6x10")),
+    {"dtype": ["F64"]},
+    {"data_offsets": [0, 10**12]},
 ]
 
 
@@ -283,28 +281,38 @@ def attempt(path: Path) -> bool:
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "message"),
     [
-        "threshold: !!python/object/apply:os.system ['touch marker']\n",
-        "a: &a [1]\nb: &b [*a, *a]\nthreshold: *b\n",
-        "threshold: [1, 2]\n",
-        "threshold:\n  nested: 1\n",
-        "threshold\n",
-        "\x00",
-        "",
-        "threshold: .inf\n",
-        "threshold: 1e999\n",
-        "threshold: nan\n",
+        ("threshold: !!python/object/apply:os.system ['touch marker']\n", "not valid YAML"),
+        ("a: &a [1]\nb: &b [*a, *b]\nthreshold: *b\n", "threshold: expected one"),
+        ("a: &a {b: 1}\nc:\n  <<: [*a, *a]\n", "not valid YAML"),
+        ("threshold: [1, 2]\n", "threshold: expected one"),
+        ("threshold:\n  nested: 1\n", "threshold: expected a number"),
+        ("threshold: 2024-01-01\n", "threshold: expected one"),
+        ("threshold: !!int ''\n", "not valid YAML"),
+        ("? [1]\n: 2\n", "not valid YAML"),
+        ("threshold: " + "[" * 10_000, "not valid YAML"),
+        ("threshold\n", "expected settings by name, got str"),
+        ("\x00", "not valid YAML"),
+        ("", "threshold: expected one"),
+        ("threshold: .inf\n", "threshold: holds NaN or Inf"),
+        ("threshold: 1e999\n", "threshold: expected a number"),
     ],
 )
-def test_yaml_is_plain_scalars(tmp_path: Path, text: str) -> None:
-    refused(visaebench.write(tmp_path / "sae" / "model.safetensors", visaebench.tensors(), text), "threshold")
+def test_yaml_is_plain_scalars(tmp_path: Path, text: str, message: str) -> None:
+    refused(visaebench.write(tmp_path / "sae" / "model.safetensors", visaebench.tensors(), text), message)
     assert not Path("marker").exists()
 
 
+def test_yaml_without_pyyaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    with pytest.raises(ImportError, match="pip install pyyaml, or write the settings"):
+        SparseAutoencoder.from_pretrained(visaebench.own(tmp_path / "sae", config=visaebench.YAML).path)
+
+
 def test_yaml_of_a_wrong_size_or_encoding(tmp_path: Path) -> None:
-    text = "#" * (MAX_SETTINGS_BYTES + 1)
+    text = "#" * (MAX_YAML_BYTES + 1)
     folder = visaebench.write(tmp_path / "sae" / "model.safetensors", visaebench.tensors(), text)
-    refused(folder, "expected a file of at most 1048576 bytes, got 1048577")
+    refused(folder, "expected a file of at most 16384 bytes, got 16385")
     (folder / "config.yaml").write_bytes(b"threshold: \xff\xfe\n")
     refused(folder, "not valid YAML")

@@ -46,7 +46,6 @@ SAELENS_SETTINGS: list[tuple[dict[str, Any], str]] = [
         {"activation_fn_str": "tanh-relu"},
         "activation_fn: expected 'relu' or 'topk', got 'tanh-relu', whose codes cannot",
     ),
-    (hooked("blocks.3.hook_mlp_out"), "hook: expected the residual stream after a block"),
     (hooked("blocks.3.hook_mlp_out"), "'blocks.3.hook_mlp_out', which cannot gate patches"),
     (hooked("blocks.3.attn.hook_z"), "which cannot gate patches"),
     (hooked("blocks.3.hook_attn_out"), "which cannot gate patches"),
@@ -254,13 +253,13 @@ def test_transposed_weights_are_turned(tmp_path: Path) -> None:
 
 
 STATISTICS: list[tuple[dict[str, Any], str]] = [
-    ({"pre_mean": [0.0] * 5}, "pre_mean: expected a number or shape [6] (the SAE's width), got [5]"),
+    ({"pre_mean": [0.0] * 5}, "pre_mean: expected shape [6] (the SAE's width), got [5]"),
     ({"pre_mean": 0.5}, "pre_mean: expected shape [6] (the SAE's width), got []"),
     ({"pre_mean": "imagenet"}, "pre_mean: expected numbers, got str"),
     ({"pre_scale": 0.0}, "pre_scale: expected numbers above 0"),
     ({"pre_scale": -1.0}, "pre_scale: expected numbers above 0"),
     ({"pre_scale": float("nan")}, "pre_scale: holds NaN or Inf"),
-    ({"pre_scale": torch.ones(C, 1)}, "pre_scale: expected a number or shape [6] (the SAE's width), got [6, 1]"),
+    ({"pre_scale": torch.ones(C, 1)}, "pre_scale: expected shape [6] (the SAE's width) or a number, got [6, 1]"),
 ]
 
 
@@ -280,10 +279,10 @@ def test_a_scale_a_channel(tmp_path: Path) -> None:
 
 def test_arguments_a_format_leaves_no_room_for(tmp_path: Path) -> None:
     lens, layer_norm = saelens.case(tmp_path / "l").path, {"normalize_activations": "layer_norm"}
-    refused(lens, "(saelens) stores its own number of features kept; got k=3, leave it out", k=3)
-    refused(lens, "(saelens) stores its own normalisation; got normalize=None", normalize=None)
+    refused(lens, "(saelens) stores its own, or needs none; got k=3, leave it out", k=3)
+    refused(lens, "(saelens) stores its own, or needs none; got normalize=None", normalize=None)
     refused(lens, "got threshold=a tensor of shape [2]", threshold=torch.zeros(2))
-    refused(sparsify.case(tmp_path / "s").path, "(sparsify) stores its own activation", activation="topk")
+    refused(sparsify.case(tmp_path / "s").path, "(sparsify) stores its own", activation="topk")
     refused(saev.case(tmp_path / "v").path, "threshold: ", threshold=0.5)
     refused(saev.case(tmp_path / "b", 5, "BatchTopK", 0.6).path, "the file stores its own; leave it out", threshold=0.5)
     refused(visaebench.own(tmp_path / "x").path, "the checkpoint stores its own; leave it out", threshold=0.5)

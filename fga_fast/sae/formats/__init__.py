@@ -39,26 +39,25 @@ def locate(
     if local.exists():
         if revision is not None:
             raise ValueError(f"revision: belongs to a hub repository, but {local} is on this machine; leave it out")
-        return local if subfolder is None else inside(local / check_subfolder(subfolder), local)
-    if isinstance(path, str) and hub.is_repository(path):
+        local = local if subfolder is None else inside(local / check_subfolder(subfolder), local)
+    elif isinstance(path, str) and hub.is_repository(path):
         if not download:
             raise FileNotFoundError(
                 f"SAE path {path}: no such file or folder (nothing is downloaded); if it is a repository on the "
                 "Hugging Face hub, pass download=True, and subfolder= where it holds several SAEs"
             )
         return hub.fetch(path, revision, subfolder)
-    raise FileNotFoundError(f"SAE path {path}: no such file or folder (nothing is downloaded); expected {_READABLE}")
+    if not local.exists():
+        raise FileNotFoundError(f"SAE {local}: no such file or folder (nothing is downloaded); expected {_READABLE}")
+    return local
 
 
 def load(path: Path, options: Options) -> Loaded:
-    """Read a local file or folder of any known format; see `SparseAutoencoder.from_pretrained`.
+    """Read a local file or folder of any known format.
 
     Raises:
-        FileNotFoundError: the path, its weights or its configuration is missing.
-        ValueError: unknown, damaged, oversized or refused file, or settings that cannot be used.
+        FileNotFoundError, ImportError, ValueError: see `SparseAutoencoder.from_pretrained`.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"SAE path {path}: no such file or folder; expected {_READABLE}")
     if path.name.endswith((".pkl", ".pkl.gz", ".pickle", ".pickle.gz")):
         raise ValueError(
             f"{path}: a raw pickle ({path.name}) can run any code when it is read, and is refused; in an environment "

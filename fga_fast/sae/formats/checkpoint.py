@@ -101,7 +101,7 @@ class Checkpoint:
             file = self.folder / name
             if file.is_file() or file.is_symlink():
                 file = inside(file, self.folder)
-                return (read_json if file.suffix == ".json" else read_yaml)(file, MAX_SETTINGS_BYTES), str(file)
+                return (read_json(file, MAX_SETTINGS_BYTES) if file.suffix == ".json" else read_yaml(file)), str(file)
         return None
 
     def required_config(self, name: str) -> tuple[dict[str, Any], str]:

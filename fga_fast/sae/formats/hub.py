@@ -21,12 +21,8 @@ def fetch(repository: str, revision: str | None = None, subfolder: str | None = 
     """Download the weights and settings of one folder of a hub repository into Hugging Face's own cache.
 
     Args:
-        repository: "organisation/name".
-        revision: branch, tag or commit; None: the default branch.
+        repository, revision: see `SparseAutoencoder.from_pretrained`.
         subfolder: the folder to fetch; None: the files beside the repository's readme, none of its folders.
-
-    Returns:
-        The folder.
 
     Raises:
         ImportError: huggingface_hub is not installed.

@@ -9,17 +9,6 @@ from torch import Tensor
 
 AS_STORED = "as stored"
 
-_WHAT = {
-    "normalize": "normalisation",
-    "activation": "activation",
-    "k": "number of features kept",
-    "threshold": "threshold, or has none",
-    "decoder_norm": "decoder as it is used",
-    "pre_mean": "input statistics, or has none",
-    "pre_scale": "input statistics, or has none",
-    "subtract_b_dec": "use of b_dec",
-}
-
 
 @dataclass(frozen=True)
 class Options:
@@ -38,13 +27,10 @@ class Options:
     def check(self, format_name: str, taken: tuple[str, ...], where: object) -> None:
         """Raise ValueError for an option that files of this format store themselves."""
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in (*taken, "allow_pickled_config") or value is field.default:
-                continue
-            if isinstance(value, str) and value == field.default:
-                continue
-            got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
-            raise ValueError(
-                f"{field.name}: {where} ({format_name}) stores its own {_WHAT[field.name]}; got {field.name}={got}, "
-                "leave it out"
-            )
+            name, value = field.name, getattr(self, field.name)
+            unset = value is field.default or (isinstance(value, str) and value == field.default)
+            if not unset and name not in (*taken, "allow_pickled_config"):
+                got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+                raise ValueError(
+                    f"{name}: {where} ({format_name}) stores its own, or needs none; got {name}={got}, leave it out"
+                )

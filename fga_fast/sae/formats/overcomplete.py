@@ -44,11 +44,7 @@ def matches(found: Checkpoint) -> bool:
 
 
 def load(found: Checkpoint, options: Options) -> Loaded:
-    """Read an SAE of overcomplete; see `SparseAutoencoder.from_pretrained`.
-
-    Raises:
-        ValueError: a damaged file, an encoder that is not linear, or settings missing or out of place.
-    """
+    """Read an SAE of overcomplete; see `SparseAutoencoder.from_pretrained`."""
     W_enc_t, bias = linear_encoder(found, (_THRESHOLDS,))
     activation, threshold = _activation(found, options, W_enc_t.dtype)
     W_dec = dictionary(found, options, W_enc_t)

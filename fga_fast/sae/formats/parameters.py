@@ -78,15 +78,8 @@ def widened(p: Parameters) -> Parameters:
     """The same SAE with at least float32 tensors: folded 16-bit weights would be rounded a second time."""
     if p.W_enc.dtype not in (torch.float16, torch.bfloat16):
         return p
-    return replace(
-        p,
-        W_enc=p.W_enc.float(),
-        W_dec=p.W_dec.float(),
-        b_dec=p.b_dec.float(),
-        biases={name: bias.float() for name, bias in p.biases.items()},
-        threshold=p.threshold.float() if isinstance(p.threshold, Tensor) else p.threshold,
-        r_mag=None if p.r_mag is None else p.r_mag.float(),
-    )
+    tensors: dict[str, Any] = {name: value.float() for name, value in vars(p).items() if isinstance(value, Tensor)}
+    return replace(p, **tensors, biases={name: bias.float() for name, bias in p.biases.items()})
 
 
 def unit_decoder(p: Parameters) -> Parameters:
@@ -137,11 +130,8 @@ def _in_stream(p: Parameters, options: Options) -> Parameters:
             f"pre_mean, pre_scale: the file says normalisation {p.normalize!r}, which replaces them; leave them out"
         )
     width = p.W_enc.shape[0]
-    mean = _statistic("pre_mean", 0.0 if options.pre_mean is None else options.pre_mean, width)
-    scale = _statistic("pre_scale", 1.0 if options.pre_scale is None else options.pre_scale, width)
-    if options.pre_mean is not None and torch.as_tensor(options.pre_mean).shape != (width,):
-        got = list(torch.as_tensor(options.pre_mean).shape)
-        raise ValueError(f"pre_mean: expected shape [{width}] (the SAE's width), got {got}")
+    mean = _statistic("pre_mean", [0.0] * width if options.pre_mean is None else options.pre_mean, [width])
+    scale = _statistic("pre_scale", 1.0 if options.pre_scale is None else options.pre_scale, [width], []).expand(width)
     if not bool((scale > 0).all()):
         raise ValueError("pre_scale: expected numbers above 0")
     dtype = p.W_enc.dtype
@@ -154,26 +144,26 @@ def _in_stream(p: Parameters, options: Options) -> Parameters:
     )
 
 
-def _statistic(name: str, value: Any, width: int) -> Tensor:
-    """``value`` as float64 [C]."""
+def _statistic(name: str, value: Any, *shapes: list[int]) -> Tensor:
+    """``value`` as float64 of one of ``shapes``."""
     try:
         tensor = torch.as_tensor(value, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name}: expected numbers, got {type(value).__name__} ({error})") from error
-    if tensor.shape not in ((), (width,)):
-        raise ValueError(f"{name}: expected a number or shape [{width}] (the SAE's width), got {list(tensor.shape)}")
+    if list(tensor.shape) not in shapes:
+        wanted = f"shape {shapes[0]} (the SAE's width)" + (" or a number" if [] in shapes else "")
+        raise ValueError(f"{name}: expected {wanted}, got {list(tensor.shape)}")
     if not bool(torch.isfinite(tensor).all()):
         raise ValueError(f"{name}: holds NaN or Inf")
-    return tensor.expand(width)
+    return tensor
 
 
 def check_sizes(config: Mapping[str, Any], sizes: Mapping[str, int], where: str, *unset: object) -> None:
     """Raise ValueError if the settings name another size than the weights have; ``unset`` values say nothing."""
     for name, size in sizes.items():
         if config.get(name) not in (None, size, *unset):
-            raise ValueError(
-                f"{where}: {name}: the weights have {size}, got {config[name]!r}; files of different SAEs?"
-            )
+            got = config[name]
+            raise ValueError(f"{where}: {name}: the weights have {size}, got {got!r}; files of different SAEs?")
 
 
 def check_stored(name: str, value: object, where: object) -> Tensor:

@@ -13,13 +13,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from fga_fast.sae.checks import GATED_NAMES
 from fga_fast.sae.formats.checkpoint import CONFIG_CLASS, Checkpoint, ConfigRecord
 from fga_fast.sae.formats.options import AS_STORED, Options
 from fga_fast.sae.formats.parameters import Loaded, check_sizes
-from fga_fast.sae.formats.scope import describe, warn_unnamed
+from fga_fast.sae.formats.scope import check_scope, describe, warn_unnamed
 from fga_fast.sae.normalise import check_normalisation
 
 NAME = "vit-prisma"
@@ -38,20 +36,15 @@ def matches(found: Checkpoint) -> bool:
 
 
 def load(found: Checkpoint, options: Options) -> Loaded:
-    """Read a ViT-Prisma SAE; see `SparseAutoencoder.from_pretrained`.
-
-    Raises:
-        FileNotFoundError: no settings.
-        ValueError: damaged, oversized or refused file, or an SAE that cannot gate patches of the residual stream.
-    """
+    """Read a ViT-Prisma SAE; see `SparseAutoencoder.from_pretrained`."""
     weights, cfg = found.weights, found.saved("cfg")
     config, where = found.required_config("config.json") if cfg is None else (_fields(cfg, weights), f"{weights}: cfg")
     config = {name: _plain(value) for name, value in config.items()}
     gated = not found.names.isdisjoint(GATED_NAMES)
     state = found.require(NAME, _GATED if gated else _STANDARD, ("b_enc",) if gated else ())
-    _check_shapes(state, "b_gate" if gated else "b_enc", weights)
-    _check_scope(config, where)
-    check_sizes(config, {"d_in": state["W_enc"].shape[0], "d_sae": state["W_enc"].shape[1]}, where)
+    _check_place(config, where)
+    d_sae = state["b_gate" if gated else "b_enc"].numel()
+    check_sizes(config, {"d_in": state["b_dec"].numel(), "d_sae": d_sae}, where)
     activation, k = _activation(config, gated, where)
     settings = {
         "activation": activation,
@@ -77,29 +70,9 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _check_shapes(state: dict[str, Tensor], bias: str, weights: Path) -> None:
-    d_model, d_sae = state["b_dec"].numel(), state[bias].numel()
-    for name, shape in (("W_enc", (d_model, d_sae)), ("W_dec", (d_sae, d_model))):
-        if tuple(state[name].shape) != shape:
-            hint = "; it is transposed" if tuple(state[name].shape) == shape[::-1] else ""
-            raise ValueError(
-                f"{weights}: {name}: expected shape {list(shape)} (from the lengths of the biases), got "
-                f"{list(state[name].shape)}{hint}"
-            )
-
-
-def _check_scope(config: dict[str, Any], where: str) -> None:
+def _check_place(config: dict[str, Any], where: str) -> None:
     """Refuse SAEs that were trained on something other than the residual stream of patches after a block."""
-    if config.get("cls_token_only"):
-        raise ValueError(
-            f"{where}: cls_token_only: this SAE was trained on the class token only and cannot gate patches"
-        )
-    if config.get("is_transcoder"):
-        raise ValueError(
-            f"{where}: is_transcoder: a transcoder's decoder writes to another space and cannot gate patches"
-        )
-    if config.get("hook_point_head_index") is not None:
-        raise ValueError(f"{where}: hook_point_head_index: expected null, got an SAE of one attention head's output")
+    check_scope(config, where)
     if "layer_subtype" not in config and "hook_point" not in config:
         warn_unnamed(where)
     subtype = config.get("layer_subtype", str(config.get("hook_point", HOOK)).rpartition(".")[2])

@@ -19,16 +19,8 @@ from torch import Tensor
 
 from fga_fast.sae.formats.checkpoint import Checkpoint
 from fga_fast.sae.formats.options import Options
-from fga_fast.sae.formats.parameters import (
-    Loaded,
-    Parameters,
-    check_sizes,
-    folded,
-    oriented,
-    unit_decoder,
-    widened,
-)
-from fga_fast.sae.formats.scope import check_tokens, describe, residual_layer, warn_unnamed
+from fga_fast.sae.formats.parameters import Loaded, Parameters, check_sizes, folded, oriented, unit_decoder, widened
+from fga_fast.sae.formats.scope import check_scope, describe, trained_on
 
 NAME = "saelens"
 TAKES = ("pre_mean", "pre_scale")
@@ -57,12 +49,7 @@ def matches(found: Checkpoint) -> bool:
 
 
 def load(found: Checkpoint, options: Options) -> Loaded:
-    """Read an SAE of SAELens; see `SparseAutoencoder.from_pretrained`.
-
-    Raises:
-        FileNotFoundError: no ``cfg.json``.
-        ValueError: damaged files, settings that cannot be used, or an SAE that cannot gate patches.
-    """
+    """Read an SAE of SAELens; see `SparseAutoencoder.from_pretrained`."""
     stored, where = found.required_config(CONFIG)
     config = _current(stored)
     architecture = _architecture(config, found, where)
@@ -106,21 +93,13 @@ def _architecture(config: dict[str, Any], found: Checkpoint, where: str) -> str:
 
 def _scope(config: dict[str, Any], where: str) -> tuple[str | None, int | None]:
     """The hook and its block; raises ValueError for anything but the residual stream of patches."""
-    check_tokens(config, where)
-    if config.get("hook_head_index") is not None:
-        raise ValueError(f"{where}: hook_head_index: expected null, got an SAE of one attention head's output")
+    check_scope(config, where)
     if config.get("reshape_activations", "none") not in (None, "none"):
         raise ValueError(
             f"{where}: reshape_activations: expected 'none', got {config['reshape_activations']!r}, an SAE of the "
             "attention heads' outputs, which cannot gate patches of the residual stream"
         )
-    hook, number = config.get("hook_name"), config.get("hook_layer")
-    layer = number if type(number) is int and number >= 0 else None
-    if not isinstance(hook, str):
-        warn_unnamed(where)
-        return None, layer
-    named = residual_layer(hook, where)
-    return hook, layer if named is None else named
+    return trained_on(config.get("hook_name"), config.get("hook_layer"), where)
 
 
 def _normalisation(config: dict[str, Any], options: Options, where: str) -> str | None:

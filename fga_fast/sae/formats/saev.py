@@ -19,7 +19,7 @@ from torch import Tensor
 from fga_fast.sae.formats.checkpoint import Checkpoint
 from fga_fast.sae.formats.options import Options
 from fga_fast.sae.formats.parameters import Loaded, Parameters, check_sizes, folded, oriented
-from fga_fast.sae.formats.scope import check_tokens, describe
+from fga_fast.sae.formats.scope import check_scope, describe
 
 NAME = "saev"
 TAKES = ("threshold", "pre_mean", "pre_scale", "subtract_b_dec")
@@ -37,11 +37,7 @@ def matches(found: Checkpoint) -> bool:
 
 
 def load(found: Checkpoint, options: Options) -> Loaded:
-    """Read an SAE of saev; see `SparseAutoencoder.from_pretrained`.
-
-    Raises:
-        ValueError: a damaged file, settings that cannot be used, or an SAE that cannot gate patches.
-    """
+    """Read an SAE of saev; see `SparseAutoencoder.from_pretrained`."""
     where = f"{found.weights}: header"
     schema = found.header.get("schema")
     if schema is not None and (type(schema) is not int or not 1 <= schema <= _NEWEST_SCHEMA):
@@ -49,7 +45,7 @@ def load(found: Checkpoint, options: Options) -> Loaded:
     config = found.header if schema is None else found.header.get("cfg")
     if not isinstance(config, dict):
         raise ValueError(f"{where}: cfg: expected an object, got {type(config).__name__}")
-    check_tokens({**config, **found.header}, where)
+    check_scope({**config, **found.header}, where)
     activation, k = _activation(found.header, config, where)
     tensors = found.require(NAME, _REQUIRED, (_THRESHOLD,) if activation == "batch_topk" else ())
     threshold = _threshold(tensors, options, activation, where)

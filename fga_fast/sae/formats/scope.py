@@ -55,12 +55,30 @@ def warn_unnamed(where: str) -> None:
     _log.warning("%s: does not say which activations the SAE was trained on; taken as hook_resid_post", where)
 
 
-def check_tokens(config: Mapping[str, Any], where: str) -> None:
-    """Raise ValueError if the settings say that the SAE saw the class token only."""
+def trained_on(hook: object, number: object, where: str) -> tuple[str | None, int | None]:
+    """The hook and the block that settings name, each None where they do not; a missing hook is logged."""
+    if isinstance(number, str):  # a module's path instead of a number
+        hook, number = hook or number, None
+    block = number if type(number) is int and number >= 0 else None
+    if not isinstance(hook, str):
+        warn_unnamed(where)
+        return None, block
+    named = residual_layer(hook, where)
+    return hook, block if named is None else named
+
+
+def check_scope(config: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError for settings of a class token's SAE, a transcoder, or an attention head's SAE."""
     for name in ("cls_token_only", "cls_only", "token", "tokens", "token_type", "token_scope"):
         value = config.get(name)
         if value is True or (isinstance(value, str) and value.lower() in _CLASS_TOKEN):
             raise ValueError(f"{where}: {name}: this SAE was trained on the class token only and cannot gate patches")
+    for name in ("is_transcoder", "transcode", "skip_connection"):
+        if config.get(name):
+            raise ValueError(f"{where}: {name}: a transcoder's decoder writes to another space and cannot gate patches")
+    for name in ("hook_head_index", "hook_point_head_index"):
+        if config.get(name) is not None:
+            raise ValueError(f"{where}: {name}: expected null, got an SAE of one attention head's output")
 
 
 def describe(

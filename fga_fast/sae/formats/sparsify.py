@@ -13,7 +13,7 @@ from typing import Any
 from fga_fast.sae.formats.checkpoint import Checkpoint
 from fga_fast.sae.formats.options import Options
 from fga_fast.sae.formats.parameters import Loaded, Parameters, check_sizes, folded, oriented
-from fga_fast.sae.formats.scope import check_tokens, describe, residual_layer
+from fga_fast.sae.formats.scope import check_scope, describe, residual_layer
 
 NAME = "sparsify"
 TAKES = ("pre_mean", "pre_scale")
@@ -30,17 +30,9 @@ def matches(found: Checkpoint) -> bool:
 
 
 def load(found: Checkpoint, options: Options) -> Loaded:
-    """Read an SAE of sparsify; see `SparseAutoencoder.from_pretrained`.
-
-    Raises:
-        FileNotFoundError: no ``cfg.json``.
-        ValueError: damaged files, settings that cannot be used, or a dictionary that cannot gate patches.
-    """
+    """Read an SAE of sparsify; see `SparseAutoencoder.from_pretrained`."""
     config, where = found.required_config(CONFIG)
-    check_tokens(config, where)
-    for name in ("transcode", "skip_connection"):
-        if config.get(name):
-            raise ValueError(f"{where}: {name}: a transcoder's decoder writes to another space and cannot gate patches")
+    check_scope(config, where)
     if "W_skip" in found.names:
         raise ValueError(f"{found.weights}: W_skip: a transcoder's weights, which cannot gate patches")
     k = _k(config, where)

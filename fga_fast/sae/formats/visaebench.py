@@ -18,7 +18,7 @@ from fga_fast.sae.formats.checkpoint import Checkpoint
 from fga_fast.sae.formats.options import Options
 from fga_fast.sae.formats.overcomplete import dictionary, linear_encoder
 from fga_fast.sae.formats.parameters import Loaded, Parameters, check_sizes, folded, oriented, reached
-from fga_fast.sae.formats.scope import check_tokens, describe, residual_layer, warn_unnamed
+from fga_fast.sae.formats.scope import check_scope, describe, trained_on
 
 NAME = "visaebench"
 TAKES = ("threshold", "decoder_norm", "pre_mean", "pre_scale")
@@ -26,6 +26,8 @@ CONFIGS = ("config.json", "config.yaml", "config.yml")
 
 _THRESHOLDS = ("_running_threshold", "running_threshold", "jump_thresholds")
 _SECTIONS = ("sae", "sae_config", "model", "training", "data", "cfg", "config")
+_HOOKS = ("hook", "hook_name", "hook_point", "layer_name")
+_BLOCKS = ("layer", "hook_layer", "layer_idx", "layer_index", "block")
 _KINDS = {
     "batchtopk": "batch_topk",
     "jumprelu": "jumprelu",
@@ -47,14 +49,10 @@ def matches(found: Checkpoint) -> bool:
 
 
 def load(found: Checkpoint, options: Options) -> Loaded:
-    """Read an SAE of visaebench; see `SparseAutoencoder.from_pretrained`.
-
-    Raises:
-        ValueError: damaged files, settings missing or that cannot be used, or an SAE that cannot gate patches.
-    """
+    """Read an SAE of visaebench; see `SparseAutoencoder.from_pretrained`."""
     config, where = _settings(found)
-    check_tokens(config, where)
-    hook, layer = _scope(config, where)
+    check_scope(config, where)
+    hook, layer = trained_on(_first(config, *_HOOKS), _first(config, *_BLOCKS), where)
     if "decoder.weight" in found.names:
         b_enc: Tensor | None
         W_enc_t, W_dec, b_enc, b_dec = _own_names(found, where)
@@ -74,7 +72,7 @@ def load(found: Checkpoint, options: Options) -> Loaded:
         centred=False,
         k=k,
         threshold=threshold,
-        metadata=describe(NAME, found.weights.name, hook, layer, config.get("model_name", config.get("backbone"))),
+        metadata=describe(NAME, found.weights.name, hook, layer, _first(config, "model_name", "backbone")),
     )
     return folded(parameters, options, where)
 
@@ -106,20 +104,8 @@ def _own_names(found: Checkpoint, where: str) -> tuple[Tensor, Tensor, Tensor, T
     return W_enc_t, oriented("decoder.weight", tensors["decoder.weight"], features, width, where), bias, b_dec
 
 
-def _scope(config: dict[str, Any], where: str) -> tuple[str | None, int | None]:
-    hook = next((config[n] for n in ("hook", "hook_name", "hook_point", "layer_name") if n in config), None)
-    number = next(
-        (config[n] for n in ("layer", "hook_layer", "layer_idx", "layer_index", "block") if n in config), None
-    )
-    if isinstance(number, str):  # a module's path instead of a number
-        hook, number = hook or number, None
-    layer = number if type(number) is int and number >= 0 else None
-    if isinstance(hook, str):
-        named = residual_layer(hook, where)
-        return hook, layer if named is None else named
-    if layer is None:
-        warn_unnamed(where)
-    return None, layer
+def _first(config: dict[str, Any], *names: str) -> Any:
+    return next((config[name] for name in names if name in config), None)
 
 
 def _activation(
@@ -130,7 +116,7 @@ def _activation(
     if kind not in _KINDS:
         raise ValueError(f"{where}: architecture: expected one of {', '.join(_KINDS)}, got {stated!r}")
     activation = _KINDS[kind]
-    k = next((config[n] for n in ("k", "top_k", "topk") if n in config), None)
+    k = _first(config, "k", "top_k", "topk")
     k = k if type(k) is int and activation in ("topk", "batch_topk") else None
     stored = next(iter(found.tensors(_THRESHOLDS).values()), None)
     given = [value for value in (stored, config.get("threshold"), options.threshold) if value is not None]

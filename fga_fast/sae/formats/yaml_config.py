@@ -1,58 +1,42 @@
-"""Reading plain ``name: value`` settings from a small YAML file that is not trusted.
-
-Only scalars are read, at the outermost level and one below it. Everything else that YAML can express (anchors, tags,
-lists, long texts) is ignored, so nothing in the file can call a function, refer to something else, or expand.
-"""
+"""Plain settings from a small YAML file that is not trusted."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from fga_fast.io.json_file import read_bounded
 
-_LINE = re.compile(r"( *)([A-Za-z_][\w.-]*):(?:\s+(.*?))?\s*")
-_WORDS: dict[str, Any] = {"true": True, "false": False, "null": None, "~": None, "": None}
+MAX_YAML_BYTES = 1 << 14  # PyYAML takes a second or two for the worst files of this size
+_SCALARS = (str, int, float, bool, type(None))
 
 
-def read_yaml(path: Path, limit: int) -> dict[str, Any]:
-    """Return the scalars in ``path``, those one level below a name as a dict under that name.
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The scalars in ``path``, and those one level below a name as a dict under that name; the rest is left out.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: larger than ``limit`` bytes, or not UTF-8.
+        ImportError: PyYAML is not installed.
+        ValueError: larger than `MAX_YAML_BYTES`, not YAML, a merge key, a tag that is not standard, or no mapping.
     """
     try:
-        lines = read_bounded(path, limit).decode("utf-8").splitlines()
-    except UnicodeDecodeError as error:
+        import yaml
+    except ImportError as error:
+        raise ImportError(f"{path}: needs PyYAML: pip install pyyaml, or write the settings as config.json") from error
+    data = read_bounded(path, MAX_YAML_BYTES)
+    try:
+        loader = yaml.SafeLoader(data)
+        loader.flatten_mapping = lambda node: None  # merge keys, which grow a few bytes to any size, are refused
+        settings = loader.get_single_data()
+    except Exception as error:  # PyYAML raises anything from KeyError to RecursionError on odd files
         raise ValueError(f"{path}: not valid YAML ({error})") from error
-    settings: dict[str, Any] = {}
-    section: dict[str, Any] | None = None
-    indent = 0  # of the first line below the section's name: deeper lines belong to something else
-    for line in lines:
-        found = _LINE.fullmatch(line.split(" #")[0])
-        if found is None:
-            continue
-        depth, name, text = len(found[1]), found[2], found[3] or ""
-        if depth == 0:
-            section, indent = (settings.setdefault(name, {}), 0) if text == "" else (None, 0)
-            if text:
-                settings[name] = _scalar(text)
-        elif isinstance(section, dict) and text and depth == (indent or depth):
-            indent = depth
-            section[name] = _scalar(text)
-    return settings
+    if settings is None:  # empty, or comments only
+        return {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: expected settings by name, got {type(settings).__name__}")
+    sections = {name: _scalars(value) for name, value in settings.items() if isinstance(value, dict)}
+    return sections | _scalars(settings)
 
 
-def _scalar(text: str) -> Any:
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
-        return text[1:-1]
-    if text.lower() in _WORDS:
-        return _WORDS[text.lower()]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+def _scalars(settings: dict[Any, Any]) -> dict[Any, Any]:
+    return {name: value for name, value in settings.items() if isinstance(value, _SCALARS)}

@@ -52,12 +52,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> int:
-    """Explains what the arguments name; returns the exit code (1: some images of a folder could not be read).
-
-    Raises:
-        ValueError, TypeError, RuntimeError, OSError, ImportError: for the user, before anything is computed where
-            that is possible.
-    """
+    """Explains what the arguments name; returns the exit code (1: some images of a folder could not be read)."""
     _check(args)
     paths = _paths(args)
     many = args.image is not None and args.image.is_dir()

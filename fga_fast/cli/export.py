@@ -12,8 +12,6 @@ from fga_fast.cli import arguments
 from fga_fast.cli.subject import load_subject
 from fga_fast.settings import TargetMode
 
-DEMO = "demo"
-
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds `export` to the parser's commands."""
@@ -24,7 +22,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--package OUT.pt2`, fga_fast.load_package and the C++ runtime read them. Takes a minute or so and needs a C++ "
         "compiler. The package runs on processors like this one.",
     )
-    parser.add_argument("model", metavar="MODEL", help=f"a timm model, or '{DEMO}': the shipped fashion demo model")
+    parser.add_argument("model", metavar="MODEL", help="a timm model, or 'demo': the shipped fashion demo model")
     parser.add_argument("out", metavar="OUT.pt2", type=Path, help="the package to write")
     arguments.add_subject(parser)
     arguments.add_settings(parser)
@@ -41,17 +39,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exports what the arguments name; returns the exit code.
-
-    Raises:
-        ValueError, TypeError, RuntimeError, OSError, ImportError: for the user.
-    """
+    """Exports what the arguments name; returns the exit code."""
     from fga_fast.graph.package.export import check_path
 
     if args.batch < 1:
         raise ValueError(f"--batch: expected at least 1, got {args.batch}")
     check_path(args.out)
-    if args.model == DEMO:
+    if args.model == "demo":
         args.model = None
     subject = load_subject(args)
     dtype = getattr(torch, args.dtype)

@@ -14,9 +14,8 @@ USER_ERROR, INTERRUPTED = 2, 130
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of every command; each sets `run`, a function from parsed arguments to an exit code."""
-    parser = argparse.ArgumentParser(
-        prog="fga-fast", description="Explain Vision Transformers by feature-gradient attribution."
-    )
+    about = "Explain Vision Transformers by feature-gradient attribution."
+    parser = argparse.ArgumentParser(prog="fga-fast", description=about)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

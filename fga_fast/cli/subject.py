@@ -20,33 +20,19 @@ from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
 
 @dataclass(frozen=True)
 class Subject:
-    """A model ready to be explained.
+    """A model ready to be explained."""
 
-    Attributes:
-        name: for the reader.
-        model: in eval mode, on its device.
-        preprocess: from pictures to its input.
-        saes: per block, on the same device.
-        class_names: one for each logit, if known.
-        multi_label: whether probabilities are sigmoids of single logits rather than a softmax.
-        gate_base: gates lie in [1/gate_base, gate_base] unless the user says otherwise.
-    """
-
-    name: str
-    model: nn.Module
-    preprocess: Preprocess
-    saes: dict[int, SparseAutoencoder]
-    class_names: Sequence[str] | None
-    multi_label: bool
-    gate_base: float = 10.0
+    name: str  # for the reader
+    model: nn.Module  # in eval mode, on its device
+    preprocess: Preprocess  # from pictures to its input
+    saes: dict[int, SparseAutoencoder]  # block -> SAE, on the same device
+    class_names: Sequence[str] | None  # one for each logit, if known
+    multi_label: bool  # probabilities are sigmoids of single logits rather than a softmax
+    gate_base: float = 10.0  # gates lie in [1/gate_base, gate_base] unless the user says otherwise
 
 
 def target_number(given: str, classes: int, names: Sequence[str] | None) -> int:
-    """Class number of `--target`'s value: a number from 0, or a name as `names.class_number` finds it.
-
-    Raises:
-        ValueError: out of range, no such name, a name of several classes, or a name where none are known.
-    """
+    """Class number of `--target`'s value: a number from 0, or a name as `names.class_number` finds it."""
     try:
         number = int(given)
     except ValueError:
@@ -60,11 +46,7 @@ def target_number(given: str, classes: int, names: Sequence[str] | None) -> int:
 
 
 def load_subject(args: argparse.Namespace) -> Subject:
-    """The subject that the arguments name: a timm model, or without --model the shipped fashion demo.
-
-    Raises:
-        ValueError, FileNotFoundError, ImportError: as the message says.
-    """
+    """The subject that the arguments name: a timm model, or without --model the shipped fashion demo."""
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device: got {args.device!r}, but torch sees no CUDA device; leave it out to use the CPU")

@@ -21,37 +21,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Way:
-    """How images are explained.
+    """How images are explained."""
 
-    Attributes:
-        name: of the model or package, for the reader.
-        preprocess: from pictures to its input.
-        multi_label: whether probabilities are sigmoids of single logits rather than a softmax; None: not known.
-        gate_base: gates lie in [1/gate_base, gate_base]; None: not known.
-        batch: images at once.
-        like: any tensor of the images' dtype and device.
-        explain: images [B, channels, H, W] -> an `Explanation` of one target an image, or of K.
-        timed: explains one image and one target, without the ungated explanation beside it.
-        forward: the model's forward pass alone; None where there is none.
-    """
-
-    name: str
-    preprocess: Preprocess
-    multi_label: bool | None
-    gate_base: float | None
-    batch: int
-    like: Tensor
-    explain: Callable[[Tensor], Explanation]
-    timed: Callable[[Tensor], object]
-    forward: Callable[[Tensor], object] | None
+    name: str  # of the model or package, for the reader
+    preprocess: Preprocess  # from pictures to its input
+    multi_label: bool | None  # probabilities are sigmoids of single logits rather than a softmax; None: not known
+    gate_base: float | None  # gates lie in [1/gate_base, gate_base]; None: not known
+    batch: int  # images at once
+    like: Tensor  # any tensor of the images' dtype and device
+    explain: Callable[[Tensor], Explanation]  # images [B, channels, H, W] -> one target an image, or K
+    timed: Callable[[Tensor], object]  # explains one image and one target, without the ungated explanation beside it
+    forward: Callable[[Tensor], object] | None  # the model's forward pass alone; None where there is none
 
 
 def by_model(args: argparse.Namespace) -> Way:
-    """Explains with the model and the autoencoders that the arguments name.
-
-    Raises:
-        ValueError, TypeError, RuntimeError, OSError, ImportError: as the message says.
-    """
+    """Explains with the model and the autoencoders that the arguments name."""
     subject = load_subject(args)
     listed = args.top_features if subject.saes else 0
     explainer = arguments.explainer(subject, args, top_features=listed, ungated=True)
@@ -80,11 +64,7 @@ def by_model(args: argparse.Namespace) -> Way:
 
 
 def by_package(args: argparse.Namespace) -> Way:
-    """Explains with the package that the arguments name.
-
-    Raises:
-        ValueError, RuntimeError, OSError: as the message says.
-    """
+    """Explains with the package that the arguments name."""
     from fga_fast.graph.package.load import load_package  # which imports torch's compiler, of no use to others
     from fga_fast.graph.package.metadata import DTYPES
 

@@ -54,9 +54,6 @@ def given_classes(
         target_mode: the mode that the graph was made with.
         ranged: check the range of class numbers in a tensor on a device, although the host has to wait for it. If
             False, the graph gives NaN for numbers out of range.
-
-    Raises:
-        TypeError, ValueError: the graph does not take such targets; the message says why and what to do.
     """
     if target_mode == "predicted":
         if targets is not None:

@@ -51,9 +51,6 @@ def flatten(plan: Plan, images: Tensor, target_mode: TargetMode = "predicted", p
         images: [B, channels, H, W], an example. It is explained eagerly first, so that all checks run.
         target_mode: "predicted": the graph explains the predicted class; "given": it takes class numbers [B].
         prune: compute nothing for tokens that nobody reads; exact (passes/rows.py).
-
-    Raises:
-        TypeError, ValueError: this cannot become a fixed graph; the message says why and what to do.
     """
     _check(plan, images, target_mode)
     layout = plan.check(images)

@@ -7,17 +7,15 @@ For what captum builds on attributions: `visualization`, `metrics.infidelity`, `
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from fga_fast.engine.plan import ExplainerSettings
 from fga_fast.explainer import Explainer
 from fga_fast.integrations import as_pixels
 from fga_fast.sae import SparseAutoencoder
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 try:
     from captum.attr import Attribution  # type: ignore[import-not-found, import-untyped, unused-ignore]

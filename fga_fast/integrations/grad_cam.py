@@ -9,21 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from fga_fast.engine.plan import ExplainerSettings
 from fga_fast.explainer import Explainer
 from fga_fast.integrations import as_images
 from fga_fast.sae import SparseAutoencoder
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
 
 Target = Callable[[Tensor], Tensor]  # output of one image, [classes] -> a scalar
 

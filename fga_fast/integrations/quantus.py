@@ -6,19 +6,17 @@ Quantus itself is not needed here. Source of the interface: Quantus 0.6, `quantu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from fga_fast.engine.plan import ExplainerSettings
 from fga_fast.explainer import Explainer
 from fga_fast.integrations import as_images, as_pixels
 from fga_fast.sae import SparseAutoencoder
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 def explain_func(

@@ -33,20 +33,18 @@ def replace_input(
         layout: says how many tokens there are, and their width if it is known.
         images: B.
         where: names the block in errors.
-
-    Raises:
-        TapeError: none of the arguments has the shape [B, N, C], or several have.
     """
     args, kwargs = arguments
     named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     found = [name for name, value in named if value is tokens and tokens is not None]
+    first = (layout.tokens, images) if layout.tokens_first else (images, layout.tokens)
     if not found:
-        found = [name for name, value in named if _is_stream(value, layout, images)]
+        found = [name for name, value in named if _is_stream(value, first, layout.d_model)]
     if len(found) != 1:
         what = "no tensor" if not found else f"{len(found)} tensors ({', '.join(map(str, found))})"
         raise TapeError(
-            f"model: {where} is called with {what} of shape {_expected(layout, images)}, so which one is the residual "
-            "stream is not known; call it with that tensor alone, or use method='rollout'"
+            f"model: {where} is called with {what} of shape [{first[0]}, {first[1]}, {layout.d_model or 'C'}], so the "
+            "residual stream is not known; call it with that tensor alone, or use method='rollout'"
         )
     name = found[0]
 
@@ -59,11 +57,7 @@ def replace_input(
 
 
 def stream_of(output: Any, where: str) -> Tensor:
-    """The residual stream that leaves a block: its output, or the first entry of it.
-
-    Raises:
-        TapeError: it is no tensor [B, N, C].
-    """
+    """The residual stream that leaves a block: its output, or the first entry of it."""
     x = output[0] if isinstance(output, tuple) and output else output
     if not isinstance(x, Tensor) or x.dim() != 3:
         raise TapeError(
@@ -82,17 +76,10 @@ def with_stream(output: Any, x: Tensor) -> Any:
     return (x, *output[1:])
 
 
-def _is_stream(value: object, layout: ModelLayout, images: int) -> bool:
+def _is_stream(value: object, first: tuple[int, int], width: int | None) -> bool:
     if not isinstance(value, Tensor) or value.dim() != 3 or not value.is_floating_point():
         return False
-    first = (layout.tokens, images) if layout.tokens_first else (images, layout.tokens)
-    return tuple(value.shape[:2]) == first and layout.d_model in (None, value.shape[2])
-
-
-def _expected(layout: ModelLayout, images: int) -> str:
-    width = "C" if layout.d_model is None else layout.d_model
-    first = f"{layout.tokens}, {images}" if layout.tokens_first else f"{images}, {layout.tokens}"
-    return f"[{first}, {width}]"
+    return tuple(value.shape[:2]) == first and width in (None, value.shape[2])
 
 
 class Outside(NamedTuple):
@@ -158,11 +145,7 @@ class ForwardPass:
         return self.stream
 
     def is_tapped(self, queries: int, keys: int) -> bool:
-        """Whether an attention of this size is explained: in a block any, after the blocks the pool's.
-
-        Raises:
-            TapeError: it is between two blocks.
-        """
+        """Whether an attention of this size is explained: in a block any, after the blocks the pool's."""
         if self.block is not None:
             return True
         if not self._is_over:

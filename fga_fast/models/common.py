@@ -18,11 +18,7 @@ def _is_in(cls: type, package: str) -> bool:
 
 
 def check_methods(tower: nn.Module, methods: Iterable[str], packages: Collection[str], unknown: str) -> None:
-    """Refuses a subclass from outside `packages` that replaces one of the methods.
-
-    Raises:
-        ValueError: names the class and the method; `unknown` says what can no longer be known.
-    """
+    """Refuses a subclass from outside `packages` that replaces a method; `unknown` is what is then no longer known."""
     for method in methods:
         owners = [cls for cls in type(tower).__mro__ if method in vars(cls)]
         known = [cls for cls in owners if any(_is_in(cls, package) for package in packages)]
@@ -42,11 +38,7 @@ def cannot(tower: nn.Module, reason: str) -> ValueError:
 
 
 def pair(value: object, tower: nn.Module, name: str) -> tuple[int, int]:
-    """(height, width) from an attribute that is a pair, or one number for both.
-
-    Raises:
-        ValueError: it is neither; `name` is the name of the attribute of `tower`.
-    """
+    """(height, width) from the attribute `name` of `tower`: a pair, or one number for both."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value, value
     if isinstance(value, (tuple, list)) and len(value) == 2:
@@ -55,11 +47,7 @@ def pair(value: object, tower: nn.Module, name: str) -> tuple[int, int]:
 
 
 def cut(image_size: tuple[int, int], patch_size: tuple[int, int], tower: nn.Module) -> tuple[int, int]:
-    """Grid of patches (gh, gw) that a strided convolution without padding makes of an image.
-
-    Raises:
-        ValueError: the image is smaller than a patch.
-    """
+    """Grid of patches (gh, gw) that a strided convolution without padding makes of an image."""
     grid = image_size[0] // patch_size[0], image_size[1] // patch_size[1]
     if min(grid) < 1:
         raise ValueError(

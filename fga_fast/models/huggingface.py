@@ -35,15 +35,12 @@ _TOWERS: dict[str, int] = {
 # Class of a model with a classifier -> how it reads its tower's tokens: pooling, start and stop of the range (None: at
 # the last token). Other classes around a tower read its pooled output.
 _HEADS: dict[str, tuple[Pooling, int, int | None]] = {
-    "ViTForImageClassification": ("token", 0, 1),
-    "ViTMSNForImageClassification": ("token", 0, 1),
-    "DeiTForImageClassification": ("token", 0, 1),
+    **{f"{name}ForImageClassification": ("token", 0, 1) for name in ("ViT", "ViTMSN", "DeiT", "Dinov2")},
+    "Dinov2WithRegistersForImageClassification": ("token", 0, 1),
     "DeiTForImageClassificationWithTeacher": ("average", 0, 2),  # the mean of two heads, one a token
     "CLIPForImageClassification": ("average", 1, None),
     "MetaClip2ForImageClassification": ("average", 1, None),
     "SiglipForImageClassification": ("average", 0, None),
-    "Dinov2ForImageClassification": ("token", 0, 1),
-    "Dinov2WithRegistersForImageClassification": ("token", 0, 1),
 }
 
 _BLOCKS = ("layers", "layer", "encoder.layers", "encoder.layer", "model.layers", "model.layer")
@@ -64,9 +61,6 @@ def read_layout(module: nn.Module, image_size: tuple[int, int] | None = None) ->
         module: module for which `is_tower` is true.
         image_size: size of the images to explain; None: the size in the tower's config. Some towers take any size,
             others only if a wrapper calls them with interpolate_pos_encoding=True.
-
-    Raises:
-        ValueError: the tower's configuration cannot be explained.
     """
     tower = next(part for part in module.modules() if is_tower(part) and not class_of(part, _HEADS, _PACKAGE))
     check_methods(tower, ["forward"], [_PACKAGE], "which tokens are patches")

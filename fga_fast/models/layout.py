@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral
-from typing import TypeGuard, get_args
+from typing import TypeGuard
 
 from torch import nn
 
-from fga_fast.settings import Pooling
+from fga_fast.settings import Pooling, check_choice
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,7 @@ class ModelLayout:
             set_field(self, "image_size", two("image_size", self.image_size, least=1))
         if self.d_model is not None:
             set_field(self, "d_model", _whole("d_model", self.d_model, least=1))
-        if self.pooling not in get_args(Pooling):
-            raise ValueError(f"pooling: expected 'token', 'average' or 'attention', got {self.pooling!r}")
+        check_choice("pooling", self.pooling, Pooling)
         set_field(self, "pooled", self._resolve_pooled())
         if not isinstance(self.tokens_first, bool):
             raise TypeError(f"tokens_first: expected True or False, got {self.tokens_first!r}")

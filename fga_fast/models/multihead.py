@@ -7,6 +7,8 @@ the attention in it as it sees those of any other model.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,9 +48,6 @@ def open_multi_head_attention(
     Returns:
         out [Nq, B, C], and the attention probabilities (without gradient) where `need_weights` asks for them:
         [B, Nq, N], or [B, H, Nq, N] unless averaged over heads.
-
-    Raises:
-        TapeError: keys that belong to no token (`bias_k`, `add_zero_attn`, static keys), or tensors without a batch.
     """
     if bias_k is not None or bias_v is not None or add_zero_attn or static_k is not None or static_v is not None:
         raise TapeError(
@@ -57,11 +56,8 @@ def open_multi_head_attention(
         )
     if query.dim() != 3:
         raise TapeError(f"model: nn.MultiheadAttention is called without a batch, with a query {tuple(query.shape)}")
-    if use_separate_proj_weight:
-        weights = (q_proj_weight, k_proj_weight, v_proj_weight)
-    else:
-        weights = (in_proj_weight, None, None)
-    q, k, v = _project(query, key, value, weights, in_proj_bias)
+    separate = (q_proj_weight, k_proj_weight, v_proj_weight)
+    q, k, v = _project(query, key, value, None if use_separate_proj_weight else in_proj_weight, separate, in_proj_bias)
     batch, queries, width = q.shape
     q, k, v = (t.view(batch, t.shape[1], num_heads, width // num_heads).transpose(1, 2) for t in (q, k, v))
     mask = _mask(attn_mask, key_padding_mask, num_heads, q)
@@ -77,21 +73,17 @@ def _project(
     query: Tensor,  # [Nq, B, C]
     key: Tensor,  # [N, B, Ck]
     value: Tensor,  # [N, B, Cv]
-    weights: tuple[Tensor | None, Tensor | None, Tensor | None],  # packed: the first holds all three
+    packed: Tensor | None,  # [3 C, C]; None: the three are separate
+    separate: tuple[Any, Any, Any],  # [C, C], [C, Ck], [C, Cv]; None beside packed ones
     bias: Tensor | None,  # [3 C]
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     """q [B, Nq, C], k and v [B, N, C]."""
-    packed, second, third = weights
-    assert packed is not None  # nn.MultiheadAttention has either the packed or the three separate weights
-    if second is None and query is key and key is value:
-        q, k, v = F.linear(query.transpose(0, 1), packed, bias).chunk(3, dim=-1)  # one product for all three
-        return q, k, v
-    parts = packed.chunk(3) if second is None or third is None else (packed, second, third)
+    if packed is not None and query is key and key is value:
+        return [*F.linear(query.transpose(0, 1), packed, bias).chunk(3, dim=-1)]  # one product for all three
+    weights = separate if packed is None else packed.chunk(3)
     biases = (None, None, None) if bias is None else bias.chunk(3)
-    q, k, v = (
-        F.linear(x.transpose(0, 1), weight, b) for x, weight, b in zip((query, key, value), parts, biases, strict=True)
-    )
-    return q, k, v
+    parts = zip((query, key, value), weights, biases, strict=True)
+    return [F.linear(x.transpose(0, 1), weight, b) for x, weight, b in parts]
 
 
 def _mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, heads: int, like: Tensor) -> Tensor | None:

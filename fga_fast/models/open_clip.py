@@ -20,11 +20,7 @@ def is_tower(module: nn.Module) -> bool:
 
 
 def read_layout(tower: nn.Module, image_size: tuple[int, int] | None = None) -> ModelLayout:
-    """Layout of an open_clip VisionTransformer: one class token in front of the patches.
-
-    Raises:
-        ValueError: the tower's configuration cannot be explained exactly, or `image_size` is not its own.
-    """
+    """Layout of an open_clip VisionTransformer: one class token in front of the patches."""
     _check(tower)
     own = pair(attribute(tower, "image_size"), tower, "image_size")
     only_size(image_size, own, tower, "create it with open_clip.create_model(..., force_image_size=...)")

@@ -20,9 +20,6 @@ def check_pooling(passed: ForwardPass, values: Tensor) -> None:  # values [B] or
     warning is logged where the values depend on other tokens of the last residual stream than the pooled ones, not on
     all of these, or on other attention after the blocks. That is how a wrong `ModelLayout` shows, and a wrapper that
     pools the tower's tokens itself.
-
-    Raises:
-        TapeError: another pool than the layout's, or what `ForwardPass.check_complete` refuses.
     """
     passed.check_complete(values)
     layout = passed.layout

@@ -90,11 +90,7 @@ def opaque(module: nn.Module) -> str | None:
 
 
 def check_inside(tower: nn.Module) -> None:
-    """Refuses a tower with a part that cannot be tapped or differentiated.
-
-    Raises:
-        ValueError: names the part and the reason.
-    """
+    """Refuses a tower with a part that cannot be tapped or differentiated."""
     for name, module in tower.named_modules():
         found = opaque(module) or _part(module)
         if found is not None:

@@ -41,13 +41,6 @@ def read_layout(tower: nn.Module, image_size: tuple[int, int] | None = None) -> 
     Args:
         tower: module for which `is_tower` is true.
         image_size: size of the images to explain, for a tower with dynamic_img_size=True; None: the tower's own.
-
-    Returns:
-        Its `ModelLayout`. The logits of the distilled DeiT are the mean of two heads, on the class token and the
-        distillation token, so its `pooling` is "average" over these two tokens.
-
-    Raises:
-        ValueError: the tower's configuration cannot be explained exactly, or it does not take images of `image_size`.
     """
     family = class_of(tower, _TOWERS, "timm.models") or ""
     _check_forward(tower, _TOWERS[family])
@@ -102,7 +95,7 @@ def _read_size(tower: nn.Module, wanted: tuple[int, int] | None) -> tuple[tuple[
 def _read_pooling(tower: nn.Module, family: str, prefix: int, tokens: int) -> tuple[Pooling, tuple[int, int]]:
     """The kind of pooling and the range of tokens that it reads."""
     if class_of(tower, ("VisionTransformerDistilled",), "timm.models.deit"):
-        return "average", (0, 2)
+        return "average", (0, 2)  # the mean of two heads, on the class token and the distillation token
     include_prefix = bool(getattr(tower, "pool_include_prefix", False))
     seen = (0 if include_prefix else prefix, tokens)
     global_pool = str(getattr(tower, "global_pool", ""))

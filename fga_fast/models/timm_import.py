@@ -45,7 +45,7 @@ class _StandIns(MetaPathFinder, Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        return ModuleSpec(fullname, self, is_package=True) if _is_torchvision(fullname) else None
+        return ModuleSpec(fullname, self, is_package=True) if _package(fullname) == "torchvision" else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         return _StandInModule(spec.name)
@@ -54,12 +54,12 @@ class _StandIns(MetaPathFinder, Loader):
         """Nothing to run: the module makes each name on first use."""
 
 
-def _is_torchvision(name: str) -> bool:
-    return name.partition(".")[0] == "torchvision"
+def _package(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def _forget(package: str) -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+    for name in [name for name in sys.modules if _package(name) == package]:
         del sys.modules[name]
 
 

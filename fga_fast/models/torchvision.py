@@ -16,11 +16,7 @@ def is_tower(module: nn.Module) -> bool:
 
 
 def read_layout(tower: nn.Module, image_size: tuple[int, int] | None = None) -> ModelLayout:
-    """Layout of a torchvision VisionTransformer: one class token, which its head reads.
-
-    Raises:
-        ValueError: a subclass replaces the forward pass, or `image_size` is not the tower's own.
-    """
+    """Layout of a torchvision VisionTransformer: one class token, which its head reads."""
     check_methods(tower, ["forward"], [_PACKAGE], "which tokens are pooled")
     own = pair(attribute(tower, "image_size"), tower, "image_size")
     only_size(image_size, own, tower, "create the model with that image_size")

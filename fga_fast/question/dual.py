@@ -15,22 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_OPEN_CLIP = ("CLIP", "CustomTextCLIP")
-_TRANSFORMERS = ("CLIPModel", "SiglipModel")
+from fga_fast.models.common import class_of
+
 _IMAGE_PARTS = ("visual", "vision_model", "visual_projection")  # all other weights are the text tower's
 
 MAX_PROMPTS = 4096  # distinct ones in a call and in the cache: 12 MiB of features at width 768
 _CHUNK = 64  # prompts encoded at once, which bounds the text tower's memory
 
 
-def library_of(module: object) -> str:
+def library_of(module: nn.Module) -> str:
     """Which library's dual encoder this is, "open_clip" or "transformers"; "" for any other module."""
-    for cls in type(module).__mro__:
-        if cls.__name__ in _OPEN_CLIP and cls.__module__ == "open_clip.model":
-            return "open_clip"
-        if cls.__name__ in _TRANSFORMERS and cls.__module__.startswith("transformers.models."):
-            return "transformers"
-    return ""
+    if class_of(module, ("CLIP", "CustomTextCLIP"), "open_clip.model"):
+        return "open_clip"
+    return "transformers" if class_of(module, ("CLIPModel", "SiglipModel"), "transformers.models") else ""
 
 
 class DualEncoder:
@@ -80,17 +77,14 @@ class DualEncoder:
         return logits
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:  # -> [T, E]
-        """Features of length 1 of T prompts, without a gradient; each distinct prompt is encoded once.
-
-        Raises:
-            ValueError: no tokenizer, too many prompts, or tokens that the text tower does not take.
-        """
+        """Features of length 1 of T prompts, without a gradient; each distinct prompt is encoded once."""
         wanted = list(dict.fromkeys(prompts))
         if not wanted or len(wanted) > MAX_PROMPTS:
             raise ValueError(
                 f"targets: expected 1 to {MAX_PROMPTS} distinct prompts, got {len(wanted)}; make several calls"
             )
-        precision = _autocast(next(self._text_parameters()).device.type)
+        kind = next(self._text_parameters()).device.type
+        precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         # Modes that watch an explained forward pass must not see this one: they are meant for the image tower.
         with self._lock, torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.no_grad():
             weights = tuple(map(_state, self._text_parameters()))
@@ -134,11 +128,9 @@ class DualEncoder:
 
     def _tokens(self, prompts: list[str]) -> dict[str, Tensor]:
         if self.tokenizer is None:
-            example = (
-                'open_clip.get_tokenizer("ViT-B-32")'
-                if self.library == "open_clip"
-                else 'transformers.AutoTokenizer.from_pretrained("openai/clip-vit-base-patch32")'
-            )
+            example = 'transformers.AutoTokenizer.from_pretrained("openai/clip-vit-base-patch32")'
+            if self.library == "open_clip":
+                example = 'open_clip.get_tokenizer("ViT-B-32")'
             raise ValueError(
                 f"targets: prompts such as {prompts[0]!r} need the model's tokenizer, got none; construct "
                 f"Explainer(..., tokenizer={example}) with the model's own name"
@@ -174,16 +166,13 @@ class DualEncoder:
         else:
             length = self.model.context_length
         # SigLIP always reads the last token, and open_clip's towers take one length only.
-        fixed = self.library == "open_clip" or hasattr(self.model, "logit_bias")
-        padding = "max_length" if fixed else True
+        padding = "max_length" if self.library == "open_clip" or hasattr(self.model, "logit_bias") else True
         return {"padding": padding, "truncation": True, "max_length": length, "return_tensors": "pt"}
 
     def _vocabulary(self) -> int:
         """Number of tokens that the text tower knows; 0 if that is unknown."""
         if self.library == "open_clip":
-            embedding = getattr(self.model, "token_embedding", None) or getattr(
-                getattr(self.model, "text", None), "token_embedding", None
-            )
+            embedding = getattr(getattr(self.model, "text", self.model), "token_embedding", None)
         else:
             embedding = self.model.text_model.get_input_embeddings()
         return int(getattr(embedding, "num_embeddings", 0))
@@ -211,10 +200,6 @@ def _pooled(output: Any) -> Tensor:
         return output
     found: Tensor = output.pooler_output if hasattr(output, "pooler_output") else output[1]
     return found
-
-
-def _autocast(kind: str) -> torch.dtype | None:
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def _state(parameter: Tensor) -> tuple[object, ...]:

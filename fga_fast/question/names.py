@@ -11,9 +11,6 @@ def class_number(name: str, names: Sequence[str], argument: str = "targets") -> 
 
     An exact name wins. Otherwise it is the one class that has `name` as a comma-separated synonym, or in other letter
     case: "Tabby cat" finds "tabby, tabby cat". A part of a name is not enough, but the error suggests names with it.
-
-    Raises:
-        ValueError: an empty name, no class of this name, or several.
     """
     wanted = name.strip().casefold()
     if not wanted:

@@ -7,21 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fga_fast.question import targets as kinds
 from fga_fast.question.dual import DualEncoder, library_of
-from fga_fast.question.targets import (
-    Answer,
-    Difference,
-    Embedding,
-    Targets,
-    computed,
-    difference,
-    is_function,
-    leaves,
-    likeness,
-    pick,
-    shown,
-    values_at,
-)
+from fga_fast.question.targets import Answer, Difference, Embedding, Targets
 
 __all__ = ["Answer", "Difference", "Embedding", "Readout", "Targets"]
 
@@ -79,11 +67,7 @@ class Readout:
         return _checked_output(found, len(images))
 
     def logits(self, output: Tensor) -> Tensor:  # [B, classes] or [B, E] -> [B, classes]
-        """What classes are predicted from: the model's logits, or a dual encoder's for its class names.
-
-        Raises:
-            TypeError: a dual encoder without class names.
-        """
+        """What classes are predicted from: the model's logits, or a dual encoder's for its class names."""
         return output if self.dual is None else self._columns((None,), output)[0]
 
     def answer(self, targets: Targets, output: Tensor) -> Answer:  # [B, classes] or [B, E]
@@ -103,9 +87,9 @@ class Readout:
             TypeError, ValueError: naming `targets`: what was expected, what came and what to do.
         """
         if isinstance(targets, Embedding):
-            return likeness(targets, output)
-        if is_function(targets):
-            return computed(targets, output, None if self.dual else self.names(output.shape[1]))
+            return kinds.likeness(targets, output)
+        if kinds.is_function(targets):
+            return kinds.computed(targets, output, None if self.dual else self.names(output.shape[1]))
         parts = (targets.a, targets.b) if isinstance(targets, Difference) else (targets,)
         if self._headless and any(part is None for part in parts):
             raise ValueError(
@@ -113,17 +97,13 @@ class Readout:
                 "a function of the features, or a feature's number"
             )
         logits, names, classes = self._columns(parts, output)
-        picked = [pick(part, logits, names, classes) for part in parts]
+        picked = [kinds.pick(part, logits, names, classes) for part in parts]
         if isinstance(targets, Difference):
-            return Answer(logits.detach(), *difference(picked[0], picked[1], logits), names)
-        return Answer(logits.detach(), picked[0], values_at(logits, picked[0]), names)
+            return Answer(logits.detach(), *kinds.difference(picked[0], picked[1], logits), names)
+        return Answer(logits.detach(), picked[0], kinds.values_at(logits, picked[0]), names)
 
     def names(self, classes: int) -> tuple[str, ...] | None:
-        """Names of all classes, or None where they have none.
-
-        Raises:
-            ValueError: the names given are not those of so many classes.
-        """
+        """Names of all classes, or None where they have none."""
         given = self._names
         if given is None:
             return self._own if self._own is not None and len(self._own) == classes else None
@@ -144,11 +124,11 @@ class Readout:
         if self.dual is None:
             return output, self.names(output.shape[1]), output.shape[1]
         own = self._names if isinstance(self._names, tuple) else ()
-        asked = [leaf for part in parts for leaf in leaves(part)]
+        asked = [leaf for part in parts for leaf in kinds.leaves(part)]
         if not own and not all(isinstance(leaf, str) for leaf in asked):
             raise TypeError(
                 f"targets: expected prompts (str) for the dual encoder {type(self.model).__name__}, which has no "
-                f"classes to number or predict, got {shown(parts[0] if len(parts) == 1 else parts)}; give e.g. "
+                f"classes to number or predict, got {kinds.shown(parts[0] if len(parts) == 1 else parts)}; give e.g. "
                 'targets="a photo of a cat", or prompts to choose among: Explainer(..., class_names=[...])'
             )
         prompts: tuple[str, ...] = tuple(dict.fromkeys([*own, *(leaf for leaf in asked if isinstance(leaf, str))]))
@@ -191,13 +171,15 @@ def _checked_names(names: Any) -> tuple[str, ...] | dict[int, str] | None:
     if names is None:
         return None
     if isinstance(names, str) or not isinstance(names, (Sequence, Mapping)):
-        raise TypeError(f"class_names: expected a sequence of str or a mapping from int to str, got {shown(names)}")
+        raise TypeError(
+            f"class_names: expected a sequence of str or a mapping from int to str, got {kinds.shown(names)}"
+        )
     pairs = list(names.items()) if isinstance(names, Mapping) else list(enumerate(names))
     for number, name in pairs:
         if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-            raise TypeError(f"class_names: expected class numbers (int from 0) as keys, got {shown(number)}")
+            raise TypeError(f"class_names: expected class numbers (int from 0) as keys, got {kinds.shown(number)}")
         if not isinstance(name, str) or not name.strip():
-            raise TypeError(f"class_names: expected a name (str) for class {number}, got {shown(name)}")
+            raise TypeError(f"class_names: expected a name (str) for class {number}, got {kinds.shown(name)}")
     if not pairs:
         raise ValueError("class_names: got none; leave the argument out where there are no names")
     return dict(pairs) if isinstance(names, Mapping) else tuple(name for _, name in pairs)

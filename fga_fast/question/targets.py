@@ -84,9 +84,6 @@ def pick(
     """Columns [B] or [B, K] int64 of `logits` that `targets` name; None and ints choose among the first `classes`.
 
     ranged: whether to look for numbers out of range in a tensor. The host waits for that if the tensor is on a GPU.
-
-    Raises:
-        TypeError, ValueError: targets of another kind or shape, numbers out of range, unknown names.
     """
     batch = len(logits)
     if targets is None:

@@ -55,7 +55,7 @@ def test_lists_and_numpy_numbers_become_tuples_of_ints() -> None:
         ({"grid": (2, 0)}, ValueError, r"grid\[1\]: expected 1 or more, got 0"),
         ({"grid": 6}, TypeError, "grid: expected a pair of ints, got 6"),
         ({"grid": (2, 1.5)}, TypeError, r"grid\[1\]: expected an int, got 1.5"),
-        ({"pooling": "max"}, ValueError, "pooling: expected 'token', 'average' or 'attention', got 'max'"),
+        ({"pooling": "max"}, ValueError, "pooling: expected one of 'token', 'average', 'attention', got 'max'"),
         ({"prefix_tokens": 0}, ValueError, r"no class token; give pooling='average' or .* pooled=\(i, i \+ 1\)"),
         ({"pooled": (0, 2)}, ValueError, r"pooled: pooling='token' reads one token, got the range \(0, 2\)"),
         ({"pooled": (3, 3), "pooling": "average"}, ValueError, r"pooled: expected a range .* the 7 tokens .*\(3, 3\)"),

@@ -80,11 +80,7 @@ def export(
 
 
 def check_path(path: str | os.PathLike[str]) -> Path:
-    """`path` as a Path.
-
-    Raises:
-        ValueError, IsADirectoryError: it does not end in .pt2, or is a folder.
-    """
+    """`path` as a Path, after checking that a package can have this name."""
     path = Path(path)
     if path.suffix != ".pt2" or not path.stem:
         raise ValueError(f"path: expected the name of a file ending in .pt2, got {path}")

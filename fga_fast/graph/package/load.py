@@ -128,7 +128,7 @@ def _check_machine(metadata: Metadata, path: Path) -> None:
     wanted, here = metadata.machine, this_machine()
     if not wanted:
         return
-    lacking = [f"{wanted['architecture']}"] if wanted["architecture"] != here["architecture"] else []
+    lacking = [] if wanted["architecture"] == here["architecture"] else [wanted["architecture"]]
     if here["features"]:
         lacking += [feature for feature in wanted["features"] if feature not in here["features"]]
     if lacking:

@@ -12,7 +12,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -53,9 +53,9 @@ class Metadata:
     target_mode: TargetMode  # "given": a call takes one class for each image
     gated_blocks: tuple[int, ...]  # blocks with an SAE
     outputs: tuple[Output, ...]  # what the package returns, in order
-    backend: str  # whose kernels it calls: "native", "triton" or "composite"
-    method: str
-    backward: str
+    backend: Literal["native", "triton", "composite"]  # whose kernels it calls
+    method: Method
+    backward: Backward
     start_block: int
     signed: bool
     gate: dict[str, Any]
@@ -80,7 +80,13 @@ class Metadata:
             ValueError: it is damaged, of another format or version, or the entry that the message names is missing or
                 wrong.
         """
-        return _read(Entries(_parsed(path), f"package: {path}"))
+        if not path.is_file():
+            raise FileNotFoundError(f"package: no file {path}; it has to lie beside the .pt2 file")
+        try:
+            content = read_json(path, _MAX_BYTES)
+        except ValueError as error:
+            raise ValueError(f"package: {error}") from error
+        return _read(Entries(content, f"package: {path}"))
 
 
 class Entries:
@@ -144,37 +150,19 @@ def _is_whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**31
 
 
-def _parsed(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"package: no file {path}; it has to lie beside the .pt2 file")
-    try:
-        return read_json(path, _MAX_BYTES)
-    except ValueError as error:
-        raise ValueError(f"package: {error}") from error
-
-
 def _read(entries: Entries) -> Metadata:
     entries.text("format", FORMAT)
     if entries.whole("format_version", 0) != VERSION:
         raise entries.wrong("format_version", f"{VERSION}, the one that this version of fga_fast reads")
+    kinds = get_type_hints(Metadata).items()
     metadata = Metadata(
-        device=entries.text("device", "cpu", "cuda"),
-        dtype=entries.text("dtype", "float32", "float64", "bfloat16"),
-        batch=entries.whole("batch"),
-        channels=entries.whole("channels"),
-        height=entries.whole("height"),
-        width=entries.whole("width"),
+        **{name: entries.text(name, *get_args(kind)) for name, kind in kinds if get_origin(kind) is Literal},
+        **{name: entries.whole(name, 0 if name == "start_block" else 1) for name, kind in kinds if kind is int},
         grid=entries.pair("grid"),
         preprocess=_preprocess(entries),
-        classes=entries.whole("classes"),
         class_names=None if entries.content.get("class_names") is None else entries.texts("class_names"),
-        target_mode=entries.text("target_mode", *get_args(TargetMode)),
         gated_blocks=entries.wholes("gated_blocks", 0),
         outputs=tuple(_output(Entries(one, f"{entries.where}: outputs")) for one in entries.list("outputs")),
-        backend=entries.text("backend", "native", "triton", "composite"),
-        method=entries.text("method", *get_args(Method)),
-        backward=entries.text("backward", *get_args(Backward)),
-        start_block=entries.whole("start_block", 0),
         signed=entries.flag("signed"),
         gate=entries.inner("gate").content,
         versions={name: str(version) for name, version in entries.inner("versions").content.items()},

@@ -122,7 +122,6 @@ def _through(place: Place, before: tuple[int, ...], after: tuple[int, ...], toke
 
 def _view(node: fx.Node, place: Place, tokens: int) -> Operands | None:
     operand = _args(node)[0]
-    assert isinstance(operand, fx.Node)
     found = _through(place, shape_of(node), shape_of(operand), tokens)
     return None if found is None else {operand: found}
 

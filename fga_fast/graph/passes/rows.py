@@ -214,9 +214,9 @@ class _Pruner:
             made.target, made.args = aten.reshape.default, (made.args[0], shrunk(shape_of(node), place))
         elif node.target is aten.expand.default:
             made.args = (made.args[0], shrunk(shape_of(node), place))
-        elif _is(node, "attention") or _is(node, "attention_backward"):
-            position = _RESIDUAL["attention" if _is(node, "attention") else "attention_backward"]
-            made.args = (*made.args[:position], False, *made.args[position + 1 :])
+        for name, position in _RESIDUAL.items():
+            if _is(node, name):
+                made.args = (*made.args[:position], False, *made.args[position + 1 :])
         self.made[node, place if isinstance(node.meta["val"], Tensor) else None] = made
 
     def _write_part(self, node: fx.Node, source: fx.Node) -> None:

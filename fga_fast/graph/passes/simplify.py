@@ -35,9 +35,6 @@ def functional(module: fx.GraphModule, inputs: tuple[Tensor, ...]) -> fx.GraphMo
     """The same graph without in-place operators, which the passes cannot handle.
 
     Weights become inputs for a while: otherwise functionalize() does not see in-place changes of their copies.
-
-    Raises:
-        ValueError: the model changes its weights.
     """
     if not any(_is_mutable(node) for node in module.graph.nodes):
         return module

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fga_fast.models.find import find_layout
+from fga_fast.settings import Gate, Settings
 
 FOUND = conformance.folder().is_dir()
 BACKENDS = ("reference", "native", "graph")
@@ -40,7 +41,7 @@ def explain_reference(case: conformance.Case, run: int) -> Any:
     from fga_fast.reference import explain
     from fga_fast.result.explanation import Explanation
 
-    result = explain(case.model, case.images, None, case.saes(run), case.gate(run))
+    result = explain(case.model, case.images, None, case.saes(run), Settings(case.gate(run)))
     layout = find_layout(case.model)
     return Explanation(
         relevance=result.relevance,
@@ -169,12 +170,13 @@ def check_cancelling(
     score, gates = got.pop(f"score.{block}"), got.pop(f"gate.{block}")
     error = (score.double() - want.pop(f"score.{block}")).abs().amax(dim=1) / size.amax(dim=1)
     assert error.max() <= TOLERANCE[dtype], f"score.{block}: {error.max():.2e} of its summands"
-    settings = case.header["runs"][run]
-    of_own_score = gate(score.double(), settings["clamp_max"], settings["alpha"])
+    stored_run = case.header["runs"][run]
+    of_own_score = gate(score.double(), stored_run["clamp_max"], stored_run["alpha"])
     assert max(errors(gates, of_own_score)) <= TOLERANCE[dtype]
     exact = conformance.load(case.name, torch.float64)
     given = {block: gates.double()}
-    relevance = explain(exact.model, exact.images, None, exact.saes(run), exact.gate(run), given_gates=given).relevance
+    settings = Settings(exact.gate(run))
+    relevance = explain(exact.model, exact.images, None, exact.saes(run), settings, given_gates=given).relevance
     stored = {f"gate.{block}": (gates, want.pop(f"gate.{block}")), "attribution": (relevance, want["attribution"])}
     if dtype == torch.float64:
         for quantity, pair in stored.items():
@@ -214,7 +216,8 @@ def test_targets_given_equal_targets_predicted(name: str, backend: str) -> None:
     else:
         from fga_fast.reference import explain
 
-        got = explain(case.model, case.images, case.tensors["target"], case.saes(run), case.gate(run)).relevance
+        settings = Settings(case.gate(run))
+        got = explain(case.model, case.images, case.tensors["target"], case.saes(run), settings).relevance
     assert torch.equal(got, expected)
 
 
@@ -225,7 +228,7 @@ def conservative_relevance(
     if backend == "reference":
         from fga_fast.reference import explain
 
-        result = explain(case.model, case.images, None, saes, gate, method=method, backward="conservative")
+        result = explain(case.model, case.images, None, saes, Settings(gate, method=method, backward="conservative"))
         return result.relevance, result.gates
     from fga_fast import Explainer
 
@@ -248,7 +251,7 @@ def conservative_contributions(backend: str, case: conformance.Case) -> Tensor:
         return input_x_gradient(record.inputs[0], differentiate(values.sum(), record, {}).inputs[0])
     from fga_fast.engine.tape import Tape
 
-    tape = Tape(layout, {}, method="input_x_gradient", conservative=True)
+    tape = Tape(layout, {}, settings=Settings(method="input_x_gradient", backward="conservative"))
     with tape.attached(case.images):
         values = case.model(case.images).gather(1, targets)
     return tape.backward(values[:, 0]).rows[0]
@@ -258,8 +261,6 @@ def conservative_contributions(backend: str, case: conformance.Case) -> Tensor:
 @pytest.mark.parametrize("backend", ("reference", "native"))
 @pytest.mark.parametrize("name", CONSERVATIVE)
 def test_conservative_backward(name: str, backend: str, dtype: str) -> None:
-    from fga_fast.settings import Gate
-
     case, settings, want = conformance.load_conservative(name, DTYPES[dtype])
     assert settings["backward"] == "conservative"
     saes = case.saes_after(settings["layers"])
@@ -279,11 +280,10 @@ def test_conservative_backward(name: str, backend: str, dtype: str) -> None:
 @pytest.mark.parametrize("name", CONSERVATIVE)
 def test_conservative_numbers_are_not_those_of_the_exact_backward_pass(name: str) -> None:
     from fga_fast.reference import explain
-    from fga_fast.settings import Gate
 
     case, _, want = conformance.load_conservative(name, torch.float64)
     for method in ("rollout", "input_x_gradient"):
-        exact = explain(case.model, case.images, None, {}, Gate(), method=method).relevance
+        exact = explain(case.model, case.images, None, {}, Settings(method=method)).relevance
         assert min(errors(exact, want[method])) > 0.1, method
 
 

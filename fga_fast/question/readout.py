@@ -13,6 +13,7 @@ from fga_fast.question.targets import (
     Difference,
     Embedding,
     Targets,
+    Tensors,
     computed,
     difference,
     is_function,
@@ -23,7 +24,7 @@ from fga_fast.question.targets import (
     values_at,
 )
 
-__all__ = ["Answer", "Difference", "Embedding", "Readout", "Targets"]
+__all__ = ["Answer", "Difference", "Embedding", "Readout", "Targets", "Tensors"]
 
 
 class Readout:

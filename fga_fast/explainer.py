@@ -30,9 +30,8 @@ from torch import Tensor, nn
 
 from fga_fast.engine import run
 from fga_fast.engine.plan import ExplainerSettings, Plan, make_plan
-from fga_fast.models.checks import check_finite
 from fga_fast.models.layout import ModelLayout
-from fga_fast.question.readout import Targets
+from fga_fast.question.readout import Targets, Tensors
 from fga_fast.result.explanation import Explanation
 from fga_fast.sae import SparseAutoencoder
 from fga_fast.settings import Backend, Backward, Gate, Method, Settings, TargetMode
@@ -50,18 +49,16 @@ class Explainer:
 
     Args:
         model: any module from images [B, channels, H, W] to logits [B, classes] with one supported vision transformer
-            in it (see `find_layout`), or a dual encoder such as CLIP; in eval mode. It is left as it came, and several
-            threads may explain with it at once.
+            in it (see `find_layout`), or a dual encoder such as CLIP; in eval mode. Not changed; threads may share it.
         saes: block (from 0) -> SAE of the residual stream after it. Empty: plain TransMM.
         gate: how SAE scores become gates.
         method: "rollout", the pooled row of TransMM's R, never negative; or "input_x_gradient", x . g at the tokens
             that enter the first block, signed, multiplied by the gates of all blocks with an SAE.
         backward: "exact", the model's own gradient; or "conservative", for which norms, activations' gates and
             attention maps are constants, so that contributions add up to the logit (see docs/conservative.md).
-        backend: "native": C++ kernels on CPUs; on CUDA, CUDA kernels for attention and gate and Triton kernels for the
-            score. "triton": Triton kernels for score and gate, on CUDA. "composite": PyTorch's operators in chunks.
-            "reference": textbook PyTorch. "auto": native on CPUs, else composite, as no kernel has run on CUDA yet; the
-            result says which ran, and why.
+        backend: "native": C++ kernels on CPUs; on CUDA, CUDA kernels for attention and gate, and Triton for the score.
+            "triton": Triton for score and gate, on CUDA. "composite": PyTorch's operators in chunks. "reference":
+            textbook PyTorch. "auto": native on CPUs, else composite; the result says which ran, and why.
         top_features: report the k strongest features of each patch and each image at every gated block.
         ungated: also explain without gates (TransMM), for the result's `ungated` and for `plot`; a second explanation.
         layout: where the model's blocks and patches are, for models that `find_layout` does not know.
@@ -184,21 +181,15 @@ class Explainer:
         return f"Explainer({name}, {blocks} blocks, grid {grid}, saes {{{saes}}}, {self.settings}, on {self.backend})"
 
 
-def _tensors(plan: Plan, layout: ModelLayout, images: Tensor, targets: Targets, first: bool = False) -> run.Tensors:
-    if len(images) == 0:
-        return run.nothing(plan, layout, images, targets)
-    if plan.choice().stages is not None:
-        return run.explain(plan, layout, images, lambda output: plan.readout.answer(targets, output), first=first)
+def _tensors(plan: Plan, layout: ModelLayout, images: Tensor, targets: Targets, first: bool = False) -> Tensors:
+    readout = plan.readout
+    if plan.choice().stages is not None or len(images) == 0:
+        return run.explain(plan, layout, images, lambda output: readout.answer(targets, output), first=first)
     from fga_fast import reference
 
-    settings = plan.settings
-    found = reference.explain(
-        plan.model, images, targets, plan.saes, settings.gate, layout=layout, readout=plan.readout,
-        method=settings.method, backward=settings.backward, start_block=settings.start_block, signed=settings.signed,
-        per_block=settings.per_block, top_features=settings.top_features, pooling_checked=not first,
-    )  # fmt: skip
-    check_finite(found.relevance, "the relevance", plan.model, images, plan.saes)
-    return run.Tensors(**found._asdict())
+    return reference.explain(
+        plan.model, images, targets, plan.saes, plan.settings, layout=layout, readout=readout, pooling_checked=not first
+    )
 
 
 def explain(

@@ -16,6 +16,7 @@ from fga_fast.graph.trace import flatten
 from fga_fast.models.find import find_layout
 from fga_fast.reference import explain, gate
 from fga_fast.result.fields import nested
+from fga_fast.settings import Settings
 
 FOUND = conformance.folder().is_dir()
 BACKENDS = ("reference", "native", "graph")
@@ -133,12 +134,13 @@ def check_cancelling(
     score, gates = got.pop(f"score.{block}"), got.pop(f"gate.{block}")
     error = (score.double() - want.pop(f"score.{block}")).abs().amax(dim=1) / size.amax(dim=1)
     assert error.max() <= TOLERANCE[dtype], f"score.{block}: {error.max():.2e} of its summands"
-    settings = case.header["runs"][run]
-    of_own_score = gate(score.double(), settings["clamp_max"], settings["alpha"])
+    stored_run = case.header["runs"][run]
+    of_own_score = gate(score.double(), stored_run["clamp_max"], stored_run["alpha"])
     assert max(errors(gates, of_own_score)) <= TOLERANCE[dtype]
     exact = conformance.load(case.name, torch.float64)
     given = {block: gates.double()}
-    relevance = explain(exact.model, exact.images, None, exact.saes(run), exact.gate(run), given_gates=given).relevance
+    settings = Settings(exact.gate(run))
+    relevance = explain(exact.model, exact.images, None, exact.saes(run), settings, given_gates=given).relevance
     stored = {f"gate.{block}": (gates, want.pop(f"gate.{block}")), "attribution": (relevance, want["attribution"])}
     if dtype == torch.float64:
         for quantity, pair in stored.items():
@@ -205,7 +207,7 @@ def test_conservative_backward(name: str, backend: Any, dtype: str) -> None:
 def test_conservative_numbers_are_not_those_of_the_exact_backward_pass(name: str) -> None:
     case, _, want = conformance.load_conservative(name, torch.float64)
     for method in ("rollout", "input_x_gradient"):
-        exact = explain(case.model, case.images, None, {}, Gate(), method=method).relevance
+        exact = explain(case.model, case.images, None, {}, Settings(method=method)).relevance
         assert min(errors(exact, want[method])) > 0.1, method
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fga_fast.engine.torch_functions import Function, Kind, Operation
+from fga_fast.engine.torch_functions import Function, Kept, Kind, Operation, depends
 from fga_fast.models.block_io import ForwardPass
 from fga_fast.precision import relevance_dtype
 
@@ -68,12 +68,12 @@ class Conservative:
 
     def __init__(self, passed: ForwardPass) -> None:
         self._passed = passed
-        # Outputs of activations, which a product with something else makes the gate of a gated MLP, and constants that
-        # were computed in place. Kept here so that no other tensor takes their ids, for one block at a time (see
-        # `forget`), and with their version, since a tensor that has been changed is neither any more.
-        self._activations: dict[int, tuple[Tensor, int]] = {}
-        self._constants: dict[int, tuple[Tensor, int]] = {}
-        self.handlers: dict[Kind, Function] = {
+        self._activations = Kept()  # outputs, which a product with something else makes the gate of a gated MLP
+        self._constants = Kept()  # that were computed in place
+
+    def handlers(self) -> dict[Kind, Function]:
+        """What answers each kind of function. Made anew, since methods kept in the object would be a cycle."""
+        return {
             Kind.LAYER_NORM: self._layer_norm,
             Kind.NATIVE_LAYER_NORM: self._native_layer_norm,
             Kind.RMS_NORM: self._rms_norm,
@@ -142,19 +142,18 @@ class Conservative:
 
         out: Tensor = _Gate.apply(input, act, operation.limit)  # type: ignore[no-untyped-call]
         # In place the model may go on with either name.
-        return self._activated(input.copy_(out) if in_place else out)
+        return self._activations.add(input.copy_(out) if in_place else out)
 
     def _relu(self, _operation: Operation, function: Function, *args: Any, **kwargs: Any) -> Tensor:
         """Its gate is 0 or 1, constant as it is; it is only remembered, for the gated MLPs that it may open."""
-        return self._activated(function(*args, **kwargs))
+        return self._activations.add(function(*args, **kwargs))
 
     def _constant(self, operation: Operation, function: Function, *args: Any, **kwargs: Any) -> Any:
         if not (operation.in_place or kwargs.get("inplace")) or not args[0].requires_grad:
             found = function(*args, **kwargs)
             return found.detach() if isinstance(found, Tensor) else found
         out = args[0].copy_(function(args[0].detach().clone(), *args[1:], **kwargs))  # its gradient ends here
-        self._constants[id(out)] = out, out._version
-        return out
+        return self._constants.add(out)
 
     def _factor(self, operation: Operation, function: Function, *args: Any, **kwargs: Any) -> Any:
         """A head that ends in a sigmoid or tanh would have no gradient left."""
@@ -195,14 +194,14 @@ class Conservative:
 
     def _quotient(self, _operation: Operation, function: Function, input: Any, other: Any, **kwargs: Any) -> Any:
         """An activation divided by a number is still one."""
-        still = _holds(self._activations, input) and not isinstance(other, Tensor)
+        still = input in self._activations and not isinstance(other, Tensor)
         out = function(input, other, **kwargs)
-        return self._activated(out) if still else out
+        return self._activations.add(out) if still else out
 
     def _product(self, operation: Operation, function: Function, input: Any, other: Any, **kwargs: Any) -> Any:
         """`act(a) * b` in a gated MLP with a constant act(a); any other product as it is."""
-        acts = [_holds(self._activations, factor) for factor in (input, other)]
-        carrying = [_requires_grad(f) and not _holds(self._constants, f) for f in (input, other)]
+        acts = [factor in self._activations for factor in (input, other)]
+        carrying = [depends(factor) and factor not in self._constants for factor in (input, other)]
         if acts[0] and carrying[1] and input is not other:
             if operation.in_place:
                 return input.copy_(input.detach().clone() * other)
@@ -213,19 +212,7 @@ class Conservative:
         tensors = [factor for factor in (input, other) if isinstance(factor, Tensor)]
         written_out = len(tensors) == 2 and input.dim() > 2 and input.shape == other.shape and sum(carrying) == 1
         out = function(input, other, **kwargs)
-        return self._activated(out) if written_out or (any(acts) and len(tensors) == 1) else out
-
-    def _activated(self, out: Tensor) -> Tensor:
-        self._activations[id(out)] = out, out._version
-        return out
-
-
-def _holds(kept: dict[int, tuple[Tensor, int]], value: Any) -> bool:
-    return id(value) in kept and value._version == kept[id(value)][1]
-
-
-def _requires_grad(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
+        return self._activations.add(out) if written_out or (any(acts) and len(tensors) == 1) else out
 
 
 def _norm(

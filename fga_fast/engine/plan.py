@@ -16,7 +16,7 @@ from fga_fast.models.find import find_layout
 from fga_fast.models.layout import ModelLayout
 from fga_fast.question.readout import Readout
 from fga_fast.sae import SparseAutoencoder
-from fga_fast.settings import Backend, Backward, Gate, Method, Settings, check_count
+from fga_fast.settings import Backend, Backward, Gate, Method, Settings
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,8 @@ def make_plan(
     saes = {} if saes is None else saes
     checks.check_saes(saes, layout, next((layout.tower or model).parameters()))
     ordered = {int(block): saes[block] for block in sorted(saes)}
-    _check_fit(settings, ordered, layout)
+    checks.check_fit(settings, ordered, layout)
+    _warn(settings, ordered, layout)
     cpu = torch.device("cpu")
     permutations = {block: settings.gate.decoder_permutation(sae.d_sae, cpu) for block, sae in ordered.items()}
     plan = Plan(model, layout, found, Readout(model, class_names, tokenizer), ordered, settings, permutations)
@@ -118,26 +119,14 @@ def make_plan(
     return plan
 
 
-def _check_fit(settings: Settings, saes: dict[int, SparseAutoencoder], layout: ModelLayout) -> None:
-    """Refuses settings that do not fit the model or its SAEs."""
-    last, start = len(layout.blocks) - 1, settings.start_block
-    check_count("start_block", start, 0, last, "blocks")
+def _warn(settings: Settings, saes: dict[int, SparseAutoencoder], layout: ModelLayout) -> None:
+    """Warns of SAEs that are probably at the wrong block."""
     for block, sae in saes.items():
-        if block < start:
-            raise ValueError(
-                f"saes[{block}]: would gate nothing, since start_block={start} skips block {block}; lower "
-                "start_block or remove the SAE"
-            )
         told = sae.metadata.get("layer", str(block))
         if told.isdecimal() and int(told) != block:
             logger.warning(
                 "saes[%d]: its checkpoint says it was trained on block %s; its self_check() tells whether it fits",
                 block, told,
             )  # fmt: skip
-    if settings.top_features:
-        if not saes:
-            raise ValueError(f"top_features: got {settings.top_features}, but there are no SAEs; give saes={{...}}")
-        fewest = min(sae.d_sae for sae in saes.values())
-        check_count("top_features", settings.top_features, 0, fewest, "features of the smallest SAE")
-    if settings.method == "rollout" and layout.pooling == "token" and last in saes:
+    if settings.method == "rollout" and layout.pooling == "token" and len(layout.blocks) - 1 in saes:
         logger.warning("the SAE after the last block gates nothing: the model reads only the class token there")

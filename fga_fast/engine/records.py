@@ -6,6 +6,7 @@ Both classes implement `taps.Record`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from fga_fast.sae.features import TopFeatures
 from fga_fast.settings import Gate
 
 
+@dataclass
 class Gating:
     """Scores the patches at one block and turns the scores into gates.
 
@@ -24,13 +26,12 @@ class Gating:
     as float64, because a gradient cannot be an integer; float64 is exact for any size of dictionary.
     """
 
-    def __init__(
-        self, sae: SparseAutoencoder, gate: Gate, permutation: Tensor | None, prefix_tokens: int, top_features: int,
-        stages: Stages,
-    ) -> None:  # fmt: skip
-        self.sae, self.gate = sae, gate
-        self.permutation = None if permutation is None else permutation.to(sae.device)
-        self.prefix_tokens, self.top_features, self.stages = prefix_tokens, top_features, stages
+    sae: SparseAutoencoder
+    gate: Gate
+    permutation: Tensor | None  # [F]
+    prefix_tokens: int
+    top_features: int
+    stages: Stages
 
     def slots(self, carrier: Tensor) -> tuple[Tensor, ...]:
         batch, patches, k = len(carrier), carrier.shape[1] - self.prefix_tokens, self.top_features
@@ -50,11 +51,9 @@ class Gating:
         prefix = self.prefix_tokens
         if prefix:  # without a prefix the slice would be an alias, and vmap has no rule for aliases
             x, g = x[:, prefix:], g[:, prefix:]
-        found = self.stages.score(
-            x, g, self.sae, self.gate.mode,
-            permutation=self.permutation, top_features=self.top_features,
-        )  # fmt: skip
-        scores, *features = found
+        scores, *features = self.stages.score(
+            x, g, self.sae, self.gate.mode, permutation=self.permutation, top_features=self.top_features
+        )
         features[0], features[2] = features[0].to(torch.float64), features[2].to(torch.float64)  # the indices
         if inverse is not None and self.gate.mode != "activation_only":  # all other scores are linear in g
             scores = scores * inverse.unsqueeze(-1)

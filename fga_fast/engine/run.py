@@ -6,7 +6,6 @@ The explainer runs this code and graph/ traces it, so both give the same explana
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,22 +17,8 @@ from fga_fast.models.checks import check_finite
 from fga_fast.models.layout import ModelLayout
 from fga_fast.models.pooling import check_pooling
 from fga_fast.precision import relevance_dtype
-from fga_fast.question.readout import Answer, Targets
+from fga_fast.question.readout import Answer, Tensors
 from fga_fast.sae.features import TopFeatures
-
-
-class Tensors(NamedTuple):
-    """An explanation without its settings. With K targets per image, [B] becomes [B, K], [B, P] becomes [B, K, P]."""
-
-    logits: Tensor  # [B, classes]
-    targets: Tensor  # [B] int64
-    values: Tensor  # [B]
-    names: tuple[str, ...] | None  # of the columns of the logits, if known
-    relevance: Tensor  # [B, P]
-    scores: dict[int, Tensor]  # block -> [B, P]
-    gates: dict[int, Tensor]  # block -> [B, P]
-    features: dict[int, TopFeatures]  # block -> its strongest features, if asked for
-    blocks: Tensor | None  # [B, L', P], relevance of the patches that enter each block, if asked for
 
 
 def explain(
@@ -45,7 +30,7 @@ def explain(
     look_at_values: bool = True,
     first: bool = False,
 ) -> Tensors:
-    """Explains one or more images with any backend but the reference.
+    """Explains images with any backend but the reference.
 
     Args:
         layout: the result of `plan.check(images)`.
@@ -56,6 +41,8 @@ def explain(
     Raises:
         TypeError, ValueError: the model cannot be tapped, or a tensor has NaN or Inf; the message says what to do.
     """
+    if len(images) == 0:
+        return _nothing(plan, layout, images, answer)
     settings, prefix = plan.settings, layout.prefix_tokens
     tape = _tape(plan, layout)
     with tape.attached(images):
@@ -86,26 +73,20 @@ def _tape(plan: Plan, layout: ModelLayout) -> Tape:
     settings, stages = plan.settings, plan.choice().stages
     if stages is None:
         raise RuntimeError("backend: expected one with stages, got 'reference'; call fga_fast.reference.explain")
-    records = {
-        block: Gating(
-            sae, settings.gate, plan.permutations[block], layout.prefix_tokens, settings.top_features, stages
-        )
-        for block, sae in plan.saes.items()
-    }  # fmt: skip
-    return Tape(
-        layout, records, stages.attention,
-        method=settings.method, conservative=settings.backward == "conservative", signed=settings.signed,
-        start_block=settings.start_block, per_block=settings.per_block,
-    )  # fmt: skip
+    records = {}
+    for block, sae in plan.saes.items():
+        shuffled = plan.permutations[block]
+        permutation = None if shuffled is None else shuffled.to(sae.device)
+        records[block] = Gating(sae, settings.gate, permutation, layout.prefix_tokens, settings.top_features, stages)
+    return Tape(layout, records, stages.attention, settings)
 
 
-def nothing(plan: Plan, layout: ModelLayout, images: Tensor, targets: Targets) -> Tensors:
+def _nothing(plan: Plan, layout: ModelLayout, images: Tensor, answer: Callable[[Tensor], Answer]) -> Tensors:
     """The explanation of no images. Runs one blank image to learn the number of classes."""
     settings = plan.settings
     with torch.no_grad():
-        output = plan.readout.run(images.new_zeros(1, *images.shape[1:]))[:0]
-        answer = plan.readout.answer(targets, output)
-    none = images.new_zeros(*answer.targets.shape, layout.patches, dtype=relevance_dtype(images.dtype))
+        asked = answer(plan.readout.run(images.new_zeros(1, *images.shape[1:]))[:0])
+    none = images.new_zeros(*asked.targets.shape, layout.patches, dtype=relevance_dtype(images.dtype))
     features = {}
     if settings.top_features:
         value = none.new_zeros(*none.shape, settings.top_features)
@@ -114,6 +95,4 @@ def nothing(plan: Plan, layout: ModelLayout, images: Tensor, targets: Targets) -
     depth = len(layout.blocks) - settings.start_block
     blocks = none.new_zeros(*none.shape[:-1], depth, none.shape[-1]) if settings.per_block else None
     maps = dict.fromkeys(plan.saes, none)
-    return Tensors(
-        answer.logits, answer.targets, answer.values.detach(), answer.names, none, maps, dict(maps), features, blocks
-    )
+    return Tensors(*asked, none, maps, dict(maps), features, blocks)

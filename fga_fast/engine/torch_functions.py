@@ -1,19 +1,24 @@
 """The torch functions that an explanation does not leave as they are, under every name they have.
 
 One table for the engine and for the reference: a function is looked up here, and each side answers its kind in its own
-way. `FunctionMode` is the part that both sides share: what a model calls, and what no explanation can take.
+way. Both follow a forward pass with a `FunctionMode`, which finds the attentions and refuses what cannot be explained.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import Enum, auto
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from fga_fast.models.block_io import Arguments, ForwardPass, with_stream
+from fga_fast.models.multihead import open_multi_head_attention
 
 Function = Callable[..., Any]
 
@@ -121,36 +126,155 @@ def _table() -> dict[Function, Operation]:
 OPERATIONS: dict[Function, Operation] = _table()
 
 
-class Progress(Protocol):
-    """What a mode asks of the pass that it follows; see `models.block_io.ForwardPass`."""
+class Kept:
+    """Tensors by identity, each until it is changed in place. They are kept, so that no other one gets their ids."""
 
-    @property
-    def explaining(self) -> bool:
-        """Whether what runs now is differentiated."""
+    def __init__(self) -> None:
+        self._tensors: dict[int, tuple[Tensor, int]] = {}  # with the version, which counts changes in place
+        self.clear = self._tensors.clear
 
-    def check_dropout(self, probability: float) -> None:
-        """Refuses dropout that is on."""
+    def add(self, tensor: Tensor) -> Tensor:
+        self._tensors[id(tensor)] = tensor, tensor._version
+        return tensor
 
-    def refuse_hidden(self, name: str) -> None:
-        """Refuses attention whose maps cannot be reached, in a block."""
+    def __contains__(self, value: Any) -> bool:
+        return id(value) in self._tensors and value._version == self._tensors[id(value)][1]
 
-    def check_out(self, name: str) -> None:
-        """Refuses a result that is written into another tensor."""
+
+_thread = threading.local()  # hooks are on a shared model; in other threads than the mode's they must do nothing
 
 
 class FunctionMode(TorchFunctionMode):
-    """Sees every function that a model calls, and lets a handler answer those whose kind has one.
+    """Follows one forward pass: sees the model's blocks begin and end, and every function that the model calls.
 
     `handlers[kind](operation, function, *args, **kwargs)` answers from the first explained block to the model's end.
     Parameters take part without their gradient, so what requires one is what depends on the tokens.
     """
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, passed: ForwardPass) -> None:
         super().__init__()
-        self._progress = progress
-        self.handlers: dict[Kind, Function] = {}
+        self.passed = passed
+        self.handlers: dict[Kind, Function] = {
+            Kind.ATTENTION: self._attend,
+            Kind.MULTI_HEAD_ATTENTION: self._open,
+            Kind.SOFTMAX: self._softmax,
+        }
         # id of a parameter -> the parameter, so that no other object gets this id, and its values without a gradient
         self._detached: dict[int, tuple[nn.Parameter, Tensor]] = {}
+
+    # -- what each side answers in its own way -----------------------------------------------------------------
+
+    def tap_attention(
+        self,
+        function: Function,
+        query: Tensor,  # [B, H, Nq, D]
+        key: Tensor,  # [B, H, N, D]
+        value: Tensor,  # [B, H, N, Dv]
+        mask: Tensor | None,  # additive, broadcastable to [B, H, Nq, N]
+        scale: float | None,
+    ) -> Tensor:
+        """The output [B, H, Nq, Dv] of an attention of the running block or of the pool."""
+        raise NotImplementedError
+
+    def tap_map(self, maps: Tensor, logits: Tensor) -> Tensor:  # [B, H, Nq, N]; before the softmax
+        """What such an attention that the model writes out goes on with in place of its maps."""
+        raise NotImplementedError
+
+    def tap_input(self, index: int, arguments: Arguments) -> Arguments | None:
+        """What block `index` is called with in place of `arguments`; None: these."""
+        raise NotImplementedError
+
+    def tap_output(self, index: int, x: Tensor) -> Tensor | None:  # [B, N, C], or [N, B, C]
+        """What the model goes on with in place of the residual stream after block `index`; None: x."""
+        raise NotImplementedError
+
+    # -- what both sides share ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """Follows calls made in this thread. Hooks and mode are gone afterwards, whatever happens."""
+        outer, handles = getattr(_thread, "mode", None), []
+        try:
+            _thread.mode = self
+            for index, block in enumerate(self.passed.layout.blocks):
+                handles.append(block.register_forward_pre_hook(self._entering(index), with_kwargs=True))
+                handles.append(block.register_forward_hook(self._leaving(index)))
+            with torch.enable_grad(), self:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            _thread.mode = outer
+            self.clear()
+
+    def clear(self) -> None:
+        """Lets go of everything, at the end of a pass. Handlers are bound methods, which would keep cycles alive."""
+        self._detached.clear()
+        self.handlers.clear()
+
+    def _entering(self, index: int) -> Function:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+            if getattr(_thread, "mode", None) is not self:
+                return None
+            self.passed.enter(index)
+            return self.tap_input(index, (args, kwargs or {}))
+
+        return hook
+
+    def _leaving(self, index: int) -> Function:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+            if getattr(_thread, "mode", None) is not self:
+                return None
+            x = self.passed.leave(index, output)
+            tapped = None if x is None else self.tap_output(index, x)
+            if tapped is None:
+                return None
+            self.passed.stream = tapped
+            return with_stream(output, tapped)
+
+        return hook
+
+    def _attend(
+        self, _operation: Operation, function: Function, query: Tensor, key: Tensor, value: Tensor,
+        attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
+        scale: float | None = None, enable_gqa: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Answers scaled_dot_product_attention. Grouped queries share repeated keys and values."""
+        passed = self.passed
+        if not passed.is_tapped(query.shape[-2], key.shape[-2]):
+            settings = {"scale": scale, "enable_gqa": enable_gqa}
+            outside: Tensor = function(query, key, value, attn_mask, dropout_p, is_causal, **settings)
+            passed.pass_by(outside, query.shape[-2], key.shape[-2])
+            return outside
+        passed.check_call(attn_mask, dropout_p, is_causal)
+        if enable_gqa:
+            key, value = passed.share_heads(query, key, value)
+        passed.attend(query.shape, key.shape)
+        out = self.tap_attention(function, query, key, value, attn_mask, scale)
+        if passed.block is None:
+            passed.pool = out
+        return out
+
+    def _softmax(self, _operation: Operation, function: Function, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Taps the maps [B, H, Nq, N] or [B H, Nq, N] of a model that writes out its attention; others pass."""
+        maps: Tensor = function(input, *args, **kwargs)
+        by_head = self.passed.map_of(maps, kwargs.get("dim", args[0] if args else None))
+        if by_head is None:
+            return maps
+        tapped = self.tap_map(by_head, input)
+        if self.passed.block is None:
+            self.passed.pool = tapped
+        return tapped if maps.dim() == 4 else tapped.flatten(0, 1)
+
+    def _open(
+        self, _operation: Operation, function: Function, query: Tensor, key: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        if self.passed.is_tapped(len(query), len(key)):
+            with self:  # its projections and its attention are to be seen
+                return open_multi_head_attention(query, key, *args, **kwargs)
+        found = function(query, key, *args, **kwargs)
+        self.passed.pass_by(found[0], len(query), len(key))
+        return found
 
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -167,15 +291,15 @@ class FunctionMode(TorchFunctionMode):
         if operation is None:
             return func(*args, **kwargs)
         if operation.kind is Kind.DROPOUT:
-            self._progress.check_dropout(_dropped(operation, args, kwargs))
+            self.passed.check_dropout(_dropped(operation, args, kwargs))
             return func(*args, **kwargs)
-        if not self._progress.explaining:
+        if not self.passed.explaining:
             return func(*args, **kwargs)
         if operation.kind is Kind.HIDDEN_ATTENTION:
-            self._progress.refuse_hidden(operation.name)
+            self.passed.refuse_hidden(operation.name)
         if kwargs.get("out") is not None or "out0" in kwargs:
-            if torch.is_grad_enabled() and any(map(_depends, (*args, *kwargs.values()))):
-                self._progress.check_out(operation.name)
+            if torch.is_grad_enabled() and any(map(depends, (*args, *kwargs.values()))):
+                self.passed.check_out(operation.name)
             return func(*args, **kwargs)
         handler = self.handlers.get(operation.kind)
         if handler is None:
@@ -183,11 +307,6 @@ class FunctionMode(TorchFunctionMode):
         if "self" in kwargs:
             args, kwargs = (kwargs["self"], *args), {name: kwargs[name] for name in kwargs if name != "self"}
         return handler(operation, func, *args, **kwargs)
-
-    def clear(self) -> None:
-        """Lets go of everything, at the end of a pass. Handlers are bound methods, which would keep cycles alive."""
-        self._detached.clear()
-        self.handlers.clear()
 
     def _detach(self, parameter: nn.Parameter) -> Tensor:
         """The parameter's values without its gradient; one tensor a parameter, so the cost is paid once a pass."""
@@ -205,5 +324,6 @@ def _dropped(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]
     return 0.0 if training is False else float(p)  # None, which native_dropout takes, means on
 
 
-def _depends(value: Any) -> bool:
+def depends(value: Any) -> bool:
+    """Whether a value is a tensor with a gradient: one that depends on the tokens."""
     return isinstance(value, Tensor) and value.requires_grad

@@ -6,6 +6,7 @@ words.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 def replace_input(
     arguments: Arguments, tokens: Tensor | None, layout: ModelLayout, images: int, where: str
-) -> tuple[Tensor, Any]:
+) -> tuple[Tensor, Callable[[Tensor], Arguments]]:
     """The residual stream that enters a block, and a function that puts another tensor in its place.
 
     Args:

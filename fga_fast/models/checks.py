@@ -12,6 +12,7 @@ from fga_fast.models.find import active_randomness
 from fga_fast.models.layout import ModelLayout, is_whole
 from fga_fast.precision import relevance_dtype
 from fga_fast.sae import SparseAutoencoder
+from fga_fast.settings import Settings, check_count
 
 
 def check_eval(model: nn.Module) -> None:
@@ -70,6 +71,23 @@ def check_saes(saes: Mapping[int, SparseAutoencoder], layout: ModelLayout, like:
             raise ValueError(
                 f"saes[{block}]: is {sae.dtype} for a model of {like.dtype}; convert it with sae.to({like.dtype})"
             )
+
+
+def check_fit(settings: Settings, saes: Mapping[int, SparseAutoencoder], layout: ModelLayout) -> None:
+    """Refuses settings that do not fit the model or its SAEs."""
+    start = settings.start_block
+    check_count("start_block", start, 0, len(layout.blocks) - 1, "blocks")
+    for block in saes:
+        if block < start:
+            raise ValueError(
+                f"saes[{block}]: would gate nothing, since start_block={start} skips block {block}; lower "
+                "start_block or remove the SAE"
+            )
+    if settings.top_features:
+        if not saes:
+            raise ValueError(f"top_features: got {settings.top_features}, but there are no SAEs; give saes={{...}}")
+        fewest = min(sae.d_sae for sae in saes.values())
+        check_count("top_features", settings.top_features, 0, fewest, "features of the smallest SAE")
 
 
 def weights_of(model: nn.Module, layout: ModelLayout) -> list[tuple[str, nn.Parameter]]:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from fga_fast.question import targets as kinds
 from fga_fast.question.dual import DualEncoder, library_of
-from fga_fast.question.targets import Answer, Difference, Embedding, Targets
+from fga_fast.question.targets import Answer, Difference, Embedding, Targets, Tensors
 
-__all__ = ["Answer", "Difference", "Embedding", "Readout", "Targets"]
+__all__ = ["Answer", "Difference", "Embedding", "Readout", "Targets", "Tensors"]
 
 
 class Readout:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fga_fast.question.names import class_number
+from fga_fast.sae.features import TopFeatures
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,6 +73,22 @@ class Answer(NamedTuple):
     targets: Tensor  # [B] or [B, K] int64, columns of logits; -1 where there is none
     values: Tensor  # [B] or [B, K], the explained numbers, attached to the graph
     names: tuple[str, ...] | None  # of the columns of logits, where known
+
+
+class Tensors(NamedTuple):
+    """The detached `Answer` and what explains it. Relevance, scores and gates are float64 for float64 models, else
+    float32. With K targets an image [B, P] is [B, K, P], and features have a K after their B.
+    """
+
+    logits: Tensor  # [B, classes]
+    targets: Tensor  # [B] or [B, K] int64
+    values: Tensor  # [B] or [B, K]
+    names: tuple[str, ...] | None
+    relevance: Tensor  # [B, P]
+    scores: dict[int, Tensor]  # block -> [B, P]
+    gates: dict[int, Tensor]  # block -> [B, P], in [1 / base, base]
+    features: dict[int, TopFeatures]  # block -> its strongest features, if asked for
+    blocks: Tensor | None  # [B, L', P], relevance of the patches that enter each block, if asked for
 
 
 def pick(

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from fga_fast.precision import relevance_dtype
 from fga_fast.reference.attention import attention, attention_backward, attention_relevance
-from fga_fast.reference.explain import ReferenceResult, explain
+from fga_fast.reference.explain import explain
 from fga_fast.reference.gate import gate
 from fga_fast.reference.input_x_gradient import input_x_gradient
 from fga_fast.reference.rollout import gate_columns, pooled_row, rollout
 from fga_fast.reference.score import contributions, score, top_features
 
 __all__ = [
-    "ReferenceResult",
     "attention",
     "attention_backward",
     "attention_relevance",

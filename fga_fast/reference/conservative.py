@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fga_fast.engine.torch_functions import Function, Kind, Operation
+from fga_fast.engine.torch_functions import Function, Kept, Kind, Operation, depends
 from fga_fast.models.block_io import ForwardPass
 from fga_fast.precision import relevance_dtype
 
@@ -120,12 +120,17 @@ class Conservative:
     """
 
     def __init__(self, passed: ForwardPass) -> None:
-        self.passed = passed
-        self.handlers: dict[Kind, Function] = {
+        self._passed = passed
+        self._activated = Kept()
+        self._constants = Kept()  # results in place, which still require a gradient
+
+    def handlers(self) -> dict[Kind, Function]:
+        """What answers each kind of function. Made anew, since methods kept in the object would be a cycle."""
+        return {
             **RULES,
-            Kind.ACTIVATION: lambda *args, **kwargs: self._remember(self._activated, activation(*args, **kwargs)),
+            Kind.ACTIVATION: lambda *args, **kwargs: self._activated.add(activation(*args, **kwargs)),
             # max(z, 0), whose gate is 0 or 1 and so constant as it is
-            Kind.RELU: lambda _, func, *args, **kwargs: self._remember(self._activated, func(*args, **kwargs)),
+            Kind.RELU: lambda _, func, *args, **kwargs: self._activated.add(func(*args, **kwargs)),
             Kind.CONSTANT: self._constant,
             Kind.FACTOR: self._factor,
             Kind.STD_MEAN: self._std_mean,
@@ -133,9 +138,6 @@ class Conservative:
             Kind.PRODUCT: self._multiply,
             Kind.QUOTIENT: self._divide,
         }
-        # By id: a tensor, kept so that no other gets its id, and its version, which counts changes in place.
-        self._activated: dict[int, tuple[Tensor, int]] = {}
-        self._constants: dict[int, tuple[Tensor, int]] = {}  # results in place, which still require a gradient
 
     def forget(self) -> None:
         """To be called where a block ends."""
@@ -148,20 +150,20 @@ class Conservative:
             out = func(*args, **kwargs)
             return out.detach() if isinstance(out, Tensor) else out
         x, *rest = args
-        return self._remember(self._constants, x.copy_(func(x.detach().clone(), *rest, **kwargs)))
+        return self._constants.add(x.copy_(func(x.detach().clone(), *rest, **kwargs)))
 
     def _factor(self, operation: Operation, func: Function, *args: Any, **kwargs: Any) -> Any:
         """What a composed activation multiplies z by, such as QuickGELU's sigmoid(1.702 z), or a norm divides by.
 
         In blocks only: where a head's output is a sigmoid or tanh, a constant would leave no gradient.
         """
-        in_block = self.passed.block is not None
+        in_block = self._passed.block is not None
         return self._constant(operation, func, *args, **kwargs) if in_block else func(*args, **kwargs)
 
     def _std_mean(self, operation: Operation, func: Function, *args: Any, **kwargs: Any) -> Any:
         """`std(x).detach(), mean(x)` in blocks."""
         std, mean = func(*args, **kwargs)
-        return (std if self.passed.block is None else std.detach()), mean
+        return (std if self._passed.block is None else std.detach()), mean
 
     def _power(self, operation: Operation, func: Function, x: Any, exponent: Any, *args: Any, **kwargs: Any) -> Any:
         """`x ** 0.5` and `x ** -0.5` are sqrt and rsqrt."""
@@ -172,23 +174,23 @@ class Conservative:
 
     def _divide(self, operation: Operation, func: Function, input: Any, other: Any, **kwargs: Any) -> Any:
         """An activation divided by a number is still one."""
-        activated = self._is_activated(input) and not isinstance(other, Tensor)
+        activated = input in self._activated and not isinstance(other, Tensor)
         out = func(input, other, **kwargs)
-        return self._remember(self._activated, out) if activated else out
+        return self._activated.add(out) if activated else out
 
     def _multiply(self, operation: Operation, func: Function, input: Any, other: Any, **kwargs: Any) -> Any:
         """`act(a).detach() * b` in a gated MLP, where b carries everything; any other product as it is."""
-        if self._is_activated(input) and self._depends(other) and input is not other:
+        if input in self._activated and self._depends(other) and input is not other:
             if operation.in_place:
                 return input.copy_(input.detach().clone() * other)
             return func(input.detach(), other, **kwargs)
-        if self._is_activated(other) and self._depends(input) and input is not other:
+        if other in self._activated and self._depends(input) and input is not other:
             return func(input, other.detach(), **kwargs)
         numbers = not (isinstance(input, Tensor) and isinstance(other, Tensor))
-        scaled = numbers and (self._is_activated(input) or self._is_activated(other))
+        scaled = numbers and (input in self._activated or other in self._activated)
         activated = scaled or self._is_composed_activation(input, other)
         out = func(input, other, **kwargs)
-        return self._remember(self._activated, out) if activated else out
+        return self._activated.add(out) if activated else out
 
     def _is_composed_activation(self, a: Any, b: Any) -> bool:
         """z * [act(z) / z].detach(), element by element: a product with a constant of the tokens' own shape."""
@@ -196,17 +198,8 @@ class Conservative:
             return False
         return self._depends(a) != self._depends(b)
 
-    def _is_activated(self, value: Any) -> bool:
-        return id(value) in self._activated and value._version == self._activated[id(value)][1]
-
     def _depends(self, value: Any) -> bool:
-        if id(value) in self._constants and value._version == self._constants[id(value)][1]:
-            return False
-        return isinstance(value, Tensor) and value.requires_grad
-
-    def _remember(self, where: dict[int, tuple[Tensor, int]], out: Tensor) -> Tensor:
-        where[id(out)] = out, out._version
-        return out
+        return depends(value) and value not in self._constants
 
 
 def _in_place(operation: Operation, kwargs: dict[str, Any]) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from fga_fast.precision import relevance_dtype
@@ -23,19 +21,3 @@ def input_x_gradient(
     """
     dtype = relevance_dtype(x.dtype)
     return (x.to(dtype) * g.to(dtype)).sum(dim=-1)
-
-
-def gated(
-    contribution: Tensor,  # [B, P], of the patches
-    gates: Sequence[Tensor],  # each [B, P], of the blocks after x
-) -> Tensor:
-    """Contributions with the gates of all blocks that they pass.
-
-    Equation: `c_p <- c_p * prod_l w_lp`.
-
-    Returns:
-        [B, P].
-    """
-    for gate in gates:
-        contribution = contribution * gate
-    return contribution

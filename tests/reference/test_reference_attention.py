@@ -11,8 +11,9 @@ from own_vit import FORMS, HEADS, IMAGES, TOKENS, OwnViT, own_vit
 from torch import Tensor, nn
 
 from fga_fast.models.block_io import TapeError
-from fga_fast.reference import ReferenceResult, explain
-from fga_fast.settings import Gate
+from fga_fast.question.readout import Tensors
+from fga_fast.reference import explain
+from fga_fast.settings import Gate, Settings
 
 Build = Callable[..., Any]
 
@@ -21,11 +22,11 @@ def images() -> Tensor:
     return torch.randn(IMAGES, generator=torch.Generator().manual_seed(1)).double()
 
 
-def explained(model: OwnViT, saes: dict[int, Any] | None = None, **settings: Any) -> ReferenceResult:
-    return explain(model, images(), None, saes or {}, Gate(), layout=model.layout(), **settings)
+def explained(model: OwnViT, saes: dict[int, Any] | None = None, **settings: Any) -> Tensors:
+    return explain(model, images(), None, saes or {}, Settings(**settings), layout=model.layout())
 
 
-def assert_same(got: ReferenceResult, want: ReferenceResult, tolerance: float = 1e-11) -> None:
+def assert_same(got: Tensors, want: Tensors, tolerance: float = 1e-11) -> None:
     assert want.relevance.abs().min() > 0
     torch.testing.assert_close(got.logits, want.logits, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(got.relevance, want.relevance, rtol=tolerance, atol=tolerance)
@@ -68,7 +69,7 @@ def test_streams_changed_in_place_are_seen_as_they_left_the_block(random_sae: Bu
     handle.remove()
     with torch.no_grad():
         codes = sae[1].encode(streams[0][:, 1:])
-    only_codes = explain(model, images(), None, sae, Gate(mode="activation_only"), layout=model.layout())
+    only_codes = explain(model, images(), None, sae, Settings(Gate(mode="activation_only")), layout=model.layout())
     torch.testing.assert_close(only_codes.scores[1], codes.sum(-1))
     assert result.relevance.abs().min() > 0
 
@@ -122,5 +123,5 @@ def test_multi_head_attention_outside_the_tower_is_left_alone() -> None:
             return out * self.text(words, words, words)[0].mean()  # type: ignore[no-any-return]
 
     model = Wrapped()
-    result = explain(model, images(), None, {}, Gate(), layout=model.tower.layout())
+    result = explain(model, images(), None, {}, Settings(), layout=model.tower.layout())
     assert result.relevance.abs().min() > 0

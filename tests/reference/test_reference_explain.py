@@ -16,7 +16,7 @@ from fga_fast.reference import explain, gate, score
 from fga_fast.reference.explain import differentiate
 from fga_fast.reference.recording import recording
 from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
-from fga_fast.settings import Gate
+from fga_fast.settings import Gate, Settings
 
 Build = Callable[..., Any]
 Saes = dict[int, SparseAutoencoder]
@@ -46,7 +46,7 @@ def test_explanation_equals_the_row_carried_from_the_head_to_the_patches(
     """The same relevance from a row vector, seeded at the pooling and carried back block by block."""
     model, saes = tiny_vit(**settings).double(), two_saes
     images = torch.randn(IMAGES).double()
-    result = explain(model, images, None, saes, Gate())
+    result = explain(model, images, None, saes, Settings())
     layout = find_layout(model)
     with recording(layout, images) as record:
         logits = model(images.requires_grad_())
@@ -55,8 +55,8 @@ def test_explanation_equals_the_row_carried_from_the_head_to_the_patches(
     row = torch.zeros(3, layout.tokens).double()
     start, stop = layout.pooled
     row[:, start:stop] = 1 / (stop - start)
-    if record.pool is not None and found.pool is not None:
-        row[:, start:stop] = (record.pool * found.pool).clamp(min=0).mean(dim=1)[:, 0]
+    if None in record.maps:
+        row[:, start:stop] = (record.maps[None] * found.maps[None]).clamp(min=0).mean(dim=1)[:, 0]
     for block in reversed(range(3)):
         message = torch.einsum(
             "bi,bhij->bj", row, (record.maps[block] * found.maps[block]).clamp(min=0) / record.maps[block].shape[1]
@@ -76,7 +76,7 @@ def test_explanation_equals_the_row_carried_from_the_head_to_the_patches(
 
 
 def test_registers_and_class_token_are_not_among_the_patches(tiny_vit: Build) -> None:
-    result = explain(tiny_vit(reg_tokens=3), torch.randn(IMAGES), None, {}, Gate())
+    result = explain(tiny_vit(reg_tokens=3), torch.randn(IMAGES), None, {}, Settings())
     assert result.relevance.shape == (3, 6)
     assert result.scores == {}
     assert result.gates == {}
@@ -85,22 +85,22 @@ def test_registers_and_class_token_are_not_among_the_patches(tiny_vit: Build) ->
 def test_images_do_not_see_each_other(tiny_vit: Build, two_saes: Saes) -> None:
     model, saes = tiny_vit().double(), two_saes
     images = torch.randn(IMAGES).double()
-    together = explain(model, images, torch.tensor([4, 0, 2]), saes, Gate())
+    together = explain(model, images, torch.tensor([4, 0, 2]), saes, Settings())
     for index, target in enumerate((4, 0, 2)):
-        alone = explain(model, images[index : index + 1], target, saes, Gate())
+        alone = explain(model, images[index : index + 1], target, saes, Settings())
         torch.testing.assert_close(alone.relevance[0], together.relevance[index], rtol=1e-11, atol=1e-13)
         torch.testing.assert_close(alone.scores[1][0], together.scores[1][index], rtol=1e-9, atol=1e-12)
 
 
 def test_targets_may_be_none_an_int_or_one_an_image(tiny_vit: Build) -> None:
     model, images = tiny_vit(), torch.randn(IMAGES)
-    predicted = explain(model, images, None, {}, Gate())
-    named = explain(model, images, model(images).argmax(dim=1), {}, Gate())
+    predicted = explain(model, images, None, {}, Settings())
+    named = explain(model, images, model(images).argmax(dim=1), {}, Settings())
     assert torch.equal(predicted.relevance, named.relevance)
-    same = explain(model, images, 2, {}, Gate())
+    same = explain(model, images, 2, {}, Settings())
     assert same.targets.tolist() == [2, 2, 2]
-    assert torch.equal(same.relevance, explain(model, images, torch.tensor([2, 2, 2]), {}, Gate()).relevance)
-    assert not torch.equal(same.relevance, explain(model, images, 3, {}, Gate()).relevance)
+    assert torch.equal(same.relevance, explain(model, images, torch.tensor([2, 2, 2]), {}, Settings()).relevance)
+    assert not torch.equal(same.relevance, explain(model, images, 3, {}, Settings()).relevance)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_bad_targets_leave_the_model_as_it_was(
 ) -> None:
     model = tiny_vit()
     with pytest.raises(error, match=message):
-        explain(model, torch.randn(IMAGES), targets, {}, Gate())
+        explain(model, torch.randn(IMAGES), targets, {}, Settings())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
@@ -129,7 +129,7 @@ def test_the_model_is_left_as_it_came(tiny_vit: Build, frozen: bool, two_saes: S
     flags = [parameter.requires_grad for parameter in model.parameters()]
     state = {name: value.clone() for name, value in model.state_dict().items()}
     images = torch.randn(IMAGES).double()
-    explain(model, images, None, two_saes, Gate())
+    explain(model, images, None, two_saes, Settings())
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
@@ -145,23 +145,23 @@ def test_hooks_are_gone_after_an_interrupt(tiny_vit: Build) -> None:
 
     handle = model.blocks[1].mlp.register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        explain(model, torch.randn(IMAGES), None, {}, Gate())
+        explain(model, torch.randn(IMAGES), None, {}, Settings())
     handle.remove()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    assert explain(model, torch.randn(IMAGES), None, {}, Gate()).relevance.shape == (3, 6)
+    assert explain(model, torch.randn(IMAGES), None, {}, Settings()).relevance.shape == (3, 6)
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_works_where_gradients_are_off(tiny_vit: Build, context: Callable[[], Any]) -> None:
     model, images = tiny_vit(), torch.randn(IMAGES)
-    want = explain(model, images, None, {}, Gate()).relevance
+    want = explain(model, images, None, {}, Settings()).relevance
     with context():
-        assert torch.equal(explain(model, images.clone(), None, {}, Gate()).relevance, want)
+        assert torch.equal(explain(model, images.clone(), None, {}, Settings()).relevance, want)
 
 
 @pytest.mark.parametrize("images", [0, 1])
 def test_small_batches(tiny_vit: Build, images: int, two_saes: Saes) -> None:
-    result = explain(tiny_vit().double(), torch.randn(images, 3, 32, 48).double(), None, two_saes, Gate())
+    result = explain(tiny_vit().double(), torch.randn(images, 3, 32, 48).double(), None, two_saes, Settings())
     assert result.relevance.shape == (images, 6)
     assert result.scores[0].shape == (images, 6)
     assert result.logits.shape == (images, 5)
@@ -171,9 +171,9 @@ def test_small_batches(tiny_vit: Build, images: int, two_saes: Saes) -> None:
 def test_other_dtypes_follow_the_float64_explanation(tiny_vit: Build, dtype: torch.dtype, two_saes: Saes) -> None:
     model, images = tiny_vit().double(), torch.randn(IMAGES).double()
     saes = two_saes
-    exact = explain(model, images, 1, saes, Gate())
+    exact = explain(model, images, 1, saes, Settings())
     rounded = {block: sae.to(dtype) for block, sae in saes.items()}
-    got = explain(model.to(dtype), images.to(dtype), 1, rounded, Gate())
+    got = explain(model.to(dtype), images.to(dtype), 1, rounded, Settings())
     assert got.logits.dtype == dtype
     assert {got.relevance.dtype, got.scores[0].dtype, got.gates[1].dtype} == {torch.float32}
     error = (got.relevance.double() - exact.relevance).norm() / exact.relevance.norm()
@@ -183,42 +183,42 @@ def test_other_dtypes_follow_the_float64_explanation(tiny_vit: Build, dtype: tor
 @pytest.mark.parametrize("mode", ["combined", "activation_only", "gradient_only", "no_sae", "shuffled"])
 def test_every_mode_changes_the_explanation(tiny_vit: Build, mode: Any, two_saes: Saes) -> None:
     model, images, saes = tiny_vit().double(), torch.randn(IMAGES).double(), two_saes
-    ungated = explain(model, images, None, {}, Gate()).relevance
-    gated = explain(model, images, None, saes, Gate(mode=mode, seed=3)).relevance
+    ungated = explain(model, images, None, {}, Settings()).relevance
+    gated = explain(model, images, None, saes, Settings(Gate(mode=mode, seed=3))).relevance
     assert not torch.allclose(gated, ungated)
-    assert torch.equal(gated, explain(model, images, None, saes, Gate(mode=mode, seed=3)).relevance)
-    neutral = explain(model, images, None, saes, Gate(mode=mode, base=1.0)).relevance
+    assert torch.equal(gated, explain(model, images, None, saes, Settings(Gate(mode=mode, seed=3))).relevance)
+    neutral = explain(model, images, None, saes, Settings(Gate(mode=mode, base=1.0))).relevance
     torch.testing.assert_close(neutral, ungated)
 
 
 def test_shuffled_uses_the_permutation_given(tiny_vit: Build, random_sae: Build) -> None:
     model, images, saes = tiny_vit().double(), torch.randn(IMAGES).double(), {1: random_sae("relu")}
-    combined = explain(model, images, None, saes, Gate()).scores[1]
-    identity = explain(model, images, None, saes, Gate(mode="shuffled", permutation=torch.arange(40))).scores[1]
-    reverse = explain(model, images, None, saes, Gate(mode="shuffled", permutation=torch.arange(40).flip(0))).scores[1]
+    combined = explain(model, images, None, saes, Settings()).scores[1]
+    gates = [Gate(mode="shuffled", permutation=order) for order in (torch.arange(40), torch.arange(40).flip(0))]
+    identity, reverse = (explain(model, images, None, saes, Settings(gate)).scores[1] for gate in gates)
     assert torch.equal(combined, identity)
     assert not torch.allclose(combined, reverse)
 
 
 def test_given_gates_take_the_place_of_the_scores(tiny_vit: Build, random_sae: Build) -> None:
     model, images, saes = tiny_vit().double(), torch.randn(IMAGES).double(), {1: random_sae("relu")}
-    own = explain(model, images, None, saes, Gate())
-    again = explain(model, images, None, saes, Gate(base=2.0), given_gates={1: own.gates[1]})
+    own = explain(model, images, None, saes, Settings())
+    again = explain(model, images, None, saes, Settings(Gate(base=2.0)), given_gates={1: own.gates[1]})
     assert torch.equal(again.relevance, own.relevance)
 
 
 def test_strongest_features_belong_to_the_scores(tiny_vit: Build, two_saes: Saes) -> None:
     model, images = tiny_vit(reg_tokens=1).double(), torch.randn(IMAGES).double()
-    result = explain(model, images, None, two_saes, Gate(), top_features=40)
+    result = explain(model, images, None, two_saes, Settings(top_features=40))
     for block, top in result.features.items():
         assert top.patch_index.shape == (3, 6, 40)
         torch.testing.assert_close(top.patch_contribution.sum(dim=-1), result.scores[block])
         torch.testing.assert_close(top.image_contribution.sum(dim=-1), result.scores[block].sum(dim=1))
-    few = explain(model, images, None, two_saes, Gate(), top_features=3).features[1]
+    few = explain(model, images, None, two_saes, Settings(top_features=3)).features[1]
     assert torch.equal(few.patch_index, result.features[1].patch_index[..., :3])
-    assert explain(model, images, None, two_saes, Gate()).features == {}
+    assert explain(model, images, None, two_saes, Settings()).features == {}
     with pytest.raises(ValueError, match="'no_sae'"):
-        explain(model, images, None, two_saes, Gate(mode="no_sae"), top_features=3)
+        explain(model, images, None, two_saes, Settings(Gate(mode="no_sae"), top_features=3))
 
 
 class TextBeside(nn.Module):
@@ -236,28 +236,28 @@ class TextBeside(nn.Module):
 
 def test_attention_outside_the_tower_is_left_alone(tiny_vit: Build) -> None:
     tower, images = tiny_vit().double(), torch.randn(IMAGES).double()
-    want = explain(tower, images, None, {}, Gate()).relevance
-    torch.testing.assert_close(explain(TextBeside(tower), images, None, {}, Gate()).relevance, want)
+    want = explain(tower, images, None, {}, Settings()).relevance
+    torch.testing.assert_close(explain(TextBeside(tower), images, None, {}, Settings()).relevance, want)
 
 
 def test_refusals(tiny_vit: Build, random_sae: Build) -> None:
     images = torch.randn(IMAGES).double()
     model = tiny_vit().double()
-    with pytest.raises(ValueError, match="layer 3 is out of range, expected 0 to 2"):
-        explain(model, images, None, {3: random_sae("relu")}, Gate())
+    with pytest.raises(ValueError, match="expected blocks 0 to 2 as keys, got 3"):
+        explain(model, images, None, {3: random_sae("relu")}, Settings())
     with pytest.raises(ValueError, match=r"saes\[1\]: .*width 8, the model's has width 16"):
-        explain(model, images, None, {1: random_sae("relu", width=8)}, Gate())
+        explain(model, images, None, {1: random_sae("relu", width=8)}, Settings())
     with pytest.raises(ValueError, match=r"dropout is active .*blocks.0.attn.attn_drop.*model.eval\(\)"):
-        explain(tiny_vit(attn_drop_rate=0.1).double().train(), images, None, {}, Gate())
+        explain(tiny_vit(attn_drop_rate=0.1).double().train(), images, None, {}, Settings())
     model.head = nn.Unflatten(1, (4, 4))
     with pytest.raises(ValueError, match=r"expected logits \[B, classes\] from images, .*got \[3, 4, 4\]"):
-        explain(model, images, None, {}, Gate())
+        explain(model, images, None, {}, Settings())
 
 
 @pytest.mark.parametrize("backward", ["exact", "conservative"])
 def test_other_threads_may_use_the_model_meanwhile(tiny_vit: Build, backward: Any) -> None:
     model, images = tiny_vit(), torch.randn(IMAGES)
-    want = explain(model, images, None, {}, Gate(), backward=backward)
+    want = explain(model, images, None, {}, Settings(backward=backward))
     plain, seen = model(images), []
 
     def interleave(module: nn.Module, inputs: Any) -> None:
@@ -267,7 +267,7 @@ def test_other_threads_may_use_the_model_meanwhile(tiny_vit: Build, backward: An
             thread.join()
 
     handle = model.blocks[1].mlp.register_forward_pre_hook(interleave)
-    got = explain(model, images, None, {}, Gate(), backward=backward)
+    got = explain(model, images, None, {}, Settings(backward=backward))
     handle.remove()
     assert torch.equal(got.relevance, want.relevance)
     assert torch.equal(seen[0], plain)

@@ -13,9 +13,9 @@ from own_vit import IMAGES, own_vit
 from torch import Tensor
 
 from fga_fast.models.find import find_layout
-from fga_fast.question.readout import Difference, Readout
-from fga_fast.reference import ReferenceResult, explain
-from fga_fast.settings import Gate
+from fga_fast.question.readout import Difference, Readout, Tensors
+from fga_fast.reference import explain
+from fga_fast.settings import Gate, Settings
 
 Build = Callable[..., Any]
 METHODS = ("rollout", "input_x_gradient")
@@ -37,7 +37,7 @@ def averaging(tiny_vit: Build) -> Any:
     return tiny_vit(global_pool="avg").double()
 
 
-def tensors(result: ReferenceResult) -> dict[str, Tensor]:
+def tensors(result: Tensors) -> dict[str, Tensor]:
     """Everything that has a target dimension."""
     found = {name: getattr(result, name) for name in ("targets", "values", "relevance", "blocks")}
     for name in ("scores", "gates"):
@@ -50,15 +50,15 @@ def tensors(result: ReferenceResult) -> dict[str, Tensor]:
 @pytest.mark.parametrize("backward", BACKWARDS)
 @pytest.mark.parametrize("method", METHODS)
 def test_many_targets_are_one_after_the_other(averaging: Any, saes: Any, method: Any, backward: Any) -> None:
-    settings = {"method": method, "backward": backward, "per_block": True, "top_features": 3, "start_block": 1}
+    settings = Settings(method=method, backward=backward, per_block=True, top_features=3, start_block=1)
     targets = torch.tensor([[0, 3, 3], [4, 1, 2]])
-    together = explain(averaging, images(), targets, saes, Gate(), **settings)
+    together = explain(averaging, images(), targets, saes, settings)
     assert together.relevance.shape == (2, 3, 6)
     assert together.blocks is not None
     assert together.blocks.shape == (2, 3, 2, 6)
     assert together.features[1].patch_index.shape == (2, 3, 6, 3)
     for k in range(3):
-        alone = tensors(explain(averaging, images(), targets[:, k], saes, Gate(), **settings))
+        alone = tensors(explain(averaging, images(), targets[:, k], saes, settings))
         assert alone.keys() == tensors(together).keys()
         for name, value in tensors(together).items():
             torch.testing.assert_close(value[:, k], alone[name], rtol=1e-10, atol=1e-12, msg=name)
@@ -67,30 +67,30 @@ def test_many_targets_are_one_after_the_other(averaging: Any, saes: Any, method:
 
 def test_targets_of_other_kinds(averaging: Any) -> None:
     def relevance(targets: Any, readout: Readout | None = None) -> Tensor:
-        return explain(averaging, images(), targets, {}, Gate(), readout=readout, method="input_x_gradient").relevance
+        return explain(averaging, images(), targets, {}, Settings(method="input_x_gradient"), readout=readout).relevance
 
     first, last = relevance(0), relevance(4)
     torch.testing.assert_close(relevance(Difference(0, 4)), first - last)
     torch.testing.assert_close(relevance(lambda logits: logits[:, 0] + 2 * logits[:, 4]), first + 2 * last)
     torch.testing.assert_close(relevance("e", Readout(averaging, list("abcde"))), last)
-    named = explain(averaging, images(), "e", {}, Gate(), readout=Readout(averaging, list("abcde")))
+    named = explain(averaging, images(), "e", {}, Settings(), readout=Readout(averaging, list("abcde")))
     assert named.names == ("a", "b", "c", "d", "e")
-    result = explain(averaging, images(), lambda logits: logits.square(), {}, Gate())
+    result = explain(averaging, images(), lambda logits: logits.square(), {}, Settings())
     assert result.relevance.shape == (2, 5, 6)
     assert (result.targets == -1).all()
 
 
 def test_a_value_without_gradient_is_refused(averaging: Any) -> None:
     with pytest.raises(ValueError, match="gradient"):
-        explain(averaging, images(), lambda logits: logits.detach()[:, 0], {}, Gate())
+        explain(averaging, images(), lambda logits: logits.detach()[:, 0], {}, Settings())
 
 
 def test_given_gates_may_be_one_for_each_target(averaging: Any, random_sae: Build) -> None:
     sae = {1: random_sae("relu")}
-    own = explain(averaging, images(), [[0, 1]], sae, Gate())
-    again = explain(averaging, images(), [[0, 1]], sae, Gate(base=2.0), given_gates=own.gates)
+    own = explain(averaging, images(), [[0, 1]], sae, Settings())
+    again = explain(averaging, images(), [[0, 1]], sae, Settings(Gate(base=2.0)), given_gates=own.gates)
     assert torch.equal(again.relevance, own.relevance)
-    shared = explain(averaging, images(), [[0, 1]], sae, Gate(base=2.0), given_gates={1: own.gates[1][:, 0]})
+    shared = explain(averaging, images(), [[0, 1]], sae, Settings(Gate(base=2.0)), given_gates={1: own.gates[1][:, 0]})
     assert torch.equal(shared.relevance[:, 0], own.relevance[:, 0])
     assert not torch.allclose(shared.relevance[:, 1], own.relevance[:, 1])
 
@@ -121,9 +121,9 @@ def tail(model: Any, first: int) -> Any:
 def test_start_block_explains_the_last_blocks_alone(
     averaging: Any, saes: Any, method: Any, backward: Any, start: int
 ) -> None:
-    settings = {"method": method, "backward": backward}
+    settings: dict[str, Any] = {"method": method, "backward": backward}
     gated = {block: sae for block, sae in saes.items() if block >= start}
-    got = explain(averaging, images(), 1, gated, Gate(), start_block=start, **settings)
+    got = explain(averaging, images(), 1, gated, Settings(start_block=start, **settings))
     entering: list[Tensor] = []
     handle = averaging.blocks[start].register_forward_pre_hook(lambda _module, args: entering.append(args[0]))
     averaging(images())
@@ -131,34 +131,34 @@ def test_start_block_explains_the_last_blocks_alone(
     model = tail(averaging, start)
     layout = replace(find_layout(averaging), blocks=tuple(model.blocks), tower=None)
     shifted = {block - start: sae for block, sae in gated.items()}
-    want = explain(model, entering[0].detach(), 1, shifted, Gate(), layout=layout, **settings)
+    want = explain(model, entering[0].detach(), 1, shifted, Settings(**settings), layout=layout)
     torch.testing.assert_close(got.relevance, want.relevance, rtol=1e-10, atol=1e-12)
-    assert not torch.allclose(got.relevance, explain(averaging, images(), 1, gated, Gate(), **settings).relevance)
+    assert not torch.allclose(got.relevance, explain(averaging, images(), 1, gated, Settings(**settings)).relevance)
 
 
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 def test_per_block_is_every_start_block(averaging: Any, saes: Any, method: Any, signed: bool) -> None:
     settings = {"method": method, "signed": signed}
-    result = explain(averaging, images(), 1, saes, Gate(), per_block=True, **settings)
+    result = explain(averaging, images(), 1, saes, Settings(per_block=True, **settings))
     assert result.blocks is not None
     assert result.blocks.shape == (2, 3, 6)
     assert torch.equal(result.blocks[:, 0], result.relevance)
     for start in range(3):
         left = {block: sae for block, sae in saes.items() if block >= start}
-        alone = explain(averaging, images(), 1, left, Gate(), start_block=start, **settings)
+        alone = explain(averaging, images(), 1, left, Settings(start_block=start, **settings))
         assert alone.blocks is None
         torch.testing.assert_close(result.blocks[:, start], alone.relevance, rtol=1e-12, atol=1e-14)
 
 
 def test_signed_keeps_negative_evidence(averaging: Any) -> None:
-    plain = explain(averaging, images(), 1, {}, Gate(), start_block=2).relevance
-    signed = explain(averaging, images(), 1, {}, Gate(), start_block=2, signed=True).relevance
+    plain = explain(averaging, images(), 1, {}, Settings(start_block=2)).relevance
+    signed = explain(averaging, images(), 1, {}, Settings(start_block=2, signed=True)).relevance
     own = 1 / 6  # every patch's relevance for itself, from the identity in I + Cbar and the average of the six
     assert plain.min() >= own
     assert signed.min() < own - 1e-4
     # One block and no relu: linear in the explained value.
-    other = explain(averaging, images(), lambda x: -x[:, 1], {}, Gate(), start_block=2, signed=True).relevance
+    other = explain(averaging, images(), lambda x: -x[:, 1], {}, Settings(start_block=2, signed=True)).relevance
     torch.testing.assert_close(signed - own, own - other)
 
 
@@ -175,15 +175,15 @@ def test_input_x_gradient_is_the_gradient_at_the_tokens(averaging: Any, saes: An
     (g,) = torch.autograd.grad(model(x)[:, 3].sum(), x)
     want = (x * g).sum(-1)[:, 1:].detach()
     assert want.min() < 0 < want.max()
-    ungated = explain(averaging, images(), 3, {}, Gate(), method="input_x_gradient").relevance
+    ungated = explain(averaging, images(), 3, {}, Settings(method="input_x_gradient")).relevance
     torch.testing.assert_close(ungated, want, rtol=1e-10, atol=1e-12)
-    gated = explain(averaging, images(), 3, saes, Gate(), method="input_x_gradient")
+    gated = explain(averaging, images(), 3, saes, Settings(method="input_x_gradient"))
     torch.testing.assert_close(gated.relevance, want * gated.gates[1] * gated.gates[2], rtol=1e-10, atol=1e-12)
 
 
 def test_backward_passes_differ_and_share_their_forward_pass(averaging: Any) -> None:
-    exact = explain(averaging, images(), None, {}, Gate())
-    conservative = explain(averaging, images(), None, {}, Gate(), backward="conservative")
+    exact = explain(averaging, images(), None, {}, Settings())
+    conservative = explain(averaging, images(), None, {}, Settings(backward="conservative"))
     torch.testing.assert_close(exact.logits, conservative.logits, rtol=1e-13, atol=1e-13)
     assert (exact.relevance - conservative.relevance).norm() > 0.05 * (exact.relevance - 1 / 6).norm()
 
@@ -196,10 +196,10 @@ def test_backward_passes_differ_and_share_their_forward_pass(averaging: Any) -> 
 def test_relevance_is_float32_under_autocast(tiny_vit: Build, saes: Any, method: Any, backward: Any) -> None:
     model = tiny_vit(global_pool="avg")
     narrow = {block: deepcopy(sae).float() for block, sae in saes.items()}
-    settings = {"method": method, "backward": backward, "per_block": True}
-    exact = explain(model.double(), images(), 1, saes, Gate(), **settings)
+    settings: dict[str, Any] = {"method": method, "backward": backward, "per_block": True}
+    exact = explain(model.double(), images(), 1, saes, Settings(**settings))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = explain(model.float(), images(torch.float32), 1, narrow, Gate(), **settings)
+        got = explain(model.float(), images(torch.float32), 1, narrow, Settings(**settings))
         assert torch.is_autocast_enabled("cpu")
     assert got.blocks is not None
     assert {got.relevance.dtype, got.blocks.dtype, got.scores[1].dtype, got.gates[2].dtype} == {torch.float32}
@@ -214,8 +214,8 @@ def test_relevance_is_float32_under_autocast(tiny_vit: Build, saes: Any, method:
 def test_other_dtypes_follow_float64(tiny_vit: Build, backward: Any, dtype: torch.dtype) -> None:
     model = tiny_vit(global_pool="map", norm_layer=torch.nn.RMSNorm, act_layer=torch.nn.SiLU).double()
     settings = {"method": "input_x_gradient", "backward": backward}
-    exact = explain(model, images(), 1, {}, Gate(), **settings).relevance
-    got = explain(model.to(dtype), images(dtype), 1, {}, Gate(), **settings)
+    exact = explain(model, images(), 1, {}, Settings(**settings)).relevance
+    got = explain(model.to(dtype), images(dtype), 1, {}, Settings(**settings))
     assert got.relevance.dtype == torch.float32
     assert got.values.dtype == dtype
     error = (got.relevance.double() - exact).norm() / exact.norm()
@@ -228,24 +228,21 @@ def test_other_dtypes_follow_float64(tiny_vit: Build, backward: Any, dtype: torc
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "gradient"}, "method: expected 'rollout' or 'input_x_gradient', got 'gradient'"),
-        ({"backward": "lrp"}, "backward: expected 'exact' or 'conservative', got 'lrp'"),
-        ({"start_block": 3}, "start_block: expected a block, 0 to 2, got 3"),
-        ({"start_block": -1}, "start_block: expected a block, 0 to 2, got -1"),
-        ({"start_block": True}, "start_block: expected a block, 0 to 2, got True"),
-        ({"start_block": 2}, "saes: layer 1 is below start_block=2"),
+        ({"start_block": 3}, r"start_block: expected 0 to 2 \(blocks\), got 3"),
+        ({"start_block": 2}, r"saes\[1\]: would gate nothing, since start_block=2 skips block 1"),
+        ({"top_features": 41}, r"top_features: expected 0 to 40 \(features of the smallest SAE\), got 41"),
     ],
 )
 def test_refusals(averaging: Any, saes: Any, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        explain(averaging, images(), None, saes, Gate(), **settings)
+        explain(averaging, images(), None, saes, Settings(**settings))
 
 
 @pytest.mark.parametrize("backward", BACKWARDS)
 def test_a_model_of_the_users_own(backward: Any) -> None:
     model = own_vit("F.softmax", returns="tokens first")
     pictures = torch.randn(IMAGES).double()
-    result = explain(model, pictures, [[0, 1]], {}, Gate(), layout=model.layout(), backward=backward)
+    result = explain(model, pictures, [[0, 1]], {}, Settings(backward=backward), layout=model.layout())
     assert result.relevance.shape == (2, 2, 6)
     with pytest.raises(ValueError, match="no supported vision transformer"):
-        explain(model, pictures, 0, {}, Gate())
+        explain(model, pictures, 0, {}, Settings())

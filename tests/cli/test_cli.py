@@ -248,7 +248,7 @@ def test_sae_that_does_not_fit(tmp_path: Path, photo: Path, sae: Path, refused: 
     small_path = small.save(tmp_path / "small")
     for given, message in (
         ([f"6={sae}"], "as keys, got 6"),  # blocks are 0 to 5
-        ([f"2={sae}", "--sae-normalize", "layer_norm"], "its own normalisation; got normalize='layer_norm'"),
+        ([f"2={sae}", "--sae-normalize", "layer_norm"], "stores its own, or needs none; got normalize='layer_norm'"),
         ([f"2={sae}", f"2={sae}"], "expected one autoencoder a block, got two for block 2"),
         ([f"2={small_path}"], "width 8"),
     ):

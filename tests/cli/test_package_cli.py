@@ -103,7 +103,7 @@ def uncompiled(_: object, package_path: str) -> None:
 def test_packages_that_take_no_files_or_no_targets(
     tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fga_fast.graph.package import export, load
+    from fga_fast.graph.package import load
 
     monkeypatch.setattr(load, "_loader", lambda *_: None)
     path = tmp_path / "x.pt2"
@@ -114,7 +114,7 @@ def test_packages_that_take_no_files_or_no_targets(
     ):
         with monkeypatch.context() as patch:
             patch.setattr(torch._inductor, "aoti_compile_and_package", uncompiled)
-            export.export(explainer(), path, images(1), preprocessing=preprocessing)
+            explainer().export(path, images(1), preprocessing=preprocessing)
         assert message in refused(*given)
 
 

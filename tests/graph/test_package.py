@@ -265,7 +265,7 @@ def test_metadata_says_what_it_is(predicted_package: Path) -> None:
     assert about.gate == {"mode": "combined", "base": 10.0, "slope": 1.0}
     assert about.versions == {"fga_fast": fga_fast.__version__, "torch": torch.__version__}
     assert [output.name for output in about.outputs] == [
-        "logits", "targets", "values", "relevance", "scores.0", "gates.0", "scores.1", "gates.1"
+        "logits", "targets", "values", "relevance", "scores.0", "scores.1", "gates.0", "gates.1"
     ]  # fmt: skip
     assert package.preprocess == PREPROCESS
     assert {path.name for path in predicted_package.parent.iterdir()} == {"predicted.pt2", "predicted.json"}

@@ -1,6 +1,6 @@
 // consumer MEMORY THREADS IMAGES SHAPE... OUT PACKAGE...: explains raw float32 images [B, C, H, W] in THREADS threads
 // for each package at once, which all must get the same numbers, and writes those of the first package as raw float64
-// to OUT: logits, targets, values, relevance, then scores and gates layer by layer, then the heat maps.
+// to OUT: logits, targets, values, relevance, then scores and gates block by block, then the heat maps.
 #include <fga_fast/session.h>
 
 #include <array>

@@ -7,6 +7,7 @@ way. Both follow a forward pass with a `FunctionMode`, which finds the attention
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum, auto
@@ -144,7 +145,7 @@ class Kept:
 _thread = threading.local()  # hooks are on a shared model; in other threads than the mode's they must do nothing
 
 
-class FunctionMode(TorchFunctionMode):
+class FunctionMode(TorchFunctionMode, ABC):
     """Follows one forward pass: sees the model's blocks begin and end, and every function that the model calls.
 
     `handlers[kind](operation, function, *args, **kwargs)` answers from the first explained block to the model's end.
@@ -164,6 +165,7 @@ class FunctionMode(TorchFunctionMode):
 
     # -- what each side answers in its own way -----------------------------------------------------------------
 
+    @abstractmethod
     def tap_attention(
         self,
         function: Function,
@@ -174,19 +176,18 @@ class FunctionMode(TorchFunctionMode):
         scale: float | None,
     ) -> Tensor:
         """The output [B, H, Nq, Dv] of an attention of the running block or of the pool."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tap_map(self, maps: Tensor, logits: Tensor) -> Tensor:  # [B, H, Nq, N]; before the softmax
         """What such an attention that the model writes out goes on with in place of its maps."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tap_input(self, index: int, arguments: Arguments) -> Arguments | None:
         """What block `index` is called with in place of `arguments`; None: these."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tap_output(self, index: int, x: Tensor) -> Tensor | None:  # [B, N, C], or [N, B, C]
         """What the model goes on with in place of the residual stream after block `index`; None: x."""
-        raise NotImplementedError
 
     # -- what both sides share ---------------------------------------------------------------------------------
 

@@ -1,5 +1,5 @@
 # Two commands do everything, on a machine with Python 3.10 or newer and a C++ compiler:
-#   make demo    set up, build, explain a real image, write the pictures to demo/
+#   make demo    set up, build, explain scenes of garments, write the pictures to demo/
 #   make test    set up, build, run all tests and linters
 # Others: make lint, format, bench, sanitize, wheel, clean.
 #

@@ -10,8 +10,8 @@ The stages of a call, in order:
      rollout  relevance takes one step:  v <- v + w * (v Cbar)                               (ops/attention.py)
 4. result     relevance of the patches, with logits, scores and gates                        (result/explanation.py)
 
-engine/run.py calls stages 1 to 3. What each of them computes is written in plain PyTorch in the file of the same name
-under `reference/`; `backend="reference"` runs that instead, slowly.
+engine/run.py calls stages 1 to 3; docs/design.md says how relevance rides the backward pass. reference/explain.py does
+the same in plain PyTorch, with score, gate and attention in files of these names; `backend="reference"` runs it.
 
 Sources: Chefer, Gur and Wolf, "Generic Attention-model Explainability", ICCV 2021 (TransMM); Šula, TU Wien 2026, doi
 10.34726/hss.2026.132361 (gate); Ali et al., "XAI for Transformers", ICML 2022 (conservative backward pass).
@@ -107,8 +107,8 @@ class Explainer:
             images: [B, channels, H, W] as the model takes them (normalised), its dtype and device. B may be 0.
             targets: what to explain. None: the predicted class. An int or a class name: the same for all images.
                 Ints or names [B]: one an image; [B, K]: K an image, in one forward pass. `Difference(a, b)`: why a
-                rather than b. For dual encoders text prompts in place of names, or an `Embedding`. Or any function
-                from logits [B, classes] to one scalar an image [B].
+                rather than b. For dual encoders, text prompts. For features, an `Embedding`. Or any function from
+                logits [B, classes] to scalars [B] or [B, K].
 
         Returns:
             An `Explanation`; relevance, scores and gates are float64 for float64 models, else float32.
@@ -132,7 +132,7 @@ class Explainer:
         self, example: Tensor, *, target_mode: TargetMode = "predicted", mode: str | None = None,
         batches: Sequence[int] | None = None,
     ) -> CompiledExplainer:  # fmt: skip
-        """This explainer as one compiled graph, called like it, with the same result; takes a minute or so.
+        """This explainer as one compiled graph, called like it, with the same result; takes about half a minute.
 
         Args:
             example: [B, channels, H, W], images of the size, dtype and device that will be explained.

@@ -14,7 +14,7 @@ from fga_fast.settings import Backend, Backward, Gate, Method
 def add_subject(parser: argparse.ArgumentParser) -> None:
     """Adds what `load_subject` reads, except for the model's name."""
     parser.add_argument(
-        "--checkpoint", metavar="FILE", type=Path, help="its weights: safetensors, or .pt (tensors only)"
+        "--checkpoint", metavar="FILE", type=Path, help="weights of --model: safetensors, or .pt (tensors only)"
     )
     parser.add_argument("--pretrained", action="store_true", help="let timm use its cache or download the weights")
     parser.add_argument("--random-weights", action="store_true", help="no weights, for timing; explains nothing")
@@ -34,9 +34,9 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """Adds what `explainer` reads."""
-    parser.add_argument("--backend", choices=get_args(Backend), default="auto")
-    parser.add_argument("--method", choices=get_args(Method), default="rollout")
-    parser.add_argument("--backward", choices=get_args(Backward), default="exact")
+    parser.add_argument("--backend", choices=get_args(Backend), default="auto", help="what computes (docs/backends.md)")
+    parser.add_argument("--method", choices=get_args(Method), default="rollout", help="default: %(default)s")
+    parser.add_argument("--backward", choices=get_args(Backward), default="exact", help="default: %(default)s")
     parser.add_argument(
         "--start-block", type=int, default=0, metavar="L", help="explain from this block on (default: %(default)s)"
     )

@@ -1,4 +1,4 @@
-"""Chooses the implementation of each stage: `auto` takes the fastest one that is known to be correct on the device.
+"""Chooses the implementation of each stage. `auto` takes the native kernels on CPUs, composite elsewhere.
 
 All implementations of a stage have the same signature (`ops.attention`, `ops.score`, `ops.gate`), so the tape does not
 need to know which one it calls.

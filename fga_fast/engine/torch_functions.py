@@ -86,10 +86,9 @@ _NAMES: dict[Kind, tuple[str, ...]] = {
     Kind.PRODUCT: ("mul", "multiply", "__mul__", "__rmul__", "__imul__"),
     Kind.QUOTIENT: ("div", "divide", "true_divide", "__truediv__", "__itruediv__", "__div__", "__idiv__"),
 }
-# A function is `torch.special.f` in Python and `special_f` in aten, `torch.linalg.f` likewise. A model's call of
-# `torch.ops.aten.f` arrives as that object and one of `torch.ops.aten.f.overload` as the overload, with the arguments
-# of `torch.f` apart from `self` for `input`. `torch._refs` and `torch.ops.prims` are left out: they are what compilers
-# decompose functions into, after they have been seen here.
+# `torch.special.f` is `special_f` in aten, and `torch.linalg.f` is `linalg_f`. A call of `torch.ops.aten.f` arrives as
+# that object, a call of `torch.ops.aten.f.overload` as the overload. Both take the arguments of `torch.f`, with `self`
+# for `input`. `torch._refs` and `torch.ops.prims` are left out: compilers make them of functions seen here before.
 _NAMESPACES: tuple[Any, ...] = (torch, F, Tensor, torch.special, torch.linalg, torch._C._nn, torch.ops.aten)
 
 

@@ -20,7 +20,6 @@ Sources: Chefer, Gur and Wolf, "Generic Attention-model Explainability", ICCV 20
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +33,7 @@ from fga_fast.models.layout import ModelLayout
 from fga_fast.question.readout import Targets, Tensors
 from fga_fast.result.explanation import Explanation
 from fga_fast.sae import SparseAutoencoder
-from fga_fast.settings import Backend, Backward, Gate, Method, Settings, TargetMode
+from fga_fast.settings import Backend, Backward, Gate, Method, Settings, TargetMode, start_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -83,12 +82,9 @@ class Explainer:
         start_block: int = 0, signed: bool = False, per_block: bool = False, target_chunk: int = 8,
         start_layer: int | None = None,
     ) -> None:  # fmt: skip
-        if start_layer is not None:
-            warnings.warn("start_layer: renamed to start_block", DeprecationWarning, stacklevel=2)
-            start_block = start_layer
         settings = Settings(
-            Gate() if gate is None else gate, method, backward, backend, top_features, start_block, signed, per_block,
-            target_chunk,
+            Gate() if gate is None else gate, method, backward, backend, top_features,
+            start_of(start_block, start_layer), signed, per_block, target_chunk,
         )  # fmt: skip
         self.plan = make_plan(model, saes, settings, layout, class_names, tokenizer)
         self.model, self.layout, self.saes, self.settings = model, self.plan.layout, self.plan.saes, settings

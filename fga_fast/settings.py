@@ -6,6 +6,8 @@ Nothing here knows the model; engine/plan.py checks what must fit it.
 from __future__ import annotations
 
 import math
+import numbers
+import warnings
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -38,6 +40,20 @@ def check_count(name: str, value: object, least: int, most: int | None = None, o
         raise ValueError(f"{name}: expected {wanted}, got {value}")
 
 
+def start_of(start_block: int, start_layer: int | None) -> int:
+    """The first explained block, also by its old name.
+
+    Raises:
+        ValueError: both names are given.
+    """
+    if start_layer is None:
+        return start_block
+    if start_block:
+        raise ValueError(f"start_layer: expected start_block alone, got both, {start_layer} and {start_block}")
+    warnings.warn(f"start_layer: renamed, use start_block={start_layer}", FutureWarning, stacklevel=3)
+    return start_layer
+
+
 @dataclass(frozen=True)
 class Gate:
     """Settings of the feature-gradient gate.
@@ -53,7 +69,7 @@ class Gate:
 
     Raises:
         ValueError: a value is outside its range.
-        TypeError: the permutation is not a tensor.
+        TypeError: a value that is no number, or a permutation that is no tensor.
     """
 
     mode: Mode = "combined"
@@ -64,6 +80,10 @@ class Gate:
 
     def __post_init__(self) -> None:
         check_choice("mode", self.mode, Mode)
+        for name, kind in (("base", numbers.Real), ("slope", numbers.Real), ("seed", numbers.Integral)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, kind):
+                raise TypeError(f"{name}: expected a number ({kind.__name__}), got {type(value).__name__}")
         if not (math.isfinite(self.base) and self.base > 0):
             raise ValueError(f"base: expected a finite number above 0, got {self.base}")
         if not math.isfinite(self.slope):

@@ -128,7 +128,7 @@ class Case:
         return {block: self._sae(block) for block in blocks}
 
     def gate(self, run: int) -> Any:
-        """The run's `fga_fast.gate.Gate`."""
+        """The run's `fga_fast.Gate`."""
         from fga_fast.settings import Gate
 
         settings = self.header["runs"][run]

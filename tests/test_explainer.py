@@ -161,8 +161,19 @@ def test_keywords_that_are_passed_on_are_those_of_the_explainer() -> None:
 
 
 def test_the_old_name_of_start_block(tiny_vit: Build) -> None:
-    with pytest.warns(DeprecationWarning, match="start_layer: renamed to start_block"):
+    with pytest.warns(FutureWarning, match="start_layer: renamed, use start_block=1"):
         assert Explainer(tiny_vit(), start_layer=1).settings.start_block == 1
+    with pytest.raises(ValueError, match="start_layer: expected start_block alone, got both, 1 and 2"):
+        Explainer(tiny_vit(), start_layer=1, start_block=2)
+
+
+def test_threads_may_load_the_library_together() -> None:
+    code = (
+        "from concurrent.futures import ThreadPoolExecutor\nfrom fga_fast import ops\n"
+        "with ThreadPoolExecutor(6) as pool: print(list(pool.map(lambda _: ops.load(), range(6))))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_repr_helps(tiny_vit: Build) -> None:

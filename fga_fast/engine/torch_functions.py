@@ -100,7 +100,7 @@ def _found(name: str) -> Iterator[Function]:
             if function is None:
                 continue
             yield function
-            if space is torch.ops.aten:  # all but TorchScript's, of numbers and lists
+            if space is torch.ops.aten:  # not TorchScript's, of numbers and lists
                 overloads = (getattr(function, overload) for overload in function.overloads())
                 yield from (o for o in overloads if any(str(a.type) == "Tensor" for a in o._schema.arguments))
 
@@ -127,21 +127,22 @@ OPERATIONS: dict[Function, Operation] = _table()
 
 
 class Kept:
-    """Tensors by identity, each until it is changed in place. They are kept, so that no other one gets their ids."""
+    """A set of tensors by identity, until they are changed in place. It holds them, so no new tensor gets an old id."""
 
     def __init__(self) -> None:
         self._tensors: dict[int, tuple[Tensor, int]] = {}  # with the version, which counts changes in place
         self.clear = self._tensors.clear
 
     def add(self, tensor: Tensor) -> Tensor:
-        self._tensors[id(tensor)] = tensor, tensor._version
+        if not tensor.is_inference():  # one has no version, and no gradient either
+            self._tensors[id(tensor)] = tensor, tensor._version
         return tensor
 
     def __contains__(self, value: Any) -> bool:
         return id(value) in self._tensors and value._version == self._tensors[id(value)][1]
 
 
-_thread = threading.local()  # hooks are on a shared model; in other threads than the mode's they must do nothing
+_thread = threading.local()  # threads share the model and its hooks, which act only in the thread that runs the mode
 
 
 class FunctionMode(TorchFunctionMode, ABC):
@@ -321,7 +322,7 @@ def _dropped(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]
         return float(1 - kwargs.get("p", args[1] if len(args) > 1 else 0.5))
     training = kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
     p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
-    return 0.0 if training is False else float(p)  # None, which native_dropout takes, means on
+    return 0.0 if training is not None and not training else float(p)  # None, for native_dropout, means on
 
 
 def depends(value: Any) -> bool:

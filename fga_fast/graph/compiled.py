@@ -24,7 +24,7 @@ from fga_fast.graph.trace import Flat, check_example, flatten, one_at_a_time
 from fga_fast.models import checks
 from fga_fast.result.explanation import Explanation
 from fga_fast.result.fields import nested
-from fga_fast.settings import TargetMode
+from fga_fast.settings import TargetMode, check_count
 
 Run = Callable[..., Sequence[Tensor]]
 
@@ -96,9 +96,11 @@ class CompiledExplainer:
 
 
 def _checked_batches(batches: Sequence[int] | None, example: Tensor) -> tuple[int, ...]:
+    if batches is not None and (not isinstance(batches, Sequence) or not batches):
+        raise ValueError(f"batches: expected a sequence of batch sizes, such as [1, 8], got {batches!r}")
     sizes = (len(example),) if batches is None else tuple(batches)
-    if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise ValueError(f"batches: expected batch sizes of at least 1, or an example with images, got {list(sizes)}")
+    for size in sizes:
+        check_count("batches", size, 1)
     return tuple(sorted(set(sizes)))
 
 

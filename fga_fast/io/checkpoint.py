@@ -80,19 +80,17 @@ def _opened(path: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[], dict[s
     if start[8:9] == b"{":
         stored = SafetensorsFile(path)
         return stored.shapes, stored.tensors
-    zipped = start[:4] == b"PK\x03\x04"
-    if not zipped and start[:1] != b"\x80":  # where a pickle starts, as torch.save wrote them before 1.6
+    if start[:4] != b"PK\x03\x04" and start[:1] != b"\x80":  # where a pickle starts
         size = path.stat().st_size
         raise ValueError(f"{path} is neither a safetensors nor a torch .pt file; its size is {size} bytes")
-    state = _state_dict(path, zipped)
+    state = _state_dict(path)
     return {name: tuple(tensor.shape) for name, tensor in state.items()}, lambda: dict(state)
 
 
-def _state_dict(path: Path, zipped: bool) -> dict[str, Tensor]:
-    if zipped:
-        torch_file.check_archive(path, max_entries=_MAX_ENTRIES, max_pickle=_MAX_PICKLE)
+def _state_dict(path: Path) -> dict[str, Tensor]:
+    torch_file.check_archive(path, max_entries=_MAX_ENTRIES, max_pickle=_MAX_PICKLE)
     try:
-        loaded: Any = torch_file.load(path, mmap=zipped)
+        loaded: Any = torch_file.load(path, mmap=True)
     except ValueError as error:
         raise ValueError(
             f"{error}; pickled objects other than tensors are refused because they can run any code. Where you trust "
@@ -104,4 +102,6 @@ def _state_dict(path: Path, zipped: bool) -> dict[str, Tensor]:
             break
     if not isinstance(loaded, dict) or not loaded or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise ValueError(f"{path} holds no state dict (names to tensors), got {type(loaded).__name__}")
+    for name, tensor in loaded.items():
+        torch_file.check_size(str(name), tensor, path)
     return {str(name).removeprefix("module."): value for name, value in loaded.items()}

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 # The pickle of a state dict holds names and sizes only, a few kB; the tensors' bytes are beside it in the archive.
 MAX_PICKLE_BYTES = 4 << 20
@@ -137,6 +138,16 @@ def load(
     except Exception as error:  # damaged files raise anything from KeyError to RuntimeError
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"  # further lines are torch's advice
         raise ValueError(f"{path}: damaged or refused by torch.load(weights_only=True) ({reason})") from error
+
+
+def check_size(name: str, tensor: Tensor, where: object) -> None:
+    """Refuses a tensor that claims more bytes than its file stores.
+
+    Zero strides let a few stored bytes stand for a tensor of any size; a copy of it would allocate that size.
+    """
+    claimed, stored = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
+    if claimed > stored:
+        raise ValueError(f"{where}: {name}: claims {claimed} bytes, the file stores {stored}")
 
 
 def _source(path: Path, content: bytes | None) -> Path | io.BytesIO:

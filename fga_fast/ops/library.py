@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import logging
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 _cuda_error: ImportError | None = None
 _registrations: list[Callable[[], None]] = []
+_loading, _loaded = threading.Lock(), threading.Event()
 
 
 class NativeLibraryError(RuntimeError):
@@ -28,15 +29,23 @@ def at_load(register: Callable[[], None]) -> Callable[[], None]:
     return register
 
 
-@functools.cache
 def load() -> None:
-    """Makes `torch.ops.fga_fast.*` callable. Cheap after the first call.
+    """Makes `torch.ops.fga_fast.*` callable. Cheap after the first call, which other threads wait for.
 
     `FGA_FAST_LIBRARY` may name a shared object to load instead of the installed one (a build with sanitizers).
 
     Raises:
         NativeLibraryError: no compiled library was found, or the loader refused it; the message has its words.
     """
+    if _loaded.is_set():
+        return
+    with _loading:
+        if not _loaded.is_set():
+            _load()
+            _loaded.set()
+
+
+def _load() -> None:
     global _cuda_error
     override = os.environ.get("FGA_FAST_LIBRARY")
     try:
@@ -57,8 +66,9 @@ def load() -> None:
         except ImportError as error:
             _cuda_error = error
             logger.info("CUDA kernels not loaded: %s", error)
-    for register in _registrations:
-        register()
+    while _registrations:  # what a failure leaves is registered by the next try
+        _registrations[0]()
+        del _registrations[0]
 
 
 def cuda_error() -> str:

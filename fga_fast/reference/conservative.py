@@ -165,12 +165,12 @@ class Conservative:
         std, mean = func(*args, **kwargs)
         return (std if self._passed.block is None else std.detach()), mean
 
-    def _power(self, operation: Operation, func: Function, x: Any, exponent: Any, *args: Any, **kwargs: Any) -> Any:
+    def _power(self, operation: Operation, func: Function, input: Any, exponent: Any, *args: Any, **kwargs: Any) -> Any:
         """`x ** 0.5` and `x ** -0.5` are sqrt and rsqrt."""
         rules = {0.5: self._factor, -0.5: self._constant} if isinstance(exponent, float) else {}
         if exponent in rules:
-            return rules[exponent](operation, func, x, exponent, *args, **kwargs)
-        return func(x, exponent, *args, **kwargs)
+            return rules[exponent](operation, func, input, exponent, *args, **kwargs)
+        return func(input, exponent, *args, **kwargs)
 
     def _divide(self, operation: Operation, func: Function, input: Any, other: Any, **kwargs: Any) -> Any:
         """An activation divided by a number is still one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -75,12 +76,18 @@ class Explanation:
 
     def __post_init__(self) -> None:
         for name in ("grid", "image_size"):
-            first, second = getattr(self, name)
-            object.__setattr__(self, name, (int(first), int(second)))
+            pair = tuple(getattr(self, name))
+            if len(pair) != 2 or not all(isinstance(n, numbers.Integral) and int(n) >= 1 for n in pair):
+                raise ValueError(f"{name}: expected two whole numbers of at least 1, got {pair}")
+            object.__setattr__(self, name, (int(pair[0]), int(pair[1])))
         shape = tuple(self.relevance.shape)
         if len(shape) not in (2, 3) or shape[-1] != self.grid[0] * self.grid[1]:
             raise ValueError(
                 f"relevance: expected [B,P] or [B,K,P] with P = {self.grid[0]} * {self.grid[1]}, got {shape}"
+            )
+        if not self.relevance.is_floating_point() or self.targets.dtype != torch.int64:
+            raise ValueError(
+                f"relevance, targets: expected floats and int64, got {self.relevance.dtype} and {self.targets.dtype}"
             )
         if self.logits.dim() != 2 or self.logits.shape[0] != shape[0]:
             raise ValueError(f"logits: expected [{shape[0]}, classes], got {tuple(self.logits.shape)}")

@@ -35,10 +35,16 @@ def nested(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
             case [plain] if plain in _PLAIN:
                 fields[plain] = tensor
             case ["scores" | "gates" as kind, block]:
-                fields[kind][int(block)] = tensor
+                fields[kind][_block(block)] = tensor
             case ["features", block, part]:
-                fields["features"].setdefault(int(block), {})[part] = tensor
+                fields["features"].setdefault(_block(block), {})[part] = tensor
             case _:
                 raise ValueError(f"unknown entry {name!r}")
     fields["features"] = {block: TopFeatures(**parts) for block, parts in fields["features"].items()}
     return fields
+
+
+def _block(text: str) -> int:
+    if not text.isdecimal() or text != str(int(text)):  # one block must not have two names
+        raise ValueError(f"expected the number of a block, got {text!r}")
+    return int(text)

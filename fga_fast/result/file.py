@@ -43,7 +43,11 @@ def read(path: str | os.PathLike[str], build: Callable[..., Result]) -> Result:
     """
     tensors, about = _read(Path(path))
     try:
-        return build(**nested(tensors), **_checked(about))
+        result = build(**nested(tensors), **_checked(about))
+        targets, classes = tensors["targets"], tensors["logits"].shape[1]
+        if targets.numel() and not -1 <= int(targets.min()) <= int(targets.max()) < classes:
+            raise ValueError(f"targets: expected -1 to {classes - 1}, got {targets.flatten().tolist()!r:.80}")
+        return result
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"path: {path} is not a valid explanation: {error}") from error
 

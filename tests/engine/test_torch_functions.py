@@ -280,3 +280,25 @@ def test_no_name_is_forgotten() -> None:
     seen = {name: f for name, f in names_of_torch() if ALIKE.search(name) and not OTHERS.search(name)}
     assert len(seen) > 300
     assert {name for name, f in seen.items() if f not in OPERATIONS} == set()
+
+
+def looked_at(a: Tensor, b: Tensor) -> Tensor:
+    with torch.inference_mode():  # for a log
+        F.relu(a).amax()
+    return F.gelu(a) * b
+
+
+@pytest.mark.parametrize(
+    "mlp",
+    [
+        looked_at,
+        lambda a, b: a * torch.pow(input=b.square() + 1, exponent=-0.5),
+        lambda a, b: F.dropout(F.gelu(a) * b, 0.1, training=0),  # type: ignore[arg-type]
+    ],
+    ids=["inference mode", "pow by keywords", "dropout that is off by 0"],
+)
+@pytest.mark.parametrize("backward", BACKWARDS)
+def test_unusual_calls_are_explained_alike(mlp: Function, backward: str) -> None:
+    model = TinyViT(mlp)
+    first, *others = (outcome(model, backend, backward) for backend in BACKENDS)
+    assert isinstance(first, Tensor) and all(same(first, other) for other in others)

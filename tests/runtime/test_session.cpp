@@ -1,5 +1,5 @@
-// What a session refuses before a compiled model runs; tests/runtime/test_runtime.py and tests/runtime/test_runtime_programs.py test
-// the rest.
+// What a session refuses before a compiled model runs; tests/runtime/test_runtime.py and
+// tests/runtime/test_runtime_programs.py test the rest.
 #include <doctest/doctest.h>
 
 #include <fga_fast/session.h>
@@ -58,9 +58,10 @@ TEST_CASE("packages that this process cannot run are refused") {
   const char* const triton = "calls Triton kernels, which need Python; export it with backend=\"composite\"";
   CHECK_REFUSED(written(scratch, replaced(kNative, "\"native\"", "\"triton\"")), {}, triton);
   CHECK_REFUSED(written(scratch, replaced(kNative, "\"device\": \"cpu\"", "\"device\": \"cuda\"")), {}, triton);
-  CHECK_REFUSED(written(scratch, replaced(kComposite, "\"gated_blocks\"",
-                                          "\"machine\": {\"architecture\": \"z80\", \"features\": []}, \"gated_blocks\"")),
-                {}, "this one lacks z80; export it on a machine like this one");
+  CHECK_REFUSED(
+      written(scratch, replaced(kComposite, "\"gated_blocks\"",
+                                "\"machine\": {\"architecture\": \"z80\", \"features\": []}, \"gated_blocks\"")),
+      {}, "this one lacks z80; export it on a machine like this one");
   fga::Options none;
   none.runners = 0;
   CHECK_REFUSED(written(scratch, kComposite), none, "runners: expected at least 1, got 0");

@@ -153,7 +153,7 @@ def _is_whole(value: Any, least: int) -> bool:
 def _read(entries: Entries) -> Metadata:
     entries.text("format", FORMAT)
     if entries.whole("format_version", 0) != VERSION:
-        raise entries.wrong("format_version", f"{VERSION}, the one that this version of fga_fast reads")
+        raise entries.wrong("format_version", f"{VERSION}; export it again, or install the fga_fast that wrote it")
     kinds = get_type_hints(Metadata).items()
     metadata = Metadata(
         **{name: entries.text(name, *get_args(kind)) for name, kind in kinds if get_origin(kind) is Literal},

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fga_fast.io.torch_file import check_size
 from fga_fast.sae.checks import DTYPES, check_finite
 from fga_fast.sae.folding import folded_centring
 from fga_fast.sae.formats.options import Options
@@ -175,10 +176,7 @@ def check_stored(name: str, value: object, where: object) -> Tensor:
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.dtype not in DTYPES:
         got = f"{value.dtype}, {value.layout}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{where}: {name}: expected a dense floating-point tensor, got {got}")
-    # Zero strides let a few stored bytes stand for a tensor of any size; copying it would allocate that size.
-    claimed, stored = value.numel() * value.element_size(), value.untyped_storage().nbytes()
-    if claimed > stored:
-        raise ValueError(f"{where}: {name}: claims {claimed} bytes, the file stores {stored}")
+    check_size(name, value, where)
     return value.detach()
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from fga_fast.io.json_file import read_bounded
 
 MAX_YAML_BYTES = 1 << 14  # PyYAML takes a second or two for the worst files of this size
+_EXPONENT = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+")
 _SCALARS = (str, int, float, bool, type(None))
 
 
@@ -26,6 +28,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     data = read_bounded(path, MAX_YAML_BYTES)
     try:
         loader = yaml.SafeLoader(data)
+        # YAML 1.1 wants a dot in 1e-3; without it the number would be a text.
+        loader.yaml_implicit_resolvers = {**loader.yaml_implicit_resolvers}
+        for start in "-+0123456789":
+            known = loader.yaml_implicit_resolvers.get(start, [])
+            loader.yaml_implicit_resolvers[start] = [("tag:yaml.org,2002:float", _EXPONENT), *known]
         loader.flatten_mapping = lambda node: None  # merge keys, which grow a few bytes to any size, are refused
         settings = loader.get_single_data()
     except Exception as error:  # PyYAML raises anything from KeyError to RecursionError on odd files

@@ -69,7 +69,7 @@ class Conservative:
     def __init__(self, passed: ForwardPass) -> None:
         self._passed = passed
         self._activations = Kept()  # outputs, which a product with something else makes the gate of a gated MLP
-        self._constants = Kept()  # that were computed in place
+        self._constants = Kept()  # results computed in place: constants, although they still require a gradient
 
     def handlers(self) -> dict[Kind, Function]:
         """What answers each kind of function. Made anew, since methods kept in the object would be a cycle."""

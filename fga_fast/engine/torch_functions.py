@@ -1,4 +1,4 @@
-"""The torch functions that an explanation does not leave as they are, under every name they have.
+"""The torch functions that an explanation answers itself, under all their names.
 
 One table for the engine and for the reference: a function is looked up here, and each side answers its kind in its own
 way. Both follow a forward pass with a `FunctionMode`, which finds the attentions and refuses what cannot be explained.

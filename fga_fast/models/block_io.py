@@ -30,7 +30,7 @@ def replace_input(
 
     Args:
         arguments: positional and keyword arguments of the block.
-        tokens: what the block before returned, if that is among them it is the one; else None.
+        tokens: output of the block before, or None. If it is among the arguments, it is the stream.
         layout: says how many tokens there are, and their width if it is known.
         images: B.
         where: names the block in errors.
@@ -107,7 +107,7 @@ class ForwardPass:
     stream: Tensor | None = None  # [B, N, C] or [N, B, C], what the block that ended last handed on
     pool: Tensor | None = None  # output of the layout's attention pool
     outside: list[Outside] = field(default_factory=list)
-    before_pool: int = 0  # how many of them ran before the pool
+    before_pool: int = 0  # how many entries of `outside` ran before the pool
     cut: bool = False  # an attention ran where gradients are off
 
     @property
@@ -187,7 +187,7 @@ class ForwardPass:
             self.before_pool = len(self.outside)
 
     def map_of(self, maps: Tensor, dim: int | None) -> Tensor | None:  # a softmax's output -> [B, H, Nq, N]
-        """A softmax over `dim` as the attention of what runs, or None if it is another one."""
+        """The maps [B, H, Nq, N], if this is the attention of the running block or of the pool; None for other softmaxes."""
         if not torch.is_grad_enabled():  # a look at the maps, for a log
             return None
         images = max(self.images, 1)

@@ -1,8 +1,8 @@
 """`nn.MultiheadAttention` with its inside visible.
 
-PyTorch's own `multi_head_attention_forward` is one call for a TorchFunctionMode: the attention inside it is hidden. A
-mode that sees that call answers it with the function below, while it is itself active, and so sees the projections and
-the attention in it as it sees those of any other model.
+PyTorch's own `multi_head_attention_forward` is one call for a TorchFunctionMode: the attention inside it is hidden. The
+mode answers that call with the function below and stays active meanwhile, so it sees the projections and the attention
+inside.
 """
 
 from __future__ import annotations

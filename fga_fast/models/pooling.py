@@ -34,7 +34,7 @@ def check_pooling(passed: ForwardPass, values: Tensor) -> None:  # values [B] or
     ends = [found.output for found in after]
     if promised and passed.pool is not None:
         ends.append(passed.pool)
-    # Not back through the pool itself, whose backward pass takes part in the rollout.
+    # Do not differentiate through the pool: its backward pass belongs to the rollout.
     if not promised and passed.stream is not None and passed.stream.requires_grad:
         ends.append(passed.stream)
     if not ends:

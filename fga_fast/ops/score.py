@@ -81,7 +81,7 @@ def score(
 
 
 def check_mode(mode: str, permutation: Tensor | None, top_features: int) -> None:
-    """Checks what every implementation of the score is asked.
+    """Checks the arguments that all implementations of the score share.
 
     Raises:
         ValueError: unknown mode, or arguments that do not belong to it.
@@ -114,7 +114,7 @@ def empty_score(like: Tensor, shape: Sequence[int], k: int) -> Score:
     """A score of that shape, [M, P], with k features a patch and an image, whose values are not set.
 
     Args:
-        like: gives the device, and the dtype as x does.
+        like: a tensor on the result's device; its dtype decides the result's, as that of x does.
     """
     dtype, per_patch, per_image = relevance_dtype(like.dtype), (*shape, k), (shape[0], k)
     return Score(

@@ -39,7 +39,7 @@ from fga_fast.settings import Settings
 
 Saes = Mapping[int, SparseAutoencoder]
 Maps = dict[int, Tensor]  # block -> [B, P]
-# What follows from one explained value an image: relevance [B, P], scores, gates, features and blocks as in `Tensors`.
+# What one explained value for each image gives: relevance [B, P], scores, gates, features and blocks as in `Tensors`.
 Parts: TypeAlias = tuple[Tensor, Maps, Maps, dict[int, TopFeatures], Tensor | None]
 
 
@@ -68,7 +68,7 @@ def explain(
         readout: how the model's output answers the targets; None: `Readout(model)`.
         given_gates: gates in place of those computed from the scores, at blocks that have an autoencoder; for checking
             another implementation's rollout apart from its scores.
-        pooling_checked: what the values read is known to be what the layout pools, so it is not checked again.
+        pooling_checked: skip the check that the values read the pooled tokens; it was done before.
 
     Returns:
         `Tensors`, detached.

@@ -56,7 +56,7 @@ def warn_unnamed(where: str) -> None:
 
 
 def trained_on(hook: object, number: object, where: str) -> tuple[str | None, int | None]:
-    """The hook and the block that settings name, each None where they do not; a missing hook is logged."""
+    """The hook and the block that the settings name; None for one that they do not name. Logs a missing hook."""
     if isinstance(number, str):  # a module's path instead of a number
         hook, number = hook or number, None
     block = number if type(number) is int and number >= 0 else None

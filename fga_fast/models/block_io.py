@@ -187,7 +187,7 @@ class ForwardPass:
             self.before_pool = len(self.outside)
 
     def map_of(self, maps: Tensor, dim: int | None) -> Tensor | None:  # a softmax's output -> [B, H, Nq, N]
-        """The maps [B, H, Nq, N], if this is the attention of the running block or of the pool; None for other softmaxes."""
+        """The maps [B, H, Nq, N] if this is the attention of the running block or of the pool, else None."""
         if not torch.is_grad_enabled():  # a look at the maps, for a log
             return None
         images = max(self.images, 1)

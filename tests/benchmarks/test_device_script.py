@@ -54,23 +54,3 @@ def test_the_scripts_are_valid_bash() -> None:
         assert done.returncode == 0, done.stderr
     named = [word for word in script.read_text(encoding="utf-8").split() if word.startswith("tests/")]
     assert named and all((ROOT / name).is_file() for name in named)
-
-
-@pytest.mark.parametrize("status", [0, 3])
-def test_the_session_is_built_once_and_may_fail_to_build(tmp_path: Path, status: int) -> None:
-    """The programs that it calls are replaced by ones that print their arguments."""
-    for name, what in (("cmake", f"exit {status}"), ("python", 'echo "$* built=<$FGA_FAST_CMAKE_BUILD>"')):
-        (tmp_path / name).write_text(f"#!/bin/sh\n{what}\n", encoding="utf-8")
-        (tmp_path / name).chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "python"}
-    environment |= {"TMPDIR": str(tmp_path), "FGA_FAST_CMAKE_BUILD": "", "FGA_FAST_CONFORMANCE": ""}
-    command = ["bash", str(ROOT / "benchmarks" / "device" / "run.sh"), str(tmp_path / "out")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    log = (tmp_path / "out" / "run.log").read_text(encoding="utf-8")
-    logs = {step.split()[2]: step for step in log.split("\n===")[1:]}
-    assert done.returncode == (1 if status else 0), done.stdout + done.stderr
-    assert "rows_cuda.py" in logs["rows"]
-    built = f"built=<{tmp_path}/fga_fast_cmake."
-    assert ["session" in logs, built in logs.get("session", ""), built in logs["rows"]] == [not status] * 3
-    assert ("the C++ project is not built" in done.stdout) == bool(status)
-    assert not list(tmp_path.glob("fga_fast_cmake.*"))  # nothing is left lying about

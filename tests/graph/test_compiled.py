@@ -172,8 +172,13 @@ def test_bad_targets(given: CompiledExplainer, targets: Any, words: str) -> None
 
 
 def test_bad_settings(explainer: Explainer) -> None:
-    with pytest.raises(ValueError, match="batches: expected batch sizes of at least 1"):
-        explainer.compile(images(1), batches=(0, 2))
+    for batches, message in (
+        ((0, 2), "batches: expected at least 1, got 0"),
+        ((True,), "an int"),
+        (8, "a sequence of"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            explainer.compile(images(1), batches=batches)  # type: ignore[arg-type]
     for example in (images(1).numpy(), images(1)[0], None):
         with pytest.raises(ValueError, match=r"example: expected images \[B, channels, H, W\]"):
             explainer.compile(example, batches=(1,))  # type: ignore[arg-type]

@@ -123,6 +123,9 @@ def test_bad_settings(tiny_vit: Build) -> None:
             Gate(**settings)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="permutation: expected an int64 tensor"):
         Gate("shuffled", permutation=[0, 1])  # type: ignore[arg-type]
+    for wrong in ({"base": "3"}, {"base": True}, {"slope": None}, {"seed": 1.5}):
+        with pytest.raises(TypeError, match=f"{next(iter(wrong))}: expected a number"):
+            Gate(**wrong)  # type: ignore[arg-type]
 
 
 def test_a_model_in_train_mode_with_dropout_is_refused(tiny_vit: Build) -> None:

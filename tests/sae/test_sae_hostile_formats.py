@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from fga_fast.io.safetensors_file import MAX_HEADER_BYTES
 from fga_fast.sae import SparseAutoencoder
 from fga_fast.sae.formats.checkpoint import MAX_SETTINGS_BYTES
-from fga_fast.sae.formats.yaml_config import MAX_YAML_BYTES
+from fga_fast.sae.formats.yaml_config import MAX_YAML_BYTES, read_yaml
 
 OPTIONS: dict[str, dict[str, Any]] = {"overcomplete": {"activation": "relu"}}
 
@@ -302,6 +302,12 @@ def attempt(path: Path) -> bool:
 def test_yaml_is_plain_scalars(tmp_path: Path, text: str, message: str) -> None:
     refused(visaebench.write(tmp_path / "sae" / "model.safetensors", visaebench.tensors(), text), message)
     assert not Path("marker").exists()
+
+
+def test_yaml_numbers_without_a_dot(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("threshold: 1e-3\nname: 1e-3x\n")
+    assert read_yaml(path) == {"threshold": 0.001, "name": "1e-3x"}
 
 
 def test_yaml_without_pyyaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from fga_fast.io.json_file import read_bounded
 
 MAX_YAML_BYTES = 1 << 14  # PyYAML takes a second or two for the worst files of this size
-_EXPONENT = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+")
+_EXPONENT = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$")
 _SCALARS = (str, int, float, bool, type(None))
 
 

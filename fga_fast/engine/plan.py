@@ -54,22 +54,29 @@ class Plan:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """Any parameter of the explained tower; it tells the device and the dtype."""
-        return next((self.layout.tower or self.model).parameters())
+        """A weight that tells the device and the dtype of the explained tower."""
+        return checks.typical_weight(self.model, self.layout)
 
     def choice(self) -> backends.Choice:
         """The backend for the model's device and dtype. Both may have changed since the last call."""
         return backends.choose(self.settings.backend, self.parameter.device, self.parameter.dtype)
 
     def layout_for(self, images: object) -> ModelLayout:
-        """The layout; if the tower takes several image sizes, the layout for images of this size."""
-        size = tuple(images.shape[-2:]) if isinstance(images, Tensor) else ()
-        if not self.found or len(size) != 2 or self.layout.image_size in (None, size):
+        """The layout; if the tower takes several image sizes, the layout for images of this size.
+
+        Raises:
+            ValueError: the tower does not take images of this size; the message says what to do.
+        """
+        if not self.found or not isinstance(images, Tensor) or images.dim() != 4:
+            return self.layout
+        height, width = images.shape[-2:]
+        right = images.shape[1] == self.layout.in_chans and height and width
+        if not right or self.layout.image_size in (None, (height, width)):
             return self.layout
         try:
-            return find_layout(self.model, (int(size[0]), int(size[1])))
-        except ValueError:  # the tower takes one size; the check of the images will name it
-            return self.layout
+            return find_layout(self.model, (height, width))
+        except ValueError as error:
+            raise ValueError(f"images: {str(error).removeprefix('image_size: ')}") from None
 
     def check(self, images: Tensor) -> ModelLayout:
         """The layout for these images. Checks the images, and what may have changed since the plan was made.
@@ -108,13 +115,14 @@ def make_plan(
     checks.check_layout(layout, model)
     checks.check_weights(model, layout)
     saes = {} if saes is None else saes
-    checks.check_saes(saes, layout, next((layout.tower or model).parameters()))
+    checks.check_saes(saes, layout, checks.typical_weight(model, layout))
     ordered = {int(block): saes[block] for block in sorted(saes)}
     checks.check_fit(settings, ordered, layout)
     _warn(settings, ordered, layout)
     cpu = torch.device("cpu")
     permutations = {block: settings.gate.decoder_permutation(sae.d_sae, cpu) for block, sae in ordered.items()}
-    plan = Plan(model, layout, found, Readout(model, class_names, tokenizer), ordered, settings, permutations)
+    readout = Readout(model, class_names, tokenizer, layout)
+    plan = Plan(model, layout, found, readout, ordered, settings, permutations)
     plan.choice()  # raises now if the backend cannot run
     return plan
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,10 @@ from fga_fast.models.layout import ModelLayout, is_whole
 from fga_fast.precision import relevance_dtype
 from fga_fast.sae import SparseAutoencoder
 from fga_fast.settings import Settings, check_count
+
+logger = logging.getLogger(__name__)
+
+_PIXELS = 50.0  # normalised images stay within about 3, standardised medical ones within about 20
 
 
 def check_eval(model: nn.Module) -> None:
@@ -90,26 +96,35 @@ def check_fit(settings: Settings, saes: Mapping[int, SparseAutoencoder], layout:
         check_count("top_features", settings.top_features, 0, fewest, "features of the smallest SAE")
 
 
+def typical_weight(model: nn.Module, layout: ModelLayout) -> nn.Parameter:
+    """The weight that tells a model's device and dtype: the first matrix of its first block.
+
+    Not any weight: 16-bit models may keep norms, tokens and adapters in float32.
+    """
+    matrices = (p for p in layout.blocks[0].parameters() if p.dim() > 1 and p.is_floating_point())
+    return next(chain(matrices, (model if layout.tower is None else layout.tower).parameters()))
+
+
 def weights_of(model: nn.Module, layout: ModelLayout) -> list[tuple[str, nn.Parameter]]:
     """Named weights of the explained tower; of the whole model where the layout names only its blocks."""
     return list((model if layout.tower is None else layout.tower).named_parameters())
 
 
 def check_weights(model: nn.Module, layout: ModelLayout) -> None:
-    """Refuses a model on several devices, a tower of several dtypes, and weights that autograd cannot work with."""
+    """Refuses a model on several devices, dtypes that do not mix in a tower, and weights that autograd cannot use."""
     weights = weights_of(model, layout)
     if not weights:
         raise ValueError(
             f"model: {type(model).__name__} has no weights (nn.Parameter), so its dtype and device are unknown"
         )
-    parameter = weights[0][1]
+    parameter = typical_weight(model, layout)
     for name, other in model.named_parameters():
         if other.device != parameter.device:
             raise ValueError(
                 f"model: weight '{name}' is on {other.device}, others on {parameter.device}; move all with model.to()"
             )
     for name, other in weights:
-        if other.is_floating_point() and other.dtype != parameter.dtype:
+        if other.is_floating_point() and other.dtype not in _beside(parameter.dtype):
             raise ValueError(
                 f"model: weight '{name}' of the tower is {other.dtype}, others are {parameter.dtype}; convert it with "
                 f"model.to({parameter.dtype})"
@@ -121,23 +136,75 @@ def check_weights(model: nn.Module, layout: ModelLayout) -> None:
         )
 
 
+def _beside(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """Dtypes that weights of a tower of this dtype may have."""
+    return (dtype, torch.float32) if dtype in (torch.float16, torch.bfloat16) else (dtype,)
+
+
 def check_images(images: Tensor, channels: int, size: tuple[int, int] | None, like: Tensor) -> None:
-    """Refuses images that the model does not take; `like` is any parameter of the model.
+    """Refuses images that the model does not take; `like` is a weight of the model.
 
     Args:
         size: (height, width); None if unknown: then the model's own forward pass checks it.
     """
     if not isinstance(images, Tensor):
-        raise TypeError(f"images: expected a tensor [B, {channels}, H, W], got {type(images).__name__}")
+        raise TypeError(
+            f"images: expected a tensor [B, {channels}, H, W], got {type(images).__name__}; {_to_tensor(images)}"
+        )
     height, width = size or ("H", "W")
     expected = (channels, *(images.shape[2:] if size is None else size))
     if images.dim() != 4 or tuple(images.shape[1:]) != expected or 0 in images.shape[1:]:
-        hint = "; add a batch dimension with images[None]" if images.dim() == 3 else ""
-        raise ValueError(f"images: expected shape [B, {channels}, {height}, {width}], got {list(images.shape)}{hint}")
+        raise ValueError(
+            f"images: expected shape [B, {channels}, {height}, {width}], got {list(images.shape)}"
+            f"{_to_shape(images.shape, channels)}"
+        )
     if images.dtype != like.dtype:
-        raise ValueError(f"images: expected dtype {like.dtype} like the model, got {images.dtype}; convert with .to()")
+        hint = "convert with .to()"
+        if not images.is_floating_point():
+            hint = "preprocess them as the model was trained: for most models divide by 255, then normalise"
+        raise ValueError(f"images: expected dtype {like.dtype} like the model, got {images.dtype}; {hint}")
     if images.device != like.device:
         raise ValueError(f"images: expected device {like.device} like the model, got {images.device}; move with .to()")
+
+
+def _to_tensor(images: object) -> str:
+    """What to do with images that are no tensor."""
+    if isinstance(images, Mapping):
+        key = "pixel_values" if "pixel_values" in images else "..."
+        return f'give the tensor in it, such as images["{key}"]'
+    if isinstance(images, (list, tuple)):
+        return "torch.stack() joins images of one size; of a loader's batch [images, labels] give the first"
+    return "preprocess pictures as the model was trained: resize, divide by 255, normalise, torch.as_tensor()"
+
+
+def _to_shape(shape: torch.Size, channels: int) -> str:
+    """What to do with images of a wrong shape, where that is clear."""
+    if len(shape) == 3:
+        return "; add a batch dimension with images[None]"
+    if len(shape) == 5:
+        return "; several views of an image are explained one by one, or as a batch: images.flatten(0, 1)"
+    if len(shape) == 4 and shape[1] != channels == shape[3]:
+        return "; put the channels first with images.permute(0, 3, 1, 2)"
+    if len(shape) == 4 and shape[1] == 1 < channels:
+        return f"; repeat grey images as in training, for example with images.expand(-1, {channels}, -1, -1)"
+    return ""
+
+
+def warn_of_images(images: Tensor, layout: ModelLayout) -> None:  # [B, channels, H, W], checked
+    """Warns of images that look unprocessed, and of a grid that hardly fits them. It waits for the images' device."""
+    largest = float(images.detach().abs().max())
+    if largest > _PIXELS:
+        logger.warning(
+            "images: values reach %.3g, as pixels that were not normalised do; most models expect (pixels / 255 - mean)"
+            " / std. Ignore this if the model normalises its images itself", largest,
+        )  # fmt: skip
+    (height, width), (rows, columns) = images.shape[-2:], layout.grid
+    tall, wide = height / rows, width / columns
+    if max(tall, wide) > 1.5 * min(tall, wide):
+        logger.warning(
+            "layout: a grid of %d x %d over images of %d x %d makes patches of %.3g x %.3g pixels; the grid is (rows, "
+            "columns). Ignore this if the model's patches are no squares", rows, columns, height, width, tall, wide,
+        )  # fmt: skip
 
 
 def check_finite(
@@ -150,7 +217,10 @@ def check_finite(
         raise ValueError("images: contain NaN or Inf; check the preprocessing")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"model: weight '{name}' contains NaN or Inf; reload the checkpoint")
+            remedy = "reload the checkpoint"
+            if tensor.dtype == torch.float16:  # the usual reason
+                remedy += ", in torch.float32 or bfloat16 if it holds numbers beyond 65504, where float16 ends"
+            raise ValueError(f"model: weight '{name}' contains NaN or Inf; {remedy}")
     for block, sae in (saes or {}).items():
         for name, tensor in sae.named_buffers():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fga_fast.models.find import has_no_head
+from fga_fast.models.layout import ModelLayout
 from fga_fast.question import targets as kinds
 from fga_fast.question.dual import DualEncoder, library_of
 from fga_fast.question.targets import Answer, Difference, Embedding, Targets, Tensors
@@ -24,6 +26,7 @@ class Readout:
             `config.id2label` where it says more than LABEL_0. For a dual encoder: the prompts that None (the likeliest)
             and ints choose among.
         tokenizer: of a dual encoder, for prompts.
+        layout: of the model, to tell features from logits; None: not known.
 
     Raises:
         TypeError, ValueError: class names that are not str or are empty, a tokenizer without a dual encoder.
@@ -34,8 +37,9 @@ class Readout:
         model: nn.Module,
         class_names: Sequence[str] | Mapping[int, str] | None = None,
         tokenizer: Callable[..., Any] | None = None,
+        layout: ModelLayout | None = None,
     ) -> None:
-        self.model = model
+        self.model, self.layout = model, layout
         self.dual = DualEncoder(model, tokenizer) if library_of(model) else None
         if tokenizer is not None and self.dual is None:
             raise ValueError(
@@ -62,9 +66,12 @@ class Readout:
         if self.dual is not None:
             return _checked_output(self.dual.image_features(images), len(images))
         found, headless = _logits_of(self.model(images))
+        logits = _checked_output(found, len(images))
         # num_classes is timm's: 0 for a model without a head.
         self._headless = headless or getattr(self.model, "num_classes", None) == 0
-        return _checked_output(found, len(images))
+        if not self._headless and self.layout is not None:
+            self._headless = has_no_head(self.model, self.layout, logits.shape[1])
+        return logits
 
     def logits(self, output: Tensor) -> Tensor:  # [B, classes] or [B, E] -> [B, classes]
         """What classes are predicted from: the model's logits, or a dual encoder's for its class names."""
@@ -157,7 +164,13 @@ def _checked_output(output: Any, batch: int) -> Tensor:
             return output
         raise ValueError(f"model: expected logits [{batch}, classes], got {list(output.shape)}; give it a head")
     advice = "wrap it in a module that does"
-    if isinstance(output, (tuple, list)):
+    if isinstance(output, Tensor) and len(output.shape[:1]) and len(output) == batch:
+        advice += {
+            1: ", [B, 1] for one number an image",
+            3: "; tokens must be pooled and given to a head",
+            4: "; of a map for each class pick a pixel, or average some",
+        }.get(output.dim(), "")
+    elif isinstance(output, (tuple, list)):
         advice = "wrap it in a module that returns the entry with the logits"
     elif isinstance(output, Mapping):
         advice = (

@@ -191,7 +191,10 @@ def _numbered(targets: Any, names: Sequence[str] | None, classes: int, depth: in
 
 
 def _out_of_range(number: int, classes: int) -> ValueError:
-    return ValueError(f"targets: expected classes 0 to {classes - 1}, got {number}")
+    hint = "classes are counted from 0"
+    if classes == 1:
+        hint = "the model has one output: 0 explains what raises it, the function `lambda y: -y[:, 0]` what lowers it"
+    return ValueError(f"targets: expected classes 0 to {classes - 1}, got {number}; {hint}")
 
 
 def shown(value: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,10 +31,12 @@ def test_images_of_unknown_size() -> None:
     checks.check_images(torch.zeros(2, 3, 32, 48).contiguous(memory_format=torch.channels_last), 3, None, like)
     for shape, message in (
         ((3, 32, 48), r"images: expected shape \[B, 3, H, W\], got \[3, 32, 48\]; add a batch dimension"),
-        ((2, 1, 32, 48), r"images: expected shape \[B, 3, H, W\], got \[2, 1, 32, 48\]$"),
+        ((2, 1, 32, 48), r"images: expected shape \[B, 3, H, W\], got \[2, 1, 32, 48\]; repeat grey images"),
+        ((2, 6, 32, 48), r"images: expected shape \[B, 3, H, W\], got \[2, 6, 32, 48\]$"),
+        ((2, 32, 48, 3), r"got \[2, 32, 48, 3\]; put the channels first with images\.permute\(0, 3, 1, 2\)"),
         ((2, 3, 0, 48), r"got \[2, 3, 0, 48\]"),
         ((2, 3), r"got \[2, 3\]"),
-        ((1, 2, 3, 32, 48), r"got \[1, 2, 3, 32, 48\]"),
+        ((1, 2, 3, 32, 48), r"got \[1, 2, 3, 32, 48\]; several views of an image .* images\.flatten\(0, 1\)"),
     ):
         with pytest.raises(ValueError, match=message):
             checks.check_images(torch.zeros(shape), 3, None, like)
@@ -41,6 +44,44 @@ def test_images_of_unknown_size() -> None:
         checks.check_images(torch.zeros(2, 3, 32, 48).double(), 3, None, like)
     with pytest.raises(ValueError, match=r"expected shape \[B, 3, 32, 48\], got \[2, 3, 48, 32\]"):
         checks.check_images(torch.zeros(2, 3, 48, 32), 3, (32, 48), like)
+
+
+@pytest.mark.parametrize(
+    ("images", "hint"),
+    [
+        (
+            {"pixel_values": torch.zeros(2, 3, 8, 8)},
+            r'got dict; give the tensor in it, such as images\["pixel_values"\]',
+        ),
+        ([torch.zeros(3, 8, 8)] * 2, r"got list; torch\.stack\(\) joins images of one size"),
+        (
+            (torch.zeros(2, 3, 8, 8), torch.zeros(2)),
+            r"got tuple; .* a loader's batch \[images, labels\] give the first",
+        ),
+        (torch.zeros(2, 3, 8, 8).numpy(), "got ndarray; preprocess pictures as the model was trained"),
+    ],
+)
+def test_images_that_are_no_tensor(images: Any, hint: str) -> None:
+    with pytest.raises(TypeError, match=rf"images: expected a tensor \[B, 3, H, W\], {hint}"):
+        checks.check_images(images, 3, None, next(own_model().parameters()))
+
+
+def test_pixels_are_not_merely_converted() -> None:
+    pixels = torch.zeros(2, 3, 32, 48, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"got torch\.uint8; preprocess them .* divide by 255, then normalise"):
+        checks.check_images(pixels, 3, None, next(own_model().parameters()))
+
+
+def test_images_that_look_wrong_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    layout, images = own_layout(own_model()), torch.randn(2, 3, 32, 48)
+    checks.warn_of_images(images, layout)
+    checks.warn_of_images(images[:, :, :, :40], layout)
+    assert not caplog.records
+    checks.warn_of_images(255 * torch.rand(2, 3, 32, 48), layout)
+    (pixels,) = caplog.messages
+    assert "pixels that were not normalised" in pixels
+    checks.warn_of_images(images, replace(layout, grid=(3, 2)))
+    assert "grid of 3 x 2 over images of 32 x 48 makes patches of 10.7 x 24 pixels" in caplog.messages[1]
 
 
 def test_saes_of_unknown_width() -> None:

@@ -10,9 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from explaining import PIXELS, Build, sae_for
+from families_towers import open_clip_tower, torchvision_vit
 from torch import Tensor, nn
 
 from fga_fast import Explainer
+from fga_fast.models.find import find_layout
 from fga_fast.question.readout import Difference, Embedding, Readout
 
 NAMES = ("cat", "dog, hound", "cow", "owl", "crane")
@@ -242,6 +244,13 @@ def test_names_of_a_transformers_model() -> None:
     assert own({0: "cat", 5: "dog"}) is None and own({}) is None and own(None) is None
 
 
+def test_one_output_has_two_directions() -> None:
+    with pytest.raises(ValueError, match=r"classes 0 to 0, got 1; the model has one output: .* `lambda y: -y\[:, 0\]`"):
+        ask(1, None, LOGITS[:, :1])
+    with pytest.raises(ValueError, match="expected classes 0 to 4, got 5; classes are counted from 0"):
+        ask(5)
+
+
 def test_outputs() -> None:
     for make in (
         lambda x: x,
@@ -254,7 +263,9 @@ def test_outputs() -> None:
     for make, message in (
         (lambda x: (x, None), "got tuple; wrap it in a module that returns the entry with the logits"),
         (lambda x: {"scores": x}, "got dict; it has no 'logits' but scores; wrap it"),
-        (lambda x: x[:, None], r"with B = 3, got \[3, 1, 5\] torch.float32; wrap it in a module that does"),
+        (lambda x: x[:, 0], r"got \[3\] torch.float32; wrap it in a module that does, \[B, 1\] for one number"),
+        (lambda x: x[:, None], r"with B = 3, got \[3, 1, 5\] torch.float32; wrap it in .*; tokens must be pooled"),
+        (lambda x: x[:, :, None, None], r"got \[3, 5, 1, 1\] .* that does; of a map for each class pick a pixel"),
         (lambda x: torch.cat([x, x]), r"with B = 3, got \[6, 5\]"),
         (lambda x: x.argmax(-1), r"got \[3\] torch.int64"),
         (lambda x: x > 0, r"got \[3, 5\] torch.bool"),
@@ -273,6 +284,41 @@ def test_towers_without_a_head_have_no_predicted_class() -> None:
             readout.answer(targets, output)
     assert readout.answer(Embedding(torch.ones(5)), output).values.shape == (3,)
     assert readout.answer(2, output).targets.tolist() == [2, 2, 2]
+
+
+class Wrapper(nn.Module):
+    def __init__(self, tower: nn.Module, after: nn.Module | None = None) -> None:
+        super().__init__()
+        self.tower, self.after = tower, after
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.tower(images)
+        return features if self.after is None else self.after(features)  # type: ignore[no-any-return]
+
+
+def test_features_are_not_taken_for_logits(tiny_vit: Build) -> None:
+    """However the head was taken off, the largest feature is no predicted class. A feature's number may be given."""
+    images, replaced = torch.randn(2, *PIXELS), tiny_vit()
+    replaced.head = nn.Identity()
+    headless = tiny_vit(num_classes=0)
+    for model in (headless, replaced, Wrapper(headless), Wrapper(replaced, nn.Softmax(1)), nn.Sequential(headless)):
+        with pytest.raises(ValueError, match="targets: None is the predicted class, but the model has no classif"):
+            Explainer(model)(images)
+        assert Explainer(model)(images, 3).targets.tolist() == [3, 3]
+    for model in (tiny_vit(), tiny_vit(num_classes=16), Wrapper(headless, nn.Linear(16, 16)), Wrapper(tiny_vit())):
+        assert Explainer(model)(images).targets.tolist() == model(images).argmax(1).tolist()
+
+
+def test_features_of_other_libraries_are_not_taken_for_logits() -> None:
+    pytest.importorskip("torchvision")
+    pytest.importorskip("open_clip")
+    replaced = torchvision_vit()
+    replaced.heads = nn.Identity()
+    for model in (replaced, open_clip_tower()):
+        layout = find_layout(model)
+        assert layout.image_size is not None
+        with pytest.raises(ValueError, match="targets: None is the predicted class, but the model has no classif"):
+            Explainer(model.eval())(torch.randn(1, 3, *layout.image_size))
 
 
 @pytest.mark.parametrize("backend", ("native", "reference"))

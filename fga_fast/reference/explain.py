@@ -80,7 +80,7 @@ def explain(
     layout = find_layout(model) if layout is None else layout
     readout = Readout(model) if readout is None else readout
     checks.check_eval(model)
-    checks.check_saes(saes, layout, next((layout.tower or model).parameters()))
+    checks.check_saes(saes, layout, checks.typical_weight(model, layout))
     checks.check_fit(settings, saes, layout)
     saes = dict(sorted(saes.items()))
     wanted = () if settings.method == "rollout" else _depths(settings, layout)

@@ -129,6 +129,8 @@ def check_weights(model: nn.Module, layout: ModelLayout) -> None:
                 f"model: weight '{name}' of the tower is {other.dtype}, others are {parameter.dtype}; convert it with "
                 f"model.to({parameter.dtype})"
             )
+    if parameter.is_meta:
+        raise ValueError("model: its weights are on the meta device, so they hold no numbers; load them first")
     if parameter.is_inference():
         raise ValueError(
             "model: its weights were made under torch.inference_mode(), so autograd cannot use them; build or load "
@@ -227,5 +229,5 @@ def check_finite(
                 raise ValueError(f"saes[{block}]: {name} contains NaN or Inf; reload the SAE")
     raise ValueError(
         f"{what} came out NaN or Inf although images and weights are finite: an overflow in {values.dtype}; "
-        "run the model in a wider dtype"
+        "run the model in a wider dtype, or, if it masks classes by -Inf, wrap it to leave them out"
     )

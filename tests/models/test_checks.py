@@ -95,6 +95,19 @@ def test_saes_of_unknown_width() -> None:
         checks.check_saes({2: wide}, own_layout(model), like)
 
 
+def test_weights_that_were_never_loaded() -> None:
+    with torch.device("meta"):
+        model = own_model()
+    with pytest.raises(ValueError, match="model: its weights are on the meta device, so they hold no numbers"):
+        checks.check_weights(model, own_layout(model))
+
+
+def test_masked_classes_are_named_as_a_cause() -> None:
+    logits = torch.tensor([[1.0, -torch.inf]])
+    with pytest.raises(ValueError, match=r"the logits came out NaN or Inf .* if it masks classes by -Inf, wrap it"):
+        checks.check_finite(logits, "the logits", own_model(), torch.zeros(1, 3, 8, 8))
+
+
 def test_weights_where_the_tower_is_not_known() -> None:
     model = own_model()
     layout = own_layout(model)

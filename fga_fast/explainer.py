@@ -19,6 +19,7 @@ Sources: Chefer, Gur and Wolf, "Generic Attention-model Explainability", ICCV 20
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from fga_fast.graph.compiled import CompiledExplainer
     from fga_fast.graph.module import ExplanationModule
     from fga_fast.io.images import Preprocess
+
+logger = logging.getLogger(__name__)
 
 
 class Explainer:
@@ -116,8 +119,8 @@ class Explainer:
         layout = self.plan.check(images)
         with torch.inference_mode(False):
             images = images.clone() if images.is_inference() else images.detach()
-            if not self._called and len(images):
-                checks.warn_of_images(images, layout)
+            for notice in () if self._called else checks.image_notices(images, layout):
+                logger.warning("%s", notice)
             found = _tensors(self.plan, layout, images, targets, first=not self._called)
             self._called |= len(images) > 0
             ungated = None if self._ungated is None else _tensors(self._ungated, layout, images, targets).relevance

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -55,6 +56,24 @@ def test_images_that_the_patches_do_not_fill(tiny_vit: Build) -> None:
     assert explainer(torch.randn(1, 3, 48, 64)).grid == (3, 4)
     with pytest.raises(ValueError, match=r"images: 40 x 64 pixels are no whole number of 16 x 16 patches .*; resize"):
         explainer(torch.randn(1, 3, 40, 64))
+
+
+def test_a_model_that_resizes_its_images(tiny_vit: Build) -> None:
+    class Resizing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tower = tiny_vit()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.tower(nn.functional.interpolate(x, (32, 48)))  # type: ignore[no-any-return]
+
+    model, images = Resizing(), torch.randn(2, 3, 64, 96)
+    with pytest.raises(ValueError, match=r"32 x 48 only, got 64 x 96; .* if the model resizes .* image_size=None\)"):
+        Explainer(model)(images)
+    found = Explainer(model, layout=replace(find_layout(model), image_size=None))(images, 2)
+    want = Explainer(model.tower)(nn.functional.interpolate(images, (32, 48)), 2)
+    torch.testing.assert_close(found.relevance, want.relevance)
+    assert found.heatmap().shape == (2, 64, 96)
 
 
 def test_images_are_looked_at_once(tiny_vit: Build, caplog: pytest.LogCaptureFixture) -> None:

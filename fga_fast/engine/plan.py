@@ -76,7 +76,15 @@ class Plan:
         try:
             return find_layout(self.model, (height, width))
         except ValueError as error:
-            raise ValueError(f"images: {str(error).removeprefix('image_size: ')}") from None
+            hint = (
+                ""
+                if self.model is self.layout.tower
+                else (
+                    "; if the model resizes images itself, pass layout=dataclasses.replace(find_layout(model), "
+                    "image_size=None)"
+                )
+            )
+            raise ValueError(f"images: {str(error).removeprefix('image_size: ')}{hint}") from None
 
     def check(self, images: Tensor) -> ModelLayout:
         """The layout for these images. Checks the images, and what may have changed since the plan was made.

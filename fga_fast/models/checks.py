@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from itertools import chain
 
@@ -15,8 +14,6 @@ from fga_fast.models.layout import ModelLayout, is_whole
 from fga_fast.precision import relevance_dtype
 from fga_fast.sae import SparseAutoencoder
 from fga_fast.settings import Settings, check_count
-
-logger = logging.getLogger(__name__)
 
 _PIXELS = 50.0  # normalised images stay within about 3, standardised medical ones within about 20
 
@@ -111,7 +108,7 @@ def weights_of(model: nn.Module, layout: ModelLayout) -> list[tuple[str, nn.Para
 
 
 def check_weights(model: nn.Module, layout: ModelLayout) -> None:
-    """Refuses a model on several devices, dtypes that do not mix in a tower, and weights that autograd cannot use."""
+    """Refuses a model on several devices, a tower of several dtypes, and weights that autograd cannot work with."""
     weights = weights_of(model, layout)
     if not weights:
         raise ValueError(
@@ -129,8 +126,6 @@ def check_weights(model: nn.Module, layout: ModelLayout) -> None:
                 f"model: weight '{name}' of the tower is {other.dtype}, others are {parameter.dtype}; convert it with "
                 f"model.to({parameter.dtype})"
             )
-    if parameter.is_meta:
-        raise ValueError("model: its weights are on the meta device, so they hold no numbers; load them first")
     if parameter.is_inference():
         raise ValueError(
             "model: its weights were made under torch.inference_mode(), so autograd cannot use them; build or load "
@@ -141,6 +136,44 @@ def check_weights(model: nn.Module, layout: ModelLayout) -> None:
 def _beside(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
     """Dtypes that weights of a tower of this dtype may have."""
     return (dtype, torch.float32) if dtype in (torch.float16, torch.bfloat16) else (dtype,)
+
+
+def _to_tensor(images: object) -> str:
+    """What to do with images that are no tensor."""
+    if isinstance(images, Mapping):
+        key = "pixel_values" if "pixel_values" in images else "..."
+        return f'give the tensor in it, such as images["{key}"]'
+    if isinstance(images, (list, tuple)):
+        return "torch.stack() joins images of one size; of a loader's batch [images, labels] give the first"
+    return "preprocess pictures as the model was trained: resize, divide by 255, normalise, torch.as_tensor()"
+
+
+def _to_dtype(images: Tensor) -> str:
+    """What to do with images of another dtype."""
+    if images.is_floating_point():
+        return "convert with .to()"
+    return "preprocess them as the model was trained: for most models divide by 255, then normalise"
+
+
+def image_notices(images: Tensor, layout: ModelLayout) -> tuple[str, ...]:  # [B, channels, H, W], checked
+    """What looks wrong about images that the model takes. It looks at their values, so the host waits for a device."""
+    if not images.numel():
+        return ()
+    found = []
+    largest = float(images.detach().abs().max())
+    if largest > _PIXELS:
+        found.append(
+            f"images: values reach {largest:.3g}, as pixels that were not normalised do; most models expect "
+            "(pixels / 255 - mean) / std. Ignore this if the model normalises its images itself"
+        )
+    (height, width), (rows, columns) = images.shape[-2:], layout.grid
+    tall, wide = height / rows, width / columns
+    if max(tall, wide) > 1.5 * min(tall, wide):
+        found.append(
+            f"layout: a grid of {rows} x {columns} over images of {height} x {width} makes patches of {tall:.3g} x "
+            f"{wide:.3g} pixels; the grid is (rows, columns). Ignore this if the model's patches are no squares"
+        )
+    return tuple(found)
 
 
 def check_images(images: Tensor, channels: int, size: tuple[int, int] | None, like: Tensor) -> None:
@@ -156,57 +189,12 @@ def check_images(images: Tensor, channels: int, size: tuple[int, int] | None, li
     height, width = size or ("H", "W")
     expected = (channels, *(images.shape[2:] if size is None else size))
     if images.dim() != 4 or tuple(images.shape[1:]) != expected or 0 in images.shape[1:]:
-        raise ValueError(
-            f"images: expected shape [B, {channels}, {height}, {width}], got {list(images.shape)}"
-            f"{_to_shape(images.shape, channels)}"
-        )
+        hint = "; add a batch dimension with images[None]" if images.dim() == 3 else ""
+        raise ValueError(f"images: expected shape [B, {channels}, {height}, {width}], got {list(images.shape)}{hint}")
     if images.dtype != like.dtype:
-        hint = "convert with .to()"
-        if not images.is_floating_point():
-            hint = "preprocess them as the model was trained: for most models divide by 255, then normalise"
-        raise ValueError(f"images: expected dtype {like.dtype} like the model, got {images.dtype}; {hint}")
+        raise ValueError(f"images: expected dtype {like.dtype} like the model, got {images.dtype}; {_to_dtype(images)}")
     if images.device != like.device:
         raise ValueError(f"images: expected device {like.device} like the model, got {images.device}; move with .to()")
-
-
-def _to_tensor(images: object) -> str:
-    """What to do with images that are no tensor."""
-    if isinstance(images, Mapping):
-        key = "pixel_values" if "pixel_values" in images else "..."
-        return f'give the tensor in it, such as images["{key}"]'
-    if isinstance(images, (list, tuple)):
-        return "torch.stack() joins images of one size; of a loader's batch [images, labels] give the first"
-    return "preprocess pictures as the model was trained: resize, divide by 255, normalise, torch.as_tensor()"
-
-
-def _to_shape(shape: torch.Size, channels: int) -> str:
-    """What to do with images of a wrong shape, where that is clear."""
-    if len(shape) == 3:
-        return "; add a batch dimension with images[None]"
-    if len(shape) == 5:
-        return "; several views of an image are explained one by one, or as a batch: images.flatten(0, 1)"
-    if len(shape) == 4 and shape[1] != channels == shape[3]:
-        return "; put the channels first with images.permute(0, 3, 1, 2)"
-    if len(shape) == 4 and shape[1] == 1 < channels:
-        return f"; repeat grey images as in training, for example with images.expand(-1, {channels}, -1, -1)"
-    return ""
-
-
-def warn_of_images(images: Tensor, layout: ModelLayout) -> None:  # [B, channels, H, W], checked
-    """Warns of images that look unprocessed, and of a grid that hardly fits them. It waits for the images' device."""
-    largest = float(images.detach().abs().max())
-    if largest > _PIXELS:
-        logger.warning(
-            "images: values reach %.3g, as pixels that were not normalised do; most models expect (pixels / 255 - mean)"
-            " / std. Ignore this if the model normalises its images itself", largest,
-        )  # fmt: skip
-    (height, width), (rows, columns) = images.shape[-2:], layout.grid
-    tall, wide = height / rows, width / columns
-    if max(tall, wide) > 1.5 * min(tall, wide):
-        logger.warning(
-            "layout: a grid of %d x %d over images of %d x %d makes patches of %.3g x %.3g pixels; the grid is (rows, "
-            "columns). Ignore this if the model's patches are no squares", rows, columns, height, width, tall, wide,
-        )  # fmt: skip
 
 
 def check_finite(

@@ -31,12 +31,10 @@ def test_images_of_unknown_size() -> None:
     checks.check_images(torch.zeros(2, 3, 32, 48).contiguous(memory_format=torch.channels_last), 3, None, like)
     for shape, message in (
         ((3, 32, 48), r"images: expected shape \[B, 3, H, W\], got \[3, 32, 48\]; add a batch dimension"),
-        ((2, 1, 32, 48), r"images: expected shape \[B, 3, H, W\], got \[2, 1, 32, 48\]; repeat grey images"),
-        ((2, 6, 32, 48), r"images: expected shape \[B, 3, H, W\], got \[2, 6, 32, 48\]$"),
-        ((2, 32, 48, 3), r"got \[2, 32, 48, 3\]; put the channels first with images\.permute\(0, 3, 1, 2\)"),
+        ((2, 1, 32, 48), r"images: expected shape \[B, 3, H, W\], got \[2, 1, 32, 48\]$"),
         ((2, 3, 0, 48), r"got \[2, 3, 0, 48\]"),
         ((2, 3), r"got \[2, 3\]"),
-        ((1, 2, 3, 32, 48), r"got \[1, 2, 3, 32, 48\]; several views of an image .* images\.flatten\(0, 1\)"),
+        ((1, 2, 3, 32, 48), r"got \[1, 2, 3, 32, 48\]"),
     ):
         with pytest.raises(ValueError, match=message):
             checks.check_images(torch.zeros(shape), 3, None, like)
@@ -72,16 +70,14 @@ def test_pixels_are_not_merely_converted() -> None:
         checks.check_images(pixels, 3, None, next(own_model().parameters()))
 
 
-def test_images_that_look_wrong_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_images_that_look_wrong_are_noticed() -> None:
     layout, images = own_layout(own_model()), torch.randn(2, 3, 32, 48)
-    checks.warn_of_images(images, layout)
-    checks.warn_of_images(images[:, :, :, :40], layout)
-    assert not caplog.records
-    checks.warn_of_images(255 * torch.rand(2, 3, 32, 48), layout)
-    (pixels,) = caplog.messages
-    assert "pixels that were not normalised" in pixels
-    checks.warn_of_images(images, replace(layout, grid=(3, 2)))
-    assert "grid of 3 x 2 over images of 32 x 48 makes patches of 10.7 x 24 pixels" in caplog.messages[1]
+    assert checks.image_notices(images, layout) == checks.image_notices(images[..., :40], layout) == ()
+    assert checks.image_notices(images[:0], replace(layout, grid=(3, 2))) == ()
+    (pixels,) = checks.image_notices(255 * torch.rand(2, 3, 32, 48), layout)
+    assert pixels.startswith("images: values reach 255, as pixels that were not normalised do")
+    (grid,) = checks.image_notices(images, replace(layout, grid=(3, 2)))
+    assert "grid of 3 x 2 over images of 32 x 48 makes patches of 10.7 x 24 pixels" in grid
 
 
 def test_saes_of_unknown_width() -> None:
@@ -93,13 +89,6 @@ def test_saes_of_unknown_width() -> None:
         checks.check_saes({0: wide}, own_layout(model, d_model=4), like)
     with pytest.raises(ValueError, match="expected blocks 0 to 1 as keys, got 2"):
         checks.check_saes({2: wide}, own_layout(model), like)
-
-
-def test_weights_that_were_never_loaded() -> None:
-    with torch.device("meta"):
-        model = own_model()
-    with pytest.raises(ValueError, match="model: its weights are on the meta device, so they hold no numbers"):
-        checks.check_weights(model, own_layout(model))
 
 
 def test_masked_classes_are_named_as_a_cause() -> None:

@@ -82,10 +82,10 @@ class _MapTap(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, maps: Tensor, carrier: Tensor, gated: bool, residual: bool, signed: bool, constant_map: bool
+        ctx: Any, maps: Tensor, carrier: Tensor, gated: bool, signed: bool, constant_map: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(maps)
-        ctx.gated, ctx.residual, ctx.signed, ctx.constant_map = gated, residual, signed, constant_map
+        ctx.gated, ctx.signed, ctx.constant_map = gated, signed, constant_map
         ctx.set_materialize_grads(False)
         images, _, queries, keys = maps.shape
         return maps.view_as(maps), carrier.new_zeros(images, queries), carrier.new_zeros(images, keys)
@@ -97,15 +97,14 @@ class _MapTap(torch.autograd.Function):
         if ctx.gated and gate is None:
             raise RuntimeError("attention: no gate arrived at the port of an attention called with gated=True")
         if row is None or d_maps is None:
-            return None if ctx.constant_map else d_maps, row if ctx.residual else None, None, None, None, None
+            return None if ctx.constant_map else d_maps, None, None, None, None
         weighted = maps.to(row.dtype) * d_maps.to(row.dtype)  # [B, H, Nq, N]
         if not ctx.signed:
             weighted = weighted.clamp(min=0)
         message = (row.unsqueeze(-2) @ weighted.mean(dim=-3)).squeeze(-2)  # [B, N]
         if gate is not None:
             message = gate * message
-        leaving = row + message if ctx.residual else message
-        return None if ctx.constant_map else d_maps, leaving, None, None, None, None
+        return None if ctx.constant_map else d_maps, message, None, None, None
 
 
 def tap_map(
@@ -113,7 +112,6 @@ def tap_map(
     carrier: Tensor,  # [B, N]
     *,
     gated: bool,
-    residual: bool,
     signed: bool,
     constant_map: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,9 +120,9 @@ def tap_map(
     It takes no extra memory, because the model keeps its maps for its own backward pass anyway.
 
     Returns:
-        The maps, the carrier [B, Nq] for the next block and the gate port [B, N].
+        The maps, the carrier [B, Nq] through which a row of relevance enters, and the gate port [B, N].
     """
-    settings = (gated, residual, signed, constant_map)
+    settings = (gated, signed, constant_map)
     out: tuple[Tensor, Tensor, Tensor] = _MapTap.apply(maps, carrier, *settings)  # type: ignore[no-untyped-call]
     return out
 

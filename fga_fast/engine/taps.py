@@ -41,7 +41,7 @@ class _StreamTap(torch.autograd.Function):
         ctx: Any, x: Tensor, port: Tensor | None, record: Record, transposed: bool, *slots: Tensor
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x)
-        ctx.record, ctx.transposed, ctx.gates = record, transposed, port is not None
+        ctx.record, ctx.transposed, ctx.gates, ctx.slots = record, transposed, port is not None, len(slots)
         ctx.set_materialize_grads(False)
         images = x.shape[1 if transposed else 0]
         # A copy: otherwise a model that adds in place would overwrite the x_l that we score.
@@ -51,6 +51,9 @@ class _StreamTap(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         g, inverse = grads
+        if g is None and inverse is None:  # a backward pass that ends above
+            nothing: tuple[None, ...] = (None,) * (4 + ctx.slots)
+            return nothing
         if g is None:
             g = torch.zeros_like(x)
         turned = (x.transpose(0, 1), g.transpose(0, 1)) if ctx.transposed else (x, g)
@@ -94,10 +97,10 @@ class _MapTap(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (maps,) = ctx.saved_tensors
         d_maps, row, gate = grads
-        if ctx.gated and gate is None:
-            raise RuntimeError("attention: no gate arrived at the port of an attention called with gated=True")
         if row is None or d_maps is None:
             return None if ctx.constant_map else d_maps, None, None, None, None
+        if ctx.gated and gate is None:
+            raise RuntimeError("attention: no gate arrived at the port of an attention called with gated=True")
         weighted = maps.to(row.dtype) * d_maps.to(row.dtype)  # [B, H, Nq, N]
         if not ctx.signed:
             weighted = weighted.clamp(min=0)

@@ -126,10 +126,10 @@ def differently(starts: Mapping[int, Tensor], layout: ModelLayout) -> tuple[str,
 
 @contextmanager
 def _stopped(edges: Sequence[GradientEdge]) -> Iterator[None]:
-    """Inside, gradients that arrive at several edges end there; zeros go on to the edges below."""
+    """Inside, gradients that arrive at several edges end there; nothing goes on to the edges below."""
 
-    def stop(grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        return tuple(None if g is None else torch.zeros_like(g) for g in grads)
+    def stop(grads: Sequence[Tensor | None]) -> tuple[None, ...]:
+        return (None,) * len(grads)
 
     handles = [edge.node.register_prehook(stop) for edge in edges] if len(edges) > 1 else []
     try:

@@ -75,7 +75,7 @@ def _tensors(plan: Plan, layout: ModelLayout, asked: Answer, found: Found, first
     rows = {block: row[..., prefix:] for block, row in sorted(found.rows.items())}
     wanted = range(first, len(layout.blocks) if settings.per_block else first + 1)
     if settings.method == "input_x_gradient":
-        blocks, signal = {block: gated_map(rows[block], gates, block) for block in wanted}, None
+        blocks, signal = {block: gated_map(_entering(rows, block), gates, block) for block in wanted}, None
     else:
         starts = {block: row[..., prefix:] for block, row in found.starts.items()}
         blocks = {block: _with_starts(_entering(rows, block), starts, block) for block in wanted}
@@ -91,7 +91,8 @@ def _tensors(plan: Plan, layout: ModelLayout, asked: Answer, found: Found, first
 
 def _entering(rows: dict[int, Tensor], block: int) -> Tensor:
     """The row of the tokens that enter a block; if it did not run, those that enter the next one that did."""
-    return rows[min(found for found in rows if found >= block)]
+    later = [found for found in rows if found >= block]
+    return rows[later[0]] if later else torch.zeros_like(rows[max(rows)])
 
 
 def _with_starts(row: Tensor, starts: dict[int, Tensor], block: int) -> Tensor:  # [..., B, P]

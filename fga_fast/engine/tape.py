@@ -207,11 +207,6 @@ class Tape(FunctionMode):
         if block is not None:
             self._carrier = self._carrier + carried
 
-    def _wants(self, block: int) -> bool:
-        """Whether x . g is wanted of the tokens that enter this block."""
-        start = self._settings.start_block
-        return block == start or (self._settings.per_block and block > start)
-
     # -- what the hooks see ------------------------------------------------------------------------------------
 
     def tap_input(self, index: int, arguments: Arguments) -> Arguments | None:
@@ -219,7 +214,7 @@ class Tape(FunctionMode):
         if self._rollout:
             self._rows[index] = self._carrier
             return None
-        if not self._wants(index):
+        if self._rows and not self._settings.per_block:  # only x . g of the first block is wanted
             return None
         tokens = self.passed.stream
         x, replaced = replace_input(arguments, tokens, self._layout, self.passed.images, self.passed.where)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fga_fast.models.block_io import Arguments, ForwardPass, with_stream
+from fga_fast.models.block_io import Arguments, ForwardPass, ordinary, with_stream
 from fga_fast.models.multihead import open_multi_head_attention
 
 Function = Callable[..., Any]
@@ -218,7 +218,11 @@ class FunctionMode(TorchFunctionMode, ABC):
             if getattr(_thread, "mode", None) is not self:
                 return None
             self.passed.enter(index, (args, kwargs))
-            return self.tap_input(index, (args, kwargs or {})) if self.passed.live else None
+            if not self.passed.live:
+                return None
+            given = ordinary((args, kwargs or {}))
+            tapped = self.tap_input(index, given)
+            return given if tapped is None else tapped
 
         return hook
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fga_fast.models.layout import ModelLayout
 
@@ -59,6 +59,12 @@ def replace_input(
         return args, {**kwargs, name: value}
 
     return (args[name] if isinstance(name, int) else kwargs[name]), replaced
+
+
+def ordinary(arguments: Arguments) -> Arguments:
+    """The same, with copies of tensors that were made under torch.inference_mode(), which autograd refuses."""
+    found: Arguments = tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, arguments)
+    return found
 
 
 def stream_of(output: Any, where: str) -> Tensor:
@@ -117,6 +123,7 @@ class ForwardPass:
     streams: dict[int, GradientEdge] = field(default_factory=dict)  # block -> what it handed on, in autograd's graph
     attentions: dict[int | None, GradientEdge] = field(default_factory=dict)  # likewise, explained attention's output
     outside: list[Outside] = field(default_factory=list)
+    _differentiated: bool = False  # a block from `first` on has begun
     _entered: list[Tensor] = field(default_factory=list)  # arguments of the running block
 
     def __post_init__(self) -> None:
@@ -181,8 +188,10 @@ class ForwardPass:
             raise TapeError(f"model: block {index} runs {where}; blocks must run in order, each at most once")
         self.block, self.live = index, torch.is_grad_enabled() and index >= self.start
         self._entered = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
-        if index > self.first and not any(tensor.requires_grad for tensor in self._entered):
-            self.first = index  # what enters was detached, so blocks before have no gradient
+        if self.live:
+            if self._differentiated and not any(tensor.requires_grad for tensor in self._entered):
+                self.first = index  # what enters was detached, so blocks before have no gradient
+            self._differentiated = True
 
     def leave(self, index: int, output: Any) -> Tensor | None:
         """A block ends. Returns the residual stream that leaves it, or None for a block that is not explained."""
@@ -191,7 +200,7 @@ class ForwardPass:
         self.ran.add(index)
         live, self.live = self.live, True
         if not live:
-            self.first = max(self.first, index + 1)
+            self.first, self._differentiated = max(self.first, index + 1), False
             self.stream = output[0] if isinstance(output, tuple) else output
             return None
         self.stream = stream_of(output, self.name(index))

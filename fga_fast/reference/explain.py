@@ -87,7 +87,7 @@ def explain(
     checks.check_saes(saes, layout, next((layout.tower or model).parameters()))
     checks.check_fit(settings, saes, layout)
     saes = dict(sorted(saes.items()))
-    wanted = () if settings.method == "rollout" else _depths(settings, layout, settings.start_block)
+    wanted = () if settings.method == "rollout" else range(settings.start_block, len(layout.blocks))
     with torch.inference_mode(False), torch.enable_grad():
         with recording(layout, images, settings.backward == "conservative", settings.start_block, wanted) as record:
             with record.passed.running():
@@ -260,8 +260,9 @@ def _contributed(record: Recording, gradients: Gradients, gates: Maps, start: in
 
     Equation: `c_p = (x_p . g_p) * prod_{l >= start} w_lp`.
     """
-    x, g = record.batch_first(record.inputs[start]), record.batch_first(gradients.inputs[start])
-    contribution = input_x_gradient(x, g)[:, record.layout.prefix_tokens :]
+    ran = [block for block in record.inputs if block >= start]  # if `start` did not run, the next one that did
+    x, g = (record.batch_first(found[ran[0] if ran else max(found)]) for found in (record.inputs, gradients.inputs))
+    contribution = input_x_gradient(x, g)[:, record.layout.prefix_tokens :] * bool(ran)
     for block, gate in gates.items():
         if block >= start:
             contribution = contribution * gate

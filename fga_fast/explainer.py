@@ -34,6 +34,7 @@ from fga_fast.models import checks
 from fga_fast.models.layout import ModelLayout
 from fga_fast.question.readout import Targets, Tensors
 from fga_fast.result.explanation import Explanation
+from fga_fast.result.notices import value_notices
 from fga_fast.sae import SparseAutoencoder
 from fga_fast.settings import Backend, Backward, Gate, Method, Settings, TargetMode, start_of
 
@@ -93,7 +94,7 @@ class Explainer:
         self.plan = make_plan(model, saes, settings, layout, class_names, tokenizer)
         self.model, self.layout, self.saes, self.settings = model, self.plan.layout, self.plan.saes, settings
         self._ungated = self.plan.without_saes() if ungated and self.saes else None
-        self._called = False
+        self._said: set[str] = set()
 
     @property
     def backend(self) -> str:
@@ -119,15 +120,19 @@ class Explainer:
         layout = self.plan.check(images)
         with torch.inference_mode(False):
             images = images.clone() if images.is_inference() else images.detach()
-            for notice in () if self._called else checks.image_notices(images, layout):
-                logger.warning("%s", notice)
-            found = _tensors(self.plan, layout, images, targets, first=not self._called)
-            self._called |= len(images) > 0
-            ungated = None if self._ungated is None else _tensors(self._ungated, layout, images, targets).relevance
+            found = _tensors(self.plan, layout, images, targets)
+            other = None if self._ungated is None else _tensors(self._ungated, layout, images, targets)
         backend = self.plan.choice()
+        seen = checks.image_notices(images, layout)
+        found = found._replace(notices=(*seen, *found.notices, *value_notices(found._asdict())))
+        for notice in found.notices:
+            if notice not in self._said:
+                logger.warning("%s", notice)
+        self._said.update(found.notices)
         return Explanation(
-            **found._asdict(), ungated=ungated, grid=layout.grid, image_size=(images.shape[-2], images.shape[-1]),
-            backend=backend.name, backend_reason=backend.reason, start_block=self.settings.start_block,
+            **found._asdict(), ungated=None if other is None else other.relevance,
+            ungated_signal=None if other is None else other.signal, grid=layout.grid,
+            image_size=(images.shape[-2], images.shape[-1]), backend=backend.name, backend_reason=backend.reason,
         )  # fmt: skip
 
     def compile(
@@ -183,15 +188,13 @@ class Explainer:
         return f"Explainer({name}, {blocks} blocks, grid {grid}, saes {{{saes}}}, {self.settings}, on {self.backend})"
 
 
-def _tensors(plan: Plan, layout: ModelLayout, images: Tensor, targets: Targets, first: bool = False) -> Tensors:
+def _tensors(plan: Plan, layout: ModelLayout, images: Tensor, targets: Targets) -> Tensors:
     readout = plan.readout
     if plan.choice().stages is not None or len(images) == 0:
-        return run.explain(plan, layout, images, lambda output: readout.answer(targets, output), first=first)
+        return run.explain(plan, layout, images, lambda output: readout.answer(targets, output))
     from fga_fast import reference
 
-    return reference.explain(
-        plan.model, images, targets, plan.saes, plan.settings, layout=layout, readout=readout, pooling_checked=not first
-    )
+    return reference.explain(plan.model, images, targets, plan.saes, plan.settings, layout=layout, readout=readout)
 
 
 def explain(

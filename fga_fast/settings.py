@@ -54,6 +54,13 @@ def start_of(start_block: int, start_layer: int | None) -> int:
     return start_layer
 
 
+# Gradients with a cosine above this are of one vector that a head reads, see `reference.start_rows`.
+PARALLEL = 0.9
+
+# The largest gradient of an image below which scores are measured relative to it, see `reference.gate`.
+SMALL_GRADIENT = 2.0**-10
+
+
 @dataclass(frozen=True)
 class Gate:
     """Settings of the feature-gradient gate.

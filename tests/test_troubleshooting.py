@@ -38,14 +38,13 @@ def templates() -> tuple[str, ...]:
             return text(node.left) + text(node.right)
         return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else HOLE
 
-    trees = (ast.parse(file.read_text(encoding="utf-8")) for file in (ROOT / "fga_fast").rglob("*.py"))
-    nodes = (node for tree in trees for node in ast.walk(tree))
-    # %d and the like are the holes of log messages.
-    return tuple(
-        re.sub(r"%(\.\d)?[a-z]", HOLE, text(n))
-        for n in nodes
-        if isinstance(n, (ast.JoinedStr, ast.Constant, ast.BinOp))
-    )
+    found = []
+    for file in (ROOT / "fga_fast").rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+        prose = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}  # docstrings are no messages
+        kinds = (ast.JoinedStr, ast.Constant, ast.BinOp)
+        found += [text(node) for node in nodes if isinstance(node, kinds) and id(node) not in prose]
+    return tuple(re.sub(r"%(\.\d)?[a-z]", HOLE, each) for each in found)  # the holes of log messages
 
 
 def in_code(message: str) -> bool:
@@ -76,6 +75,7 @@ def test_messages_are_in_the_order_of_the_alphabet() -> None:
 
 
 def quoted(beginning: str) -> str:
+    found: str
     (found,) = [message for message in MESSAGES if message.startswith(beginning)]
     return found
 
@@ -91,6 +91,10 @@ class Around(nn.Module):
         return self.then(self.tower(images))
 
 
+def laid_out(model: Any, prefix_tokens: int = 1, grid: tuple[int, int] = (2, 3), **settings: Any) -> ModelLayout:
+    return ModelLayout(model.blocks, prefix_tokens, grid, **settings)
+
+
 IMAGES = torch.randn(2, *PIXELS)
 # How a quoted message begins -> settings of the tower, and what a user does with it.
 CASES: dict[str, tuple[dict[str, Any], Callable[[nn.Module], Any]]] = {
@@ -98,10 +102,9 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[nn.Module], Any]]] = {
     "... takes": ({}, lambda model: Explainer(model)(torch.randn(2, 3, 48, 48))),
     "... pixels": ({"dynamic_img_size": True}, lambda model: Explainer(model)(torch.randn(2, 3, 40, 48))),
     "images: expected dtype": ({}, lambda model: Explainer(model)(IMAGES.double())),
-    "model: attention in ... has": (
-        {},
-        lambda model: Explainer(model, layout=ModelLayout(model.blocks, 5, (2, 3)))(IMAGES),  # type: ignore[arg-type]
-    ),
+    "layout: ... returned": ({}, lambda model: Explainer(model, layout=laid_out(model, tokens_first=True))(IMAGES)),
+    "model: attention in ... has": ({}, lambda model: Explainer(model, layout=laid_out(model, 5))(IMAGES)),
+    "model: the ... failed": ({}, lambda model: Explainer(model, layout=laid_out(model))(IMAGES[..., 1:])),
     "model: expected logits": ({}, lambda model: Explainer(Around(model, lambda y: (y, None)))(IMAGES)),
     "model: its logits carry": ({}, lambda model: Explainer(Around(model, Tensor.detach))(IMAGES)),
     "saes[...]: is ... for": ({}, lambda model: Explainer(model, {1: sae_for(model).half()})),
@@ -122,7 +125,8 @@ def test_users_see_the_quoted_message(beginning: str, tiny_vit: Build) -> None:
     ("beginning", "act"),
     [
         ("images: values", lambda model: Explainer(model)(100 * IMAGES)),
-        ("layout: a grid", lambda model: Explainer(model, layout=ModelLayout(model.blocks, 1, (3, 2)))(IMAGES)),
+        ("layout: a grid", lambda model: Explainer(model, layout=laid_out(model, 1, (3, 2)))(IMAGES)),
+        ("a map is zero", lambda model: Explainer(Around(model, lambda y: 0 * y))(IMAGES)),
         ("the SAE after", lambda model: Explainer(model, {2: sae_for(model)})),
     ],
 )

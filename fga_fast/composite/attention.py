@@ -62,6 +62,8 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, *bias = ctx.saved_tensors
         grad_out, row, gate = grads
+        if grad_out is None and row is None:  # a backward pass that ends above
+            return (None,) * len(ctx.needs_input_grad)
         if ctx.gated and gate is None:
             raise RuntimeError("attention: no gate arrived at the port of an attention called with gated=True")
         if grad_out is None:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fga_fast.models.block_io import Arguments, ForwardPass, with_stream
+from fga_fast.models.block_io import Arguments, ForwardPass, ordinary, with_stream
 from fga_fast.models.multihead import open_multi_head_attention
 
 Function = Callable[..., Any]
@@ -217,8 +217,12 @@ class FunctionMode(TorchFunctionMode, ABC):
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
             if getattr(_thread, "mode", None) is not self:
                 return None
-            self.passed.enter(index)
-            return self.tap_input(index, (args, kwargs or {}))
+            self.passed.enter(index, (args, kwargs))
+            if not self.passed.live:
+                return None
+            given = ordinary((args, kwargs or {}))
+            tapped = self.tap_input(index, given)
+            return given if tapped is None else tapped
 
         return hook
 
@@ -227,11 +231,11 @@ class FunctionMode(TorchFunctionMode, ABC):
             if getattr(_thread, "mode", None) is not self:
                 return None
             x = self.passed.leave(index, output)
-            tapped = None if x is None else self.tap_output(index, x)
-            if tapped is None:
+            if x is None:
                 return None
-            self.passed.stream = tapped
-            return with_stream(output, tapped)
+            tapped = self.tap_output(index, x)
+            self.passed.hand_on(index, x if tapped is None else tapped)
+            return None if tapped is None else with_stream(output, tapped)
 
         return hook
 
@@ -251,10 +255,12 @@ class FunctionMode(TorchFunctionMode, ABC):
         if enable_gqa:
             key, value = passed.share_heads(query, key, value)
         passed.attend(query.shape, key.shape)
-        out = self.tap_attention(function, query, key, value, attn_mask, scale)
-        if passed.block is None:
-            passed.pool = out
-        return out
+        if not passed.live:
+            out: Tensor = function(query, key, value, attn_mask, scale=scale)
+            return out
+        tapped = self.tap_attention(function, query, key, value, attn_mask, scale)
+        passed.attended_with(tapped)
+        return tapped
 
     def _softmax(self, _operation: Operation, function: Function, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Taps the maps [B, H, Nq, N] or [B H, Nq, N] of a model that writes out its attention; others pass."""
@@ -263,8 +269,7 @@ class FunctionMode(TorchFunctionMode, ABC):
         if by_head is None:
             return maps
         tapped = self.tap_map(by_head, input)
-        if self.passed.block is None:
-            self.passed.pool = tapped
+        self.passed.attended_with(tapped)
         return tapped if maps.dim() == 4 else tapped.flatten(0, 1)
 
     def _open(

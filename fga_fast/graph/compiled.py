@@ -24,6 +24,7 @@ from fga_fast.graph.trace import Flat, check_example, flatten, one_at_a_time
 from fga_fast.models import checks
 from fga_fast.result.explanation import Explanation
 from fga_fast.result.fields import nested
+from fga_fast.result.notices import value_notices
 from fga_fast.settings import TargetMode, check_count
 
 Run = Callable[..., Sequence[Tensor]]
@@ -55,6 +56,7 @@ class CompiledExplainer:
             images = example[:1].detach().expand(size, *example.shape[1:]).contiguous()
             flat = flatten(plan, images, target_mode)
             self._outputs, self._classes, self._class_names = flat.outputs, flat.classes, flat.class_names
+            self._start_block, self._notices = flat.start_block, flat.notices
             fold_biases(flat.module)
             _freeze(flat.module, frozen)
             self._runs[size] = _compiled(flat, options)
@@ -85,13 +87,15 @@ class CompiledExplainer:
         with _plain(images):
             outputs = in_batches(lambda size, given: self._runs[size](*given), self.batches, inputs)
         found = dict(zip(self._outputs, outputs, strict=True))
+        of_values: tuple[str, ...] = ()
         if images.device.type == "cpu":
             for name, what in (("logits", "the logits"), ("relevance", "the relevance")):
                 checks.check_finite(found[name], what, plan.model, images, plan.saes)
+            of_values = value_notices(found)
         return Explanation(
             **nested(found), grid=layout.grid, image_size=(images.shape[-2], images.shape[-1]),
             backend=plan.choice().name, backend_reason="compiled", names=self._class_names,
-            start_block=plan.settings.start_block,
+            start_block=self._start_block, notices=(*self._notices, *of_values),
         )  # fmt: skip
 
 

@@ -6,12 +6,16 @@ words.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fga_fast.models.layout import ModelLayout
 
@@ -57,6 +61,12 @@ def replace_input(
     return (args[name] if isinstance(name, int) else kwargs[name]), replaced
 
 
+def ordinary(arguments: Arguments) -> Arguments:
+    """The same, with copies of tensors that were made under torch.inference_mode(), which autograd refuses."""
+    found: Arguments = tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, arguments)
+    return found
+
+
 def stream_of(output: Any, where: str) -> Tensor:
     """The residual stream that leaves a block: its output, or the first entry of it."""
     x = output[0] if isinstance(output, tuple) and output else output
@@ -86,64 +96,139 @@ def _is_stream(value: object, first: tuple[int, int], width: int | None) -> bool
 class Outside(NamedTuple):
     """An attention after the blocks that is not the layout's pool."""
 
-    output: Tensor
+    edge: GradientEdge | None  # of its output; None: it has no gradient
     queries: int
     keys: int
+    before_pool: bool
 
 
 @dataclass
 class ForwardPass:
     """Where a model's forward pass is, what it has brought so far, and what it must not do.
 
-    Its checks raise `TapeError`.
+    Blocks run in order. A block may also not run, hand its input on, or run where gradients are off: then it is no part
+    of the explanation, and `notices` says so. Its checks raise `TapeError`.
     """
 
     layout: ModelLayout
     images: int  # B
-    start: int = 0  # first block that is explained; those before it only run
+    start: int = 0  # first block that is to be explained; those before it only run
+    live: bool = True  # gradients are on where the pass is: in the block that runs, or after the blocks
+    first: int = field(init=False)  # first block that can be explained: from here on blocks have gradients
     block: int | None = None  # block that is running; None between, before and after blocks
-    finished: int = 0  # blocks that have run
+    finished: int = 0  # number of the last block that has run, plus 1
+    ran: set[int] = field(default_factory=set)
     attended: set[int | None] = field(default_factory=set)  # blocks whose attention was seen; None: the pool's was
     stream: Tensor | None = None  # [B, N, C] or [N, B, C], what the block that ended last handed on
-    pool: Tensor | None = None  # output of the layout's attention pool
+    streams: dict[int, GradientEdge] = field(default_factory=dict)  # block -> what it handed on, in autograd's graph
+    attentions: dict[int | None, GradientEdge] = field(default_factory=dict)  # likewise, explained attention's output
     outside: list[Outside] = field(default_factory=list)
-    before_pool: int = 0  # how many entries of `outside` ran before the pool
-    cut: bool = False  # an attention ran where gradients are off
+    _differentiated: bool = False  # a block from `first` on has begun
+    _entered: list[Tensor] = field(default_factory=list)  # arguments of the running block
+
+    def __post_init__(self) -> None:
+        self.first = self.start
 
     @property
     def explaining(self) -> bool:
         """Whether what runs now is differentiated: from the first explained block to the model's end."""
-        return self.finished > self.start or self.block == self.start
+        return self.finished > self.start or (self.block is not None and self.block >= self.start)
 
     @property
     def where(self) -> str:
         """What is running, for error messages."""
         if self.block is not None:
-            return self._name(self.block)
+            return self.name(self.block)
         return "the pooling head" if self._is_over else f"the part before block {self.finished}"
 
-    def enter(self, index: int) -> None:
-        """A block begins; each must run once, in order."""
-        if index != self.finished or self.block is not None:
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Around the forward pass: an error says in which block it was. See `_named`."""
+        with self._named("forward pass", lambda: self.where):
+            yield
+
+    @contextmanager
+    def differentiating(self) -> Iterator[None]:
+        """Around the backward pass: an error says in which block it was. See `_named`."""
+        place = ["the pooling head"]
+
+        def note(name: str, _gradients: object) -> None:
+            place[0] = name
+
+        handles = [edge.node.register_prehook(partial(note, self.name(block))) for block, edge in self.streams.items()]
+        try:
+            with self._named("backward pass", lambda: place[0]):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def _named(self, what: str, where: Callable[[], str]) -> Iterator[None]:
+        """Turns an error of the model, of autograd or of a kernel into one that says what was being done, and where.
+
+        A ValueError passes, since it was written for people; so do errors of memory, which callers treat in their own
+        way.
+        """
+        try:
+            yield
+        except (ValueError, torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:
+            told = " ".join(str(error).split())
             raise TapeError(
-                f"model: block {index} runs where block {self.finished} was expected; each must run once, in order"
-            )
-        self.block = index
+                f"model: the {what} failed in {where()} with {type(error).__name__}: "
+                f"{told[:500] or 'no message'}; run the model alone on these images to see whether the error is its own"
+            ) from error
+
+    def enter(self, index: int, arguments: Any) -> None:
+        """A block begins."""
+        if index < self.finished or self.block is not None:
+            where = f"after block {self.finished - 1}" if self.block is None else f"inside block {self.block}"
+            raise TapeError(f"model: block {index} runs {where}; blocks must run in order, each at most once")
+        self.block, self.live = index, torch.is_grad_enabled() and index >= self.start
+        self._entered = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+        if self.live:
+            if self._differentiated and not any(tensor.requires_grad for tensor in self._entered):
+                self.first = index  # what enters was detached, so blocks before have no gradient
+            self._differentiated = True
 
     def leave(self, index: int, output: Any) -> Tensor | None:
         """A block ends. Returns the residual stream that leaves it, or None for a block that is not explained."""
+        entered, self._entered = self._entered, []
         self.block, self.finished = None, index + 1
-        if index < self.start:
+        self.ran.add(index)
+        live, self.live = self.live, True
+        if not live:
+            self.first, self._differentiated = max(self.first, index + 1), False
             self.stream = output[0] if isinstance(output, tuple) else output
             return None
-        self.stream = stream_of(output, self._name(index))
-        if index not in self.attended:
+        self.stream = stream_of(output, self.name(index))
+        self._check_stream(index, self.stream)
+        if index not in self.attended and not any(self.stream is tensor for tensor in entered):
             raise TapeError(
-                f"model: {self._name(index)} ran without an attention that could be seen: neither "
+                f"model: {self.name(index)} ran without an attention that could be seen: neither "
                 "torch.nn.functional.scaled_dot_product_attention, nor nn.MultiheadAttention, nor a softmax over "
                 f"[B, H, {self.layout.tokens}, {self.layout.tokens}]; use an implementation that calls one of them"
             )
         return self.stream
+
+    def hand_on(self, index: int, x: Tensor) -> None:  # [B, N, C] or [N, B, C]
+        """Notes the residual stream with which the model goes on after a block."""
+        self.stream = x
+        if x.requires_grad:
+            self.streams[index] = get_gradient_edge(x)
+
+    def _check_stream(self, index: int, x: Tensor) -> None:
+        layout = self.layout
+        expected = (layout.tokens, self.images) if layout.tokens_first else (self.images, layout.tokens)
+        if tuple(x.shape[:2]) != expected:
+            swapped = tuple(x.shape[:2]) == expected[::-1]
+            advice = f"set tokens_first={not layout.tokens_first}" if swapped else "check prefix_tokens and grid"
+            raise TapeError(
+                f"layout: {self.name(index)} returned {list(x.shape)}, expected [{expected[0]}, {expected[1]}, C] for "
+                f"{self.images} images of {layout.tokens} tokens with tokens_first={layout.tokens_first}; {advice}"
+            )
 
     def is_tapped(self, queries: int, keys: int) -> bool:
         """Whether an attention of this size is explained: in a block any, after the blocks the pool's."""
@@ -152,13 +237,19 @@ class ForwardPass:
         if not self._is_over:
             raise TapeError(
                 f"model: attention runs between block {self.finished - 1} and block {self.finished} of the layout, "
-                "where relevance would pass it by; list all blocks, in forward order"
+                "where relevance would pass it by; list all blocks, in forward order, and no blocks that do not run"
             )
         return None not in self.attended and self.layout.pooling == "attention" and (queries, keys) == self._sizes
 
     def pass_by(self, output: Tensor, queries: int, keys: int) -> None:
-        """Remembers an attention after the blocks that is not explained, for `check_pooling`."""
-        self.outside.append(Outside(output, queries, keys))
+        """Remembers an attention after the blocks that is not explained."""
+        edge = get_gradient_edge(output) if output.requires_grad else None
+        self.outside.append(Outside(edge, queries, keys, before_pool=None not in self.attended))
+
+    def attended_with(self, output: Tensor) -> None:
+        """Notes the output, or the maps, of the attention that is explained now."""
+        if output.requires_grad:
+            self.attentions[self.block] = get_gradient_edge(output)
 
     def attend(self, query: tuple[int, ...], key: tuple[int, ...]) -> None:  # [B, H, Nq, ...], [B, H, N, ...]
         """An attention that is explained; one a block, over all tokens, and over the pooled ones in the pool."""
@@ -182,9 +273,6 @@ class ForwardPass:
                 "windowed attention and dropped patches cannot be explained"
             )
         self.attended.add(self.block)
-        self.cut |= not torch.is_grad_enabled()
-        if self.block is None:
-            self.before_pool = len(self.outside)
 
     def map_of(self, maps: Tensor, dim: int | None) -> Tensor | None:  # a softmax's output -> [B, H, Nq, N]
         """The maps [B, H, Nq, N] if this is the attention of the running block or of the pool, else None."""
@@ -245,23 +333,6 @@ class ForwardPass:
         """Refuses a differentiated result that is written into another tensor, which autograd cannot follow."""
         raise TapeError(f"model: {self.where} calls {name} with out=, which has no gradient; use what it returns")
 
-    def check_complete(self, values: Tensor) -> None:  # [B] or [B, K]
-        """The pass must have been the one that the layout promised, with a gradient all the way to the values."""
-        layout = self.layout
-        if self.finished != len(layout.blocks):
-            raise TapeError(f"model: {self.finished} of {len(layout.blocks)} blocks ran; call the tower once")
-        if layout.pooling == "attention" and None not in self.attended:
-            seen = ", ".join(f"one of {found.queries} queries over {found.keys} keys" for found in self.outside)
-            raise TapeError(
-                f"model: 'attention' pooling, but no attention with one query over the {self._sizes[1]} pooled tokens "
-                f"was found after the blocks{seen and ', only ' + seen}; check the layout's pooling and pooled"
-            )
-        if self.cut or not values.requires_grad:
-            raise TapeError(
-                "model: its logits carry no gradient to the tower; its forward must not run under torch.no_grad(), "
-                "torch.inference_mode() or detach the tower's output"
-            )
-
     @property
     def _is_over(self) -> bool:
         return self.finished == len(self.layout.blocks)
@@ -272,5 +343,6 @@ class ForwardPass:
         tokens = self.layout.tokens
         return (tokens, tokens) if self.block is not None else (1, self.layout.pooled[1] - self.layout.pooled[0])
 
-    def _name(self, index: int) -> str:
+    def name(self, index: int) -> str:
+        """A block for messages."""
         return f"block {index} ({type(self.layout.blocks[index]).__name__})"

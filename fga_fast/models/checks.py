@@ -15,7 +15,7 @@ from fga_fast.precision import relevance_dtype
 from fga_fast.sae import SparseAutoencoder
 from fga_fast.settings import Settings, check_count
 
-_PIXELS = 50.0  # normalised images stay within about 3, standardised medical ones within about 20
+_PIXELS = 50  # normalised images stay within about 3, standardised medical ones within about 20
 
 
 def check_eval(model: nn.Module) -> None:
@@ -160,11 +160,10 @@ def image_notices(images: Tensor, layout: ModelLayout) -> tuple[str, ...]:  # [B
     if not images.numel():
         return ()
     found = []
-    largest = float(images.detach().abs().max())
-    if largest > _PIXELS:
+    if float(images.detach().abs().max()) > _PIXELS:
         found.append(
-            f"images: values reach {largest:.3g}, as pixels that were not normalised do; most models expect "
-            "(pixels / 255 - mean) / std. Ignore this if the model normalises its images itself"
+            f"images: values go beyond {_PIXELS}, as pixels that were not normalised do; most models expect (pixels / "
+            "255 - mean) / std. Ignore this if the model normalises its images itself"
         )
     (height, width), (rows, columns) = images.shape[-2:], layout.grid
     tall, wide = height / rows, width / columns

@@ -89,6 +89,9 @@ class Tensors(NamedTuple):
     gates: dict[int, Tensor]  # block -> [B, P], in [1 / base, base]
     features: dict[int, TopFeatures]  # block -> its strongest features, if asked for
     blocks: Tensor | None  # [B, L', P], relevance of the patches that enter each block, if asked for
+    signal: Tensor | None  # [B, P], relevance without the constant that the pooling gave patches; None: there is none
+    start_block: int  # first block that was explained
+    notices: tuple[str, ...]  # what a reader must know
 
 
 def pick(

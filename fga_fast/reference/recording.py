@@ -87,7 +87,7 @@ class _Mode(FunctionMode):
         if index not in record.wanted:
             return None
         x, replaced = replace_input(arguments, passed.stream, passed.layout, passed.images, passed.where)
-        record.inputs[index] = x.clone() if x.requires_grad else x.clone().requires_grad_(index == passed.start)
+        record.inputs[index] = x.clone() if record.inputs else x.clone().requires_grad_()
         return replaced(record.inputs[index].clone())
 
     def tap_output(self, index: int, x: Tensor) -> Tensor:

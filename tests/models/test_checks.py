@@ -75,7 +75,7 @@ def test_images_that_look_wrong_are_noticed() -> None:
     assert checks.image_notices(images, layout) == checks.image_notices(images[..., :40], layout) == ()
     assert checks.image_notices(images[:0], replace(layout, grid=(3, 2))) == ()
     (pixels,) = checks.image_notices(255 * torch.rand(2, 3, 32, 48), layout)
-    assert pixels.startswith("images: values reach 255, as pixels that were not normalised do")
+    assert pixels.startswith("images: values go beyond 50, as pixels that were not normalised do")
     (grid,) = checks.image_notices(images, replace(layout, grid=(3, 2)))
     assert "grid of 3 x 2 over images of 32 x 48 makes patches of 10.7 x 24 pixels" in grid
 

@@ -18,6 +18,7 @@ from fga_fast.io.images import Preprocess
 from fga_fast.models import checks
 from fga_fast.result.explanation import Explanation
 from fga_fast.result.fields import nested
+from fga_fast.result.notices import value_notices
 
 
 class Package:
@@ -90,7 +91,7 @@ class Package:
             checks.check_finite(found[name], what, nn.Module(), images)  # stands for a model without weights
         return Explanation(
             **nested(found), grid=m.grid, image_size=(m.height, m.width), backend=m.backend, backend_reason="package",
-            names=m.class_names, start_block=m.start_block,
+            names=m.class_names, start_block=m.start_block, notices=(*m.notices, *value_notices(found)),
         )  # fmt: skip
 
     def _batch(self, _: int, inputs: tuple[Tensor, ...]) -> Sequence[Tensor]:

@@ -59,6 +59,7 @@ class Metadata:
     start_block: int
     signed: bool
     gate: dict[str, Any]
+    notices: tuple[str, ...]  # what a reader of its explanations must know
     versions: dict[str, str]  # of fga_fast and torch
     sha256: str  # of NAME.pt2
     # The processor it was compiled for: {"architecture": "x86_64", "features": ["avx2", ...]}.
@@ -165,6 +166,7 @@ def _read(entries: Entries) -> Metadata:
         outputs=tuple(_output(Entries(one, f"{entries.where}: outputs")) for one in entries.list("outputs")),
         signed=entries.flag("signed"),
         gate=entries.inner("gate").content,
+        notices=entries.texts("notices") if "notices" in entries.content else (),
         versions={name: str(version) for name, version in entries.inner("versions").content.items()},
         sha256=entries.text("sha256"),
         machine=_machine(entries),

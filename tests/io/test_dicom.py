@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from picture_files import write_dicom as write
 from PIL import Image
 
 from fga_fast import load_image
@@ -19,37 +20,7 @@ from fga_fast.io.window import READ, ImageFileError
 Array = npt.NDArray[Any]
 RAMP = np.arange(200, dtype=np.int64).reshape(10, 20)
 BASELINE, LOSSLESS, DEFLATED = "1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.70", "1.2.840.10008.1.2.1.99"
-CXR, CT = "1.2.840.10008.5.1.4.1.1.1.1", "1.2.840.10008.5.1.4.1.1.2"
-
-
-def write(path: Path, pixels: Array | bytes, shape: tuple[int, ...] = (), **elements: Any) -> Path:
-    """A file of `pixels` [H, W] or [H, W, 3], or of a compressed frame of this shape; elements None are left out."""
-    pydicom = pytest.importorskip("pydicom")
-    from pydicom.encaps import encapsulate
-
-    meta, dataset = pydicom.dataset.FileMetaDataset(), pydicom.Dataset()
-    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = elements.pop("sop", CXR), "1.2.3.4"
-    meta.TransferSyntaxUID = elements.pop("syntax", "1.2.840.10008.1.2.1")
-    values = np.zeros(shape, np.uint8) if isinstance(pixels, bytes) else pixels
-    bits = elements.pop("bits", 8 * values.itemsize)
-    signed = int(values.dtype.kind == "i")
-    defaults = {
-        "Modality": "DX", "Rows": values.shape[0], "Columns": values.shape[1], "PixelRepresentation": signed,
-        "SamplesPerPixel": 1 if values.ndim == 2 else 3, "BitsAllocated": 8 * values.itemsize, "BitsStored": bits,
-        "HighBit": bits - 1, "PhotometricInterpretation": "MONOCHROME2" if values.ndim == 2 else "RGB",
-    }  # fmt: skip
-    if values.ndim == 3:
-        defaults["PlanarConfiguration"] = 0
-    data = encapsulate([pixels]) if isinstance(pixels, bytes) else pixels.tobytes()
-    for keyword, value in {**defaults, **elements}.items():
-        if value is not None:
-            setattr(dataset, keyword, value)
-    if elements.get("PixelData", data) is not None:
-        dataset.add_new("PixelData", "OB" if values.itemsize == 1 else "OW", elements.get("PixelData", data))
-        dataset["PixelData"].is_undefined_length = isinstance(pixels, bytes)
-    dataset.file_meta = meta
-    dataset.save_as(path, enforce_file_format=True)
-    return path
+CT = "1.2.840.10008.5.1.4.1.1.2"
 
 
 def sequence(**elements: Any) -> Any:

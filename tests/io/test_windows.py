@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from pictures import write_png16, write_tiff
+from picture_files import write_png16, write_tiff
 from PIL import Image
 
 from fga_fast import Preprocess, load_image

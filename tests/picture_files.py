@@ -1,4 +1,4 @@
-"""Writes PNG and TIFF files of kinds that PIL reads but does not write."""
+"""Writes files that PIL reads but does not write: PNG and TIFF of some kinds, and DICOM."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
+import pytest
+
+CHEST_XRAY = "1.2.840.10008.5.1.4.1.1.1.1"  # DICOM's name of digital X-ray images
 
 
 def write_png16(path: Path, values: npt.NDArray[Any]) -> Path:
@@ -54,4 +58,34 @@ def write_tiff(path: Path, *pages: npt.NDArray[Any], photometric: int | None = N
         last = len(data)
         data += b"\0\0\0\0"
     path.write_bytes(data)
+    return path
+
+
+def write_dicom(path: Path, pixels: npt.NDArray[Any] | bytes, shape: tuple[int, ...] = (), **elements: Any) -> Path:
+    """A file of `pixels` [H, W] or [H, W, 3], or of a compressed frame of this shape; elements None are left out."""
+    pydicom = pytest.importorskip("pydicom")
+    from pydicom.encaps import encapsulate
+
+    meta, dataset = pydicom.dataset.FileMetaDataset(), pydicom.Dataset()
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = elements.pop("sop", CHEST_XRAY), "1.2.3.4"
+    meta.TransferSyntaxUID = elements.pop("syntax", "1.2.840.10008.1.2.1")
+    values = np.zeros(shape, np.uint8) if isinstance(pixels, bytes) else pixels
+    bits = elements.pop("bits", 8 * values.itemsize)
+    signed = int(values.dtype.kind == "i")
+    defaults = {
+        "Modality": "DX", "Rows": values.shape[0], "Columns": values.shape[1], "PixelRepresentation": signed,
+        "SamplesPerPixel": 1 if values.ndim == 2 else 3, "BitsAllocated": 8 * values.itemsize, "BitsStored": bits,
+        "HighBit": bits - 1, "PhotometricInterpretation": "MONOCHROME2" if values.ndim == 2 else "RGB",
+    }  # fmt: skip
+    if values.ndim == 3:
+        defaults["PlanarConfiguration"] = 0
+    data = encapsulate([pixels]) if isinstance(pixels, bytes) else pixels.tobytes()
+    for keyword, value in {**defaults, **elements}.items():
+        if value is not None:
+            setattr(dataset, keyword, value)
+    if elements.get("PixelData", data) is not None:
+        dataset.add_new("PixelData", "OB" if values.itemsize == 1 else "OW", elements.get("PixelData", data))
+        dataset["PixelData"].is_undefined_length = isinstance(pixels, bytes)
+    dataset.file_meta = meta
+    dataset.save_as(path, enforce_file_format=True)
     return path

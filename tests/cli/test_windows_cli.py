@@ -93,6 +93,12 @@ def test_windows_that_are_none(tmp_path: Path, xray: Path, refused: Refused, giv
     assert f"--window: expected auto, or LOW and HIGH with LOW < HIGH, got '{' '.join(given)}'" in text
 
 
+def test_a_package_takes_a_window(tmp_path: Path, xray: Path, refused: Refused) -> None:
+    given = ["explain", xray, "--package", tmp_path / "none.pt2", "--out", tmp_path / "out", "--window", "auto"]
+    assert "none.pt2" in refused(*given)  # which is missing; --window is not what is wrong
+    assert "--base: the package has its own" in refused(*given, "--base", "3")
+
+
 def test_dicom(tmp_path: Path, shown: list[Image.Image]) -> None:
     stored = (np.arange(56 * 56).reshape(56, 56) % 4000).astype("uint16")
     path = write_dicom(

@@ -55,6 +55,7 @@ def read(path: Path, window: Window | None) -> Picture:
         "mode": stored.dtype.name,
         "frames": 1,
         "modality": str(dataset.get("Modality", "")),
+        "intent": str(dataset.get("PresentationIntentType", "")),  # for presentation, or detector data for processing
         "photometric": dataset.PhotometricInterpretation,
         "transfer_syntax": dataset.file_meta.TransferSyntaxUID.name,
     }

@@ -97,16 +97,19 @@ def list_images(folder: str | os.PathLike[str]) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise NotADirectoryError(f"folder: expected a folder of images, got {folder}")
-    found = sorted(
-        path
-        for path in folder.iterdir()
-        if not path.name.startswith(".")
-        and path.is_file()
-        and (path.suffix.lower() in EXTENSIONS or (path.name != "DICOMDIR" and dicom.is_dicom(path)))
-    )
+    found = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and _is_image(path))
     if not found:
         raise ValueError(f"folder: no image in {folder}; looked for files ending in {', '.join(EXTENSIONS)}, and DICOM")
     return found
+
+
+def _is_image(path: Path) -> bool:
+    if not path.is_file() or path.name == "DICOMDIR":  # an index of DICOM files
+        return False
+    try:
+        return path.suffix.lower() in EXTENSIONS or dicom.is_dicom(path)
+    except OSError:  # a file of another kind that this user may not read
+        return False
 
 
 @dataclass(frozen=True)

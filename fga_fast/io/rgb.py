@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _CONVERTED = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")  # PIL's modes
 _DEEP_FORMATS = ("PNG", "TIFF", "PPM", "JPEG2000", None)  # whose deep values PIL hands over right; None: from memory
+_STRETCHED = ("PPM", "JPEG2000")  # from the depth that the file declares
 _SUBFILE, _BITS, _PHOTOMETRIC, _SAMPLE = 254, 258, 262, 339  # TIFF tags
 
 
@@ -104,6 +105,11 @@ def _grey(
         raise ImageFileError(
             f"image: {name}: {image.mode} pixels of {format} files are not read; read it with another library and give "
             "load_image the array"
+        )
+    if format in _STRETCHED and window not in (None, "auto") and tuple(window or ()) != (0, 65535):
+        raise ImageFileError(
+            f"image: {name}: PIL stretches the values of {format} files to 0..65535, so a window in the file's own "
+            'units cannot be applied; give window="auto", on the command line --window auto, or save it as PNG or TIFF'
         )
     values: Values = np.asarray(image)
     full: int | None = 2**16 - 1

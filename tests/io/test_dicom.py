@@ -262,6 +262,17 @@ def test_names_without_an_extension(tmp_path: Path) -> None:
     assert np.array_equal(grey_of(tmp_path / "1.2.840.77"), RAMP)
 
 
+def test_files_that_may_not_be_read_are_no_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("L", (2, 2)).save(tmp_path / "a.png")
+    (tmp_path / "secret").write_text("")
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", forbidden)
+    assert [path.name for path in list_images(tmp_path)] == ["a.png"]
+
+
 def test_without_pydicom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Needs no pydicom: the file says what it is by its first bytes, or by its name."""
     monkeypatch.setitem(sys.modules, "pydicom", None)

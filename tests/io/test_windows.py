@@ -193,6 +193,16 @@ def test_several_pages(tmp_path: Path) -> None:
     assert load_image(tmp_path / "film.gif").info[READ]["frames"] == 2
 
 
+def test_files_that_declare_their_depth(tmp_path: Path) -> None:
+    """PIL stretches the values of PGM by the maximum in its header, so they have a range, but no units for a window."""
+    path = tmp_path / "xray.pgm"
+    path.write_bytes(b"P5 50 4 4095\n" + TWELVE.astype(">u2").tobytes())
+    assert abs(grey_of(load_image(path)).astype(int) - linear(TWELVE, 0, 4095)).max() <= 1
+    assert load_image(path, "auto").info[READ]["format"] == "PPM"
+    with pytest.raises(ImageFileError, match=r"PIL stretches the values of PPM files.*--window auto"):
+        load_image(path, (0, 4095))
+
+
 def test_colour_models_that_pil_does_not_convert(tmp_path: Path) -> None:
     Image.new("LAB", (3, 3)).save(tmp_path / "lab.tif")
     with pytest.raises(ImageFileError, match=r"lab\.tif is LAB, which PIL does not turn into RGB"):

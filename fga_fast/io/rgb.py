@@ -106,7 +106,7 @@ def _grey(
             f"image: {name}: {image.mode} pixels of {format} files are not read; read it with another library and give "
             "load_image the array"
         )
-    if format in _STRETCHED and window not in (None, "auto") and tuple(window or ()) != (0, 65535):
+    if format in _STRETCHED and window is not None and window != "auto" and tuple(window) != (0, 65535):
         raise ImageFileError(
             f"image: {name}: PIL stretches the values of {format} files to 0..65535, so a window in the file's own "
             'units cannot be applied; give window="auto", on the command line --window auto, or save it as PNG or TIFF'

@@ -1,4 +1,4 @@
-"""The examples of docs/your_model.md, run exactly as printed: in an empty folder, in a fresh namespace, offline."""
+"""The examples of docs/your_model.md and of docs/guide.md, run exactly as printed: in a fresh namespace, offline."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any, NoReturn, TypeAlias
 
 import pytest
 import torch
+from picture_files import write_dicom
 from PIL import Image
+from safetensors.torch import save_file
 
 from fga_fast import Explainer, Explanation
 
@@ -109,3 +111,22 @@ def test_own(run: Run) -> None:
                 parameter.zero_()
     unbiased = Explainer(model, layout=layout, method="input_x_gradient", backward="conservative")(images)
     torch.testing.assert_close(unbiased.relevance.sum(1), unbiased.values)
+
+
+def test_chest_xray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The example of docs/guide.md, with a file and weights by the names in it."""
+    timm, _, _ = (pytest.importorskip(library) for library in ("timm", "pydicom", "matplotlib"))
+    page = (Path(__file__).resolve().parent.parent / "docs" / "guide.md").read_text(encoding="utf-8")
+    (code,) = re.findall(
+        r"^## Medical and scientific images\n.*?^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(socket.socket, "connect", _no_network)
+    stored = torch.arange(64 * 64).reshape(64, 64).numpy().astype("uint16")
+    write_dicom(tmp_path / "cxr.dcm", stored, bits=12, WindowCenter=2000, WindowWidth=3000)
+    save_file(timm.create_model("vit_tiny_patch16_224", num_classes=14).state_dict(), tmp_path / "cxr.safetensors")
+    names: dict[str, Any] = {"__name__": "example"}
+    exec(compile(code, "chest X-ray", "exec"), names)
+    assert "centre 2000, width 3000" in capsys.readouterr().out
+    assert names["e"].relevance.shape == (1, 196)
+    assert Image.open(tmp_path / "cxr.png").width > 300

@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from fga_fast.cli import arguments, report, ways
 from fga_fast.io.atomic import check_writable_folder
-from fga_fast.io.images import ImageFileError, list_images, load_image
+from fga_fast.io.images import list_images, load_image
+from fga_fast.io.window import ImageFileError, Window
 
 _TIMED_RUNS = 5
 
@@ -42,6 +43,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--target", action="extend", nargs="+", default=[], metavar="N|NAME",
         help="classes to explain, by number, name or one of a name's comma-separated synonyms (default: likeliest)",
     )  # fmt: skip
+    arguments.add_window(parser)
     parser.add_argument("--out", type=Path, default=Path("fga-fast-out"), metavar="DIR", help="default: %(default)s")
     arguments.add_settings(parser)
     parser.add_argument(
@@ -55,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     """Explains what the arguments name; returns the exit code (1: some images of a folder could not be read)."""
     _check(args)
     paths = _paths(args)
+    window = arguments.window(args)
     many = args.image is not None and args.image.is_dir()
     if many and args.out.resolve() == args.image.resolve():
         raise ValueError(f"--out: {args.out} is the folder of the images themselves; name another one for the results")
@@ -63,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     writer = report.Writer(args.out, way, many)
     failed: list[tuple[Path, str]] = []
     milliseconds: dict[str, float | None] = {}
-    pictures = _pictures(paths, many, failed)
+    pictures = _pictures(paths, many, failed, window)
     while group := list(itertools.islice(pictures, way.batch)):
         views = [way.preprocess.view(picture) for _, picture in group]
         images = torch.stack([way.preprocess.normalise(view) for view in views]).to(way.like)
@@ -87,11 +90,13 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--top-features: expected at least 0, got {args.top_features}")
     if args.package is None:
         return
-    takes = {"image", "package", "target", "out", "run", "default_of", "traceback"}
+    takes = {"image", "package", "target", "window", "out", "run", "default_of", "traceback"}
     other = [name for name in vars(args) if name not in takes and getattr(args, name) != args.default_of(name)]
     if other:
         listed = ", ".join("--" + name.replace("_", "-") for name in other)
-        raise ValueError(f"{listed}: the package has its own; give only IMAGE, --target and --out with --package")
+        raise ValueError(
+            f"{listed}: the package has its own; give only IMAGE, --target, --window and --out with --package"
+        )
 
 
 def _paths(args: argparse.Namespace) -> list[Path]:
@@ -111,11 +116,13 @@ def _paths(args: argparse.Namespace) -> list[Path]:
     return [args.image]
 
 
-def _pictures(paths: list[Path], many: bool, failed: list[tuple[Path, str]]) -> Iterator[tuple[Path, Image.Image]]:
+def _pictures(
+    paths: list[Path], many: bool, failed: list[tuple[Path, str]], window: Window | None
+) -> Iterator[tuple[Path, Image.Image]]:
     """Reads the pictures; a broken file of a folder is noted in `failed` instead of ending the run."""
     for path in tqdm(paths, unit="image", desc="explaining", disable=not many):
         try:
-            picture = load_image(path)
+            picture = load_image(path, window)
         except (ImageFileError, OSError) as error:
             if not many:
                 raise

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fga_fast.cli.ways import Way
 from fga_fast.io.atomic import atomic_write
+from fga_fast.io.window import READ
 from fga_fast.result.explanation import Explanation
 
 SHEET_IMAGES = 24
@@ -37,7 +38,7 @@ class Writer:
         `view` is what the model saw, `milliseconds` what the JSON says about the time for one image and one target.
         """
         self._count += 1
-        facts = self._facts(path, explanation, milliseconds)
+        facts = self._facts(path, view, explanation, milliseconds)
         if len(self._sheet) < SHEET_IMAGES:
             self._sheet.append(_strip(view, explanation, facts))
         if self._count > 1 and not self.many:
@@ -62,9 +63,12 @@ class Writer:
         else:
             print(f"\nwrote {', '.join(written)} into {self.out}")
 
-    def _facts(self, path: Path, explanation: Explanation, milliseconds: dict[str, Any]) -> dict[str, Any]:
+    def _facts(
+        self, path: Path, view: Image.Image, explanation: Explanation, milliseconds: dict[str, Any]
+    ) -> dict[str, Any]:
         return {
             "image": str(path),
+            "read_as": view.info[READ],
             "model": self.way.name,
             "backend": explanation.backend,
             "backend_reason": explanation.backend_reason,
@@ -130,6 +134,9 @@ def _print_head(facts: dict[str, Any]) -> None:
 
 def _print_image(facts: dict[str, Any]) -> None:
     print(f"\n{Path(facts['image']).name}")
+    if facts["read_as"]["values"] is not None:
+        low, high = facts["read_as"]["window"]
+        print(f"  black {low:g}, white {high:g} ({facts['read_as']['window_from']})")
     for row in facts["explained"]:
         number = f"class {row['target']}"
         named = number if row["name"] == number else f"{row['name']} ({number})"

@@ -96,6 +96,8 @@ class Plan:
         layout = self.layout_for(images)
         checks.check_images(images, layout.in_chans, layout.image_size, self.parameter)
         checks.check_saes(self.saes, self.layout, self.parameter)
+        if not self.found and len(images) == layout.tokens > 1:  # a swap of the two would go unnoticed
+            checks.probe_layout(layout, self.readout.run, images[:1])
         return layout
 
     def without_saes(self) -> Plan:
@@ -132,6 +134,9 @@ def make_plan(
     readout = Readout(model, class_names, tokenizer, layout)
     plan = Plan(model, layout, found, readout, ordered, settings, permutations)
     plan.choice()  # raises now if the backend cannot run
+    if not found and layout.image_size is not None:
+        images = plan.parameter.new_zeros(2 if layout.tokens != 2 else 3, layout.in_chans, *layout.image_size)
+        checks.probe_layout(layout, plan.readout.run, images.detach())
     return plan
 
 

@@ -204,7 +204,7 @@ class ForwardPass:
             self.stream = output[0] if isinstance(output, tuple) else output
             return None
         self.stream = stream_of(output, self.name(index))
-        self._check_stream(index, self.stream)
+        self.check_stream(index, self.stream)
         if index not in self.attended and not any(self.stream is tensor for tensor in entered):
             raise TapeError(
                 f"model: {self.name(index)} ran without an attention that could be seen: neither "
@@ -219,7 +219,8 @@ class ForwardPass:
         if x.requires_grad:
             self.streams[index] = get_gradient_edge(x)
 
-    def _check_stream(self, index: int, x: Tensor) -> None:
+    def check_stream(self, index: int, x: Tensor) -> None:
+        """Refuses a residual stream whose images and tokens are not where the layout says."""
         layout = self.layout
         expected = (layout.tokens, self.images) if layout.tokens_first else (self.images, layout.tokens)
         if tuple(x.shape[:2]) != expected:

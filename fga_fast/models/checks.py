@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fga_fast.models import refused
+from fga_fast.models.block_io import ForwardPass, stream_of
 from fga_fast.models.find import active_randomness
 from fga_fast.models.layout import ModelLayout, is_whole
 from fga_fast.precision import relevance_dtype
 from fga_fast.sae import SparseAutoencoder
 from fga_fast.settings import Settings, check_count
+
+logger = logging.getLogger(__name__)
 
 _PIXELS = 50  # normalised images stay within about 3, standardised medical ones within about 20
 
@@ -51,6 +56,29 @@ def check_layout(layout: ModelLayout, model: nn.Module) -> None:
                 f"layout: blocks[{index}] ({type(block).__name__}) is no module inside the model; take the blocks from "
                 "the same model that you explain"
             )
+
+
+def probe_layout(layout: ModelLayout, run: Callable[[Tensor], Any], images: Tensor) -> None:
+    """Runs the model on some images, no more or less than it has tokens, to see whether blocks return [B, N, C] or
+    [N, B, C] as the layout says.
+
+    A run that fails says nothing about the layout, so it passes; the call that explains will say what is wrong.
+
+    Raises:
+        TapeError: the first block returns another shape than the layout says.
+    """
+    seen: list[Any] = []
+    handle = layout.blocks[0].register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    try:
+        with torch.no_grad():
+            run(images)
+    except Exception as error:
+        logger.debug("the run that checks the layout failed: %s", error)
+    finally:
+        handle.remove()
+    if seen:
+        passed = ForwardPass(layout, len(images))
+        passed.check_stream(0, stream_of(seen[0], passed.name(0)))
 
 
 def check_saes(saes: Mapping[int, SparseAutoencoder], layout: ModelLayout, like: Tensor) -> None:

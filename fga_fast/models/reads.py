@@ -12,11 +12,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from fga_fast.models.block_io import ForwardPass, TapeError
 from fga_fast.models.layout import ModelLayout
 from fga_fast.settings import Method
+
+# Nodes of autograd that stand between a pool's maps and the product with its values.
+_SHAPES = {
+    f"{name}Backward0"
+    for name in ("View", "UnsafeView", "Reshape", "ReshapeAlias", "Expand", "Unsqueeze", "Squeeze", "Transpose",
+                 "Permute", "ToCopy", "Clone", "Alias", "Flatten", "T")
+}  # fmt: skip
 
 
 class Reads(NamedTuple):
@@ -48,10 +55,10 @@ def find_reads(
     inside = {edge.node: block for block, edge in passed.attentions.items()}
     outside = {found.edge.node: found for found in passed.outside if found.edge is not None}
     blocks, pool, mixed, seen = set[int](), False, False, set[object]()
-    stack = [values.grad_fn]
+    stack = [] if values.grad_fn is None else [values.grad_fn]
     while stack:
         node = stack.pop()
-        if node is None or node in seen:
+        if node in seen:
             continue
         seen.add(node)
         if node in streams:
@@ -66,6 +73,10 @@ def find_reads(
                 )
             pool = True
             continue
+        following = [after for after, _ in node.next_functions if after is not None]
+        if any(_comes_from_pool(after, inside) for after in following):  # the product of the pool's maps and values
+            pool = True
+            continue
         if node in outside:
             mixed = True
             if outside[node].queries == 1 < outside[node].keys:
@@ -73,10 +84,20 @@ def find_reads(
                     f"model: '{passed.layout.pooling}' pooling, but the explained values read another attention with "
                     "one query over the tokens after the blocks; check the layout's pooling and pooled"
                 )
-        stack += [following for following, _ in node.next_functions]
+        stack += following
     found = tuple(sorted(blocks))
     _check_reads(passed, found, pool)
     return Reads(found, pool, _notices(passed, found, pool, mixed))
+
+
+def _comes_from_pool(node: Node, inside: Mapping[Node, int | None]) -> bool:
+    """Whether this is the attention pool's tensor, perhaps reshaped or cast on its way."""
+    while node not in inside:
+        before = node.next_functions[0][0] if node.name() in _SHAPES else None
+        if before is None:
+            return False
+        node = before
+    return inside[node] is None
 
 
 def arriving(

@@ -47,7 +47,7 @@ def to_picture(
     if centred:
         low, high = -torch.maximum(-low, high), torch.maximum(-low, high)
     extent = high - low
-    found = (large - low) / extent.where(extent > 0, 1)
-    if centred:
-        found = found.where(extent > 0, 0.5)
+    # What differs by rounding only is the same everywhere: 0, or 0.5 if centred.
+    seen = extent > 8 * torch.finfo(dtype).eps * torch.maximum(-low, high)
+    found = ((large - low) / extent.where(seen, 1)).where(seen, 0.5 if centred else 0.0)
     return found.reshape(*leading, *size)

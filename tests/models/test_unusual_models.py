@@ -193,7 +193,7 @@ def test_wrong_poolings_are_noticed(caplog: pytest.LogCaptureFixture, tiny_vit: 
     model = own_vit()
     layout = dataclasses.replace(model.layout(), pooling="average", pooled=(0, 7))
     Explainer(model, layout=layout, backend="native")(torch.randn(IMAGES).double())
-    assert "only some of the pooled tokens" in caplog.text
+    assert "read 1 of the 7 tokens that block 2 hands on, from 0 to 0, not as the layout says" in caplog.text
     pooled = tiny_vit(global_pool="map", class_token=False)
     layout = ModelLayout(pooled.blocks, 0, (2, 3), "average")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'average' pooling, but the explained values read another attention"):

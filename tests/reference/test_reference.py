@@ -150,8 +150,8 @@ def test_relevance_is_held_in_32_bit_or_64_bit(dtype: torch.dtype) -> None:
 def test_rollout_by_hand() -> None:
     first = torch.tensor([[[0.0, 1.0], [0.0, 0.0]]])
     last = torch.tensor([[[0.0, 0.0], [2.0, 0.0]]])
-    # (I + last)(I + first) = [[1, 0], [2, 1]] [[1, 1], [0, 1]]
-    assert rollout([first, last]).tolist() == [[[1.0, 1.0], [2.0, 3.0]]]
+    # (I + last)(I + first) - I = [[1, 0], [2, 1]] [[1, 1], [0, 1]] - I
+    assert rollout([first, last]).tolist() == [[[0.0, 1.0], [2.0, 2.0]]]
     with pytest.raises(ValueError, match="one map a block, got none"):
         rollout([])
 
@@ -175,7 +175,7 @@ def test_the_row_that_rides_the_backward_pass_is_the_matrix_row() -> None:
         relevance = attention_relevance(probabilities, grad_out @ v.transpose(-2, -1))
         maps.append(gate_columns(relevance, weight, prefix))
     seed = torch.rand(2, tokens).double()
-    want = (seed.unsqueeze(1) @ rollout(maps)).squeeze(1)
+    want = seed + (seed.unsqueeze(1) @ rollout(maps)).squeeze(1)
 
     row = seed
     for (q, k, v), grad_out, weight in reversed(list(zip(layers, grads, gates, strict=True))):

@@ -49,7 +49,8 @@ def explain(
         if look_at_values:
             check_finite(output.detach(), "the logits", plan.model, images)
         asked = answer(output)
-    with tape.passed.differentiating():
+    # Where the caller has autocast on, it is for the model: relevance is not computed in 16 bit.
+    with tape.passed.differentiating(), torch.autocast(images.device.type, enabled=False):
         found = tape.backward(asked.values, plan.settings.target_chunk, as_laid_out, look_at_values)
     result = _tensors(plan, layout, asked, found, tape.passed.first)
     if look_at_values:
@@ -64,7 +65,8 @@ def starts_as_laid_out(
     tape = _tape(plan, layout)
     with tape.attached(images):
         asked = answer(plan.readout.run(images))
-    return tape.backward(asked.values).as_laid_out
+    with torch.autocast(images.device.type, enabled=False):
+        return tape.backward(asked.values).as_laid_out
 
 
 def _tensors(plan: Plan, layout: ModelLayout, asked: Answer, found: Found, first: int) -> Tensors:

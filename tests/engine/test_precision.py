@@ -195,3 +195,15 @@ def test_images_of_adapters_take_the_dtype_of_the_blocks(tiny_vit: Build) -> Non
     model = tiny_vit().half()
     model.cls_token.data = model.cls_token.data.float()  # type: ignore[union-attr,operator]
     assert as_images(numpy_images, Explainer(model).plan.parameter, 3).dtype == torch.float16
+
+
+@pytest.mark.parametrize("targets", (2, [[1, 2]]))
+def test_relevance_is_not_computed_under_the_callers_autocast(tiny_vit: Build, targets: Any) -> None:
+    """With the model's maps written out both backends see the same 16-bit gradients, so they agree in float32."""
+    model, images = tiny_vit(), torch.randn(2, *PIXELS)
+    for block in model.blocks:  # type: ignore[union-attr]
+        block.attn.fused_attn = False  # type: ignore[union-attr]
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = (Explainer(model, backend=backend)(images, targets) for backend in ("native", "reference"))  # type: ignore[arg-type]
+    assert error(got.relevance, want.relevance) < 1e-5
+    assert got.notices == ()

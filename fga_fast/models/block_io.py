@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.checkpoint import CheckpointError
 
 from fga_fast.models.layout import ModelLayout
 
@@ -176,9 +177,12 @@ class ForwardPass:
             raise
         except Exception as error:
             told = " ".join(str(error).split())
+            advice = "run the model alone on these images to see whether the error is its own"
+            if isinstance(error, CheckpointError):
+                advice = "blocks under torch.utils.checkpoint run twice; call them directly while you explain"
             raise TapeError(
-                f"model: the {what} failed in {where()} with {type(error).__name__}: "
-                f"{told[:500] or 'no message'}; run the model alone on these images to see whether the error is its own"
+                f"model: the {what} failed in {where()} with {type(error).__name__}: {told[:500] or 'no message'}; "
+                f"{advice}"
             ) from error
 
     def enter(self, index: int, arguments: Any) -> None:

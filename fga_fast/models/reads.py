@@ -175,7 +175,8 @@ def _check_complete(passed: ForwardPass, values: Tensor, method: Method, saes: I
     if not values.requires_grad or passed.first >= len(layout.blocks):
         raise TapeError(
             "model: its logits carry no gradient to the tower; its forward must not run under torch.no_grad(), "
-            "torch.inference_mode() or detach the tower's output"
+            "torch.inference_mode() or detach the tower's output, and its attention not inside an autograd.Function or "
+            "torch.utils.checkpoint"
         )
     if method == "input_x_gradient" and passed.first > passed.start:
         raise TapeError(

@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from explaining import PIXELS, Build, sae_for
 from own_vit import GRID, IMAGES, Attend, OwnViT, own_vit
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fga_fast import Explainer, ModelLayout
 from fga_fast.engine.tape import Tape
+from fga_fast.models.block_io import TapeError
 from fga_fast.models.find import find_layout
 
 Output = namedtuple("Output", ("hidden", "weights"))
@@ -241,3 +243,18 @@ def test_a_users_function_is_not_taken_for_the_models(tiny_vit: Build) -> None:
     slope = logits / logits.norm(dim=-1, keepdim=True)  # of the norm
     want = sum(slope[:, k, None] * part for k, part in enumerate(parts))
     torch.testing.assert_close(e(images, lambda y: y.norm(dim=-1)).relevance, want)
+
+
+@pytest.mark.parametrize("backend", ("native", "reference"))
+@pytest.mark.parametrize(
+    ("reentrant", "message"),
+    [
+        (False, "CheckpointError: .*blocks under torch.utils.checkpoint run twice; call them directly"),
+        (True, "no gradient to the tower; .* not inside an autograd.Function or torch.utils.checkpoint"),
+    ],
+)
+def test_checkpointing_in_a_users_model_is_refused(backend: Any, reentrant: bool, message: str) -> None:
+    """That of the libraries is found before anything runs; a user's own shows in the forward or backward pass."""
+    model = own_vit(call=lambda block, x, _: checkpoint(block, x, use_reentrant=reentrant))
+    with pytest.raises(TapeError, match=message):
+        relevance(model, torch.randn(IMAGES).double(), backend)

@@ -28,7 +28,8 @@ def sae_for(model: nn.Module, features: int = 40, **settings: Any) -> SparseAuto
 
 def held(e: Explanation) -> dict[str, Tensor]:
     """All tensors of an explanation but its logits, [B, ...] or [B, K, ...]."""
-    found = {"relevance": e.relevance, "targets": e.targets, "values": e.values, "blocks": e.blocks}
+    found = {"relevance": e.relevance, "signal": e.signal, "ungated": e.ungated, "ungated_signal": e.ungated_signal}
+    found |= {"targets": e.targets, "values": e.values, "blocks": e.blocks}
     for layer, scores in e.scores.items():
         found |= {f"scores.{layer}": scores, f"gates.{layer}": e.gates[layer]}
     for layer, top in e.features.items():
@@ -37,9 +38,11 @@ def held(e: Explanation) -> dict[str, Tensor]:
 
 
 def agree(got: Explanation, want: Explanation, tolerance: float) -> None:
-    """Every tensor's error is at most `tolerance` times its norm. Single numbers are compared as well: all of float64,
-    and logits and values of other dtypes. All that is not floating point is equal."""
+    """Every tensor's error is at most `tolerance` times its norm; that of a map, times the norm of what varies over its
+    patches. Single numbers are compared as well: all of float64, and logits and values of other dtypes. All that is not
+    floating point is equal."""
     assert (got.grid, got.image_size, got.names) == (want.grid, want.image_size, want.names)
+    assert (got.start_block, got.notices) == (want.start_block, want.notices)
     found, expected = held(got) | {"logits": got.logits}, held(want) | {"logits": want.logits}
     assert found.keys() == expected.keys()
     for name, b in expected.items():
@@ -51,7 +54,10 @@ def agree(got: Explanation, want: Explanation, tolerance: float) -> None:
         elif not b.is_floating_point():
             assert torch.equal(a, b), name
         else:
-            assert float((a - b).norm()) <= tolerance * float(b.norm()), name
+            varies = b
+            if name == "signal" or (name == "relevance" and want.signal is None):
+                varies = b - b.mean(-1, keepdim=True)
+            assert float((a - b).norm()) <= tolerance * float(varies.norm()), name
             double = b.dtype == torch.float64
             if double or name in ("logits", "values"):
                 rtol, atol = (10 * tolerance, tolerance / 100) if double else (tolerance, tolerance)

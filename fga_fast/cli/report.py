@@ -93,7 +93,7 @@ class Writer:
             "name": f"class {target}" if explanation.names is None else explanation.names[target],
             "logit": float(logits[target]),
             "probability": None if chances is None else float(chances[target]),
-            "strongest_patch": divmod(int(explanation.relevance.flatten(0, -2)[k].argmax()), explanation.grid[1]),
+            "strongest_patch": divmod(int(explanation.shown.flatten(0, -2)[k].argmax()), explanation.grid[1]),
             "top_features": {
                 str(block): [pair._asdict() for pair in listed.get(block, [])] for block in sorted(explanation.gates)
             },

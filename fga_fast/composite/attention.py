@@ -64,7 +64,7 @@ class _Attention(torch.autograd.Function):
         grad_out, row, gate = grads
         if grad_out is None and row is None:  # a backward pass that ends above
             return (None,) * len(ctx.needs_input_grad)
-        if ctx.gated and gate is None:
+        if ctx.gated and gate is None and row is not None:
             raise RuntimeError("attention: no gate arrived at the port of an attention called with gated=True")
         if grad_out is None:
             grad_out = q.new_zeros(*q.shape[:-1], v.shape[-1])

@@ -139,11 +139,14 @@ class _LinearOfFewRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # [rows, in] [out, in] [out]
         ctx.save_for_backward(weight)
+        ctx.set_materialize_grads(False)
         return F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
         (g,) = grads  # [rows, out]
+        if g is None:
+            return None, None, None
         (weight,) = ctx.saved_tensors
         return few_rows_product(g, weight.to(g.dtype)), None, None  # the two differ under autocast
 

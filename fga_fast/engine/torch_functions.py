@@ -234,6 +234,8 @@ class FunctionMode(TorchFunctionMode, ABC):
             if x is None:
                 return None
             tapped = self.tap_output(index, x)
+            if tapped is None and x._is_view():  # a change in place would replace its place in autograd's graph
+                tapped = x.clone()
             self.passed.hand_on(index, x if tapped is None else tapped)
             return None if tapped is None else with_stream(output, tapped)
 

@@ -53,5 +53,5 @@ def as_pixels(e: Explanation, images: Tensor) -> Tensor:  # [B, channels, H, W] 
     Raises:
         ValueError: several targets an image.
     """
-    maps = e.single().relevance.reshape(len(e), 1, *e.grid)
+    maps = e.single().shown.reshape(len(e), 1, *e.grid)
     return functional.interpolate(maps, size=images.shape[2:], mode="bilinear", align_corners=False)

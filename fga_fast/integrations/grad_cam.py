@@ -86,7 +86,7 @@ class FGACam:
 
     def _maps(self, images: Tensor, targets: Any) -> NDArray[np.float32]:  # [B, channels, H, W] -> [B, H, W]
         e = self.explainer(images, targets).single()
-        heat = replace(e, relevance=e.relevance.clamp(min=0)).heatmap((images.shape[2], images.shape[3]))
+        heat = replace(e, relevance=e.shown.clamp(min=0), signal=None).heatmap((images.shape[2], images.shape[3]))
         return heat.float().cpu().numpy()
 
     def __enter__(self) -> FGACam:

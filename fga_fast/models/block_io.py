@@ -190,7 +190,8 @@ class ForwardPass:
         if index < self.finished or self.block is not None:
             where = f"after block {self.finished - 1}" if self.block is None else f"inside block {self.block}"
             raise TapeError(f"model: block {index} runs {where}; blocks must run in order, each at most once")
-        self.block, self.live = index, torch.is_grad_enabled() and index >= self.start
+        on = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        self.block, self.live = index, on and index >= self.start
         self._entered = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
         if self.live:
             if self._differentiated and not any(tensor.requires_grad for tensor in self._entered):

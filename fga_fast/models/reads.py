@@ -172,17 +172,17 @@ def _check_complete(passed: ForwardPass, values: Tensor, method: Method, saes: I
             f"{layout.pooled[1] - layout.pooled[0]} pooled tokens was found after the blocks{seen and ', only ' + seen}"
             "; check the layout's pooling and pooled"
         )
+    if method == "input_x_gradient" and passed.start < passed.first < len(layout.blocks):
+        raise TapeError(
+            f"model: method='input_x_gradient' needs the gradient of the tokens that enter block {passed.start}, but "
+            f"{_named(range(passed.start, passed.first))} ran without gradients (torch.no_grad() or detach()); use "
+            f"start_block={passed.first} or method='rollout'"
+        )
     if not values.requires_grad or passed.first >= len(layout.blocks):
         raise TapeError(
             "model: its logits carry no gradient to the tower; its forward must not run under torch.no_grad(), "
             "torch.inference_mode() or detach the tower's output, and its attention not inside an autograd.Function or "
             "torch.utils.checkpoint"
-        )
-    if method == "input_x_gradient" and passed.first > passed.start:
-        raise TapeError(
-            f"model: method='input_x_gradient' needs the gradient of the tokens that enter block {passed.start}, but "
-            f"{_named(range(passed.start, passed.first))} ran without gradients (torch.no_grad() or detach()); use "
-            f"start_block={passed.first} or method='rollout'"
         )
     for block in saes:
         if block < passed.first or block not in passed.ran:

@@ -190,7 +190,7 @@ def _attention_grad(
     q, k, v, bias, out, lse = ctx.saved_tensors
     if grad_out is None and row is None:  # a backward pass that ends above
         return (None,) * 10
-    if ctx.gated and gate is None:
+    if ctx.gated and gate is None and row is not None:
         raise RuntimeError("attention: no gate arrived at the port of an attention called with gated=True")
     if grad_out is None:
         grad_out = torch.zeros_like(out)

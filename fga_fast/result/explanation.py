@@ -210,9 +210,11 @@ class Explanation:
         height, width = self.image_size if size is None else (size, size) if isinstance(size, int) else size
         if min(height, width) < 1:
             raise ValueError(f"size: expected at least 1 pixel a side, got {size}")
-        return to_picture(self._shown(), self.grid, (height, width))
+        return to_picture(self.shown, self.grid, (height, width))
 
-    def _shown(self) -> Tensor:  # [B, (K,) P]
+    @property
+    def shown(self) -> Tensor:  # [B, (K,) P]
+        """What pictures show: `signal` where there is one, else `relevance`."""
         return self.relevance if self.signal is None else self.signal
 
     def overlay(self, image: ImageInput, colormap: str = "turbo", alpha: float = 0.5) -> Tensor:  # -> [B, (K,) H, W, 3]
@@ -232,7 +234,7 @@ class Explanation:
                 not finite, no such colour map.
         """
         pictures = self._pictures(image)
-        painted = paint(self._shown().flatten(0, -2), self.grid, pictures, colormap, alpha)
+        painted = paint(self.shown.flatten(0, -2), self.grid, pictures, colormap, alpha)
         return painted.reshape(*self.targets.shape, *pictures.shape[1:])
 
     def _pictures(self, image: ImageInput) -> Tensor:  # -> [M, H, W, 3], one for each image and target
@@ -269,7 +271,7 @@ class Explanation:
 
         ungated = self.ungated if self.ungated_signal is None else self.ungated_signal
         return draw(
-            self._pictures(image).cpu(), rows(self._shown()), None if ungated is None else rows(ungated),
+            self._pictures(image).cpu(), rows(self.shown), None if ungated is None else rows(ungated),
             {block: rows(gate) for block, gate in self.gates.items()}, self.grid,
             [label(target, class_names, self.names) for target in self.targets.flatten().tolist()], colormap,
         )  # fmt: skip

@@ -253,6 +253,7 @@ def test_a_users_function_is_not_taken_for_the_models(tiny_vit: Build) -> None:
         (True, "no gradient to the tower; .* not inside an autograd.Function or torch.utils.checkpoint"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_checkpointing_in_a_users_model_is_refused(backend: Any, reentrant: bool, message: str) -> None:
     """That of the libraries is found before anything runs; a user's own shows in the forward or backward pass."""
     model = own_vit(call=lambda block, x, _: checkpoint(block, x, use_reentrant=reentrant))

@@ -218,6 +218,7 @@ def _check(metadata: Metadata, entries: Entries) -> None:
     expected = {"logits": (m.batch, m.classes), "targets": each, "values": each, "relevance": maps}
     expected |= {f"{kind}.{block}": maps for block in m.gated_blocks for kind in ("scores", "gates")}
     found = {output.name: output.shape for output in m.outputs}
+    expected |= {"signal": maps} if "signal" in found else {}
     if len(found) < len(m.outputs):
         raise ValueError(f"{entries.where}: outputs: expected different names, got {[o.name for o in m.outputs]}")
     for name, shape in expected.items():

@@ -48,8 +48,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     return run_one
 
 
-def test_there_are_five_short_ones() -> None:
-    assert len(EXAMPLES) == PAGE.count("```python") == 5
+def test_there_are_six_short_ones() -> None:
+    assert len(EXAMPLES) == PAGE.count("```python") == 6
     for title, code in EXAMPLES:
         assert len(code.splitlines()) <= 50, f"{title}: too long to read"
         assert max(map(len, code.splitlines())) <= 120, title

@@ -27,7 +27,7 @@ from fga_fast.engine.taps import Record, linear_of_few_rows, tap_map, tap_stream
 from fga_fast.engine.torch_functions import Function, FunctionMode, Kind, Operation
 from fga_fast.models.block_io import Arguments, ForwardPass, replace_input
 from fga_fast.models.layout import ModelLayout
-from fga_fast.models.reads import Reads, differently, find_reads
+from fga_fast.models.reads import Reads, check_images_apart, differently, find_reads
 from fga_fast.precision import relevance_dtype
 from fga_fast.settings import Settings
 
@@ -105,6 +105,8 @@ class Tape(FunctionMode):
         """
         passed = self.passed
         reads = find_reads(passed, values, self._settings.method, self._records)
+        if look_at_values:
+            check_images_apart(passed, reads, values)
         deepest = passed.finished - 1 if reads.pool else reads.blocks[-1]
         rows = {block: row for block, row in self._rows.items() if block >= passed.first}
         slots = {block: found for block, found in self._slots.items() if block <= deepest}

@@ -123,6 +123,31 @@ def arriving(
     }
 
 
+def check_images_apart(
+    passed: ForwardPass,
+    reads: Reads,
+    values: Tensor,  # [B] or [B, K]
+) -> None:
+    """Refuses a model whose head mixes images: autograd would add up their explanations.
+
+    Raises:
+        TapeError: the values of even images depend on what blocks, or the pool, hand on for odd images.
+    """
+    if len(values) < 2:
+        return
+    edges = [passed.attentions[None]] if reads.pool else [passed.streams[block] for block in reads.blocks]
+    seed = torch.zeros_like(values)
+    seed[::2] = 1
+    with _stopped(edges):
+        found = torch.autograd.grad(values, edges, seed, retain_graph=True, allow_unused=True)
+    dim = 1 if passed.layout.tokens_first and not reads.pool else 0
+    if any(g is not None and bool(g.transpose(0, dim)[1::2].any()) for g in found):
+        raise TapeError(
+            "model: the explained value of an image depends on other images of the batch (a mean, a softmax or a "
+            "normalisation over images), which would mix their explanations; explain one image at a time, or change it"
+        )
+
+
 def differently(starts: Mapping[int, Tensor], layout: ModelLayout) -> tuple[str, ...]:
     """A notice where the rollout starts after the last block, but not as the layout's pooling says.
 

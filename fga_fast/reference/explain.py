@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_map
 from fga_fast.models import checks
 from fga_fast.models.find import find_layout
 from fga_fast.models.layout import ModelLayout
-from fga_fast.models.reads import Reads, arriving, differently, find_reads
+from fga_fast.models.reads import Reads, arriving, check_images_apart, differently, find_reads
 from fga_fast.question.readout import Readout, Targets, Tensors
 from fga_fast.reference.attention import attention_relevance
 from fga_fast.reference.gate import gate as gate_of
@@ -95,6 +95,7 @@ def explain(
             checks.check_finite(output.detach(), "the logits", readout.model, images)
             answer = readout.answer(targets, output)
         reads = find_reads(record.passed, answer.values, settings.method, saes)
+        check_images_apart(record.passed, reads, answer.values)
         # Where the caller has autocast on, it is for the model: relevance is not computed in 16 bit.
         with record.passed.differentiating(), torch.autocast(images.device.type, enabled=False):
             relevance, scores, gates, features, blocks, signal, starts = _explain_values(

@@ -163,6 +163,13 @@ def test_a_head_that_reads_the_inside_of_a_block_is_refused() -> None:
     refused(model, r"read the attention inside block 1 \(Block\)")
 
 
+@pytest.mark.parametrize("method", ("rollout", "input_x_gradient"))
+def test_a_head_that_mixes_images_is_refused(method: Any) -> None:
+    model = Headed(lambda x, norm: norm(x[2])[:, 0] - 0.5 * norm(x[2])[:, 0].mean(0))
+    refused(model, "depends on other images of the batch", method=method)
+    Explainer(model, layout=model.layout())(images()[:1], TARGET)
+
+
 # -- blocks without gradients ------------------------------------------------------------------------------------------
 
 

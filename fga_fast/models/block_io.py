@@ -291,7 +291,8 @@ class ForwardPass:
         queries, keys = maps.shape[-2:]
         if self.block is None:
             tokens = (self._sizes[1], self.layout.patches, self.layout.tokens)
-            if not self._is_over or queries != 1 or keys == 1 or keys not in tokens:
+            one = self.layout.pooling == "attention" and self._sizes[1] == 1  # a pool over one token
+            if not self._is_over or queries != 1 or (keys == 1 and not one) or keys not in tokens:
                 return None
             if not self.is_tapped(queries, keys):
                 self.pass_by(maps, queries, keys)

@@ -21,7 +21,7 @@ from fga_fast.result.explanation import Explanation
 
 # Drawing takes a core as long as explaining with a small model, and matplotlib holds Python's lock all the while. A
 # process needs some seconds and a few hundred MB to start.
-_IMAGES_A_PROCESS = 50
+_IMAGES_A_PROCESS = 20
 _MOST_PROCESSES = 8
 _TILE, _CAPTION = 168, 24  # pixels
 _WAITING = 16  # figures that may be waiting for each process; bounds the memory

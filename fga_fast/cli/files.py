@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,12 +36,12 @@ def find(given: Sequence[str], out: Path) -> Found:
     Raises:
         FileNotFoundError, ValueError: one file, folder or pattern was given, and it names no image.
     """
-    found: dict[Path, Path] = {}  # resolved -> as given
+    found: dict[str, Path] = {}  # absolute -> as given; a link is a file of its own
     failed: Failed = []
     for word in given:
         try:
             for path in _files(word, out.resolve()):
-                found.setdefault(path.resolve(), path)
+                found.setdefault(os.path.abspath(path), path)  # noqa: PTH100  (takes out "..", follows no links)
         except (ValueError, OSError) as error:
             if len(given) == 1:
                 raise

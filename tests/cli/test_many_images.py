@@ -77,8 +77,11 @@ def test_what_a_pattern_finds(images: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert files.find(["[b-z].png"], out) == ([Path("[b-z].png")], False, [])
     with pytest.raises(FileNotFoundError, match=r"IMAGE: no image matches '\*\.txt'; looked for .*\.png"):
         files.find(["*.txt"], out)
-    found = files.find(["gone.png", "*.jpg", "b.png", "b.png"], out)
-    assert (found.paths, found.many) == ([Path("b.png")], True)
+    (images / "link.png").symlink_to("b.png")
+    found = files.find(
+        ["gone.png", "*.jpg", "b.png", "./b.png", "more/../b.png", str(images / "b.png"), "link.png"], out
+    )
+    assert (found.paths, found.many) == ([Path("b.png"), Path("link.png")], True)
     assert [path.name for path, _ in found.failed] == ["gone.png", "*.jpg"]
 
 

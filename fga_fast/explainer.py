@@ -139,7 +139,10 @@ class Explainer:
         self, example: Tensor, *, target_mode: TargetMode = "predicted", mode: str | None = None,
         batches: Sequence[int] | None = None,
     ) -> CompiledExplainer:  # fmt: skip
-        """This explainer as one compiled graph, called like it, with the same result; takes about half a minute.
+        """This explainer as one compiled graph, called like it, with the same result; takes up to half a minute.
+
+        TorchInductor keeps the machine code in its cache folder (TORCHINDUCTOR_CACHE_DIR), so that the next process
+        compiles the same model, with any weights, in some seconds.
 
         Args:
             example: [B, channels, H, W], images of the size, dtype and device that will be explained.

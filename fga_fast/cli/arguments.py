@@ -17,6 +17,10 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", metavar="FILE", type=Path, help="weights of --model: safetensors, or .pt (tensors only)"
     )
+    parser.add_argument(
+        "--checkpoint-key", metavar="NAME",
+        help="where in --checkpoint the weights are, such as state_dict_ema, if it holds several models",
+    )  # fmt: skip
     parser.add_argument("--pretrained", action="store_true", help="let timm use its cache or download the weights")
     parser.add_argument("--random-weights", action="store_true", help="no weights, for timing; explains nothing")
     parser.add_argument(

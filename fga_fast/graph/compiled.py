@@ -2,7 +2,7 @@
 
 On the CPU, TorchInductor compiles the graph with frozen weights: it keeps a copy of them in the memory layout that its
 matrix products need. On CUDA, a CUDA graph captures the compiled graph for each batch size and stream, and replays it
-from fixed buffers.
+from fixed buffers. Compiled graphs are kept on disk for the next process (inductor.py).
 
 STATUS: the CUDA half has never run on a device.
 """
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from fga_fast.engine.plan import Plan
+from fga_fast.graph import inductor
 from fga_fast.graph.outputs import given_classes, in_batches, packed, unpacked
 from fga_fast.graph.passes.biases import fold_biases
-from fga_fast.graph.trace import Flat, check_example, flatten, one_at_a_time
+from fga_fast.graph.trace import Flat, check_example, flatten
 from fga_fast.models import checks
 from fga_fast.result.explanation import Explanation
 from fga_fast.result.fields import nested
@@ -52,14 +53,15 @@ class CompiledExplainer:
         self._runs: dict[int, Run] = {}
         self._example = example[:1].detach().clone()
         frozen: dict[Any, tuple[Tensor, Tensor]] = {}
-        for size in self.batches:
-            images = example[:1].detach().expand(size, *example.shape[1:]).contiguous()
-            flat = flatten(plan, images, target_mode)
-            self._outputs, self._classes, self._class_names = flat.outputs, flat.classes, flat.class_names
-            self._start_block, self._notices = flat.start_block, flat.notices
-            fold_biases(flat.module)
-            _freeze(flat.module, frozen)
-            self._runs[size] = _compiled(flat, options)
+        with inductor.ready(example.device):
+            for size in self.batches:
+                images = example[:1].detach().expand(size, *example.shape[1:]).contiguous()
+                flat = flatten(plan, images, target_mode)
+                self._outputs, self._classes, self._class_names = flat.outputs, flat.classes, flat.class_names
+                self._start_block, self._notices = flat.start_block, flat.notices
+                fold_biases(flat.module)
+                _freeze(flat.module, frozen)
+                self._runs[size] = _compiled(flat, options)
 
     def __call__(self, images: Tensor, targets: Any = None) -> Explanation:
         """Explains one or more images of the compiled size.
@@ -148,8 +150,8 @@ def _plain(images: Tensor) -> Iterator[None]:
 
 def _compiled(flat: Flat, options: dict[str, Any]) -> Run:
     images = flat.inputs[0]
-    with one_at_a_time, _plain(images):
-        run: Run = torch._inductor.compile(flat.module, [*flat.inputs], options=options)
+    with _plain(images):
+        run: Run = inductor.compiled(flat.module, flat.inputs, options)
         run(*flat.inputs)
     return _Replay(run, flat.inputs) if images.is_cuda else run
 

@@ -37,13 +37,13 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[Image.Image]:
     """The pictures beside the maps; without matplotlib, which takes longest."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     pictures: list[Image.Image] = []
-    strip = report._strip
+    strip = report.strip
 
     def kept(view: Image.Image, *others: Any) -> Image.Image:
         pictures.append(view)
         return strip(view, *others)
 
-    monkeypatch.setattr(report, "_strip", kept)
+    monkeypatch.setattr(report, "strip", kept)
     return pictures
 
 

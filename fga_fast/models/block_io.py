@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fga_fast.models.layout import ModelLayout
 
@@ -91,6 +92,14 @@ class Outside(NamedTuple):
     keys: int
 
 
+class WrittenMap(NamedTuple):
+    """An attention map that the model computes itself, and goes on with."""
+
+    where: str
+    block: int | None  # None: the pool
+    edge: GradientEdge  # of the map [B, H, Nq, N]
+
+
 @dataclass
 class ForwardPass:
     """Where a model's forward pass is, what it has brought so far, and what it must not do.
@@ -108,6 +117,7 @@ class ForwardPass:
     pool: Tensor | None = None  # output of the layout's attention pool
     outside: list[Outside] = field(default_factory=list)
     before_pool: int = 0  # how many entries of `outside` ran before the pool
+    maps: list[WrittenMap] = field(default_factory=list)  # for `check_maps`
     cut: bool = False  # an attention ran where gradients are off
 
     @property
@@ -206,6 +216,11 @@ class ForwardPass:
             return None
         self.attend(by_head.shape, by_head.shape[:2] + maps.shape[-1:])
         return by_head
+
+    def keep_map(self, maps: Tensor) -> None:  # [B, H, Nq, N]
+        """Remembers the map that the model goes on with."""
+        if maps.requires_grad:
+            self.maps.append(WrittenMap(self.where, self.block, get_gradient_edge(maps)))
 
     def check_call(self, attn_mask: Tensor | None, dropout_p: float, is_causal: bool) -> None:
         """Refuses dropout, and masks that are not added."""

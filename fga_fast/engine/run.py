@@ -15,6 +15,7 @@ from fga_fast.engine.records import Gating, gated_map
 from fga_fast.engine.tape import Tape
 from fga_fast.models.checks import check_finite
 from fga_fast.models.layout import ModelLayout
+from fga_fast.models.maps import check_maps
 from fga_fast.models.pooling import check_pooling
 from fga_fast.precision import relevance_dtype
 from fga_fast.question.readout import Answer, Tensors
@@ -52,6 +53,8 @@ def explain(
         asked = answer(output)
     if first:
         check_pooling(tape.passed, asked.values)
+        if settings.method == "rollout":
+            check_maps(tape.passed, asked.values)
     found = tape.backward(asked.values, settings.target_chunk)
     read = {block: Gating.read(slots) for block, slots in sorted(found.recorded.items())}
     gates = {block: gate for block, (_, gate, _) in read.items()}

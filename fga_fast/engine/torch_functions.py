@@ -263,6 +263,7 @@ class FunctionMode(TorchFunctionMode, ABC):
         if by_head is None:
             return maps
         tapped = self.tap_map(by_head, input)
+        self.passed.keep_map(tapped)
         if self.passed.block is None:
             self.passed.pool = tapped
         return tapped if maps.dim() == 4 else tapped.flatten(0, 1)

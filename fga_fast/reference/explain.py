@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map
 from fga_fast.models import checks
 from fga_fast.models.find import find_layout
 from fga_fast.models.layout import ModelLayout
+from fga_fast.models.maps import check_maps
 from fga_fast.models.pooling import check_pooling
 from fga_fast.question.readout import Readout, Targets, Tensors
 from fga_fast.reference.attention import attention_relevance
@@ -92,6 +93,8 @@ def explain(
         record.passed.check_complete(answer.values)
         if not pooling_checked:
             check_pooling(record.passed, answer.values)
+            if settings.method == "rollout":
+                check_maps(record.passed, answer.values)
         # Where the caller has autocast on, it is for the model: relevance is not computed in 16 bit.
         with torch.autocast(images.device.type, enabled=False):
             parts = _explain_values(record, answer.values, saes, settings, dict(given_gates or {}))

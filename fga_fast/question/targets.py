@@ -125,8 +125,8 @@ def pick(
             raise _out_of_range(int(picked[(picked < 0) | (picked >= classes)].flatten()[0]), classes)
     if ranged and _looks_like_labels(picked, classes) and not any(isinstance(leaf, str) for leaf in leaves(targets)):
         raise ValueError(
-            f"targets: expected class numbers, got rows of 0 and 1 as long as there are classes ({classes}), which look "
-            "like one-hot or multi-label rows; give targets.argmax(1), or a function such as "
+            f"targets: expected class numbers, got rows of 0 and 1, as many as there are classes ({classes}), which "
+            "look like one-hot or multi-label rows; give targets.argmax(1), or a function such as "
             "lambda logits: (logits * targets).sum(1)"
         )
     if picked.dim() == 0:

@@ -172,7 +172,7 @@ def test_bad_targets() -> None:
         ([0, 1.0, 2], r"expected integer class indices, names or prompts, got 1.0 \(float\)"),
         ([0, None, 2], "expected integer class indices, names or prompts, got None"),
         (np.array([0.0, 1, 2]), "expected integer class indices, got dtype torch.float64"),
-        (F.one_hot(torch.tensor([1, 4, 0]), 5), r"rows of 0 and 1 .*\(5\).* one-hot .*give targets.argmax\(1\)"),
+        (F.one_hot(torch.tensor([1, 4, 0]), 5), r"rows of 0 and 1, .*\(5\).* one-hot .*give targets.argmax\(1\)"),
         (np.eye(5, dtype=np.int64)[:3], "one-hot or multi-label"),
         ([[0, 1, 0, 0, 0]], "one-hot or multi-label"),
         ([[1, 0, 1, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 1]], r"multi-label .*\(logits \* targets\).sum\(1\)"),

@@ -256,6 +256,21 @@ class ForwardPass:
         if probability > 0:
             raise TapeError(f"model: dropout {probability} is active in {self.where}; call model.eval() first")
 
+    def refuse_random(self, name: str) -> None:
+        """Refuses a draw of random numbers."""
+        raise TapeError(
+            f"model: {self.where} draws random numbers ({name}), so that each call would explain another prediction; "
+            "switch off what is random, or draw the numbers once and keep them"
+        )
+
+    def refuse_list(self, index: int) -> None:
+        """Refuses a list of modules that does not end as a block does."""
+        raise TapeError(
+            f"model: {self._name(index)} is a list of modules. The output of its last one must be added to the "
+            "residual stream at once, as in x = ff(x) + x, so that the block's end can be seen; put what the block "
+            "does into the forward of one module"
+        )
+
     def check_out(self, name: str) -> None:
         """Refuses a differentiated result that is written into another tensor, which autograd cannot follow."""
         raise TapeError(f"model: {self.where} calls {name} with out=, which has no gradient; use what it returns")

@@ -50,7 +50,11 @@ REFUSED: dict[str, dict[str, str]] = {
         **dict.fromkeys(("TimesformerModel", "VivitModel", "VideoMAEModel"), _VIDEO),
         **dict.fromkeys(("ViTForMaskedImageModeling", "DeiTForMaskedImageModeling"), _NO_LOGITS),
         **dict.fromkeys(("Dinov2Backbone", "Dinov2WithRegistersBackbone", "DINOv3ViTBackbone"), _NO_LOGITS),
-        "ViTMAEModel": "it drops a random three quarters of the patches in every forward pass",
+        "ViTMAEModel": (
+            "it shuffles the patches at random in every forward pass, at mask_ratio=0 too, so a token's place in the "
+            "image is not known; load its weights into ViTModel or ViTForImageClassification, which have the same "
+            "encoder: ViTModel.from_pretrained(checkpoint), or vit.load_state_dict(mae.state_dict())"
+        ),
         "Siglip2VisionModel": _FLEXIBLE,
         "Siglip2VisionTransformer": _FLEXIBLE,
     },

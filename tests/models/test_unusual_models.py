@@ -241,3 +241,51 @@ def test_a_users_function_is_not_taken_for_the_models(tiny_vit: Build) -> None:
     slope = logits / logits.norm(dim=-1, keepdim=True)  # of the norm
     want = sum(slope[:, k, None] * part for k, part in enumerate(parts))
     torch.testing.assert_close(e(images, lambda y: y.norm(dim=-1)).relevance, want)
+
+
+def test_random_numbers_are_refused() -> None:
+    """Shuffled patches would get each other's relevance. Own generators, and numbers that only may drop, are kept."""
+    images, plain = torch.randn(IMAGES).double(), own_vit()
+
+    def noisy(block: nn.Module, x: Tensor, _position: Tensor) -> Tensor:
+        return block(x + torch.rand(x.shape[-1]))  # type: ignore[no-any-return]
+
+    for backend in ("native", "reference"):
+        with pytest.raises(ValueError, match=r"the part before block 0 draws random numbers \(rand\).* switch off"):
+            relevance(own_vit(call=noisy), images, backend)
+
+    def quiet(block: nn.Module, x: Tensor, _position: Tensor) -> Tensor:
+        torch.randn(3, generator=torch.Generator())
+        return block(x) if torch.rand([]) > -1 else x  # type: ignore[no-any-return]
+
+    torch.testing.assert_close(relevance(own_vit(call=quiet), images, "native"), relevance(plain, images, "native"))
+
+
+def masked_autoencoder(**settings: Any) -> tuple[nn.Module, nn.Module]:
+    """transformers' ViTMAEModel, and the ViTModel with the same weights."""
+    transformers = pytest.importorskip("transformers")
+    size = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tower = transformers.ViTMAEModel(transformers.ViTMAEConfig(**size, intermediate_size=32, **settings))
+    plain = transformers.ViTModel(transformers.ViTConfig(**size, intermediate_size=32), add_pooling_layer=False)
+    plain.load_state_dict(tower.state_dict())
+    return tower.eval(), plain.eval()
+
+
+class FirstToken(nn.Module):
+    def __init__(self, tower: nn.Module, **settings: Any) -> None:
+        super().__init__()
+        self.tower, self.settings = tower, settings
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.tower(images, **self.settings).last_hidden_state[:, 0]  # type: ignore[no-any-return]
+
+
+def test_a_masked_autoencoder() -> None:
+    """Its patches are in their places only with a noise that says so; the remedy of its refusal gives the same map."""
+    tower, plain = masked_autoencoder(mask_ratio=0.0)
+    images, layout = torch.randn(2, 3, 32, 32), ModelLayout(tower.layers, prefix_tokens=1, grid=(4, 4))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"draws random numbers \(rand\)"):
+        Explainer(FirstToken(tower), layout=layout)(images, 3)
+    ordered = FirstToken(tower, noise=torch.arange(16.0).repeat(2, 1))
+    got = Explainer(ordered, layout=layout)(images, 3).relevance
+    torch.testing.assert_close(got, Explainer(FirstToken(plain))(images, 3).relevance)

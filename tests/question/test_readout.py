@@ -266,9 +266,12 @@ def test_outputs() -> None:
     ):
         assert torch.equal(Readout(Returning(make)).run(LOGITS), LOGITS)
     for make, message in (
-        (lambda x: (x, None), "got tuple; wrap it in a module that returns the entry with the logits"),
-        (lambda x: {"scores": x}, "got dict; it has no 'logits' but scores; wrap it"),
-        (lambda x: x[:, None], r"with B = 3, got \[3, 1, 5\] torch.float32; wrap it in a module that does"),
+        (lambda x: (x, None), r"got tuple of \[3, 5\], NoneType; wrap it .* that returns the entry with the logits"),
+        (lambda x: {"scores": x}, r"got dict of scores \[3, 5\]; wrap it in a module that returns the entry"),
+        (lambda x: SimpleNamespace(scores=x, aux=()), r"SimpleNamespace of scores \[3, 5\], aux tuple; wrap it"),
+        (lambda x: x[:, None], r"with B = 3, got \[3, 1, 5\] torch.float32; if these are tokens, wrap it"),
+        (lambda x: x[:, :, None, None], r"got \[3, 5, 1, 1\] .* pixels, .*\(images\)\[:, :, row, column\]"),
+        (lambda x: x[:, 0], r"got \[3\] torch.float32; wrap it .* model\(images\)\[:, None\]"),
         (lambda x: torch.cat([x, x]), r"with B = 3, got \[6, 5\]"),
         (lambda x: x.argmax(-1), r"got \[3\] torch.int64"),
         (lambda x: x > 0, r"got \[3, 5\] torch.bool"),

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from fga_fast.engine import run
 from fga_fast.engine.plan import ExplainerSettings, Plan, make_plan
+from fga_fast.models.checks import plain
 from fga_fast.models.layout import ModelLayout
 from fga_fast.question.readout import Targets, Tensors
 from fga_fast.result.explanation import Explanation
@@ -114,7 +115,7 @@ class Explainer:
         """
         layout = self.plan.check(images)
         with torch.inference_mode(False):
-            images = images.clone() if images.is_inference() else images.detach()
+            images = plain(images.clone() if images.is_inference() else images.detach())
             found = _tensors(self.plan, layout, images, targets, first=not self._called)
             self._called |= len(images) > 0
             ungated = None if self._ungated is None else _tensors(self._ungated, layout, images, targets).relevance

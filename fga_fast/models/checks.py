@@ -110,6 +110,11 @@ def check_present(model: nn.Module) -> None:
 def check_weights(model: nn.Module, layout: ModelLayout) -> None:
     """Refuses a model on several devices, a tower of several dtypes, and weights that autograd cannot work with."""
     check_present(model)
+    for name, module in model.named_modules():
+        reason = refused.wrapper(module)
+        if reason is not None:
+            where = f" (at '{name}')" if name else ""
+            raise ValueError(f"model: {type(module).__name__}{where} cannot be explained: {reason}")
     weights = weights_of(model, layout)
     if not weights:
         raise ValueError(
@@ -154,6 +159,13 @@ def check_images(images: Tensor, channels: int, size: tuple[int, int] | None, li
         raise ValueError(f"images: expected dtype {like.dtype} like the model, got {images.dtype}; convert with .to()")
     if images.device != like.device:
         raise ValueError(f"images: expected device {like.device} like the model, got {images.device}; move with .to()")
+
+
+def plain(images: Tensor) -> Tensor:
+    """The images without their subclass, such as MONAI's MetaTensor, whose metadata would stick to relevance."""
+    if type(images) is Tensor or type(images).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return images
+    return images.as_subclass(Tensor)
 
 
 def _shape_hint(images: Tensor, channels: int) -> str:

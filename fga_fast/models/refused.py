@@ -67,6 +67,13 @@ REFUSED_PARTS: dict[str, str] = {
     "ParallelThingsBlock": "each block holds several attentions side by side; one attention a block is expected",
 }
 
+# Wrapper around a model -> reason.
+_SHARDED = (
+    "its hooks expect a gradient of its weights, which an explanation does not compute; load the weights into the "
+    "plain model, or shard it with torch.distributed.fsdp.fully_shard"
+)
+_COPIES = "it runs copies of the model in threads, each with a part of the batch; pass the model inside, model.module"
+
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
 
 
@@ -77,6 +84,13 @@ def reason(module: nn.Module) -> str | None:
         if found is not None:
             return found
     return opaque(module)
+
+
+def wrapper(module: nn.Module) -> str | None:
+    """Why a model inside of `module` cannot be explained, or None."""
+    if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+        return _COPIES
+    return _SHARDED if type(module).__name__ == "FullyShardedDataParallel" else None
 
 
 def opaque(module: nn.Module) -> str | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from explaining import PIXELS, Build, sae_for
+from explaining import PIXELS, Build, sae_for, where_installed
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
@@ -77,7 +77,7 @@ def test_weights_where_the_tower_is_not_known() -> None:
 
 def test_weights_without_values_are_refused() -> None:
     """accelerate keeps offloaded weights on meta between calls; `model.to()` or images on meta would not help."""
-    offload = pytest.importorskip("accelerate").cpu_offload
+    offload = where_installed("accelerate").cpu_offload
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     offload(model, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"'0.weight' holds no values.*remove_hook_from_module"):

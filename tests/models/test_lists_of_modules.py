@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from explaining import agree, sae_for
+from explaining import agree, sae_for, where_installed
 from own_vit import GRID, IMAGES, OwnViT, own_vit
 from torch import Tensor, nn
 
@@ -123,7 +123,7 @@ def test_what_is_not_added_at_once_is_refused() -> None:
 @pytest.mark.parametrize("variant", ("vit.ViT", "simple_vit.SimpleViT", "simple_vit_with_qk_norm.SimpleViT"))
 def test_vit_pytorch(variant: str) -> None:
     file, name = variant.split(".")
-    library = pytest.importorskip(f"vit_pytorch.{file}")
+    library = where_installed(f"vit_pytorch.{file}")
     size = {"image_size": 16, "patch_size": 4, "num_classes": 5, "dim": 16, "depth": 2, "heads": 2, "mlp_dim": 32}
     model = getattr(library, name)(**size).double().eval()
     token = name == "ViT"

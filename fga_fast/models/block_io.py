@@ -279,7 +279,10 @@ class ForwardPass:
         """The pass must have been the one that the layout promised, with a gradient all the way to the values."""
         layout = self.layout
         if self.finished != len(layout.blocks):
-            raise TapeError(f"model: {self.finished} of {len(layout.blocks)} blocks ran; call the tower once")
+            raise TapeError(
+                f"model: {self.finished} of {len(layout.blocks)} blocks ran, {self._name(self.finished)} did not; give "
+                "modules that the model itself calls as the layout's blocks, and call the tower once"
+            )
         if layout.pooling == "attention" and None not in self.attended:
             seen = ", ".join(f"one of {found.queries} queries over {found.keys} keys" for found in self.outside)
             raise TapeError(

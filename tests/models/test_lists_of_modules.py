@@ -120,6 +120,14 @@ def test_what_is_not_added_at_once_is_refused() -> None:
         ModelLayout([nn.ModuleList()], prefix_tokens=1, grid=GRID)  # type: ignore[arg-type]
 
 
+def test_blocks_that_are_never_called() -> None:
+    """A Sequential whose parts the model calls one by one, which a layout names as a block."""
+    model = PairViT(own_vit(), plainly).eval()
+    model.layers = nn.ModuleList(nn.Sequential(*pair) for pair in model.layers)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"0 of 3 blocks ran, block 0 \(Sequential\) did not; give modules that the m"):
+        Explainer(model, layout=model.layout())(torch.randn(IMAGES).double())
+
+
 @pytest.mark.parametrize("variant", ("vit.ViT", "simple_vit.SimpleViT", "simple_vit_with_qk_norm.SimpleViT"))
 def test_vit_pytorch(variant: str) -> None:
     file, name = variant.split(".")

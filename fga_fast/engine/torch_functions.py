@@ -106,12 +106,13 @@ def _found(name: str) -> Iterator[Function]:
     for space in _NAMESPACES:
         for prefix in ("", "special_", "linalg_"):
             function = getattr(space, prefix + name, None)
-            if function is None:
+            if not callable(function):  # there is none, or it is the module torch.random
                 continue
             yield function
             if space is torch.ops.aten:  # not TorchScript's, of numbers and lists
                 overloads = (getattr(function, overload) for overload in function.overloads())
-                yield from (o for o in overloads if any(str(a.type) == "Tensor" for a in o._schema.arguments))
+                tensors = ((o, (*o._schema.arguments, *o._schema.returns)) for o in overloads)
+                yield from (o for o, parts in tensors if any(str(part.type) == "Tensor" for part in parts))
 
 
 def _hidden() -> tuple[str, ...]:
@@ -334,15 +335,15 @@ class FunctionMode(TorchFunctionMode, ABC):
         if operation.kind is Kind.DROPOUT:
             self.passed.check_dropout(_dropped(operation, args, kwargs))
             return func(*args, **kwargs)
-        if operation.kind is Kind.RANDOM:
-            drawn = func(*args, **kwargs)
-            if kwargs.get("generator") is None and drawn.dim():  # single numbers are drawn by models that only may drop
+        if operation.kind is Kind.RANDOM and kwargs.get("generator") is None:
+            drawn = None if "out" in kwargs else func(*args, **kwargs)
+            if drawn is None or drawn.dim():  # single numbers are drawn by models that only may drop
                 self.passed.refuse_random(operation.name)
             return drawn
-        if operation.kind is Kind.ADDITION:
-            out, unadded = func(*args, **kwargs), self._unadded
-            is_end = unadded is not None and any(value is unadded[1] for value in (*args, *kwargs.values()))
-            return self._left(unadded[0], out) if unadded is not None and is_end else out
+        if operation.kind is Kind.ADDITION and self._unadded is not None:
+            index, output = self._unadded
+            if any(value is output for value in (*args, *kwargs.values())):
+                return self._left(index, func(*args, **kwargs))
         if not self.passed.explaining:
             return func(*args, **kwargs)
         if operation.kind is Kind.HIDDEN_ATTENTION:

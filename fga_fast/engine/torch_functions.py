@@ -335,7 +335,7 @@ class FunctionMode(TorchFunctionMode, ABC):
         if operation.kind is Kind.DROPOUT:
             self.passed.check_dropout(_dropped(operation, args, kwargs))
             return func(*args, **kwargs)
-        if operation.kind is Kind.RANDOM and kwargs.get("generator") is None:
+        if operation.kind is Kind.RANDOM and kwargs.get("generator") is None and torch.is_grad_enabled():
             drawn = None if "out" in kwargs else func(*args, **kwargs)
             if drawn is None or drawn.dim():  # single numbers are drawn by models that only may drop
                 self.passed.refuse_random(operation.name)

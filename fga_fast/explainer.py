@@ -95,6 +95,7 @@ class Explainer:
         self.model, self.layout, self.saes, self.settings = model, self.plan.layout, self.plan.saes, settings
         self._ungated = self.plan.without_saes() if ungated and self.saes else None
         self._said: set[str] = set()
+        self._called = False
 
     @property
     def backend(self) -> str:
@@ -119,8 +120,9 @@ class Explainer:
         """
         layout = self.plan.check(images)
         with torch.inference_mode(False):
-            images = images.clone() if images.is_inference() else images.detach()
-            found = _tensors(self.plan, layout, images, targets)
+            images = checks.plain(images.clone() if images.is_inference() else images.detach())
+            found = _tensors(self.plan, layout, images, targets, first=not self._called)
+            self._called |= len(images) > 1
             other = None if self._ungated is None else _tensors(self._ungated, layout, images, targets)
         backend = self.plan.choice()
         seen = checks.image_notices(images, layout)
@@ -191,13 +193,15 @@ class Explainer:
         return f"Explainer({name}, {blocks} blocks, grid {grid}, saes {{{saes}}}, {self.settings}, on {self.backend})"
 
 
-def _tensors(plan: Plan, layout: ModelLayout, images: Tensor, targets: Targets) -> Tensors:
+def _tensors(plan: Plan, layout: ModelLayout, images: Tensor, targets: Targets, first: bool = False) -> Tensors:
     readout = plan.readout
     if plan.choice().stages is not None or len(images) == 0:
-        return run.explain(plan, layout, images, lambda output: readout.answer(targets, output))
+        return run.explain(plan, layout, images, lambda output: readout.answer(targets, output), first=first)
     from fga_fast import reference
 
-    return reference.explain(plan.model, images, targets, plan.saes, plan.settings, layout=layout, readout=readout)
+    return reference.explain(
+        plan.model, images, targets, plan.saes, plan.settings, layout=layout, readout=readout, first=first
+    )
 
 
 def explain(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +14,15 @@ from fga_fast import Explanation, SparseAutoencoder
 
 Build = Callable[..., nn.Module]
 PIXELS = (3, 32, 48)
+
+
+def where_installed(name: str) -> Any:
+    """A module of a library that CI does not install. Where it is missing the test is skipped, in CI too; a stand-in
+    beside it must have the same traits."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        pytest.skip(f"needs {error.name}")
 
 
 def sae_for(model: nn.Module, features: int = 40, **settings: Any) -> SparseAutoencoder:

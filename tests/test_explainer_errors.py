@@ -214,7 +214,7 @@ def test_a_model_on_several_devices_or_of_several_dtypes_is_refused(tiny_vit: Bu
         Explainer(model)
     model = tiny_vit()
     model.head.to("meta")  # type: ignore[operator,union-attr]
-    with pytest.raises(ValueError, match=r"model: weight 'head.weight' is on meta, others on cpu"):
+    with pytest.raises(ValueError, match=r"model: weight 'head.weight' holds no values, it is on the meta device"):
         Explainer(model)
 
 

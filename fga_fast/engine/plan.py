@@ -93,6 +93,8 @@ class Plan:
             TypeError, ValueError: the model is in train mode or does not take such images, or an SAE was moved.
         """
         checks.check_eval(self.model)
+        if self.parameter.is_meta:  # offloaded since the plan was made
+            checks.check_present(self.model)
         layout = self.layout_for(images)
         checks.check_images(images, layout.in_chans, layout.image_size, self.parameter)
         checks.check_saes(self.saes, self.layout, self.parameter)

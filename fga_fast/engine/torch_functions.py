@@ -17,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from fga_fast.models.block_io import Arguments, ForwardPass, ordinary, with_stream
+from fga_fast.models.layout import LISTS, ends
 from fga_fast.models.multihead import open_multi_head_attention
 
 Function = Callable[..., Any]
@@ -32,7 +34,9 @@ class Kind(Enum):
     MULTI_HEAD_ATTENTION = auto()
     SOFTMAX = auto()  # over [B, H, N, N] in a block, it is the attention
     DROPOUT = auto()
+    RANDOM = auto()
     LINEAR = auto()
+    ADDITION = auto()  # it may end a block that is a list of modules
     # The following matter to the conservative backward pass only.
     LAYER_NORM = auto()
     NATIVE_LAYER_NORM = auto()  # also returns mean and 1 / scale
@@ -69,7 +73,12 @@ _NAMES: dict[Kind, tuple[str, ...]] = {
         *("dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "alpha_dropout"),
         *("feature_alpha_dropout", "native_dropout", "_fused_dropout"),
     ),
+    Kind.RANDOM: (
+        *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli", "binomial"),
+        *("multinomial", "poisson", "normal", "uniform", "exponential", "random", "cauchy", "geometric", "log_normal"),
+    ),
     Kind.LINEAR: ("linear",),
+    Kind.ADDITION: ("add", "__add__", "__radd__", "__iadd__"),
     Kind.LAYER_NORM: ("layer_norm",),
     Kind.NATIVE_LAYER_NORM: ("native_layer_norm",),
     Kind.RMS_NORM: ("rms_norm",),
@@ -97,12 +106,13 @@ def _found(name: str) -> Iterator[Function]:
     for space in _NAMESPACES:
         for prefix in ("", "special_", "linalg_"):
             function = getattr(space, prefix + name, None)
-            if function is None:
+            if not callable(function):  # there is none, or it is the module torch.random
                 continue
             yield function
             if space is torch.ops.aten:  # not TorchScript's, of numbers and lists
                 overloads = (getattr(function, overload) for overload in function.overloads())
-                yield from (o for o in overloads if any(str(a.type) == "Tensor" for a in o._schema.arguments))
+                tensors = ((o, (*o._schema.arguments, *o._schema.returns)) for o in overloads)
+                yield from (o for o, parts in tensors if any(str(part.type) == "Tensor" for part in parts))
 
 
 def _hidden() -> tuple[str, ...]:
@@ -160,6 +170,10 @@ class FunctionMode(TorchFunctionMode, ABC):
             Kind.MULTI_HEAD_ATTENTION: self._open,
             Kind.SOFTMAX: self._softmax,
         }
+        # Of a block that is a list of modules: what its last one returned, until it is added to the stream; and the
+        # stream that enters it, with what takes its place until the block ends.
+        self._unadded: tuple[int, Any] | None = None
+        self._replaced: tuple[Any, Any] | None = None
         # id of a parameter -> the parameter, so that no other object gets this id, and its values without a gradient
         self._detached: dict[int, tuple[nn.Parameter, Tensor]] = {}
 
@@ -198,10 +212,12 @@ class FunctionMode(TorchFunctionMode, ABC):
         try:
             _thread.mode = self
             for index, block in enumerate(self.passed.layout.blocks):
-                handles.append(block.register_forward_pre_hook(self._entering(index), with_kwargs=True))
-                handles.append(block.register_forward_hook(self._leaving(index)))
+                first, last = ends(block)
+                handles.append(first.register_forward_pre_hook(self._entering(index), with_kwargs=True))
+                handles.append(last.register_forward_hook(self._leaving(index, whole=last is block)))
             with torch.enable_grad(), self:
                 yield
+            self._check_added()
         finally:
             for handle in handles:
                 handle.remove()
@@ -212,34 +228,53 @@ class FunctionMode(TorchFunctionMode, ABC):
         """Lets go of everything, at the end of a pass. Handlers are bound methods, which would keep cycles alive."""
         self._detached.clear()
         self.handlers.clear()
+        self._unadded = self._replaced = None
 
     def _entering(self, index: int) -> Function:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
             if getattr(_thread, "mode", None) is not self:
                 return None
+            self._check_added()
             self.passed.enter(index, (args, kwargs))
             if not self.passed.live:
                 return None
-            given = ordinary((args, kwargs or {}))
-            tapped = self.tap_input(index, given)
-            return given if tapped is None else tapped
+            arguments = ordinary((args, kwargs or {}))
+            tapped = self.tap_input(index, arguments)
+            if tapped is not None and isinstance(self.passed.layout.blocks[index], LISTS):
+                pairs = zip(*((*a, *k.values()) for a, k in (arguments, tapped)), strict=True)
+                self._replaced = next(pair for pair in pairs if pair[0] is not pair[1])
+            return arguments if tapped is None else tapped
 
         return hook
 
-    def _leaving(self, index: int) -> Function:
+    def _leaving(self, index: int, whole: bool) -> Function:
+        """`whole`: the module is the block, and not the last one of a list."""
+
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
             if getattr(_thread, "mode", None) is not self:
                 return None
-            x = self.passed.leave(index, output)
-            if x is None:
-                return None
-            tapped = self.tap_output(index, x)
-            if tapped is None and x._is_view():  # a change in place would replace its place in autograd's graph
-                tapped = x.clone()
-            self.passed.hand_on(index, x if tapped is None else tapped)
-            return None if tapped is None else with_stream(output, tapped)
+            if whole:
+                return self._left(index, output)
+            self._unadded = index, output
+            return None
 
         return hook
+
+    def _left(self, index: int, output: Any) -> Any:
+        """What the model goes on with in place of a block's output."""
+        self._unadded = self._replaced = None
+        x = self.passed.leave(index, output)
+        if x is None:
+            return output
+        tapped = self.tap_output(index, x)
+        if tapped is None and x._is_view():  # a change in place would replace its place in autograd's graph
+            tapped = x.clone()
+        self.passed.hand_on(index, x if tapped is None else tapped)
+        return output if tapped is None else with_stream(output, tapped)
+
+    def _check_added(self) -> None:
+        if self._unadded is not None:
+            self.passed.refuse_list(self._unadded[0])
 
     def _attend(
         self, _operation: Operation, function: Function, query: Tensor, key: Tensor, value: Tensor,
@@ -272,6 +307,7 @@ class FunctionMode(TorchFunctionMode, ABC):
             return maps
         tapped = self.tap_map(by_head, input)
         self.passed.attended_with(tapped)
+        self.passed.keep_map(tapped)
         return tapped if maps.dim() == 4 else tapped.flatten(0, 1)
 
     def _open(
@@ -295,12 +331,24 @@ class FunctionMode(TorchFunctionMode, ABC):
         for name, value in kwargs.items():
             if type(value) is nn.Parameter:
                 kwargs = {**kwargs, name: self._detach(value)}
+        if self._replaced is not None:
+            old, new = self._replaced
+            args, kwargs = tree_map(lambda value: new if value is old else value, (args, kwargs))
         operation = OPERATIONS.get(func)
         if operation is None:
             return func(*args, **kwargs)
         if operation.kind is Kind.DROPOUT:
             self.passed.check_dropout(_dropped(operation, args, kwargs))
             return func(*args, **kwargs)
+        if operation.kind is Kind.RANDOM and kwargs.get("generator") is None and torch.is_grad_enabled():
+            drawn = None if "out" in kwargs else func(*args, **kwargs)
+            if drawn is None or drawn.dim():  # single numbers are drawn by models that only may drop
+                self.passed.refuse_random(operation.name)
+            return drawn
+        if operation.kind is Kind.ADDITION and self._unadded is not None:
+            index, output = self._unadded
+            if any(value is output for value in (*args, *kwargs.values())):
+                return self._left(index, func(*args, **kwargs))
         if not self.passed.explaining:
             return func(*args, **kwargs)
         if operation.kind is Kind.HIDDEN_ATTENTION:

@@ -60,7 +60,7 @@ def flatten(plan: Plan, images: Tensor, target_mode: TargetMode = "predicted", p
     with one_at_a_time, torch.inference_mode(False):
         target = None if target_mode == "predicted" else 0
         whole = images.clone() if images.is_inference() else images
-        eager = run.explain(plan, layout, whole, lambda output: plan.readout.answer(target, output))
+        eager = run.explain(plan, layout, whole, lambda output: plan.readout.answer(target, output), first=True)
         usual = run.starts_as_laid_out(plan, layout, whole, lambda output: plan.readout.answer(target, output))
     inputs = (images, *([eager.targets] if target_mode == "given" else []))
     names: list[str] = []

@@ -103,6 +103,14 @@ class Outside(NamedTuple):
     before_pool: bool
 
 
+class WrittenMap(NamedTuple):
+    """An attention map that the model computes itself, and goes on with."""
+
+    where: str
+    block: int | None  # None: the pool
+    edge: GradientEdge  # of the map [B, H, Nq, N]
+
+
 @dataclass
 class ForwardPass:
     """Where a model's forward pass is, what it has brought so far, and what it must not do.
@@ -124,6 +132,7 @@ class ForwardPass:
     streams: dict[int, GradientEdge] = field(default_factory=dict)  # block -> what it handed on, in autograd's graph
     attentions: dict[int | None, GradientEdge] = field(default_factory=dict)  # likewise, explained attention's output
     outside: list[Outside] = field(default_factory=list)
+    maps: list[WrittenMap] = field(default_factory=list)  # for `check_maps`
     _differentiated: bool = False  # a block from `first` on has begun
     _entered: list[Tensor] = field(default_factory=list)  # arguments of the running block
 
@@ -302,6 +311,11 @@ class ForwardPass:
         self.attend(by_head.shape, by_head.shape[:2] + maps.shape[-1:])
         return by_head
 
+    def keep_map(self, maps: Tensor) -> None:  # [B, H, Nq, N]
+        """Remembers the map that the model goes on with."""
+        if maps.requires_grad:
+            self.maps.append(WrittenMap(self.where, self.block, get_gradient_edge(maps)))
+
     def check_call(self, attn_mask: Tensor | None, dropout_p: float, is_causal: bool) -> None:
         """Refuses dropout, and masks that are not added."""
         if dropout_p > 0:
@@ -335,6 +349,21 @@ class ForwardPass:
         """Refuses dropout that is on, wherever it is."""
         if probability > 0:
             raise TapeError(f"model: dropout {probability} is active in {self.where}; call model.eval() first")
+
+    def refuse_random(self, name: str) -> None:
+        """Refuses a draw of random numbers."""
+        raise TapeError(
+            f"model: {self.where} draws random numbers ({name}), so that each call would explain another prediction; "
+            "switch off what is random, or draw the numbers once and keep them"
+        )
+
+    def refuse_list(self, index: int) -> None:
+        """Refuses a list of modules that does not end as a block does."""
+        raise TapeError(
+            f"model: {self.name(index)} is a list of modules. The output of its last one must be added to the "
+            "residual stream at once, as in x = ff(x) + x, so that the block's end can be seen; put what the block "
+            "does into the forward of one module"
+        )
 
     def check_out(self, name: str) -> None:
         """Refuses a differentiated result that is written into another tensor, which autograd cannot follow."""

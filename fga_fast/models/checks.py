@@ -135,8 +135,26 @@ def weights_of(model: nn.Module, layout: ModelLayout) -> list[tuple[str, nn.Para
     return list((model if layout.tower is None else layout.tower).named_parameters())
 
 
+def check_present(model: nn.Module) -> None:
+    """Refuses a model with weights that hold no values: those that accelerate offloads, or that were never loaded."""
+    for name, weight in model.named_parameters():
+        if weight.is_meta:
+            raise ValueError(
+                f"model: weight '{name}' holds no values, it is on the meta device. If accelerate offloads the model "
+                "to the CPU or to disk (device_map, cpu_offload), load it whole on one device: without device_map, or "
+                "after accelerate.hooks.remove_hook_from_module(model, recurse=True). If it was built on meta, load "
+                "its weights first"
+            )
+
+
 def check_weights(model: nn.Module, layout: ModelLayout) -> None:
     """Refuses a model on several devices, a tower of several dtypes, and weights that autograd cannot work with."""
+    check_present(model)
+    for name, module in model.named_modules():
+        reason = refused.wrapper(module)
+        if reason is not None:
+            where = f" (at '{name}')" if name else ""
+            raise ValueError(f"model: {type(module).__name__}{where} cannot be explained: {reason}")
     weights = weights_of(model, layout)
     if not weights:
         raise ValueError(
@@ -146,7 +164,8 @@ def check_weights(model: nn.Module, layout: ModelLayout) -> None:
     for name, other in model.named_parameters():
         if other.device != parameter.device:
             raise ValueError(
-                f"model: weight '{name}' is on {other.device}, others on {parameter.device}; move all with model.to()"
+                f"model: weight '{name}' is on {other.device}, others on {parameter.device}; move all with model.to(), "
+                "or load the model without device_map"
             )
     for name, other in weights:
         if other.is_floating_point() and other.dtype not in _beside(parameter.dtype):
@@ -216,12 +235,36 @@ def check_images(images: Tensor, channels: int, size: tuple[int, int] | None, li
     height, width = size or ("H", "W")
     expected = (channels, *(images.shape[2:] if size is None else size))
     if images.dim() != 4 or tuple(images.shape[1:]) != expected or 0 in images.shape[1:]:
-        hint = "; add a batch dimension with images[None]" if images.dim() == 3 else ""
-        raise ValueError(f"images: expected shape [B, {channels}, {height}, {width}], got {list(images.shape)}{hint}")
+        raise ValueError(
+            f"images: expected shape [B, {channels}, {height}, {width}], got {list(images.shape)}"
+            f"{_shape_hint(images, channels)}"
+        )
     if images.dtype != like.dtype:
         raise ValueError(f"images: expected dtype {like.dtype} like the model, got {images.dtype}; {_to_dtype(images)}")
     if images.device != like.device:
         raise ValueError(f"images: expected device {like.device} like the model, got {images.device}; move with .to()")
+
+
+def plain(images: Tensor) -> Tensor:
+    """The images without their subclass, such as MONAI's MetaTensor, whose metadata would stick to relevance."""
+    if type(images) is Tensor or type(images).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return images
+    return images.as_subclass(Tensor)
+
+
+def _shape_hint(images: Tensor, channels: int) -> str:
+    """What to do about images of a wrong shape, where the shape tells."""
+    if images.dim() == 3:
+        return "; add a batch dimension with images[None]"
+    if images.dim() == 5:
+        return "; only models of 2-D images are explained, not of volumes [B, C, D, H, W] or videos"
+    if images.dim() != 4 or images.shape[1] == channels:
+        return ""
+    if images.shape[3] == channels:
+        return "; put the channels first with images.permute(0, 3, 1, 2)"
+    found = images.shape[1]
+    grey = f"repeat grey images with images.expand(-1, {channels}, -1, -1), or " if found == 1 else ""
+    return f"; {grey}if the model takes {found} channels, say so: ModelLayout(..., in_chans={found})"
 
 
 def check_finite(

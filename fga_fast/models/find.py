@@ -65,8 +65,9 @@ def find_layout(model: nn.Module, image_size: tuple[int, int] | None = None) -> 
     if not towers:
         raise ValueError(
             f"model: no supported vision transformer found in {type(model).__name__}; supported are {SUPPORTED}, alone "
-            "or anywhere inside a wrapper that registers the tower as a submodule. For your own vision transformer "
-            "say where its blocks are: ModelLayout(blocks=..., prefix_tokens=..., grid=..., pooling=...)"
+            "or anywhere inside a wrapper that registers the tower as a submodule. For another vision transformer "
+            "(your own, vit-pytorch's, MONAI's) say where its blocks are: ModelLayout(blocks=..., prefix_tokens=..., "
+            "grid=..., pooling=...), as docs/your_model.md shows"
         )
     if len(towers) > 1:
         found = ", ".join(f"'{name}' ({type(tower).__name__})" for name, (_, tower) in towers.items())

@@ -50,7 +50,11 @@ REFUSED: dict[str, dict[str, str]] = {
         **dict.fromkeys(("TimesformerModel", "VivitModel", "VideoMAEModel"), _VIDEO),
         **dict.fromkeys(("ViTForMaskedImageModeling", "DeiTForMaskedImageModeling"), _NO_LOGITS),
         **dict.fromkeys(("Dinov2Backbone", "Dinov2WithRegistersBackbone", "DINOv3ViTBackbone"), _NO_LOGITS),
-        "ViTMAEModel": "it drops a random three quarters of the patches in every forward pass",
+        "ViTMAEModel": (
+            "it shuffles the patches at random in every forward pass, at mask_ratio=0 too, so a token's place in the "
+            "image is not known; load its weights into ViTModel or ViTForImageClassification, which have the same "
+            "encoder: ViTModel.from_pretrained(checkpoint), or vit.load_state_dict(mae.state_dict())"
+        ),
         "Siglip2VisionModel": _FLEXIBLE,
         "Siglip2VisionTransformer": _FLEXIBLE,
     },
@@ -63,6 +67,13 @@ REFUSED_PARTS: dict[str, str] = {
     "ParallelThingsBlock": "each block holds several attentions side by side; one attention a block is expected",
 }
 
+# Wrapper around a model -> reason.
+_SHARDED = (
+    "its hooks expect a gradient of its weights, which an explanation does not compute; load the weights into the "
+    "plain model, or shard it with torch.distributed.fsdp.fully_shard"
+)
+_COPIES = "it runs copies of the model in threads, each with a part of the batch; pass the model inside, model.module"
+
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
 
 
@@ -73,6 +84,13 @@ def reason(module: nn.Module) -> str | None:
         if found is not None:
             return found
     return opaque(module)
+
+
+def wrapper(module: nn.Module) -> str | None:
+    """Why a model inside of `module` cannot be explained, or None."""
+    if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+        return _COPIES
+    return _SHARDED if type(module).__name__ == "FullyShardedDataParallel" else None
 
 
 def opaque(module: nn.Module) -> str | None:

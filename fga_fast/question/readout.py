@@ -163,21 +163,43 @@ def _checked_output(output: Any, batch: int) -> Tensor:
         if output.shape[1]:
             return output
         raise ValueError(f"model: expected logits [{batch}, classes], got {list(output.shape)}; give it a head")
-    advice = "wrap it in a module that does"
-    if isinstance(output, Tensor) and len(output.shape[:1]) and len(output) == batch:
-        advice += {
-            1: ", [B, 1] for one number an image",
-            3: "; tokens must be pooled and given to a head",
-            4: "; of a map for each class pick a pixel, or average some",
-        }.get(output.dim(), "")
-    elif isinstance(output, (tuple, list)):
-        advice = "wrap it in a module that returns the entry with the logits"
-    elif isinstance(output, Mapping):
-        advice = (
-            f"it has no 'logits' but {', '.join(map(str, list(output)[:8]))}; wrap it in a module that returns them"
+    raise ValueError(
+        f"model: expected logits [B, classes] from images, with B = {batch}, got {_kind(output)}; "
+        f"{_advice(output, batch)}"
+    )
+
+
+def _kind(output: Any) -> str:
+    """A model's output for an error message: the shapes of tensors, the entries of others."""
+    if isinstance(output, Tensor):
+        return f"{list(output.shape)} {output.dtype}"
+    name = type(output).__name__
+    if isinstance(output, (tuple, list)):
+        entries = [_entry(part) for part in output]
+    else:
+        parts = output if isinstance(output, Mapping) else getattr(output, "__dict__", {})
+        entries = [f"{key} {_entry(part)}" for key, part in parts.items()]
+    return f"{name} of {', '.join(entries[:8])}" if entries else name
+
+
+def _entry(part: Any) -> str:
+    return str(list(part.shape)) if isinstance(part, Tensor) else type(part).__name__
+
+
+def _advice(output: Any, batch: int) -> str:
+    """What to do about an output that is no logits. docs/your_model.md has such wrappers."""
+    if not isinstance(output, Tensor):
+        return "wrap it in a module that returns the entry with the logits"
+    if output.dim() == 4 and len(output) == batch:
+        return (
+            "if these are logits of pixels, wrap it in a module that picks one or averages a region: "
+            "model(images)[:, :, row, column] or model(images)[:, :, rows, columns].mean((2, 3))"
         )
-    found = f"{list(output.shape)} {output.dtype}" if isinstance(output, Tensor) else type(output).__name__
-    raise ValueError(f"model: expected logits [B, classes] from images, with B = {batch}, got {found}; {advice}")
+    if output.dim() == 3 and len(output) == batch:
+        return "if these are tokens, wrap it in a module that picks or averages some"
+    if output.dim() == 1 and len(output) == batch and output.is_floating_point():
+        return "wrap it in a module that returns model(images)[:, None]"
+    return "wrap it in a module that does"
 
 
 def _checked_names(names: Any) -> tuple[str, ...] | dict[int, str] | None:

@@ -103,7 +103,7 @@ def pick(
 ) -> Tensor:
     """Columns [B] or [B, K] int64 of `logits` that `targets` name; None and ints choose among the first `classes`.
 
-    ranged: whether to look for numbers out of range in a tensor. The host waits for that if the tensor is on a GPU.
+    ranged: whether to look at the numbers of a tensor. The host waits for that if the tensor is on a GPU.
     """
     batch = len(logits)
     if targets is None:
@@ -119,11 +119,19 @@ def pick(
     if not isinstance(targets, Tensor):
         picked = torch.tensor(_numbered(targets, names, classes), dtype=torch.int64, device=logits.device)
     elif targets.dtype == torch.bool or targets.is_floating_point() or targets.is_complex():
-        raise TypeError(f"targets: expected integer class indices, got dtype {targets.dtype}; convert them")
+        like = targets.dim() == 2 and targets.shape[1] == classes
+        advice = "for one-hot rows or probabilities give targets.argmax(1)" if like else "convert them"
+        raise TypeError(f"targets: expected integer class indices, got dtype {targets.dtype}; {advice}")
     else:
         picked = targets.to(device=logits.device, dtype=torch.int64)
         if ranged and picked.numel() and not 0 <= int(picked.min()) <= int(picked.max()) < classes:
             raise _out_of_range(int(picked[(picked < 0) | (picked >= classes)].flatten()[0]), classes)
+    if ranged and _looks_like_labels(picked, classes) and not any(isinstance(leaf, str) for leaf in leaves(targets)):
+        raise ValueError(
+            f"targets: expected class numbers, got rows of 0 and 1, as many as there are classes ({classes}), which "
+            "look like one-hot or multi-label rows; give targets.argmax(1), or a function such as "
+            "lambda logits: (logits * targets).sum(1)"
+        )
     if picked.dim() == 0:
         picked = picked.expand(batch)
     elif picked.dim() == 2 and len(picked) == 1:
@@ -135,6 +143,13 @@ def pick(
         )
     # Cloned, since the caller may change the original or be in inference mode.
     return picked.clone(memory_format=torch.contiguous_format)
+
+
+def _looks_like_labels(picked: Tensor, classes: int) -> bool:
+    """Rows [B, classes] of 0 and 1. Of two classes such a row may name both, so at least three are needed."""
+    if picked.dim() != 2 or picked.shape[1] != classes or classes < 3 or not picked.numel():
+        return False
+    return int(picked.max()) <= 1
 
 
 def values_at(logits: Tensor, picked: Tensor) -> Tensor:  # [B, T], [B] or [B, K] -> like picked

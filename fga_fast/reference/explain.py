@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_map
 from fga_fast.models import checks
 from fga_fast.models.find import find_layout
 from fga_fast.models.layout import ModelLayout
+from fga_fast.models.maps import check_maps
 from fga_fast.models.reads import Reads, arriving, check_images_apart, differently, find_reads
 from fga_fast.question.readout import Readout, Targets, Tensors
 from fga_fast.reference.attention import attention_relevance
@@ -59,6 +60,7 @@ def explain(
     layout: ModelLayout | None = None,
     readout: Readout | None = None,
     given_gates: Mapping[int, Tensor] | None = None,  # block -> [B, P] or [B, K, P]
+    first: bool = True,
 ) -> Tensors:
     """Explain one or K targets an image with full attention maps, by the equations of this module.
 
@@ -71,6 +73,7 @@ def explain(
         settings: all but its `backend` and `target_chunk`.
         layout: where the model's blocks and tokens are; None: `find_layout(model)`.
         readout: how the model's output answers the targets; None: `Readout(model)`.
+        first: check that the maps that the model writes out are those that multiply its values.
         given_gates: gates in place of those computed from the scores, at blocks that have an autoencoder; for checking
             another implementation's rollout apart from its scores.
 
@@ -96,6 +99,8 @@ def explain(
             answer = readout.answer(targets, output)
         reads = find_reads(record.passed, answer.values, settings.method, saes)
         check_images_apart(record.passed, reads, answer.values)
+        if first and settings.method == "rollout":
+            check_maps(record.passed, answer.values)
         # Where the caller has autocast on, it is for the model: relevance is not computed in 16 bit.
         with record.passed.differentiating(), torch.autocast(images.device.type, enabled=False):
             relevance, scores, gates, features, blocks, signal, starts = _explain_values(

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from explaining import sae_for
+from explaining import PIXELS, Build, sae_for, where_installed
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
-from fga_fast import ModelLayout, SparseAutoencoder
+from fga_fast import Explainer, ModelLayout, SparseAutoencoder
 from fga_fast.models import checks
 
 
@@ -31,10 +32,12 @@ def test_images_of_unknown_size() -> None:
     checks.check_images(torch.zeros(2, 3, 32, 48).contiguous(memory_format=torch.channels_last), 3, None, like)
     for shape, message in (
         ((3, 32, 48), r"images: expected shape \[B, 3, H, W\], got \[3, 32, 48\]; add a batch dimension"),
-        ((2, 1, 32, 48), r"images: expected shape \[B, 3, H, W\], got \[2, 1, 32, 48\]$"),
+        ((2, 1, 32, 48), r"shape \[B, 3, H, W\], got \[2, 1, 32, 48\]; repeat grey images with .*in_chans=1\)"),
+        ((2, 4, 32, 48), r"got \[2, 4, 32, 48\]; if the model takes 4 channels, .*Layout\(..., in_chans=4\)"),
+        ((2, 32, 48, 3), r"got \[2, 32, 48, 3\]; put the channels first with images.permute\(0, 3, 1, 2\)"),
         ((2, 3, 0, 48), r"got \[2, 3, 0, 48\]"),
         ((2, 3), r"got \[2, 3\]"),
-        ((1, 2, 3, 32, 48), r"got \[1, 2, 3, 32, 48\]"),
+        ((1, 2, 3, 32, 48), r"got \[1, 2, 3, 32, 48\]; only models of 2-D images are explained, not of volumes"),
     ):
         with pytest.raises(ValueError, match=message):
             checks.check_images(torch.zeros(shape), 3, None, like)
@@ -106,9 +109,28 @@ def test_weights_where_the_tower_is_not_known() -> None:
     checks.check_weights(whole, own_layout(model, tower=model))  # another part may have another dtype
     with pytest.raises(ValueError, match=r"model: weight 'text.weight' of the tower is torch.float64"):
         checks.check_weights(whole, layout)
-    model[1].to("meta")  # type: ignore[index]
-    with pytest.raises(ValueError, match=r"model: weight '1.weight' is on meta, others on cpu"):
+    with FakeTensorMode():
+        model[1] = nn.Linear(4, 4, device="cuda:1")
+    with pytest.raises(ValueError, match=r"'1.weight' is on cuda:1, others on cpu; .* without device_map"):
         checks.check_weights(model, layout)
     none = nn.Sequential(nn.Identity())
     with pytest.raises(ValueError, match="model: Sequential has no weights"):
         checks.check_weights(none, own_layout(none))
+
+
+def test_weights_without_values_are_refused() -> None:
+    """accelerate keeps offloaded weights on meta between calls; `model.to()` or images on meta would not help."""
+    offload = where_installed("accelerate").cpu_offload
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    offload(model, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"'0.weight' holds no values.*remove_hook_from_module"):
+        checks.check_weights(model, own_layout(model))
+
+
+@pytest.mark.parametrize("when", ("before", "after"))
+def test_weights_that_were_offloaded(when: str, tiny_vit: Build) -> None:
+    model = tiny_vit()
+    explainer = None if when == "before" else Explainer(model)
+    model.blocks[1].to("meta") if when == "before" else model.to("meta")
+    with pytest.raises(ValueError, match=r"weight '.*' holds no values, .* meta device. If accelerate .* device_map"):
+        (explainer or Explainer(model))(torch.randn(1, *PIXELS))

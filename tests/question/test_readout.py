@@ -61,6 +61,8 @@ def ask(targets: Any, names: Any = NAMES, logits: Tensor = LOGITS) -> Any:
         ([torch.tensor([0, 1]), np.array([1, 2]), ("cow", 2)], [[0, 1], [1, 2], [2, 2]]),
         (np.array([[0, 1], [1, 2], [2, 2]]), [[0, 1], [1, 2], [2, 2]]),
         ([["crane"]], [[4]] * 3),
+        ([[0, 1, 2, 3, 4]], [[0, 1, 2, 3, 4]] * 3),
+        ([["cat", "dog", "cat", "cat", "cat"]], [[0, 1, 0, 0, 0]] * 3),
     ],
 )
 def test_targets_pick_columns(targets: Any, columns: Any) -> None:
@@ -71,6 +73,10 @@ def test_targets_pick_columns(targets: Any, columns: Any) -> None:
     assert answer.values.shape == answer.targets.shape and answer.values.requires_grad
     assert torch.equal(answer.logits, LOGITS) and not answer.logits.requires_grad
     assert answer.names == NAMES
+
+
+def test_both_of_two_classes_are_no_one_hot_row() -> None:
+    assert ask([[0, 1], [1, 0], [0, 1]], None, LOGITS[:, :2]).targets.tolist() == [[0, 1], [1, 0], [0, 1]]
 
 
 def test_targets_are_copied() -> None:
@@ -168,6 +174,14 @@ def test_bad_targets() -> None:
         ([0, 1.0, 2], r"expected integer class indices, names or prompts, got 1.0 \(float\)"),
         ([0, None, 2], "expected integer class indices, names or prompts, got None"),
         (np.array([0.0, 1, 2]), "expected integer class indices, got dtype torch.float64"),
+        (F.one_hot(torch.tensor([1, 4, 0]), 5), r"rows of 0 and 1, .*\(5\).* one-hot .*give targets.argmax\(1\)"),
+        (np.eye(5, dtype=np.int64)[:3], "one-hot or multi-label"),
+        ([[0, 1, 0, 0, 0]], "one-hot or multi-label"),
+        ([[1, 0, 1, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 1]], r"multi-label .*\(logits \* targets\).sum\(1\)"),
+        (Difference(0, torch.eye(5, dtype=torch.int32)[:3]), "one-hot or multi-label"),
+        (torch.eye(5)[:3], r"got dtype torch.float32; for one-hot rows or probabilities give targets.argmax\(1\)"),
+        (torch.eye(5)[:3].bool(), r"got dtype torch.bool; for one-hot rows"),
+        (torch.ones(3), "got dtype torch.float32; convert them"),
         ([[0], [1, 2], [3]], r"lists of different lengths or empty ones \(1, 2\)"),
         ([0, [1], 2], r"lists of different lengths or empty ones \(one without a list, 1\)"),
         ([[], [], []], "or empty ones"),
@@ -261,11 +275,12 @@ def test_outputs() -> None:
     ):
         assert torch.equal(Readout(Returning(make)).run(LOGITS), LOGITS)
     for make, message in (
-        (lambda x: (x, None), "got tuple; wrap it in a module that returns the entry with the logits"),
-        (lambda x: {"scores": x}, "got dict; it has no 'logits' but scores; wrap it"),
-        (lambda x: x[:, 0], r"got \[3\] torch.float32; wrap it in a module that does, \[B, 1\] for one number"),
-        (lambda x: x[:, None], r"with B = 3, got \[3, 1, 5\] torch.float32; wrap it in .*; tokens must be pooled"),
-        (lambda x: x[:, :, None, None], r"got \[3, 5, 1, 1\] .* that does; of a map for each class pick a pixel"),
+        (lambda x: (x, None), r"got tuple of \[3, 5\], NoneType; wrap it .* that returns the entry with the logits"),
+        (lambda x: {"scores": x}, r"got dict of scores \[3, 5\]; wrap it in a module that returns the entry"),
+        (lambda x: SimpleNamespace(scores=x, aux=()), r"SimpleNamespace of scores \[3, 5\], aux tuple; wrap it"),
+        (lambda x: x[:, None], r"with B = 3, got \[3, 1, 5\] torch.float32; if these are tokens, wrap it"),
+        (lambda x: x[:, :, None, None], r"got \[3, 5, 1, 1\] .* pixels, .*\(images\)\[:, :, row, column\]"),
+        (lambda x: x[:, 0], r"got \[3\] torch.float32; wrap it .* model\(images\)\[:, None\]"),
         (lambda x: torch.cat([x, x]), r"with B = 3, got \[6, 5\]"),
         (lambda x: x.argmax(-1), r"got \[3\] torch.int64"),
         (lambda x: x > 0, r"got \[3, 5\] torch.bool"),

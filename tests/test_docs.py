@@ -11,7 +11,9 @@ from typing import Any, NoReturn, TypeAlias
 import pytest
 import torch
 from explaining import where_installed
+from picture_files import write_dicom
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fga_fast import Explainer, Explanation

@@ -126,6 +126,9 @@ def _table() -> dict[Function, Operation]:
 OPERATIONS: dict[Function, Operation] = _table()
 
 
+_PLAIN = (Tensor, nn.Parameter)
+
+
 class Kept:
     """A set of tensors by identity, until they are changed in place. It holds them, so no new tensor gets an old id."""
 
@@ -149,7 +152,8 @@ class FunctionMode(TorchFunctionMode, ABC):
     """Follows one forward pass: sees the model's blocks begin and end, and every function that the model calls.
 
     `handlers[kind](operation, function, *args, **kwargs)` answers from the first explained block to the model's end.
-    Parameters take part without their gradient, so what requires one is what depends on the tokens.
+    Parameters, and all else that has a gradient from before the pass, take part without it. So what requires a gradient
+    is what depends on the tokens.
     """
 
     def __init__(self, passed: ForwardPass) -> None:
@@ -159,9 +163,11 @@ class FunctionMode(TorchFunctionMode, ABC):
             Kind.ATTENTION: self._attend,
             Kind.MULTI_HEAD_ATTENTION: self._open,
             Kind.SOFTMAX: self._softmax,
+            Kind.LINEAR: self._linear,
         }
-        # id of a parameter -> the parameter, so that no other object gets this id, and its values without a gradient
-        self._detached: dict[int, tuple[nn.Parameter, Tensor]] = {}
+        # id of a weight -> the weight, so that no other object gets this id, and its values without a gradient
+        self._detached: dict[int, tuple[Tensor, Tensor]] = {}
+        self._first_node = 0  # autograd's number of the first node of the pass; a thread numbers its nodes in order
 
     # -- what each side answers in its own way -----------------------------------------------------------------
 
@@ -189,18 +195,31 @@ class FunctionMode(TorchFunctionMode, ABC):
     def tap_output(self, index: int, x: Tensor) -> Tensor | None:  # [B, N, C], or [N, B, C]
         """What the model goes on with in place of the residual stream after block `index`; None: x."""
 
+    def tap_linear(self, function: Function, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """The output of a linear layer."""
+        out: Tensor = function(*args, **kwargs)
+        return out
+
+    def is_own(self, leaf: Tensor) -> bool:
+        """Whether this side made a leaf of the graph and handed it to the model."""
+        return False
+
     # -- what both sides share ---------------------------------------------------------------------------------
 
     @contextmanager
     def following(self) -> Iterator[None]:
-        """Follows calls made in this thread. Hooks and mode are gone afterwards, whatever happens."""
+        """Follows calls made in this thread. Hooks and mode are gone afterwards, whatever happens.
+
+        Another pass may be running in this thread, one that calls this one in a target function, where modes are
+        switched off. It sees nothing of what happens in this one.
+        """
         outer, handles = getattr(_thread, "mode", None), []
         try:
-            _thread.mode = self
+            _thread.mode, self._first_node = self, torch._C._autograd._get_sequence_nr()
             for index, block in enumerate(self.passed.layout.blocks):
                 handles.append(block.register_forward_pre_hook(self._entering(index), with_kwargs=True))
                 handles.append(block.register_forward_hook(self._leaving(index)))
-            with torch.enable_grad(), self:
+            with torch.enable_grad(), torch._C._EnableTorchFunction(), self:
                 yield
         finally:
             for handle in handles:
@@ -213,9 +232,13 @@ class FunctionMode(TorchFunctionMode, ABC):
         self._detached.clear()
         self.handlers.clear()
 
+    def _follows(self) -> bool:
+        """Whether what a hook sees is of this pass: not another thread's, another pass's, or a target function's."""
+        return getattr(_thread, "mode", None) is self and torch._C._is_torch_function_mode_enabled()
+
     def _entering(self, index: int) -> Function:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
-            if getattr(_thread, "mode", None) is not self:
+            if not self._follows():
                 return None
             self.passed.enter(index)
             return self.tap_input(index, (args, kwargs or {}))
@@ -224,7 +247,7 @@ class FunctionMode(TorchFunctionMode, ABC):
 
     def _leaving(self, index: int) -> Function:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-            if getattr(_thread, "mode", None) is not self:
+            if not self._follows():
                 return None
             x = self.passed.leave(index, output)
             tapped = None if x is None else self.tap_output(index, x)
@@ -281,13 +304,11 @@ class FunctionMode(TorchFunctionMode, ABC):
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        for a in args:
-            if type(a) is nn.Parameter:
-                args = tuple(self._detach(a) if type(a) is nn.Parameter else a for a in args)
-                break
-        for name, value in kwargs.items():
-            if type(value) is nn.Parameter:
-                kwargs = {**kwargs, name: self._detach(value)}
+        if getattr(_thread, "mode", None) is not self:
+            return func(*args, **kwargs)
+        args = tuple(map(self._without_gradient, args))
+        if kwargs:
+            kwargs = {name: self._without_gradient(value) for name, value in kwargs.items()}
         operation = OPERATIONS.get(func)
         if operation is None:
             return func(*args, **kwargs)
@@ -309,11 +330,35 @@ class FunctionMode(TorchFunctionMode, ABC):
             args, kwargs = (kwargs["self"], *args), {name: kwargs[name] for name in kwargs if name != "self"}
         return handler(operation, func, *args, **kwargs)
 
-    def _detach(self, parameter: nn.Parameter) -> Tensor:
-        """The parameter's values without its gradient; one tensor a parameter, so the cost is paid once a pass."""
-        if id(parameter) not in self._detached:
-            self._detached[id(parameter)] = parameter, parameter.detach()
-        return self._detached[id(parameter)][1]
+    def _linear(self, _operation: Operation, function: Function, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """Refuses products without a gradient: those of quantised activations."""
+        out = self.tap_linear(function, *args, **kwargs)
+        if not out.requires_grad and torch.is_grad_enabled() and any(map(depends, (*args, *kwargs.values()))):
+            weight = kwargs["weight"] if "weight" in kwargs else args[1]
+            self.passed.refuse_cut_linear(type(weight).__name__)
+        return out
+
+    def _without_gradient(self, value: Any) -> Any:
+        """An argument of a function. What has a gradient that is not of this pass is replaced by its values."""
+        if isinstance(value, Tensor):
+            if type(value) not in _PLAIN:
+                self.passed.check_whole(value)
+            return self._detach(value) if value.requires_grad and self._is_older(value) else value
+        if type(value) in (list, tuple):
+            return type(value)(map(self._without_gradient, value))
+        return value
+
+    def _is_older(self, tensor: Tensor) -> bool:
+        """Whether a tensor's gradient is from before this pass: a parameter, or made of one for all passes."""
+        if tensor.grad_fn is None:
+            return not self.is_own(tensor)
+        return tensor.grad_fn._sequence_nr() < self._first_node
+
+    def _detach(self, weight: Tensor) -> Tensor:
+        """The weight's values without its gradient; one tensor a weight, so the cost is paid once a pass."""
+        if id(weight) not in self._detached:
+            self._detached[id(weight)] = weight, weight.detach()
+        return self._detached[id(weight)][1]
 
 
 def _dropped(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:

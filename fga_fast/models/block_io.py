@@ -236,6 +236,24 @@ class ForwardPass:
                 "torch.nn.functional.scaled_dot_product_attention"
             )
 
+    def refuse_cut_linear(self, weight: str) -> None:
+        """Refuses a linear layer whose output has no gradient to its input."""
+        raise TapeError(
+            f"model: a linear layer in {self.where} has no gradient to its input (its weight is a {weight}); "
+            "quantised activations are rounded, so nothing can be explained through them: explain the model before it "
+            "is quantised, or quantise its weights only"
+        )
+
+    def check_whole(self, tensor: Tensor) -> None:
+        """Refuses a DTensor of which each process has only a part, so each would see a part of the attention heads."""
+        mesh, placements = getattr(tensor, "device_mesh", None), getattr(tensor, "placements", ())
+        if mesh is not None and mesh.size() > 1 and any(not placement.is_replicate() for placement in placements):
+            raise TapeError(
+                f"model: {self.where} computes with a {type(tensor).__name__} of {tuple(tensor.shape)} that is spread "
+                f"over {mesh.size()} processes ({', '.join(map(str, placements))}); explain a model whose weights are "
+                "whole in each process (FSDP gathers them by itself, tensor parallelism does not)"
+            )
+
     def check_dropout(self, probability: float) -> None:
         """Refuses dropout that is on, wherever it is."""
         if probability > 0:

@@ -79,6 +79,10 @@ class _Mode(FunctionMode):
         """A itself."""
         return self._record.keep(maps)
 
+    def is_own(self, leaf: Tensor) -> bool:
+        """Maps and inputs where the graph begins are leaves."""
+        return any(leaf is kept for kept in (*self._record.maps.values(), *self._record.inputs.values()))
+
     # Streams are kept, and copies of them handed on, so that a model that adds in place changes the copies.
 
     def tap_input(self, index: int, arguments: Arguments) -> Arguments | None:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from fga_fast.engine import run
+from fga_fast.engine.callers import check_caller, outside_graphs
 from fga_fast.engine.plan import ExplainerSettings, Plan, make_plan
 from fga_fast.models.layout import ModelLayout
 from fga_fast.question.readout import Targets, Tensors
@@ -74,6 +75,7 @@ class Explainer:
         RuntimeError: an explicit backend cannot run here.
     """
 
+    @outside_graphs
     def __init__(
         self, model: nn.Module, saes: Mapping[int, SparseAutoencoder] | None = None, *, gate: Gate | None = None,
         method: Method = "rollout", backward: Backward = "exact", backend: Backend = "auto", top_features: int = 0,
@@ -96,6 +98,7 @@ class Explainer:
         """Name of the backend that runs where the model is."""
         return self.plan.choice().name
 
+    @outside_graphs
     def __call__(self, images: Tensor, targets: Targets = None) -> Explanation:
         """Explains one class for each image, or several.
 
@@ -111,7 +114,9 @@ class Explainer:
 
         Raises:
             TypeError, ValueError: images, targets or model do not fit, or hold NaN or Inf; the message says which.
+            RuntimeError: called inside a transform of torch.func, or while a graph is traced.
         """
+        check_caller(images)
         layout = self.plan.check(images)
         with torch.inference_mode(False):
             images = images.clone() if images.is_inference() else images.detach()
@@ -124,6 +129,7 @@ class Explainer:
             backend=backend.name, backend_reason=backend.reason, start_block=self.settings.start_block,
         )  # fmt: skip
 
+    @outside_graphs
     def compile(
         self, example: Tensor, *, target_mode: TargetMode = "predicted", mode: str | None = None,
         batches: Sequence[int] | None = None,
@@ -154,6 +160,7 @@ class Explainer:
 
         return ExplanationModule(self._one_graph(), example, target_mode)
 
+    @outside_graphs
     def export(
         self, path: str | os.PathLike[str], example: Tensor | None = None, *, target_mode: TargetMode = "predicted",
         preprocessing: Preprocess | None = None, class_names: Sequence[str] | Mapping[int, str] | None = None,

@@ -148,8 +148,8 @@ class Preprocess:
     def normalise(self, view: Image.Image) -> Tensor:  # -> [channels, H, W]
         """`(value / 255 - mean) / std` of a view's pixels: [channels, H, W] float32."""
         pixels = _pixels(view).permute(2, 0, 1).float() / 255
-        shape = (len(self.mean), 1, 1)
-        return (pixels - torch.tensor(self.mean).view(shape)) / torch.tensor(self.std).view(shape)
+        mean, std = (pixels.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        return (pixels - mean) / std
 
     def __call__(self, image: Image.Image) -> Tensor:  # -> [channels, H, W]
         """The model's input for one picture: [channels, H, W] float32."""
@@ -175,11 +175,11 @@ def as_rgb(image: ImageInput, count: int) -> Tensor:  # -> [count, H, W, 3]
         if len(sizes) > 1:
             raise ValueError(f"image: expected pictures of one size, got (width, height) {sizes}; pass their views")
         pixels = [_pixels(one.convert("RGB")) for one in image]
-        pictures = torch.stack(pixels) if pixels else torch.zeros(0, 1, 1, 3, dtype=torch.uint8)
+        pictures = torch.stack(pixels) if pixels else torch.zeros(0, 1, 1, 3, dtype=torch.uint8, device="cpu")
     elif isinstance(image, Tensor):
         pictures = _channels_last(image.detach(), allow_last=False)
     elif hasattr(image, "__array__"):
-        pictures = _channels_last(torch.as_tensor(image), allow_last=True)
+        pictures = _channels_last(torch.as_tensor(image, device="cpu"), allow_last=True)
     else:
         raise TypeError(
             f"image: expected PIL image(s), a [B,3,H,W] tensor or an [H,W,3] array, got {type(image).__name__}"

@@ -6,7 +6,6 @@ way. Both follow a forward pass with a `FunctionMode`, which finds the attention
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fga_fast.models.block_io import Arguments, ForwardPass, with_stream
+from fga_fast.models.follower import followed_by, is_following
 from fga_fast.models.multihead import open_multi_head_attention
 
 Function = Callable[..., Any]
@@ -126,9 +126,6 @@ def _table() -> dict[Function, Operation]:
 OPERATIONS: dict[Function, Operation] = _table()
 
 
-_PLAIN = (Tensor, nn.Parameter)
-
-
 class Kept:
     """A set of tensors by identity, until they are changed in place. It holds them, so no new tensor gets an old id."""
 
@@ -143,9 +140,6 @@ class Kept:
 
     def __contains__(self, value: Any) -> bool:
         return id(value) in self._tensors and value._version == self._tensors[id(value)][1]
-
-
-_thread = threading.local()  # threads share the model and its hooks, which act only in the thread that runs the mode
 
 
 class FunctionMode(TorchFunctionMode, ABC):
@@ -208,23 +202,18 @@ class FunctionMode(TorchFunctionMode, ABC):
 
     @contextmanager
     def following(self) -> Iterator[None]:
-        """Follows calls made in this thread. Hooks and mode are gone afterwards, whatever happens.
-
-        Another pass may be running in this thread, one that calls this one in a target function, where modes are
-        switched off. It sees nothing of what happens in this one.
-        """
-        outer, handles = getattr(_thread, "mode", None), []
+        """Follows calls made in this thread. Hooks and mode are gone afterwards, whatever happens."""
+        handles = []
+        self._first_node = torch._C._autograd._get_sequence_nr()
         try:
-            _thread.mode, self._first_node = self, torch._C._autograd._get_sequence_nr()
             for index, block in enumerate(self.passed.layout.blocks):
                 handles.append(block.register_forward_pre_hook(self._entering(index), with_kwargs=True))
                 handles.append(block.register_forward_hook(self._leaving(index)))
-            with torch.enable_grad(), torch._C._EnableTorchFunction(), self:
+            with followed_by(self), torch.enable_grad(), torch._C._EnableTorchFunction(), self:
                 yield
         finally:
             for handle in handles:
                 handle.remove()
-            _thread.mode = outer
             self.clear()
 
     def clear(self) -> None:
@@ -232,13 +221,9 @@ class FunctionMode(TorchFunctionMode, ABC):
         self._detached.clear()
         self.handlers.clear()
 
-    def _follows(self) -> bool:
-        """Whether what a hook sees is of this pass: not another thread's, another pass's, or a target function's."""
-        return getattr(_thread, "mode", None) is self and torch._C._is_torch_function_mode_enabled()
-
     def _entering(self, index: int) -> Function:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
-            if not self._follows():
+            if not is_following(self):
                 return None
             self.passed.enter(index)
             return self.tap_input(index, (args, kwargs or {}))
@@ -247,7 +232,7 @@ class FunctionMode(TorchFunctionMode, ABC):
 
     def _leaving(self, index: int) -> Function:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-            if not self._follows():
+            if not is_following(self):
                 return None
             x = self.passed.leave(index, output)
             tapped = None if x is None else self.tap_output(index, x)
@@ -304,7 +289,7 @@ class FunctionMode(TorchFunctionMode, ABC):
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if getattr(_thread, "mode", None) is not self:
+        if not is_following(self):
             return func(*args, **kwargs)
         args = tuple(map(self._without_gradient, args))
         if kwargs:
@@ -331,18 +316,17 @@ class FunctionMode(TorchFunctionMode, ABC):
         return handler(operation, func, *args, **kwargs)
 
     def _linear(self, _operation: Operation, function: Function, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        """Refuses products without a gradient: those of quantised activations."""
+        """Refuses weights of which another process has a part, and the product of activations that were quantised."""
+        weight = kwargs["weight"] if "weight" in kwargs else args[1]
+        self.passed.check_whole(weight)
         out = self.tap_linear(function, *args, **kwargs)
         if not out.requires_grad and torch.is_grad_enabled() and any(map(depends, (*args, *kwargs.values()))):
-            weight = kwargs["weight"] if "weight" in kwargs else args[1]
             self.passed.refuse_cut_linear(type(weight).__name__)
         return out
 
     def _without_gradient(self, value: Any) -> Any:
         """An argument of a function. What has a gradient that is not of this pass is replaced by its values."""
         if isinstance(value, Tensor):
-            if type(value) not in _PLAIN:
-                self.passed.check_whole(value)
             return self._detach(value) if value.requires_grad and self._is_older(value) else value
         if type(value) in (list, tuple):
             return type(value)(map(self._without_gradient, value))

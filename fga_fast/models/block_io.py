@@ -244,14 +244,14 @@ class ForwardPass:
             "is quantised, or quantise its weights only"
         )
 
-    def check_whole(self, tensor: Tensor) -> None:
+    def check_whole(self, weight: Tensor) -> None:
         """Refuses a DTensor of which each process has only a part, so each would see a part of the attention heads."""
-        mesh, placements = getattr(tensor, "device_mesh", None), getattr(tensor, "placements", ())
+        mesh, placements = getattr(weight, "device_mesh", None), getattr(weight, "placements", ())
         if mesh is not None and mesh.size() > 1 and any(not placement.is_replicate() for placement in placements):
             raise TapeError(
-                f"model: {self.where} computes with a {type(tensor).__name__} of {tuple(tensor.shape)} that is spread "
-                f"over {mesh.size()} processes ({', '.join(map(str, placements))}); explain a model whose weights are "
-                "whole in each process (FSDP gathers them by itself, tensor parallelism does not)"
+                f"model: a linear layer in {self.where} has a weight that is spread over {mesh.size()} processes "
+                f"({type(weight).__name__}, {', '.join(map(str, placements))}), so no process sees all of the model; "
+                "tensor parallelism cannot be explained, fully_shard can, which gathers the weights of each block"
             )
 
     def check_dropout(self, probability: float) -> None:

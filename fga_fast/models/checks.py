@@ -39,6 +39,10 @@ def check_layout(layout: ModelLayout, model: nn.Module) -> None:
     if not isinstance(layout, ModelLayout):
         raise TypeError(f"layout: expected a ModelLayout, got {type(layout).__name__}")
     inside = set(model.modules())
+    for module in model.modules():
+        hidden = refused.opaque(module)
+        if hidden is not None and module not in layout.blocks and not set(module.modules()).isdisjoint(layout.blocks):
+            raise ValueError(f"model: {type(module).__name__} cannot be explained: {hidden}")
     for index, block in enumerate(layout.blocks):
         hidden = refused.opaque(block)
         if hidden is not None:

@@ -119,7 +119,7 @@ class Explainer:
         check_caller(images)
         layout = self.plan.check(images)
         with torch.inference_mode(False):
-            images = images.clone() if images.is_inference() else images.detach()
+            images = (images.clone() if images.is_inference() else images.detach()).as_subclass(Tensor)
             found = _tensors(self.plan, layout, images, targets, first=not self._called)
             self._called |= len(images) > 0
             ungated = None if self._ungated is None else _tensors(self._ungated, layout, images, targets).relevance

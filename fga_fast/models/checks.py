@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fga_fast.models import refused
 from fga_fast.models.find import active_randomness
@@ -133,6 +135,11 @@ def check_images(images: Tensor, channels: int, size: tuple[int, int] | None, li
     """
     if not isinstance(images, Tensor):
         raise TypeError(f"images: expected a tensor [B, {channels}, H, W], got {type(images).__name__}")
+    if not _is_plain(images):
+        raise TypeError(
+            f"images: expected a plain tensor [B, {channels}, H, W], got a {type(images).__name__}, which has "
+            "operators of its own; pass the tensor that it wraps, or its local part"
+        )
     height, width = size or ("H", "W")
     expected = (channels, *(images.shape[2:] if size is None else size))
     if images.dim() != 4 or tuple(images.shape[1:]) != expected or 0 in images.shape[1:]:
@@ -144,6 +151,13 @@ def check_images(images: Tensor, channels: int, size: tuple[int, int] | None, li
         raise ValueError(f"images: expected device {like.device} like the model, got {images.device}; move with .to()")
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is of a class without operators of its own, unlike quantised tensors and DTensor. Those may lack
+    an operator, or wait for other processes in it."""
+    kind: Any = type(tensor)
+    return isinstance(tensor, FakeTensor) or kind.__torch_dispatch__ is cast(Any, Tensor).__torch_dispatch__
+
+
 def check_finite(
     values: Tensor, what: str, model: nn.Module, images: Tensor, saes: Mapping[int, SparseAutoencoder] | None = None
 ) -> None:
@@ -153,7 +167,7 @@ def check_finite(
     if not bool(torch.isfinite(images).all()):
         raise ValueError("images: contain NaN or Inf; check the preprocessing")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if _is_plain(tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"model: weight '{name}' contains NaN or Inf; reload the checkpoint")
     for block, sae in (saes or {}).items():
         for name, tensor in sae.named_buffers():

@@ -264,6 +264,27 @@ def test_products_that_cannot_be_explained_are_refused_by_name(backend: Any) -> 
         explained(model, model.layout(), backend=backend)
 
 
+def test_images_of_other_classes() -> None:
+    """Those that carry metadata give plain results; those with operators of their own are refused by name."""
+    model, images = own_vit(), torch.randn(IMAGES, dtype=torch.float64)
+    e = Explainer(model, layout=model.layout())
+    found = e(images.as_subclass(Named))
+    assert type(found.relevance) is type(found.logits) is Tensor
+    torch.testing.assert_close(found.relevance, e(images).relevance)
+    with pytest.raises(TypeError, match=r"images: expected a plain tensor .* got a Quantised"):
+        e(Quantised(torch.ones(IMAGES, dtype=torch.int8), torch.tensor(1.0, dtype=torch.float64)))
+
+
+def test_the_cause_of_nan_is_found_beside_quantised_weights() -> None:
+    model = own_vit()
+    layer = model.layers[0].mlp[0]
+    layer.weight = nn.Parameter(Quantised(torch.ones(HIDDEN, WIDTH, dtype=torch.int8), layer.weight.detach().max()))
+    with torch.no_grad():
+        model.norm.weight[0] = torch.nan
+    with pytest.raises(ValueError, match=r"model: weight 'norm\.weight' contains NaN"):
+        explained(model, model.layout())
+
+
 def test_a_wrapper_of_sharded_weights_that_cannot_be_explained_is_refused() -> None:
     class FullyShardedDataParallel(nn.Sequential):
         pass

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from fga_fast.engine import run
+from fga_fast.engine.callers import check_caller, outside_graphs
 from fga_fast.engine.plan import ExplainerSettings, Plan, make_plan
 from fga_fast.models import checks
 from fga_fast.models.layout import ModelLayout
@@ -79,6 +80,7 @@ class Explainer:
         RuntimeError: an explicit backend cannot run here.
     """
 
+    @outside_graphs
     def __init__(
         self, model: nn.Module, saes: Mapping[int, SparseAutoencoder] | None = None, *, gate: Gate | None = None,
         method: Method = "rollout", backward: Backward = "exact", backend: Backend = "auto", top_features: int = 0,
@@ -102,6 +104,7 @@ class Explainer:
         """Name of the backend that runs where the model is."""
         return self.plan.choice().name
 
+    @outside_graphs
     def __call__(self, images: Tensor, targets: Targets = None) -> Explanation:
         """Explains one class for each image, or several.
 
@@ -117,7 +120,9 @@ class Explainer:
 
         Raises:
             TypeError, ValueError: images, targets or model do not fit, or hold NaN or Inf; the message says which.
+            RuntimeError: called inside a transform of torch.func, or while a graph is traced.
         """
+        check_caller(images)
         layout = self.plan.check(images)
         with torch.inference_mode(False):
             images = checks.plain(images.clone() if images.is_inference() else images.detach())
@@ -137,6 +142,7 @@ class Explainer:
             image_size=(images.shape[-2], images.shape[-1]), backend=backend.name, backend_reason=backend.reason,
         )  # fmt: skip
 
+    @outside_graphs
     def compile(
         self, example: Tensor, *, target_mode: TargetMode = "predicted", mode: str | None = None,
         batches: Sequence[int] | None = None,
@@ -170,6 +176,7 @@ class Explainer:
 
         return ExplanationModule(self._one_graph(), example, target_mode)
 
+    @outside_graphs
     def export(
         self, path: str | os.PathLike[str], example: Tensor | None = None, *, target_mode: TargetMode = "predicted",
         preprocessing: Preprocess | None = None, class_names: Sequence[str] | Mapping[int, str] | None = None,

@@ -22,9 +22,10 @@ from torch import Tensor
 from fga_fast import composite, ops
 from fga_fast.engine.backward import Graph, differentiate
 from fga_fast.engine.conservative import Conservative
+from fga_fast.engine.function_mode import FunctionMode
 from fga_fast.engine.records import Contribution
 from fga_fast.engine.taps import Record, linear_of_few_rows, tap_map, tap_stream
-from fga_fast.engine.torch_functions import Function, FunctionMode, Kind, Operation
+from fga_fast.engine.torch_functions import Function
 from fga_fast.models.block_io import Arguments, ForwardPass, replace_input
 from fga_fast.models.layout import ModelLayout
 from fga_fast.models.reads import Reads, check_images_apart, differently, find_reads
@@ -68,8 +69,6 @@ class Tape(FunctionMode):
         self._layout, self._records, self._attention = layout, records, attention
         self._rollout = self._settings.method == "rollout"
         self._conservative = Conservative(self.passed) if self._settings.backward == "conservative" else None
-        if layout.pooling == "token":
-            self.handlers[Kind.LINEAR] = self._linear
         if self._conservative is not None:
             self.handlers |= self._conservative.handlers()
         self._ports: dict[int | None, Tensor] = {}  # block, or None for the pooling head -> [B, N]
@@ -146,11 +145,12 @@ class Tape(FunctionMode):
 
     # -- what the mode sees ------------------------------------------------------------------------------------
 
-    def _linear(self, _operation: Operation, function: Function, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        if self.passed.block == len(self._layout.blocks) - 1 and not kwargs.keys() - {"input", "weight", "bias"}:
+    def tap_linear(self, function: Function, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """In the last block of a model that pools one token, a product that skips the other tokens on the way back."""
+        last = self._layout.pooling == "token" and self.passed.block == len(self._layout.blocks) - 1
+        if last and not kwargs.keys() - {"input", "weight", "bias"}:
             return linear_of_few_rows(*args, **kwargs)
-        out: Tensor = function(*args, **kwargs)
-        return out
+        return super().tap_linear(function, *args, **kwargs)
 
     def tap_attention(
         self, function: Function,

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fga_fast.ops.few_rows import few_rows_product
 
@@ -130,6 +131,9 @@ def tap_map(
     return out
 
 
+_PLAIN = (Tensor, nn.Parameter, FakeTensor)  # a fake one is a plain one while a graph is traced
+
+
 class _LinearOfFewRows(torch.autograd.Function):
     """A linear layer of the last block. If the model pools one token, its gradient is zero at nearly all tokens.
 
@@ -157,7 +161,8 @@ def linear_of_few_rows(
     bias: Tensor | None = None,  # [out]
 ) -> Tensor:
     """`F.linear` with a backward pass that skips rows of zero gradient."""
-    if weight.requires_grad or (bias is not None and bias.requires_grad):  # the model computes them from the input
+    computed = weight.requires_grad or (bias is not None and bias.requires_grad)  # by the model, from the input
+    if computed or type(weight) not in _PLAIN:  # other classes, such as quantised weights, have products of their own
         return F.linear(input, weight, bias)
     # Flatten before the call, so that its output is no view and the model may change it in place.
     out: Tensor = _LinearOfFewRows.apply(input.reshape(-1, input.shape[-1]), weight, bias)  # type: ignore[no-untyped-call]

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from fga_fast.engine.callers import check_caller, outside_graphs
 from fga_fast.engine.plan import Plan
 from fga_fast.graph import inductor
 from fga_fast.graph.outputs import given_classes, in_batches, packed, unpacked
@@ -63,6 +64,7 @@ class CompiledExplainer:
                 _freeze(flat.module, frozen)
                 self._runs[size] = _compiled(flat, options)
 
+    @outside_graphs
     def __call__(self, images: Tensor, targets: Any = None) -> Explanation:
         """Explains one or more images of the compiled size.
 
@@ -74,6 +76,7 @@ class CompiledExplainer:
             TypeError, ValueError: as `Explainer`, but on CUDA the host would have to wait for the device to see values.
                 So it does not look for NaN and Inf, and class numbers out of range in a CUDA tensor give NaN.
         """
+        check_caller(images)
         plan, layout = self.plan, self.plan.layout_for(images)
         checks.check_images(images, layout.in_chans, layout.image_size, self._example)
         if images.shape[1:] != self._example.shape[1:] or len(images) == 0:

@@ -178,8 +178,8 @@ class Preprocess:
     def normalise(self, view: Image.Image) -> Tensor:  # -> [channels, H, W]
         """`(value / 255 - mean) / std` of a view's pixels: [channels, H, W] float32."""
         pixels = _pixels(view).permute(2, 0, 1).float() / 255
-        shape = (len(self.mean), 1, 1)
-        return (pixels - torch.tensor(self.mean).view(shape)) / torch.tensor(self.std).view(shape)
+        mean, std = (pixels.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        return (pixels - mean) / std
 
     def __call__(self, image: Image.Image) -> Tensor:  # -> [channels, H, W]
         """The model's input for one picture: [channels, H, W] float32."""
@@ -207,7 +207,7 @@ def as_rgb(image: ImageInput, count: int) -> Tensor:  # -> [count, H, W, 3]
         if len(sizes) > 1:
             raise ValueError(f"image: expected pictures of one size, got (width, height) {sizes}; pass their views")
         pixels = [_pixels(_as_seen(one)) for one in image]
-        pictures = torch.stack(pixels) if pixels else torch.zeros(0, 1, 1, 3, dtype=torch.uint8)
+        pictures = torch.stack(pixels) if pixels else torch.zeros(0, 1, 1, 3, dtype=torch.uint8, device="cpu")
     elif isinstance(image, Tensor):
         pictures = _channels_last(image.detach(), allow_last=False)
     elif hasattr(image, "__array__"):

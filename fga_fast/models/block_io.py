@@ -345,6 +345,24 @@ class ForwardPass:
                 "torch.nn.functional.scaled_dot_product_attention"
             )
 
+    def refuse_cut_linear(self, weight: str) -> None:
+        """Refuses a linear layer whose output has no gradient to its input."""
+        raise TapeError(
+            f"model: a linear layer in {self.where} has no gradient to its input (its weight is a {weight}); "
+            "quantised activations are rounded, so nothing can be explained through them: explain the model before it "
+            "is quantised, or quantise its weights only"
+        )
+
+    def check_whole(self, weight: Tensor) -> None:
+        """Refuses a DTensor of which each process has only a part, so each would see a part of the attention heads."""
+        mesh, placements = getattr(weight, "device_mesh", None), getattr(weight, "placements", ())
+        if mesh is not None and mesh.size() > 1 and any(not placement.is_replicate() for placement in placements):
+            raise TapeError(
+                f"model: a linear layer in {self.where} has a weight that is spread over {mesh.size()} processes "
+                f"({type(weight).__name__}, {', '.join(map(str, placements))}), so no process sees all of the model; "
+                "tensor parallelism cannot be explained, fully_shard can, which gathers the weights of each block"
+            )
+
     def check_dropout(self, probability: float) -> None:
         """Refuses dropout that is on, wherever it is."""
         if probability > 0:

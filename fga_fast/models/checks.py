@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fga_fast.models import refused
 from fga_fast.models.block_io import ForwardPass, stream_of
@@ -47,6 +48,10 @@ def check_layout(layout: ModelLayout, model: nn.Module) -> None:
     if not isinstance(layout, ModelLayout):
         raise TypeError(f"layout: expected a ModelLayout, got {type(layout).__name__}")
     inside = set(model.modules())
+    for module in model.modules():
+        hidden = refused.opaque(module)
+        if hidden is not None and module not in layout.blocks and not set(module.modules()).isdisjoint(layout.blocks):
+            raise ValueError(f"model: {type(module).__name__} cannot be explained: {hidden}")
     for index, block in enumerate(layout.blocks):
         hidden = refused.opaque(block)
         if hidden is not None:
@@ -232,6 +237,11 @@ def check_images(images: Tensor, channels: int, size: tuple[int, int] | None, li
         raise TypeError(
             f"images: expected a tensor [B, {channels}, H, W], got {type(images).__name__}; {_to_tensor(images)}"
         )
+    if not is_plain(images):
+        raise TypeError(
+            f"images: expected a plain tensor [B, {channels}, H, W], got a {type(images).__name__}, which has "
+            "operators of its own; pass the tensor that it wraps, or its local part"
+        )
     height, width = size or ("H", "W")
     expected = (channels, *(images.shape[2:] if size is None else size))
     if images.dim() != 4 or tuple(images.shape[1:]) != expected or 0 in images.shape[1:]:
@@ -247,9 +257,7 @@ def check_images(images: Tensor, channels: int, size: tuple[int, int] | None, li
 
 def plain(images: Tensor) -> Tensor:
     """The images without their subclass, such as MONAI's MetaTensor, whose metadata would stick to relevance."""
-    if type(images) is Tensor or type(images).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        return images
-    return images.as_subclass(Tensor)
+    return images if type(images) is Tensor or not is_plain(images) else images.as_subclass(Tensor)
 
 
 def _shape_hint(images: Tensor, channels: int) -> str:
@@ -267,6 +275,13 @@ def _shape_hint(images: Tensor, channels: int) -> str:
     return f"; {grey}if the model takes {found} channels, say so: ModelLayout(..., in_chans={found})"
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is of a class without operators of its own, unlike quantised tensors and DTensor. Those may lack
+    an operator, or wait for other processes in it."""
+    kind: Any = type(tensor)
+    return isinstance(tensor, FakeTensor) or kind.__torch_dispatch__ is cast(Any, Tensor).__torch_dispatch__
+
+
 def check_finite(
     values: Tensor, what: str, model: nn.Module, images: Tensor, saes: Mapping[int, SparseAutoencoder] | None = None
 ) -> None:
@@ -276,7 +291,7 @@ def check_finite(
     if not bool(torch.isfinite(images).all()):
         raise ValueError("images: contain NaN or Inf; check the preprocessing")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if is_plain(tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             remedy = "reload the checkpoint"
             if tensor.dtype == torch.float16:  # the usual reason
                 remedy += ", in torch.float32 or bfloat16 if it holds numbers beyond 65504, where float16 ends"

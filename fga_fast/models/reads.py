@@ -190,8 +190,8 @@ def _check_complete(passed: ForwardPass, values: Tensor, method: Method, saes: I
     layout = passed.layout
     if not passed.ran:
         raise TapeError(
-            f"model: 0 of {len(layout.blocks)} blocks ran, {passed.name(0)} did not; give modules that the model itself "
-            "calls as the layout's blocks, and call the tower once"
+            f"model: 0 of {len(layout.blocks)} blocks ran, {passed.name(0)} did not; give modules that the model "
+            "itself calls as the layout's blocks, and call the tower once"
         )
     if layout.pooling == "attention" and None not in passed.attended:
         seen = ", ".join(f"one of {found.queries} queries over {found.keys} keys" for found in passed.outside)

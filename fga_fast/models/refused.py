@@ -94,12 +94,20 @@ def wrapper(module: nn.Module) -> str | None:
 
 
 def opaque(module: nn.Module) -> str | None:
-    """Why the calls that `module` makes are not visible from outside, or None."""
+    """Why the calls that `module` makes cannot be followed or differentiated from outside, or None."""
     if hasattr(module, "_orig_mod"):  # a module from torch.compile()
         return "it is compiled by torch.compile, whose graph hides its attention; pass the model that was compiled"
     if getattr(module, "_compiled_call_impl", None) is not None:
         return "it was compiled in place by module.compile(), which hides its attention; build the model without it"
+    forward = getattr(module, "forward", None)
+    if hasattr(forward, "_torchdynamo_orig_callable") and not getattr(forward, "_torchdynamo_disable", False):
+        return "its forward is compiled by torch.compile, which hides its attention; give it back its own forward"
     names = [cls.__name__ for cls in type(module).__mro__]
+    if "FullyShardedDataParallel" in names:
+        return (
+            "FullyShardedDataParallel gathers its weights for whole training steps only; shard the model with "
+            "torch.distributed.fsdp.fully_shard, or explain it before it is wrapped"
+        )
     if "ScriptModule" in names:
         return "TorchScript modules hide their attention calls; pass the eager model"
     if "GraphModule" in names:

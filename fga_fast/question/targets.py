@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fga_fast.models.follower import followed_by
 from fga_fast.question.names import class_number
 from fga_fast.sae.features import TopFeatures
 
@@ -115,7 +116,7 @@ def pick(
         )
     if hasattr(targets, "__array__") and not isinstance(targets, Tensor):  # NumPy's arrays and numbers
         # Text and objects; what else torch cannot take, it says itself.
-        targets = targets.tolist() if targets.dtype.kind in "OUST" else torch.as_tensor(targets)
+        targets = targets.tolist() if targets.dtype.kind in "OUST" else torch.as_tensor(targets, device="cpu")
     if not isinstance(targets, Tensor):
         picked = torch.tensor(_numbered(targets, names, classes), dtype=torch.int64, device=logits.device)
     elif targets.dtype == torch.bool or targets.is_floating_point() or targets.is_complex():
@@ -243,7 +244,8 @@ def difference(a: Tensor, b: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
 def likeness(target: Embedding, output: Tensor) -> Answer:  # [B, E]
     """The answer to an `Embedding`: cosines."""
     try:
-        vector = torch.as_tensor(target.vector).detach()
+        vector = target.vector if isinstance(target.vector, Tensor) else torch.as_tensor(target.vector, device="cpu")
+        vector = vector.detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"targets: expected numbers [E], [B, E] or [B, K, E] in an Embedding, got {shown(target.vector)}: {error}"
@@ -279,10 +281,10 @@ def likeness(target: Embedding, output: Tensor) -> Answer:  # [B, E]
 
 def computed(function: Callable[[Tensor], Tensor], output: Tensor, names: tuple[str, ...] | None) -> Answer:
     """The answer to a function of the output [B, classes]: what it returns, checked."""
-    # A copy, since the function may work in place. Hidden from the modes that watch the model, which would take the
-    # function's own norms and activations for the model's.
+    # A copy, since the function may work in place. Unseen by what follows the model, which would take the function's
+    # own norms and activations for the model's. So it may also call the model, or an explainer.
     copy = output.clone()
-    with torch._C.DisableTorchFunction():
+    with followed_by(None):
         values: Any = function(copy)
     batch, name = len(output), getattr(function, "__name__", type(function).__name__)
     if not isinstance(values, Tensor) or not values.is_floating_point():

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fga_fast.engine.torch_functions import Function, FunctionMode
+from fga_fast.engine.function_mode import FunctionMode
+from fga_fast.engine.torch_functions import Function
 from fga_fast.models.block_io import Arguments, ForwardPass, replace_input
 from fga_fast.models.layout import ModelLayout
 from fga_fast.precision import relevance_dtype
@@ -78,6 +79,10 @@ class _Mode(FunctionMode):
     def tap_map(self, maps: Tensor, _logits: Tensor) -> Tensor:
         """A itself."""
         return self._record.keep(maps)
+
+    def is_own(self, leaf: Tensor) -> bool:
+        """Maps and inputs where the graph begins are leaves."""
+        return any(leaf is kept for kept in (*self._record.maps.values(), *self._record.inputs.values()))
 
     # Streams are kept, and copies of them handed on, so that a model that adds in place changes the copies.
 

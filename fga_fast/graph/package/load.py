@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fga_fast.engine.callers import check_caller, outside_graphs
 from fga_fast.graph.outputs import ALIGNMENT, given_classes, in_batches
 from fga_fast.graph.package.metadata import DTYPES, Metadata, sha256_of, this_machine
 from fga_fast.io.images import Preprocess
@@ -63,6 +64,7 @@ class Package:
         """From a picture to an image [channels, H, W] for this package; None if it was exported without."""
         return self.metadata.preprocess
 
+    @outside_graphs
     def __call__(self, images: Tensor, targets: Any = None) -> Explanation:
         """Explains any number of images.
 
@@ -76,6 +78,7 @@ class Package:
         Raises:
             TypeError, ValueError: images or targets do not fit, or contain NaN or Inf; the message says which.
         """
+        check_caller(images)
         m = self.metadata
         like = torch.empty(0, dtype=DTYPES[m.dtype], device=self._device)
         checks.check_images(images, m.channels, (m.height, m.width), like)

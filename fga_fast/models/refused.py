@@ -68,10 +68,6 @@ REFUSED_PARTS: dict[str, str] = {
 }
 
 # Wrapper around a model -> reason.
-_SHARDED = (
-    "its hooks expect a gradient of its weights, which an explanation does not compute; load the weights into the "
-    "plain model, or shard it with torch.distributed.fsdp.fully_shard"
-)
 _COPIES = "it runs copies of the model in threads, each with a part of the batch; pass the model inside, model.module"
 
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
@@ -88,9 +84,7 @@ def reason(module: nn.Module) -> str | None:
 
 def wrapper(module: nn.Module) -> str | None:
     """Why a model inside of `module` cannot be explained, or None."""
-    if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
-        return _COPIES
-    return _SHARDED if type(module).__name__ == "FullyShardedDataParallel" else None
+    return _COPIES if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1 else None
 
 
 def opaque(module: nn.Module) -> str | None:

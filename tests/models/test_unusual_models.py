@@ -322,10 +322,6 @@ def test_images_of_a_subclass_of_tensor(tiny_vit: Build, backend: Any) -> None:
     assert {type(value) for value in (got.relevance, got.logits, got.targets, got.scores[1])} == {Tensor}
 
 
-class FullyShardedDataParallel(nn.Sequential):
-    """Called as torch's wrapper, which needs a process group."""
-
-
 def test_wrappers_that_train_on_several_devices(tiny_vit: Build) -> None:
     model, images = tiny_vit(), torch.randn(2, *PIXELS)
     parallel = nn.DataParallel(model)
@@ -333,8 +329,6 @@ def test_wrappers_that_train_on_several_devices(tiny_vit: Build) -> None:
     parallel.device_ids = [0, 1]
     with pytest.raises(ValueError, match=r"DataParallel cannot be explained: .* threads.* model.module"):
         Explainer(parallel)
-    with pytest.raises(ValueError, match=r"FullyShardedDataParallel \(at '0'\) cannot .* into the plain model"):
-        Explainer(nn.Sequential(FullyShardedDataParallel(model)))
 
 
 def monai_vit() -> Any:

@@ -284,9 +284,17 @@ def computed(function: Callable[[Tensor], Tensor], output: Tensor, names: tuple[
     # A copy, since the function may work in place. Unseen by what follows the model, which would take the function's
     # own norms and activations for the model's. So it may also call the model, or an explainer.
     copy = output.clone()
-    with followed_by(None):
-        values: Any = function(copy)
     batch, name = len(output), getattr(function, "__name__", type(function).__name__)
+    try:
+        with followed_by(None):
+            values: Any = function(copy)
+    except (ValueError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"targets: {name} raised {type(error).__name__}: {error}; it gets the model's output {list(output.shape)} "
+            "and must return one value an image"
+        ) from error
     if not isinstance(values, Tensor) or not values.is_floating_point():
         got = str(values.dtype) if isinstance(values, Tensor) else type(values).__name__
         raise TypeError(f"targets: expected {name} to return a floating-point tensor, one value an image, got {got}")

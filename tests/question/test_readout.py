@@ -355,3 +355,14 @@ def test_explained_by_any_spelling(backend: Any, tiny_vit: Build) -> None:
         assert got.values is not None and same.values is not None
         assert torch.allclose(got.values.reshape(2, -1)[:, -1], same.values)
     assert want.names == NAMES and "owl" in repr(want)
+
+
+def test_an_error_of_a_function_names_it() -> None:
+    def ninth(logits: Tensor) -> Tensor:
+        return logits[:, 9]
+
+    with pytest.raises(
+        ValueError, match=r"targets: ninth raised IndexError: .*; it gets the model's output \[3, 5\]"
+    ) as e:
+        Readout(Returning(lambda x: x)).answer(ninth, LOGITS)
+    assert isinstance(e.value.__cause__, IndexError)

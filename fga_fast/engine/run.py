@@ -15,7 +15,7 @@ from fga_fast.engine.records import Gating, gated_map
 from fga_fast.engine.tape import Found, Tape
 from fga_fast.models.checks import check_finite
 from fga_fast.models.layout import ModelLayout
-from fga_fast.models.maps import check_maps
+from fga_fast.models.maps import check_maps, check_paths
 from fga_fast.precision import relevance_dtype
 from fga_fast.question.readout import Answer, Tensors
 from fga_fast.sae.features import TopFeatures
@@ -38,7 +38,7 @@ def explain(
         answer: from the model's output to the explained values.
         look_at_values: look for NaN and Inf; False while a graph is traced.
         as_laid_out: start the rollout where the layout says, without a look at the gradients.
-        first: also check that the maps that the model writes out are those that multiply its values.
+        first: also check that the model's blocks read each other, and its values the maps, as a rollout supposes.
 
     Raises:
         TypeError, ValueError: the model cannot be tapped, or a tensor has NaN or Inf; the message says what to do.
@@ -55,6 +55,7 @@ def explain(
     # Where the caller has autocast on, it is for the model: relevance is not computed in 16 bit.
     with tape.passed.differentiating(), torch.autocast(images.device.type, enabled=False):
         if first and plan.settings.method == "rollout":
+            check_paths(tape.passed)
             check_maps(tape.passed, asked.values)
         found = tape.backward(asked.values, plan.settings.target_chunk, as_laid_out, look_at_values)
     result = _tensors(plan, layout, asked, found, tape.passed.first)

@@ -29,6 +29,36 @@ _PRODUCTS = {"Bmm", "Mm", "Baddbmm", "Addmm", "Addbmm"}
 Edge = tuple[Node, int]  # a node and the number of one of its outputs, or of one of its inputs
 
 
+def check_paths(passed: ForwardPass) -> None:
+    """Refuses blocks that read the output of another block than the one before, as in U-shaped transformers: the
+    rollout would pass this path by. It walks the whole graph once.
+
+    Raises:
+        TapeError: naming the blocks.
+    """
+    streams = {edge.node: block for block, edge in passed.streams.items()}
+    attentions = {edge.node for edge in passed.attentions.values()}
+    before: int | None = None
+    for block, edge in sorted(passed.streams.items()):
+        own, seen = passed.attentions.get(block), {edge.node}
+        stack = [edge.node]
+        while stack:
+            for node, _ in stack.pop().next_functions:
+                if node is None or node in seen:
+                    continue
+                seen.add(node)
+                if node in streams:
+                    if before is None or node is not passed.streams[before].node:
+                        raise TapeError(
+                            f"model: {passed.name(block)} reads what block {streams[node]} hands on, not only the "
+                            "output of the block before it, and the rollout would pass this path by; use "
+                            "method='input_x_gradient', which follows every path"
+                        )
+                elif node not in attentions or (own is not None and node is own.node):  # others: the carrier's path
+                    stack.append(node)
+        before = block
+
+
 def check_maps(passed: ForwardPass, values: Tensor) -> None:  # values [B] or [B, K], attached to the pass
     """Refuses maps that change before they multiply the values, and maps that belong to other images.
 

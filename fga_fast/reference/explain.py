@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_map
 from fga_fast.models import checks
 from fga_fast.models.find import find_layout
 from fga_fast.models.layout import ModelLayout
-from fga_fast.models.maps import check_maps
+from fga_fast.models.maps import check_maps, check_paths
 from fga_fast.models.reads import Reads, arriving, check_images_apart, differently, find_reads
 from fga_fast.question.readout import Readout, Targets, Tensors
 from fga_fast.reference.attention import attention_relevance
@@ -73,7 +73,7 @@ def explain(
         settings: all but its `backend` and `target_chunk`.
         layout: where the model's blocks and tokens are; None: `find_layout(model)`.
         readout: how the model's output answers the targets; None: `Readout(model)`.
-        first: check that the maps that the model writes out are those that multiply its values.
+        first: check that the model's blocks read each other, and its values the maps, as a rollout supposes.
         given_gates: gates in place of those computed from the scores, at blocks that have an autoencoder; for checking
             another implementation's rollout apart from its scores.
 
@@ -100,6 +100,7 @@ def explain(
         reads = find_reads(record.passed, answer.values, settings.method, saes)
         check_images_apart(record.passed, reads, answer.values)
         if first and settings.method == "rollout":
+            check_paths(record.passed)
             check_maps(record.passed, answer.values)
         # Where the caller has autocast on, it is for the model: relevance is not computed in 16 bit.
         with record.passed.differentiating(), torch.autocast(images.device.type, enabled=False):

@@ -170,6 +170,28 @@ def test_a_head_that_mixes_images_is_refused(method: Any) -> None:
     Explainer(model, layout=model.layout())(images()[:1], TARGET)
 
 
+class Skipping(Headed):
+    """The last block also reads what the first one handed on."""
+
+    def streams(self, images: Tensor) -> list[Tensor]:
+        inner = self.inner
+        x = inner.patches(images).flatten(2).transpose(1, 2)
+        first = inner.layers[0](torch.cat([inner.token.expand(len(x), -1, -1), x], dim=1) + inner.position)
+        return [first, second := inner.layers[1](first), inner.layers[2](second + 0.5 * first)]
+
+
+def test_a_skip_past_blocks_is_refused() -> None:
+    model = Skipping(lambda x, norm: norm(x[2])[:, 0])
+    refused(model, r"block 2 \(Block\) reads what block 0 hands on")
+    refused(model, r"block 2 \(Block\) reads what block 0 hands on", {1: sae_for(model)})
+    found = [
+        Explainer(model, layout=model.layout(), backend=b, method="input_x_gradient")(images(), TARGET)
+        for b in BACKENDS
+    ]
+    agree(found[0], found[2], 1e-9)
+    agree(found[1], found[2], 1e-9)
+
+
 # -- blocks without gradients ------------------------------------------------------------------------------------------
 
 

@@ -172,8 +172,7 @@ class Tape(FunctionMode):
             query, key, value, carrier.to(relevance_dtype(query.dtype)),
             scale=query.shape[-1] ** -0.5 if scale is None else scale,
             **({} if mask is None else {"bias": mask}),
-            gated=self._rollout, residual=False,
-            signed=self._settings.signed, constant_map=self._conservative is not None,
+            gated=self._rollout, signed=self._settings.signed, constant_map=self._conservative is not None,
         )  # fmt: skip
         self._carry(carried.to(carrier.dtype), port.to(carrier.dtype))
         return out

@@ -24,6 +24,7 @@ def strongest(contributions: Tensor, k: int) -> tuple[Tensor, Tensor]:  # [..., 
         index, int64, -1 where fewer than k features contribute; and the contribution, 0 there.
     """
     # A stable sort keeps equal strengths in the order of their indices; torch.topk promises no order.
-    order = contributions.abs().sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    # No slice: one of all features is an alias, for which vmap has no rule.
+    order = contributions.abs().sort(dim=-1, descending=True, stable=True).indices.narrow(-1, 0, k)
     value = contributions.gather(-1, order)
     return torch.where(value == 0, -1, order), value

@@ -82,6 +82,16 @@ def test_few_images(tiny_vit: Build, batch: int) -> None:
     assert e.features[1].patch_index.shape == (batch, 2, 6, 2)
 
 
+@pytest.mark.parametrize("backend", ("native", "composite"))
+def test_all_features_of_several_targets(tiny_vit: Build, backend: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Differentiated together also where every feature is reported."""
+    model = tiny_vit()
+    explainer = Explainer(model, {1: sae_for(model, features=4)}, backend=backend, top_features=4)
+    e = explainer(torch.randn(2, *PIXELS), TARGETS)
+    assert e.features[1].patch_index.shape == (2, 3, 6, 4)
+    assert not caplog.records
+
+
 def test_a_single_target_in_a_list(tiny_vit: Build) -> None:
     model, images = tiny_vit(), torch.randn(2, *PIXELS)
     explainer = Explainer(model, {1: sae_for(model)}, backend="native")

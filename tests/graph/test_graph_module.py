@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import families
 import pytest
 import torch
+from drawn_vit import DrawnViT, Read, Shape
 from explaining import PIXELS, Build, sae_for
 from torch import Tensor
 
@@ -46,6 +47,15 @@ def test_a_module_gives_the_explainers_numbers(subject: Subject) -> None:
 def test_given_classes(subject: Subject) -> None:
     module = subject.explainer.module(subject.images, target_mode="given")
     subject.assert_same(module(subject.images, torch.tensor([3, 0])), [3, 0])
+
+
+@pytest.mark.parametrize("what", ["token", "all"])
+def test_norms_of_queries_and_keys_in_attention_that_is_written_out(what: Any) -> None:
+    """The gradient of q and k is transposed there, and fake tensors have other strides behind it than real ones."""
+    model = DrawnViT(Shape(depth=2, heads=3, head_width=5, reads=(Read(2, what),), form="F.softmax", qk_norm=True))
+    explainer, images = Explainer(model, layout=model.layout()), torch.randn(2, 1, 2, 4).double()
+    subject = Subject(explainer, explainer.module(images), images)
+    subject.assert_same(subject.module(images))
 
 
 def test_torch_exports_saves_and_loads_it(subject: Subject, tmp_path: Path) -> None:

@@ -175,8 +175,6 @@ class _Pruner:
                     made.meta["val"] = node.meta["val"]
                 else:
                     made = self.new.node_copy(node, lambda operand: self._at(operand, None))
-                    if made.target in _VIEWS:  # an operand padded with zeros may have other strides
-                        made.target = aten.reshape.default
                 self.made[node, None] = made
         return self.new
 

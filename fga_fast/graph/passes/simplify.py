@@ -1,4 +1,7 @@
-"""Computes ahead what depends only on weights or only on shapes, so that the graph does not repeat it in every call."""
+"""Computes ahead what depends only on weights or only on shapes, so that the graph does not repeat it in every call.
+
+It also makes the graph independent of strides.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ _LIKE: dict[Any, float | None] = {
     aten.full_like.default: None, aten.new_full.default: None,
 }  # fmt: skip
 _IDENTITIES = (aten.detach.default, aten.lift_fresh_copy.default, aten.alias.default)
+_VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 
 class _Lifted(fx.Interpreter):
@@ -73,7 +77,11 @@ def simplify(module: fx.GraphModule) -> None:
     for node in list(module.graph.nodes):
         if node.op != "call_function":
             continue
-        if node.target in _IDENTITIES:
+        if node.target in _VIEWS:
+            # Autograd chose a view by the strides of fake tensors. Real ones may have others: PyTorch's are wrong for
+            # the backward pass of layer_norm with a transposed gradient, and rows.py pads operands with zeros.
+            node.target = aten.reshape.default
+        elif node.target in _IDENTITIES:
             node.replace_all_uses_with(node.args[0])
         elif node.target in _LIKE:
             _made_of_shape(module.graph, node)

@@ -1,0 +1,124 @@
+"""A second definition of an explanation, for `DrawnViT` only: it shares no line with the library but the SAE's codes.
+
+The model itself writes down its maps and residual streams, autograd differentiates it, R is a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from drawn_vit import Book, DrawnViT, Part
+from torch import Tensor
+
+from fga_fast import SparseAutoencoder
+from fga_fast.settings import Settings
+
+
+@dataclass
+class Sum:
+    """A result, and the sum of the absolute values of its summands: rounding is on the scale of these."""
+
+    value: Tensor
+    scale: Tensor
+
+
+@dataclass
+class Page:
+    """What the textbook says of one image and one value."""
+
+    relevance: list[Sum] = field(default_factory=list)  # [P], at the entry of block start_block, of the next, ...
+    scores: dict[int, Sum] = field(default_factory=dict)  # block -> [P]
+    contributions: dict[int, Sum] = field(default_factory=dict)  # block -> [P, F], whose sum is the score
+
+
+class Textbook:
+    """One forward pass of the model, which is in float64, on one image."""
+
+    def __init__(self, model: DrawnViT, image: Tensor, settings: Settings) -> None:  # image [channels, H, W]
+        self.model, self.settings, self.book = model, settings, Book(settings.backward == "conservative")
+        parts = [part for part in model.modules() if isinstance(part, Part)]
+        for part in parts:
+            part.book = self.book
+        self.logits = model(image.double()[None])  # [1, classes]
+        for part in parts:
+            part.book = None
+
+    def page(
+        self, value: Tensor, saes: Mapping[int, SparseAutoencoder], gates: Mapping[int, Tensor]
+    ) -> Page:  # value [], SAEs in float64, gates block -> [P]
+        """The explanation of one scalar of the logits, given the gates."""
+        book, shape = self.book, self.model.shape
+        blocks = range(self.settings.start_block, shape.depth)
+        wanted = [*book.maps, *book.inputs, *book.outputs]
+        found = torch.autograd.grad(value, wanted, retain_graph=True, allow_unused=True, materialize_grads=True)
+        count = len(book.maps)
+        d_maps, d_inputs, d_outputs = found[:count], found[count : count + shape.depth], found[count + shape.depth :]
+        page = Page()
+        for block in saes:
+            x, g = self._patches(book.outputs[block]), self._patches(d_outputs[block])
+            self._score(page, block, x, g, saes[block])
+        for entry in blocks if self.settings.per_block else blocks[:1]:
+            if self.settings.method == "rollout":
+                page.relevance.append(self._rollout(d_maps, gates, entry))
+                continue
+            products = self._patches(book.inputs[entry]) * self._patches(d_inputs[entry])  # [P, C]
+            result = Sum(products.sum(-1), products.abs().sum(-1))
+            for block in range(entry, shape.depth):
+                if block in gates:
+                    result = Sum(result.value * gates[block], result.scale * gates[block])
+            page.relevance.append(result)
+        return page
+
+    def _patches(self, stream: Tensor) -> Tensor:  # [1, N, C] or [N, 1, C] -> [P, C]
+        return stream.detach().squeeze(1 if self.model.shape.tokens_first else 0)[self.model.shape.prefix :]
+
+    @torch.no_grad()
+    def _rollout(self, d_maps: Any, gates: Mapping[int, Tensor], entry: int) -> Sum:
+        """TransMM: R = (I + Cbar_L) ... (I + Cbar_entry), and its row for what the head reads."""
+        shape, maps = self.model.shape, self.book.maps
+        rows = []
+        for kept in ((lambda t: t) if self.settings.signed else (lambda t: t.clamp(min=0)), torch.abs):
+            R = torch.eye(shape.tokens, dtype=torch.float64)
+            row = torch.zeros(shape.tokens, dtype=torch.float64)
+            for block in range(shape.depth):
+                if block >= entry:
+                    C = kept(maps[block] * d_maps[block])[0].mean(0)  # [N, N]
+                    if block in gates:
+                        C[:, shape.prefix :] *= gates[block]
+                    R = R + C @ R
+                for read in () if shape.pool else shape.reads:
+                    if read.depth == block + 1:
+                        start, stop = shape.span(read.what)
+                        row = row + read.weight * R[start:stop].mean(0)
+            if shape.pool:
+                start, stop = shape.span(shape.pool)
+                row = kept(maps[-1] * d_maps[-1])[0].mean(0)[0] @ R[start:stop]
+            rows.append(row[shape.prefix :])
+        return Sum(*rows)
+
+    @torch.no_grad()
+    def _score(self, page: Page, block: int, x: Tensor, g: Tensor, sae: SparseAutoencoder) -> None:  # [P, C]
+        gate = self.settings.gate
+        if gate.mode == "no_sae":
+            page.scores[block] = Sum((x * g).sum(-1), (x * g).abs().sum(-1))
+            return
+        codes = sae.encode(x)  # [P, F]
+        order = gate.decoder_permutation(sae.d_sae, x.device)
+        decoder = sae.W_dec if order is None else sae.W_dec[order]
+        h, size = g @ decoder.T, g.abs() @ decoder.abs().T  # [P, F]
+        largest = (codes != 0) * codes.abs().amax(-1, keepdim=True)
+        c, scale = {
+            "activation_only": (codes, largest), "gradient_only": (h, size),
+        }.get(gate.mode, (codes * h, codes.abs() * size))  # fmt: skip
+        page.scores[block], page.contributions[block] = Sum(c.sum(-1), scale.sum(-1)), Sum(c, scale)
+
+
+def gate_of(scores: Tensor, base: float, slope: float) -> Tensor:  # [..., P]
+    """base ** tanh(slope z), z = (s - med) / (1.4826 (MAD + 1e-8)), with lower medians."""
+    middle = (scores.shape[-1] - 1) // 2
+    s = scores - scores.sort(-1).values[..., middle : middle + 1]
+    mad = s.abs().sort(-1).values[..., middle : middle + 1]
+    return base ** torch.tanh(slope * s / (1.4826 * (mad + 1e-8)))

@@ -35,19 +35,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tapped_attention_cpu(const Tensor& q,
 }
 }  // namespace fga
 
+// A saved torch.export program gives arguments by name, and those that an op does not have are dropped. So when an op
+// means something else from now on, one of its arguments gets another name, and packages another format_version.
 STABLE_TORCH_LIBRARY(fga_fast, m) {
   m.def(
-      "attention(Tensor q, Tensor k, Tensor v, Tensor carrier, Tensor? bias, float scale, bool gated, bool signed,"
+      "attention(Tensor q, Tensor k, Tensor v, Tensor carrier, Tensor? bias, float scale, bool gated, bool is_signed,"
       " bool constant_map)"
       " -> (Tensor out, Tensor lse, Tensor carrier_out, Tensor port)");
   m.def(
       "attention_backward(Tensor grad_out, Tensor row, Tensor? gate, Tensor q, Tensor k, Tensor v, Tensor? bias,"
-      " Tensor out, Tensor lse, Tensor? image, float scale, bool signed, bool need_qk, bool need_v)"
+      " Tensor out, Tensor lse, Tensor? image, float scale, bool is_signed, bool need_qk, bool need_v)"
       " -> (Tensor dq, Tensor dk, Tensor dv, Tensor row_out)");
   // What attention_backward leaves to PyTorch's kernels on CUDA is dq, dk and dv; this is the rest. CUDA only.
   m.def(
       "attention_relevance(Tensor grad_out, Tensor row, Tensor? gate, Tensor q, Tensor k, Tensor v, Tensor? bias,"
-      " Tensor lse, Tensor? image, float scale, bool signed) -> Tensor row_out");
+      " Tensor lse, Tensor? image, float scale, bool is_signed) -> Tensor row_out");
   m.def(
       "score(Tensor x, Tensor g, Tensor? image, Tensor W_enc_t, Tensor bias, Tensor W_dec, Tensor? theta,"
       " Tensor? gate_scale, Tensor? mag_bias, Tensor? permutation, int activation, int normalize, bool weigh, int k,"

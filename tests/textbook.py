@@ -79,6 +79,7 @@ class Textbook:
     def _rollout(self, d_maps: Any, gates: Mapping[int, Tensor], entry: int) -> Sum:
         """TransMM: R = (I + Cbar_L) ... (I + Cbar_entry), and its row for what the head reads."""
         shape, maps = self.model.shape, self.book.maps
+        whole = sum(read.weight for read in shape.reads)
         rows = []
         for kept in ((lambda t: t) if self.settings.signed else (lambda t: t.clamp(min=0)), torch.abs):
             R = torch.eye(shape.tokens, dtype=torch.float64)
@@ -92,7 +93,7 @@ class Textbook:
                 for read in () if shape.pool else shape.reads:
                     if read.depth == block + 1:
                         start, stop = shape.span(read.what)
-                        row = row + read.weight * R[start:stop].mean(0)
+                        row = row + read.weight / whole * R[start:stop].mean(0)
             if shape.pool:
                 start, stop = shape.span(shape.pool)
                 row = kept(maps[-1] * d_maps[-1])[0].mean(0)[0] @ R[start:stop]

@@ -97,7 +97,7 @@ class Explainer:
         self.model, self.layout, self.saes, self.settings = model, self.plan.layout, self.plan.saes, settings
         self._ungated = self.plan.without_saes() if ungated and self.saes else None
         self._said: set[str] = set()
-        self._called = False
+        self._checked = 0  # images that the model's structure was checked with: 0, 1 or 2
 
     @property
     def backend(self) -> str:
@@ -126,8 +126,9 @@ class Explainer:
         layout = self.plan.check(images)
         with torch.inference_mode(False):
             images = checks.plain(images.clone() if images.is_inference() else images.detach())
-            found = _tensors(self.plan, layout, images, targets, first=not self._called)
-            self._called |= len(images) > 1
+            first = self._checked < min(len(images), 2)  # some checks need two images
+            found = _tensors(self.plan, layout, images, targets, first)
+            self._checked = max(self._checked, min(len(images), 2))
             other = None if self._ungated is None else _tensors(self._ungated, layout, images, targets)
         backend = self.plan.choice()
         seen = checks.image_notices(images, layout)

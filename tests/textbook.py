@@ -5,6 +5,7 @@ The model itself writes down its maps and residual streams, autograd differentia
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from drawn_vit import Book, DrawnViT, Part
 from torch import Tensor
 
 from fga_fast import SparseAutoencoder
-from fga_fast.settings import Settings
+from fga_fast.settings import Gate, Settings
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Page:
     """What the textbook says of one image and one value."""
 
     relevance: list[Sum] = field(default_factory=list)  # [P], at the entry of block start_block, of the next, ...
+    units: dict[int, float] = field(default_factory=dict)  # block -> what gates measure its scores in
     scores: dict[int, Sum] = field(default_factory=dict)  # block -> [P]
     contributions: dict[int, Sum] = field(default_factory=dict)  # block -> [P, F], whose sum is the score
 
@@ -103,6 +105,8 @@ class Textbook:
     @torch.no_grad()
     def _score(self, page: Page, block: int, x: Tensor, g: Tensor, sae: SparseAutoencoder) -> None:  # [P, C]
         gate = self.settings.gate
+        ratio = min(1.0, max(float(g.abs().max()) * 2**10, 2.0**-100))
+        page.units[block] = 1.0 if gate.mode == "activation_only" else 2.0 ** math.floor(math.log2(ratio))
         if gate.mode == "no_sae":
             page.scores[block] = Sum((x * g).sum(-1), (x * g).abs().sum(-1))
             return
@@ -117,9 +121,9 @@ class Textbook:
         page.scores[block], page.contributions[block] = Sum(c.sum(-1), scale.sum(-1)), Sum(c, scale)
 
 
-def gate_of(scores: Tensor, base: float, slope: float) -> Tensor:  # [..., P]
+def gate_of(scores: Tensor, gate: Gate) -> Tensor:  # [..., P]
     """base ** tanh(slope z), z = (s - med) / (1.4826 (MAD + 1e-8)), with lower medians."""
     middle = (scores.shape[-1] - 1) // 2
     s = scores - scores.sort(-1).values[..., middle : middle + 1]
     mad = s.abs().sort(-1).values[..., middle : middle + 1]
-    return base ** torch.tanh(slope * s / (1.4826 * (mad + 1e-8)))
+    return gate.base ** torch.tanh(gate.slope * s / (1.4826 * (mad + 1e-8)))

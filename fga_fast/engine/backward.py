@@ -20,7 +20,8 @@ from torch.autograd.graph import GradientEdge
 
 from fga_fast.engine.starts import laid_out, start_rows
 from fga_fast.models.block_io import ForwardPass
-from fga_fast.models.reads import Reads, arriving
+from fga_fast.models.head import arriving
+from fga_fast.models.reads import Reads
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +49,15 @@ class Graph:
         """Block -> [..., B, N], the rows that enter after blocks."""
         if not self.carried or self.reads.pool:
             return {}
-        if self.as_laid_out:
+        if self.as_laid_out or not arrived:
             last = max(block for block in self.carried if block is not None)
             return {self.reads.blocks[-1]: laid_out(self.carried[last], self.passed.layout)}
         return start_rows(arrived, self.passed.layout)
+
+    @property
+    def looks(self) -> bool:
+        """Whether the gradients tell where the rollout starts."""
+        return bool(self.carried) and not self.reads.pool and not self.as_laid_out
 
 
 def differentiate(graph: Graph, values: Tensor, chunk: int) -> tuple[list[Tensor], dict[int, Tensor]]:
@@ -80,8 +86,7 @@ def differentiate(graph: Graph, values: Tensor, chunk: int) -> tuple[list[Tensor
 def _pass(graph: Graph, values: Tensor, ones: Tensor, retain: bool) -> tuple[list[Tensor], dict[int, Tensor]]:
     """One backward pass; `ones` is [B], or [K, B, K'] for K of the K' values."""
     scale = _choose_scale(graph, values, ones) if graph.half else None  # [B] or [K, B]
-    wanted = bool(graph.carried) and not graph.as_laid_out and not graph.reads.pool
-    starts = graph.starts(_arrived(graph, values, ones, scale) if wanted else {})
+    starts = graph.starts(_arrived(graph, values, ones, scale) if graph.looks else {})
     if scale is None:
         return _gradients(graph, values, ones, None, starts, retain), starts
     for last_try in (*[False] * (_TRIES - 1), True):
@@ -95,10 +100,14 @@ def _pass(graph: Graph, values: Tensor, ones: Tensor, retain: bool) -> tuple[lis
 
 def _arrived(graph: Graph, values: Tensor, ones: Tensor, scale: Tensor | None) -> dict[int, Tensor]:
     """Block -> [..., B, N, C], the gradients that enter at outputs of blocks; a backward pass through the head."""
-    seed = ones if scale is None else _scaled(ones, scale)
+    outputs, seeds = [values], [ones if scale is None else _scaled(ones, scale)]
+    if len(graph.reads.blocks) > 1:  # autograd runs the blocks between, with zeros, and attention wants a gate
+        outputs += graph.ports.values()
+        leading = ones.shape[: values.dim() - 1]
+        seeds += [torch.ones_like(port).expand(*leading, *port.shape) for port in graph.ports.values()]
     return arriving(
         graph.passed, graph.reads.blocks,
-        lambda edges: _grad([values], edges, [seed], values.dim() == 2, retain=True),
+        lambda edges: _grad(outputs, edges, seeds, values.dim() == 2, retain=True),
     )  # fmt: skip
 
 

@@ -118,6 +118,7 @@ class FunctionMode(TorchFunctionMode, ABC):
                 return None
             arguments = ordinary((args, kwargs or {}))
             tapped = self.tap_input(index, arguments)
+            self.passed.put_in(tapped)
             if tapped is not None and isinstance(self.passed.layout.blocks[index], LISTS):
                 pairs = zip(*((*a, *k.values()) for a, k in (arguments, tapped)), strict=True)
                 self._replaced = next(pair for pair in pairs if pair[0] is not pair[1])

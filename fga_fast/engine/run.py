@@ -15,7 +15,7 @@ from fga_fast.engine.records import Gating, gated_map
 from fga_fast.engine.tape import Found, Tape
 from fga_fast.models.checks import check_finite
 from fga_fast.models.layout import ModelLayout
-from fga_fast.models.maps import check_maps, check_paths
+from fga_fast.models.naming import differentiating, running
 from fga_fast.precision import relevance_dtype
 from fga_fast.question.readout import Answer, Tensors
 from fga_fast.sae.features import TopFeatures
@@ -47,32 +47,36 @@ def explain(
         return _nothing(plan, layout, images, answer)
     tape = _tape(plan, layout)
     with tape.attached(images):
-        with tape.passed.running():
+        with running(tape.passed):
             output = plan.readout.run(images)
         if look_at_values:
             check_finite(output.detach(), "the logits", plan.model, images)
         asked = answer(output)
     # Where the caller has autocast on, it is for the model: relevance is not computed in 16 bit.
-    with tape.passed.differentiating(), torch.autocast(images.device.type, enabled=False):
-        if first and plan.settings.method == "rollout":
-            check_paths(tape.passed)
-            check_maps(tape.passed, asked.values)
-        found = tape.backward(asked.values, plan.settings.target_chunk, as_laid_out, look_at_values)
+    with differentiating(tape.passed), torch.autocast(images.device.type, enabled=False):
+        found = tape.backward(
+            asked.values,
+            plan.settings.target_chunk,
+            as_laid_out=as_laid_out,
+            look_at_values=look_at_values,
+            first=first,
+        )
     result = _tensors(plan, layout, asked, found, tape.passed.first)
     if look_at_values:
         check_finite(result.relevance, "the relevance", plan.model, images, plan.saes)
     return result
 
 
-def starts_as_laid_out(
-    plan: Plan, layout: ModelLayout, images: Tensor, answer: Callable[[Tensor], Answer]
-) -> bool:  # images [B, channels, H, W]
-    """Whether the rollout starts where the layout says, for every image. Arguments as for `explain`."""
+def starts_as_laid_out(plan: Plan, layout: ModelLayout, images: Tensor) -> bool:  # [B, channels, H, W]
+    """Whether the rollout starts where the layout says, for every class of every image."""
     tape = _tape(plan, layout)
     with tape.attached(images):
-        asked = answer(plan.readout.run(images))
+        logits = plan.readout.logits(plan.readout.run(images))
+        # Classes may read different tokens, so all of them are explained at once, each with a weight of its own.
+        weights = torch.linspace(1, 2, logits.shape[1], dtype=logits.dtype, device=logits.device)
+        values = (logits * weights).sum(-1)
     with torch.autocast(images.device.type, enabled=False):
-        return tape.backward(asked.values).as_laid_out
+        return tape.backward(values).as_laid_out
 
 
 def _tensors(plan: Plan, layout: ModelLayout, asked: Answer, found: Found, first: int) -> Tensors:

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fga_fast.models.head import groups
 from fga_fast.models.layout import ModelLayout
 from fga_fast.precision import relevance_dtype
-from fga_fast.settings import PARALLEL
+from fga_fast.settings import LITTLE, PARALLEL
 
 
 def laid_out(carrier: Tensor, layout: ModelLayout) -> Tensor:  # [B, N] -> [B, N]
@@ -40,44 +41,36 @@ def start_rows(gradients: Mapping[int, Tensor], layout: ModelLayout) -> dict[int
     unit = largest.where(largest > 0, 1)
     scaled = {block: g / unit for block, g in wide.items()}
     lengths = {block: g.square().sum(-1).sqrt() for block, g in scaled.items()}  # [..., B, N]
-    groups = _groups(layout)
-    amounts = torch.cat([_sums(length.unsqueeze(-1), groups) for length in lengths.values()], -2)  # [..., B, M, 1]
-    directions = F.normalize(torch.cat([_sums(g, groups) for g in scaled.values()], -2), dim=-1)  # [..., B, M, C]
+    ranges = groups(layout)
+    amounts = torch.cat([_sums(length.unsqueeze(-1), ranges) for length in lengths.values()], -2)  # [..., B, M, 1]
+    directions = F.normalize(torch.cat([_sums(g, ranges) for g in scaled.values()], -2), dim=-1)  # [..., B, M, C]
+    # What is read next to nothing, a group's share of rounding say, would start with as much as all else.
+    little = max(LITTLE, torch.finfo(next(iter(gradients.values())).dtype).eps) * amounts.amax(-2, keepdim=True)
+    amounts = amounts.where(amounts > little, 0)
     same = (directions @ directions.mT).abs() > PARALLEL
     same = same | torch.eye(same.shape[-1], dtype=torch.bool, device=same.device)
     shared = same.to(amounts.dtype) @ amounts
-    weights = torch.split((amounts / shared.where(shared > 0, 1)).squeeze(-1), len(groups), -1)  # of [..., B, groups]
+    weights = torch.split((amounts / shared.where(shared > 0, 1)).squeeze(-1), len(ranges), -1)  # of [..., B, groups]
     last = max(lengths)
     promised = laid_out(lengths[last].reshape(-1, layout.tokens)[:1], layout)[0]  # [N]
     rows = {}
     for weight, (block, length) in zip(weights, lengths.items(), strict=True):
         otherwise = promised if block == last else torch.zeros_like(promised)
-        rows[block] = _spread(weight, length, groups).where(largest.squeeze(-1) > 0, otherwise)
+        rows[block] = _spread(weight, length, ranges).where(largest.squeeze(-1) > 0, otherwise)
     return rows
 
 
-def _groups(layout: ModelLayout) -> list[tuple[int, int]]:
-    """Token ranges that pool together: the patches, what the layout averages, and each other token alone."""
-    patches, pooled = (layout.prefix_tokens, layout.tokens), layout.pooled
-    ranges = [patches]
-    if layout.pooling == "average":
-        apart = pooled[1] <= patches[0]
-        ranges = [pooled, patches] if apart else [(min(pooled[0], patches[0]), patches[1])]
-    together = {token for first, last in ranges for token in range(first, last)}
-    return sorted(ranges + [(token, token + 1) for token in range(layout.tokens) if token not in together])
+def _sums(tokens: Tensor, ranges: list[tuple[int, int]]) -> Tensor:  # [..., N, C] -> [..., groups, C]
+    return torch.stack([tokens[..., first:last, :].sum(-2) for first, last in ranges], -2)
 
 
-def _sums(tokens: Tensor, groups: list[tuple[int, int]]) -> Tensor:  # [..., N, C] -> [..., groups, C]
-    return torch.stack([tokens[..., first:last, :].sum(-2) for first, last in groups], -2)
-
-
-def _spread(weights: Tensor, lengths: Tensor, groups: list[tuple[int, int]]) -> Tensor:
+def _spread(weights: Tensor, lengths: Tensor, ranges: list[tuple[int, int]]) -> Tensor:
     """A group's weight, evenly over those of its tokens that have a gradient: [..., groups], [..., N] -> [..., N].
 
     Evenly, because norms between a block and the pooling change the gradients of tokens, not their weight in the mean.
     """
     parts = []
-    for index, (first, last) in enumerate(groups):
+    for index, (first, last) in enumerate(ranges):
         read = (lengths[..., first:last] > 0).to(weights.dtype)
         parts.append(read * (weights[..., index : index + 1] / read.sum(-1, keepdim=True).clamp(min=1)))
     return torch.cat(parts, -1)

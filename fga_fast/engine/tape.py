@@ -26,9 +26,11 @@ from fga_fast.engine.function_mode import FunctionMode
 from fga_fast.engine.records import Contribution
 from fga_fast.engine.taps import Record, linear_of_few_rows, tap_map, tap_stream
 from fga_fast.engine.torch_functions import Function
+from fga_fast.models import head
 from fga_fast.models.block_io import Arguments, ForwardPass, replace_input
 from fga_fast.models.layout import ModelLayout
-from fga_fast.models.reads import Reads, check_images_apart, differently, find_reads
+from fga_fast.models.maps import check_maps, check_paths
+from fga_fast.models.reads import Reads, find_reads
 from fga_fast.precision import relevance_dtype
 from fga_fast.settings import Settings
 
@@ -90,7 +92,10 @@ class Tape(FunctionMode):
         with self.following():
             yield self
 
-    def backward(self, values: Tensor, chunk: int = 8, as_laid_out: bool = False, look_at_values: bool = True) -> Found:
+    def backward(
+        self, values: Tensor, chunk: int = 8, *, as_laid_out: bool = False, look_at_values: bool = True,
+        first: bool = False,
+    ) -> Found:  # fmt: skip
         """Differentiates the explained values, to be called after `attached`.
 
         Args:
@@ -98,15 +103,19 @@ class Tape(FunctionMode):
             chunk: how many of the K are differentiated together; bounds the memory.
             as_laid_out: start where the layout says, without a look at the gradients; for graphs.
             look_at_values: False while a graph is traced.
+            first: also check that blocks, maps and images are read as a rollout supposes, see `models/maps.py`.
 
         Raises:
             TapeError: the forward pass was not one that can be explained.
         """
         passed = self.passed
         reads = find_reads(passed, values, self._settings.method, self._records)
-        if look_at_values:
-            check_images_apart(passed, reads, values)
-        deepest = passed.finished - 1 if reads.pool else reads.blocks[-1]
+        if first:
+            head.check_images_apart(passed, reads, values, [*self._ports.values()])
+            if self._rollout:
+                check_paths(passed)
+                check_maps(passed, values)
+        deepest = max(passed.streams) if reads.pool else reads.blocks[-1]
         rows = {block: row for block, row in self._rows.items() if block >= passed.first}
         slots = {block: found for block, found in self._slots.items() if block <= deepest}
         ports = {b: port for b, port in self._ports.items() if b not in self._records and (b is None or b <= deepest)}
@@ -115,22 +124,24 @@ class Tape(FunctionMode):
             passed, reads, [*rows.values(), *(slot for found in slots.values() for slot in found)],
             carried if self._rollout else {}, ports if self._rollout else {}, self._scales, self._half, as_laid_out,
         )  # fmt: skip
+        uneven = head.unevenly(passed, reads, values) if look_at_values and self._rollout else ()
         given, starts = differentiate(graph, values, chunk)
-        found, prefix = iter(given), self._layout.prefix_tokens
-        if as_laid_out:
-            at_patches = self._layout.pooled[1] > prefix
-        elif not look_at_values:
-            at_patches = True
-        else:
-            at_patches = any(bool(row[..., prefix:].any()) for row in starts.values())
-            other = differently(starts, self._layout)
-            reads = reads._replace(notices=(*reads.notices, *other))
-            as_laid_out = not other and (reads.pool or reads.blocks == (len(self._layout.blocks) - 1,))
+        found = iter(given)
+        other = head.differently(starts, self._layout) if look_at_values else ()
         return Found(
             {block: next(found) for block in rows}, starts,
-            {block: tuple(next(found) for _ in slots[block]) for block in slots} | self._unread(values, deepest), reads,
-            as_laid_out, bool(starts) and at_patches,
+            {block: tuple(next(found) for _ in slots[block]) for block in slots} | self._unread(values, deepest),
+            reads._replace(notices=(*reads.notices, *other, *uneven)),
+            as_laid_out or (not other and (reads.pool or reads.blocks == (len(self._layout.blocks) - 1,))),
+            self._at_patches(starts, as_laid_out, look_at_values),
         )  # fmt: skip
+
+    def _at_patches(self, starts: dict[int, Tensor], as_laid_out: bool, look_at_values: bool) -> bool:
+        """Whether the rollout starts at patches, so that their relevance holds a constant."""
+        prefix = self._layout.prefix_tokens
+        if not starts or as_laid_out:
+            return bool(starts) and self._layout.pooled[1] > prefix
+        return not look_at_values or any(bool(row[..., prefix:].any()) for row in starts.values())
 
     def _unread(self, values: Tensor, deepest: int) -> dict[int, tuple[Tensor, ...]]:
         """What records of blocks that the values do not read bring: no score, so a gate of 1."""
@@ -215,7 +226,7 @@ class Tape(FunctionMode):
         if self._rollout:
             self._rows[index] = self._carrier
             return None
-        if self._rows and not self._settings.per_block and index != self.passed.first:  # only of the first block
+        if self._rows and not self._settings.per_block and index != self.passed.cuts[-1]:  # only of the first block
             return None
         tokens = self.passed.stream
         x, replaced = replace_input(arguments, tokens, self._layout, self.passed.images, self.passed.where)

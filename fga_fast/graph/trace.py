@@ -61,7 +61,7 @@ def flatten(plan: Plan, images: Tensor, target_mode: TargetMode = "predicted", p
         target = None if target_mode == "predicted" else 0
         whole = images.clone() if images.is_inference() else images
         eager = run.explain(plan, layout, whole, lambda output: plan.readout.answer(target, output), first=True)
-        usual = run.starts_as_laid_out(plan, layout, whole, lambda output: plan.readout.answer(target, output))
+        usual = run.starts_as_laid_out(plan, layout, whole)
     inputs = (images, *([eager.targets] if target_mode == "given" else []))
     names: list[str] = []
 

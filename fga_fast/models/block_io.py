@@ -6,17 +6,14 @@ words.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.checkpoint import CheckpointError
 
 from fga_fast.models.layout import ModelLayout
 
@@ -123,7 +120,8 @@ class ForwardPass:
     images: int  # B
     start: int = 0  # first block that is to be explained; those before it only run
     live: bool = True  # gradients are on where the pass is: in the block that runs, or after the blocks
-    first: int = field(init=False)  # first block that can be explained: from here on blocks have gradients
+    first: int = field(init=False)  # first block that can be explained; `find_reads` sets it
+    cuts: list[int] = field(init=False)  # blocks before which gradients end; ascending
     block: int | None = None  # block that is running; None between, before and after blocks
     finished: int = 0  # number of the last block that has run, plus 1
     ran: set[int] = field(default_factory=set)
@@ -133,11 +131,12 @@ class ForwardPass:
     attentions: dict[int | None, GradientEdge] = field(default_factory=dict)  # likewise, explained attention's output
     outside: list[Outside] = field(default_factory=list)
     maps: list[WrittenMap] = field(default_factory=list)  # for `check_maps`
-    _differentiated: bool = False  # a block from `first` on has begun
+    _differentiated: bool = False  # a block after the last cut had an attention
+    _dead: bool = False  # the block that ended last ran without gradients
     _entered: list[Tensor] = field(default_factory=list)  # arguments of the running block
 
     def __post_init__(self) -> None:
-        self.first = self.start
+        self.first, self.cuts = self.start, [self.start]
 
     @property
     def explaining(self) -> bool:
@@ -151,49 +150,6 @@ class ForwardPass:
             return self.name(self.block)
         return "the pooling head" if self._is_over else f"the part before block {self.finished}"
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Around the forward pass: an error says in which block it was. See `_named`."""
-        with self._named("forward pass", lambda: self.where):
-            yield
-
-    @contextmanager
-    def differentiating(self) -> Iterator[None]:
-        """Around the backward pass: an error says in which block it was. See `_named`."""
-        place = ["the pooling head"]
-
-        def note(name: str, _gradients: object) -> None:
-            place[0] = name
-
-        handles = [edge.node.register_prehook(partial(note, self.name(block))) for block, edge in self.streams.items()]
-        try:
-            with self._named("backward pass", lambda: place[0]):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    @contextmanager
-    def _named(self, what: str, where: Callable[[], str]) -> Iterator[None]:
-        """Turns an error of the model, of autograd or of a kernel into one that says what was being done, and where.
-
-        A ValueError passes, since it was written for people; so do errors of memory, which callers treat in their own
-        way.
-        """
-        try:
-            yield
-        except (ValueError, torch.OutOfMemoryError, MemoryError):
-            raise
-        except Exception as error:
-            told = " ".join(str(error).split())
-            advice = "run the model alone on these images to see whether the error is its own"
-            if isinstance(error, CheckpointError):
-                advice = "blocks under torch.utils.checkpoint run twice; call them directly while you explain"
-            raise TapeError(
-                f"model: the {what} failed in {where()} with {type(error).__name__}: {told[:500] or 'no message'}; "
-                f"{advice}"
-            ) from error
-
     def enter(self, index: int, arguments: Any) -> None:
         """A block begins."""
         if index < self.finished or self.block is not None:
@@ -203,29 +159,44 @@ class ForwardPass:
         self.block, self.live = index, on and index >= self.start
         self._entered = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
         if self.live:
-            if self._differentiated and not any(tensor.requires_grad for tensor in self._entered):
-                self.first = index  # what enters was detached, so blocks before have no gradient
-            self._differentiated = True
+            has_gradient = any(tensor.requires_grad for tensor in self._entered)
+            if self._dead and has_gradient:
+                raise TapeError(
+                    f"model: block {self.finished - 1} ran without gradients, but what enters block {index} has them "
+                    "(a reentrant torch.utils.checkpoint, or a path around the block); call blocks directly"
+                )
+            if self._differentiated and not has_gradient:
+                self.cuts.append(index)
 
     def leave(self, index: int, output: Any) -> Tensor | None:
-        """A block ends. Returns the residual stream that leaves it, or None for a block that is not explained."""
+        """A block ends. Returns the residual stream that leaves it; None if the block is no part of the explanation."""
         entered, self._entered = self._entered, []
         self.block, self.finished = None, index + 1
         self.ran.add(index)
         live, self.live = self.live, True
         if not live:
-            self.first, self._differentiated = max(self.first, index + 1), False
             self.stream = output[0] if isinstance(output, tuple) else output
+            if index >= self.start:
+                self.cuts.append(index + 1)
+                self._dead, self._differentiated = True, False
             return None
+        self._dead = False
         self.stream = stream_of(output, self.name(index))
         self.check_stream(index, self.stream)
-        if index not in self.attended and not any(self.stream is tensor for tensor in entered):
+        if index not in self.attended:
+            if any(self.stream is tensor for tensor in entered):
+                return None  # handed on unchanged
             raise TapeError(
                 f"model: {self.name(index)} ran without an attention that could be seen: neither "
                 "torch.nn.functional.scaled_dot_product_attention, nor nn.MultiheadAttention, nor a softmax over "
                 f"[B, H, {self.layout.tokens}, {self.layout.tokens}]; use an implementation that calls one of them"
             )
+        self._differentiated = True
         return self.stream
+
+    def put_in(self, arguments: Any) -> None:
+        """Notes what the running block is called with in place of what entered it."""
+        self._entered += [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
 
     def hand_on(self, index: int, x: Tensor) -> None:  # [B, N, C] or [N, B, C]
         """Notes the residual stream with which the model goes on after a block."""

@@ -27,9 +27,11 @@ from torch.utils._pytree import tree_map
 
 from fga_fast.models import checks
 from fga_fast.models.find import find_layout
+from fga_fast.models.head import arriving, check_images_apart, differently, unevenly
 from fga_fast.models.layout import ModelLayout
 from fga_fast.models.maps import check_maps, check_paths
-from fga_fast.models.reads import Reads, arriving, check_images_apart, differently, find_reads
+from fga_fast.models.naming import differentiating, running
+from fga_fast.models.reads import Reads, find_reads
 from fga_fast.question.readout import Readout, Targets, Tensors
 from fga_fast.reference.attention import attention_relevance
 from fga_fast.reference.gate import gate as gate_of
@@ -93,26 +95,33 @@ def explain(
     wanted = () if settings.method == "rollout" else range(settings.start_block, len(layout.blocks))
     with torch.inference_mode(False), torch.enable_grad():
         with recording(layout, images, settings.backward == "conservative", settings.start_block, wanted) as record:
-            with record.passed.running():
+            with running(record.passed):
                 output = readout.run(images.detach())
             checks.check_finite(output.detach(), "the logits", readout.model, images)
             answer = readout.answer(targets, output)
-        reads = find_reads(record.passed, answer.values, settings.method, saes)
-        check_images_apart(record.passed, reads, answer.values)
-        if first and settings.method == "rollout":
-            check_paths(record.passed)
-            check_maps(record.passed, answer.values)
         # Where the caller has autocast on, it is for the model: relevance is not computed in 16 bit.
-        with record.passed.differentiating(), torch.autocast(images.device.type, enabled=False):
+        with differentiating(record.passed), torch.autocast(images.device.type, enabled=False):
+            reads = find_reads(record.passed, answer.values, settings.method, saes)
+            if first:
+                _check(record, reads, answer.values, settings)
             relevance, scores, gates, features, blocks, signal, starts = _explain_values(
                 record, reads, answer.values, saes, settings, dict(given_gates or {})
             )
+            uneven = unevenly(record.passed, reads, answer.values) if settings.method == "rollout" else ()
     checks.check_finite(relevance, "the relevance", model, images, saes)
-    with_constant = settings.method == "rollout" and not torch.equal(signal, relevance)
+    constant = any(bool(row[..., layout.prefix_tokens :].any()) for row in starts.values())
     return Tensors(
         answer.logits, answer.targets, answer.values.detach(), answer.names, relevance, scores, gates, features, blocks,
-        signal if with_constant else None, record.passed.first, (*reads.notices, *differently(starts, layout)),
+        signal if constant else None, record.passed.first, (*reads.notices, *differently(starts, layout), *uneven),
     )  # fmt: skip
+
+
+def _check(record: Recording, reads: Reads, values: Tensor, settings: Settings) -> None:  # values [B] or [B, K]
+    """That blocks, maps and images are read as the equations suppose."""
+    check_images_apart(record.passed, reads, values)
+    if settings.method == "rollout":
+        check_paths(record.passed)
+        check_maps(record.passed, values)
 
 
 def _depths(settings: Settings, layout: ModelLayout, first: int) -> range:

@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity
 
 from fga_fast.models.layout import ModelLayout
 from fga_fast.precision import relevance_dtype
-from fga_fast.settings import PARALLEL
+from fga_fast.settings import LITTLE, PARALLEL
 
 
 def start_rows(gradients: Mapping[int, Tensor], layout: ModelLayout) -> dict[int, Tensor]:
@@ -27,6 +27,8 @@ def start_rows(gradients: Mapping[int, Tensor], layout: ModelLayout) -> dict[int
     So a class token alone starts with 1; the mean of n patches with 1/n each; the class token beside that mean with
     both; and a sum `s_1 x_1 + s_2 x_2` over blocks, whose gradients are parallel, with s_1 and s_2 over their sum.
 
+    A group with less than `LITTLE` (or the epsilon of a 16-bit dtype) of the largest amount counts as not read.
+
     Args:
         gradients: block -> d [B, N, C].
         layout: says which tokens pool together, and what an image without any gradient starts from.
@@ -34,6 +36,8 @@ def start_rows(gradients: Mapping[int, Tensor], layout: ModelLayout) -> dict[int
     Returns:
         block -> [B, N], at least 0.
     """
+    if not gradients:
+        return {}
     some = next(iter(gradients.values()))
     dtype = relevance_dtype(some.dtype)
     rows = {block: torch.zeros(g.shape[:2], dtype=dtype, device=g.device) for block, g in gradients.items()}
@@ -42,12 +46,14 @@ def start_rows(gradients: Mapping[int, Tensor], layout: ModelLayout) -> dict[int
         # In float64, where the squares of tiny gradients do not underflow.
         d = {block: g[image].double() for block, g in gradients.items()}  # [N, C]
         amounts = [float(d[block][group].norm(dim=-1).sum()) for block, group in parts]
+        little = max(LITTLE, torch.finfo(some.dtype).eps) * max(amounts)
+        amounts = [amount if amount > little else 0.0 for amount in amounts]
         directions = [d[block][group].sum(0) for block, group in parts]
         for i, (block, group) in enumerate(parts):
             read = [token for token in group if d[block][token].norm() > 0]
             alike = [j for j in range(len(parts)) if j == i or _parallel(directions[i], directions[j])]
             for token in read:
-                rows[block][image, token] = amounts[i] / sum(amounts[j] for j in alike) / len(read)
+                rows[block][image, token] = amounts[i] / (sum(amounts[j] for j in alike) or 1) / len(read)
         if not any(amounts):
             start, stop = layout.pooled
             rows[max(rows)][image, start:stop] = 1 / (stop - start)

@@ -65,11 +65,12 @@ def textbook(model: Headed, x: Tensor, rows: dict[int, Tensor]) -> Tensor:  # bl
     y = model(x)[:, TARGET].sum()
     for layer, form in zip(model.inner.layers, forms, strict=True):
         layer.attn.form = form  # type: ignore[union-attr]
-    gradients = torch.autograd.grad(y, maps, allow_unused=True)
+    differentiated = [a for a in maps if a.requires_grad]
+    gradients = torch.autograd.grad(y, differentiated, allow_unused=True)
     found = torch.zeros(len(x), TOKENS).double()
     for last, row in rows.items():
         matrix = torch.eye(TOKENS).double()
-        for a, g in zip(maps[: last + 1], gradients, strict=False):
+        for a, g in zip(differentiated[: last + 1], gradients, strict=False):
             matrix = matrix if g is None else matrix + (a * g).clamp(min=0).mean(1) @ matrix
         found = found + row @ matrix
     return found[:, 1:]
@@ -168,6 +169,103 @@ def test_a_head_that_mixes_images_is_refused(method: Any) -> None:
     model = Headed(lambda x, norm: norm(x[2])[:, 0] - 0.5 * norm(x[2])[:, 0].mean(0))
     refused(model, "depends on other images of the batch", method=method)
     Explainer(model, layout=model.layout())(images()[:1], TARGET)
+    halves = Headed(lambda x, norm: x[2][:, 0].view(2, -1, WIDTH).mean(0).repeat(2, 1))
+    four = images().repeat(2, 1, 1, 1)
+    for backend in BACKENDS:
+        with pytest.raises(TapeError, match="depends on other images of the batch"):
+            Explainer(halves, layout=halves.layout(), backend=backend, method=method)(four, TARGET)
+
+
+def softmax_pool(x: Tensor) -> Tensor:
+    return ((x[:, 1:] @ torch.linspace(-3, 3, WIDTH).double()).softmax(1)[..., None] * x[:, 1:]).sum(1)
+
+
+@pytest.mark.parametrize("pool", (softmax_pool, lambda x: x[:, 1:].pow(8).mean(1).abs().pow(1 / 8)))
+def test_a_pooling_that_weighs_tokens_is_said(pool: Callable[[Tensor], Tensor]) -> None:
+    model = Headed(lambda x, norm: pool(x[2]))
+    for backend in BACKENDS:
+        e = Explainer(model, layout=model.layout("average"), backend=backend)(images(), TARGET)
+        assert [notice for notice in e.notices if "the head weighs the tokens 1 to 6" in notice]
+
+
+def attended(x: Tensor) -> Tensor:  # [B, N, C] -> [B, C]
+    tokens = x.unflatten(-1, (4, -1)).transpose(1, 2)  # [B, H, N, D]
+    query = torch.ones_like(tokens[:, :, :1])
+    return F.scaled_dot_product_attention(query, tokens, tokens).transpose(1, 2).flatten(1)
+
+
+POOLED_OTHERWISE: dict[str, tuple[Callable[[Streams, nn.Module], Tensor], str]] = {
+    "added": (lambda x, norm: attended(x[2]) + x[2][:, 0], "the attention pool and, beside it, what block 2 hands on"),
+    "gated": (lambda x, norm: attended(x[2]) * x[0][:, 0], "the attention pool and, beside it, what block 0 hands on"),
+    "earlier": (lambda x, norm: attended(x[1]), "pool reads the output of block 1, expected"),
+    "mixed": (lambda x, norm: attended(x[1] + x[2]), "pool reads the output of blocks 1, 2"),
+}
+
+
+@pytest.mark.parametrize("name", POOLED_OTHERWISE)
+def test_reads_beside_a_pool_and_pools_of_other_blocks_are_refused(name: str) -> None:
+    read, message = POOLED_OTHERWISE[name]
+    model = Headed(read)
+    layout = ModelLayout(tuple(model.inner.layers), 1, GRID, "attention", (0, TOKENS))
+    for backend in BACKENDS:
+        with pytest.raises(TapeError, match=message):
+            Explainer(model, layout=layout, backend=backend)(images(), TARGET)
+
+
+class Passing(torch.autograd.Function):
+    """Autograd gives it zeros for a gradient that does not arrive."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0] * 1.0
+
+
+def scaled(_module: nn.Module, _inputs: Any, out: Tensor) -> None:
+    if out.requires_grad:
+        out.register_hook(lambda g: g * 1.0)
+
+
+@pytest.mark.parametrize("backward", ("exact", "conservative"))
+def test_several_reads_with_functions_and_hooks_between(backward: Any) -> None:
+    model = Headed(HEADS["probe on all blocks"][0], 4 * WIDTH)
+    for layer in model.inner.layers:
+        layer.norm2.register_forward_hook(lambda _m, _i, out: Passing.apply(out))  # type: ignore[union-attr]
+        layer.mlp.register_forward_hook(scaled)  # type: ignore[union-attr]
+    saes, found = {1: sae_for(model)}, []
+    for backend in BACKENDS:
+        explainer = Explainer(model, saes, layout=model.layout(), backend=backend, backward=backward)
+        found.append(explainer(images(), TARGET))
+    agree(found[0], found[2], 1e-9)
+    agree(found[1], found[2], 1e-9)
+
+
+def test_classes_that_read_different_tokens_in_one_graph() -> None:
+    model = Headed(lambda x, norm: x[2][:, :CLASSES].sum(-1))
+    model.head = nn.Identity()  # type: ignore[assignment]
+    x, explainer = images(), Explainer(model, layout=model.layout(), backend="native")
+    graph = explainer.module(x, target_mode="given")
+    for target in range(CLASSES):
+        got = graph(x, torch.full((len(x),), target))["relevance"]
+        torch.testing.assert_close(got, explainer(x, target).relevance, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ("rollout", "input_x_gradient"))
+@pytest.mark.parametrize("idle", range(3))
+def test_a_block_that_hands_the_tokens_on_is_left_out(idle: int, method: Any) -> None:
+    model = Headed(HEADS["probe on all blocks"][0], 4 * WIDTH)
+    model.inner.layers[idle].forward = lambda hidden_states: hidden_states  # type: ignore[method-assign]
+    saes, found = {(idle + 1) % 3: sae_for(model)}, []
+    for backend in BACKENDS:
+        explainer = Explainer(model, saes, layout=model.layout(), backend=backend, method=method, per_block=True)
+        found.append(explainer(images(), TARGET))
+    agree(found[0], found[2], 1e-9)
+    agree(found[1], found[2], 1e-9)
+    assert f"block {idle} did not run, or handed" in found[0].notices[0]
+    refused(model, rf"saes\[{idle}\]: would gate nothing .* handed the tokens on", {idle: sae_for(model)})
 
 
 class Skipping(Headed):
@@ -227,6 +325,31 @@ def test_blocks_without_gradients_are_found_and_said(way: str) -> None:
     same = Explainer(cut, layout=cut.layout(), method="input_x_gradient", start_block=1)(x, TARGET)
     want = Explainer(whole, layout=whole.layout(), method="input_x_gradient", start_block=1)(x, TARGET)
     torch.testing.assert_close(same.relevance, want.relevance)
+
+
+class Auxiliary(Cut):
+    """Reads block 0, before a cut."""
+
+    def streams(self, images: Tensor) -> list[Tensor]:
+        inner = self.inner
+        x = inner.patches(images).flatten(2).transpose(1, 2)
+        first = inner.layers[0](torch.cat([inner.token.expand(len(x), -1, -1), x], dim=1) + inner.position)
+        with torch.set_grad_enabled(self.way != "no_grad"):
+            last = inner.layers[2](inner.layers[1](first.detach()))
+        return [first, last]
+
+
+@pytest.mark.parametrize("way", ("no_grad", "detach"))
+def test_a_read_before_the_cut(way: str) -> None:
+    model = Auxiliary(way)
+    model.read = lambda x, norm: norm(x[0])[:, 0]
+    for backend in BACKENDS:
+        e = Explainer(model, layout=model.layout(), backend=backend)(images(), TARGET)
+        torch.testing.assert_close(e.relevance, textbook(model, images(), {0: CLS}), rtol=1e-9, atol=1e-12)
+        assert e.start_block == 0
+    if way == "detach":
+        model.read = lambda x, norm: norm(x[0] + x[1])[:, 0]
+        refused(model, "read the output of blocks 0, 2, but gradients end before block 1")
 
 
 @pytest.mark.parametrize("method", ("rollout", "input_x_gradient"))

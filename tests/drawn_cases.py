@@ -173,12 +173,16 @@ def shapes(draw: DrawFn, dtype: torch.dtype) -> Shape:
     form = draw(mostly("sdpa", "mha", *forms))
     # A pool over one token, written out, is refused: its softmax over one key could be anything.
     pools = ["", *(["all"] if tokens > 1 else []), *(["patches"] if tokens > prefix + 1 else [])]
+    pool = draw(mostly(*pools))
+    read = draw(reads(depth, tokens, final_norm))
+    # A block that changes its input in place would change what the head reads of it.
+    last = pool != "" or read[0].depth == depth
     return Shape(
         depth, heads, head_width, prefix, grid,
         classes=draw(st.integers(2, 6)), channels=draw(mostly(1, 3)),
-        reads=draw(reads(depth, tokens, final_norm)),
+        reads=read,
         token=0 if prefix and draw(st.booleans()) else draw(st.integers(0, tokens - 1)),
-        pool=draw(mostly(*pools)),
+        pool=pool,
         form=form, bias=draw(mostly(True, False)), mask=draw(mostly(False, True)), qk_norm=draw(mostly(False, True)),
         norm=draw(mostly("layer", "rms")),
         placement=draw(
@@ -188,7 +192,8 @@ def shapes(draw: DrawFn, dtype: torch.dtype) -> Shape:
         layer_scale=draw(mostly(False, True)),
         mlp=draw(mostly("gelu", "silu", "relu", "swiglu", "geglu")),
         dropout=draw(mostly(False, True)), tokens_first=draw(mostly(False, True)),
-        returns_tuple=draw(mostly(False, True)), in_place=draw(mostly(False, True)), frozen=draw(mostly(False, True)),
+        returns_tuple=draw(mostly(False, True)), in_place=last and draw(mostly(False, True)),
+        frozen=draw(mostly(False, True)),
         logit_scale=draw(mostly(1.0, 1e-6, 1e-12, 1e3)), seed=draw(st.integers(0, 999)),
     )  # fmt: skip
 

@@ -61,7 +61,8 @@ class Textbook:
         page = Page()
         for block in saes:
             x, g = self._patches(book.outputs[block]), self._patches(d_outputs[block])
-            self._score(page, block, x, g, saes[block])
+            read = shape.pool or block < max(read.depth for read in shape.reads)
+            self._score(page, block, x if read else 0 * x, g, saes[block], bool(read))
         for entry in blocks if self.settings.per_block else blocks[:1]:
             if self.settings.method == "rollout":
                 page.relevance.append(self._rollout(d_maps, gates, entry))
@@ -93,7 +94,7 @@ class Textbook:
                         C[:, shape.prefix :] *= gates[block]
                     R = R + C @ R
                 for read in () if shape.pool else shape.reads:
-                    if read.depth == block + 1:
+                    if read.depth == block + 1 > entry:
                         start, stop = shape.span(read.what)
                         row = row + read.weight / whole * R[start:stop].mean(0)
             if shape.pool:
@@ -103,14 +104,16 @@ class Textbook:
         return Sum(*rows)
 
     @torch.no_grad()
-    def _score(self, page: Page, block: int, x: Tensor, g: Tensor, sae: SparseAutoencoder) -> None:  # [P, C]
+    def _score(
+        self, page: Page, block: int, x: Tensor, g: Tensor, sae: SparseAutoencoder, read: bool
+    ) -> None:  # [P, C]; what is not read has no score
         gate = self.settings.gate
         ratio = min(1.0, max(float(g.abs().max()) * 2**10, 2.0**-100))
         page.units[block] = 1.0 if gate.mode == "activation_only" else 2.0 ** math.floor(math.log2(ratio))
         if gate.mode == "no_sae":
             page.scores[block] = Sum((x * g).sum(-1), (x * g).abs().sum(-1))
             return
-        codes = sae.encode(x)  # [P, F]
+        codes = sae.encode(x) * read  # [P, F]
         order = gate.decoder_permutation(sae.d_sae, x.device)
         decoder = sae.W_dec if order is None else sae.W_dec[order]
         h, size = g @ decoder.T, g.abs() @ decoder.abs().T  # [P, F]

@@ -176,7 +176,7 @@ def _choose_scale(graph: Graph, values: Tensor, ones: Tensor) -> Tensor:
     is read to about `_AIM`.
     """
     passed, reads = graph.passed, graph.reads
-    edge = passed.streams[passed.finished - 1 if reads.pool else reads.blocks[-1]]
+    edge = passed.streams[reads.deepest]
     rows = ones.shape[:1] if values.dim() == 1 else ones.shape[:2]
     scale = torch.full(rows, _LARGEST, dtype=torch.float32, device=values.device)
     for _ in range(_TRIES):

@@ -115,7 +115,7 @@ class Tape(FunctionMode):
             if self._rollout:
                 check_paths(passed)
                 check_maps(passed, values)
-        deepest = max(passed.streams) if reads.pool else reads.blocks[-1]
+        deepest = reads.deepest
         rows = {block: row for block, row in self._rows.items() if block >= passed.first}
         slots = {block: found for block, found in self._slots.items() if block <= deepest}
         ports = {b: port for b, port in self._ports.items() if b not in self._records and (b is None or b <= deepest)}

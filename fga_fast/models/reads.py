@@ -27,6 +27,7 @@ class Reads(NamedTuple):
     """Where gradients enter."""
 
     blocks: tuple[int, ...]  # blocks whose output the head reads, or anything else behind the blocks; ascending
+    deepest: int  # the last block that is read
     pool: bool = False  # the layout's attention pool is read
     notices: tuple[str, ...] = ()  # what a reader of the explanation must know
 
@@ -60,7 +61,7 @@ def find_reads(
             f"{passed.first} (torch.no_grad() or detach()), so no map holds all; explain a model that reads one side"
         )
     _check_first(passed, method, saes)
-    return Reads(blocks, bool(pools), _notices(passed, blocks, bool(pools), mixed))
+    return Reads(blocks, deepest, bool(pools), _notices(passed, blocks, bool(pools), mixed))
 
 
 def _walked(passed: ForwardPass, values: Tensor) -> tuple[tuple[int, ...], list[Node], bool]:

@@ -157,7 +157,7 @@ def _explain_one(
     given_gates: Maps,
 ) -> Parts:
     gradients = differentiate(values.sum(), record, saes)  # images do not see each other, so each gets its own
-    scores, units, features = _scores(record, gradients, saes, settings)
+    scores, units, features = _scores(record, reads, gradients, saes, settings)
     with torch.no_grad():
         base, slope = settings.gate.base, settings.gate.slope
         gates = {block: gate_of(scores[block] / units[block], base, slope) for block in scores}
@@ -207,10 +207,10 @@ def differentiate(explained: Tensor, record: Recording, saes: Saes) -> Gradients
 
 @torch.no_grad()
 def _scores(
-    record: Recording, gradients: Gradients, saes: Saes, settings: Settings
+    record: Recording, reads: Reads, gradients: Gradients, saes: Saes, settings: Settings
 ) -> tuple[Maps, Maps, dict[int, TopFeatures]]:
     """Scores [B, P], the units [B, 1] that gates measure them in and, for k > 0, the k strongest features of the
-    patches, after every block with an autoencoder.
+    patches, after every block with an autoencoder. Where the values read no block so late, all are 0.
     """
     scores: Maps = {}
     units: Maps = {}
@@ -220,11 +220,11 @@ def _scores(
         x = record.batch_first(record.streams[block])[:, prefix:]  # [B, P, C]
         g = record.batch_first(gradients.streams[block])[:, prefix:]  # [B, P, C]
         permutation = gate.decoder_permutation(sae.d_sae, x.device)
-        scores[block] = score(x, g, sae, gate.mode, permutation=permutation)
+        scores[block] = score(x, g, sae, gate.mode, permutation=permutation) * (block <= reads.deepest)
         of_gradients = gate.mode != "activation_only"
         units[block] = unit(g).to(scores[block]) if of_gradients else torch.ones_like(scores[block][:, :1])
         if settings.top_features > 0:
-            found = contributions(x, g, sae, gate.mode, permutation=permutation)
+            found = contributions(x, g, sae, gate.mode, permutation=permutation) * (block <= reads.deepest)
             features[block] = top_features(found, settings.top_features)
     return scores, units, features
 

@@ -20,7 +20,7 @@ from torch.autograd.graph import GradientEdge
 
 from fga_fast.engine.starts import laid_out, start_rows
 from fga_fast.models.block_io import ForwardPass
-from fga_fast.models.head import arriving
+from fga_fast.models.head import arriving, read_as_laid_out, unevenly
 from fga_fast.models.reads import Reads
 
 logger = logging.getLogger(__name__)
@@ -43,16 +43,23 @@ class Graph:
     ports: dict[int | None, Tensor]  # likewise [B, N], gate ports of attentions without an SAE
     scales: list[Tensor]  # [B], ports for the inverse loss scale, one for each stream tap
     half: bool  # something computes in float16, so gradients need a loss scale
-    as_laid_out: bool  # start where the layout says
+    as_laid_out: bool  # start where the layout says, or found to do so
+    look_at_values: bool
+    uneven: tuple[str, ...] = ()  # a notice, if the head weighs tokens unevenly
 
-    def starts(self, arrived: dict[int, Tensor]) -> dict[int, Tensor]:
+    def starts(self, arrived: dict[int, Tensor], rows: tuple[int, ...]) -> dict[int, Tensor]:  # rows: (), or (K,)
         """Block -> [..., B, N], the rows that enter after blocks."""
         if not self.carried or self.reads.pool:
             return {}
-        if self.as_laid_out or not arrived:
-            last = max(block for block in self.carried if block is not None)
-            return {self.reads.blocks[-1]: laid_out(self.carried[last], self.passed.layout)}
-        return start_rows(arrived, self.passed.layout)
+        layout, usual = self.passed.layout, self.as_laid_out or not arrived
+        if self.look_at_values and not usual:
+            usual = read_as_laid_out(arrived, layout)
+            if not usual or layout.pooled[1] - layout.pooled[0] > 1:
+                self.uneven = self.uneven or unevenly(self.passed, arrived)
+        if usual:
+            row = laid_out(self.carried[max(block for block in self.carried if block is not None)], layout)
+            return {self.reads.blocks[-1]: row.expand(*rows, *row.shape)}
+        return start_rows(arrived, layout)
 
     @property
     def looks(self) -> bool:
@@ -86,7 +93,7 @@ def differentiate(graph: Graph, values: Tensor, chunk: int) -> tuple[list[Tensor
 def _pass(graph: Graph, values: Tensor, ones: Tensor, retain: bool) -> tuple[list[Tensor], dict[int, Tensor]]:
     """One backward pass; `ones` is [B], or [K, B, K'] for K of the K' values."""
     scale = _choose_scale(graph, values, ones) if graph.half else None  # [B] or [K, B]
-    starts = graph.starts(_arrived(graph, values, ones, scale) if graph.looks else {})
+    starts = graph.starts(_arrived(graph, values, ones, scale) if graph.looks else {}, ones.shape[: values.dim() - 1])
     if scale is None:
         return _gradients(graph, values, ones, None, starts, retain), starts
     for last_try in (*[False] * (_TRIES - 1), True):

@@ -253,7 +253,9 @@ class FunctionMode(TorchFunctionMode, ABC):
     def _without_gradient(self, value: Any) -> Any:
         """An argument of a function. What has a gradient that is not of this pass is replaced by its values."""
         if isinstance(value, Tensor):
-            return self._detach(value) if value.requires_grad and self._is_older(value) else value
+            if not value.requires_grad:
+                return value
+            return self._detach(value) if self._is_older(value) else value
         if type(value) in (list, tuple):
             return type(value)(map(self._without_gradient, value))
         return value

@@ -123,15 +123,15 @@ class Tape(FunctionMode):
         graph = Graph(
             passed, reads, [*rows.values(), *(slot for found in slots.values() for slot in found)],
             carried if self._rollout else {}, ports if self._rollout else {}, self._scales, self._half, as_laid_out,
+            look_at_values,
         )  # fmt: skip
-        uneven = head.unevenly(passed, reads, values) if look_at_values and self._rollout else ()
         given, starts = differentiate(graph, values, chunk)
         found = iter(given)
         other = head.differently(starts, self._layout) if look_at_values else ()
         return Found(
             {block: next(found) for block in rows}, starts,
             {block: tuple(next(found) for _ in slots[block]) for block in slots} | self._unread(values, deepest),
-            reads._replace(notices=(*reads.notices, *other, *uneven)),
+            reads._replace(notices=(*reads.notices, *other, *graph.uneven)),
             as_laid_out or (not other and (reads.pool or reads.blocks == (len(self._layout.blocks) - 1,))),
             self._at_patches(starts, as_laid_out, look_at_values),
         )  # fmt: skip

@@ -59,8 +59,7 @@ def differently(starts: Mapping[int, Tensor], layout: ModelLayout) -> tuple[str,
     if starts.keys() != {last}:
         return ()
     rows = starts[last].reshape(-1, layout.tokens)
-    promised = torch.zeros_like(rows)
-    promised[:, first:stop] = 1 / (stop - first)
+    promised = _pooled(layout, rows.device) / (stop - first)
     if bool((rows - promised).abs().le(1e-6).all()):
         return ()
     read = (rows > 0).any(0).nonzero().flatten().tolist()
@@ -71,17 +70,32 @@ def differently(starts: Mapping[int, Tensor], layout: ModelLayout) -> tuple[str,
     )
 
 
-def unevenly(passed: ForwardPass, reads: Reads, values: Tensor) -> tuple[str, ...]:  # [B] or [B, K]
-    """A notice where the head weighs tokens of the last block that the start of the rollout counts alike."""
+def read_as_laid_out(gradients: Mapping[int, Tensor], layout: ModelLayout) -> bool:
+    """Whether, of the last block alone, just the pooled tokens have a gradient. The host waits for values.
+
+    Args:
+        gradients: as from `arriving`.
+    """
+    last = len(layout.blocks) - 1
+    if gradients.keys() != {last}:
+        return False
+    read = (gradients[last] != 0).any(-1)  # [..., B, N]
+    return bool((read == _pooled(layout, read.device)).all())
+
+
+def unevenly(passed: ForwardPass, gradients: Mapping[int, Tensor]) -> tuple[str, ...]:
+    """A notice where the head weighs tokens of the last block that the start of the rollout counts alike.
+
+    Args:
+        gradients: as from `arriving`.
+    """
     layout, last = passed.layout, len(passed.layout.blocks) - 1
-    if reads.pool or reads.blocks != (last,):
+    if gradients.keys() != {last} or passed.stream is None:
         return ()
-    (g,) = torch.autograd.grad(values.sum(), [passed.streams[last]], retain_graph=True, allow_unused=True)
-    if g is None or passed.stream is None:
-        return ()
-    d, x = (_images_first(t.detach(), layout).float().norm(dim=-1) for t in (g, passed.stream))  # [B, N]
+    d = gradients[last].detach().float().norm(dim=-1)  # [..., B, N]
+    x = _images_first(passed.stream.detach(), layout).float().norm(dim=-1)  # [B, N]
     for first, stop in groups(layout):
-        lengths = d[:, first:stop]
+        lengths = d[..., first:stop]
         if stop - first > 1 and _ratio(lengths) > _EVEN and _ratio(lengths * x[:, first:stop]) > _EVEN:
             return (
                 f"the head weighs the tokens {first} to {stop - 1} that it reads, by a pooling that is no plain "
@@ -91,7 +105,7 @@ def unevenly(passed: ForwardPass, reads: Reads, values: Tensor) -> tuple[str, ..
     return ()
 
 
-def _ratio(lengths: Tensor) -> float:  # [B, n]; of the largest and the smallest of an image that are not 0
+def _ratio(lengths: Tensor) -> float:  # [..., n]; of the largest and the smallest of an image that are not 0
     smallest = lengths.where(lengths > 0, torch.inf).amin(-1)
     return float((lengths.amax(-1) / smallest).amax()) if lengths.numel() else 1.0
 
@@ -136,6 +150,11 @@ def check_images_apart(
                         "image at a time, or change it"
                     )
             digit += 1
+
+
+def _pooled(layout: ModelLayout, device: torch.device) -> Tensor:  # [N], which tokens the layout pools
+    tokens = torch.arange(layout.tokens, device=device)
+    return (tokens >= layout.pooled[0]) & (tokens < layout.pooled[1])
 
 
 def _images_first(tensor: Tensor, layout: ModelLayout) -> Tensor:

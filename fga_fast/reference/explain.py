@@ -107,12 +107,12 @@ def explain(
             relevance, scores, gates, features, blocks, signal, starts = _explain_values(
                 record, reads, answer.values, saes, settings, dict(given_gates or {})
             )
-            uneven = unevenly(record.passed, reads, answer.values) if settings.method == "rollout" else ()
     checks.check_finite(relevance, "the relevance", model, images, saes)
     constant = any(bool(row[..., layout.prefix_tokens :].any()) for row in starts.values())
     return Tensors(
         answer.logits, answer.targets, answer.values.detach(), answer.names, relevance, scores, gates, features, blocks,
-        signal if constant else None, record.passed.first, (*reads.notices, *differently(starts, layout), *uneven),
+        signal if constant else None, record.passed.first,
+        (*reads.notices, *differently(starts, layout), *record.uneven),
     )  # fmt: skip
 
 
@@ -183,6 +183,7 @@ def _starts(record: Recording, reads: Reads, values: Tensor) -> Maps:  # values 
         record.passed, reads.blocks,
         lambda edges: torch.autograd.grad(values.sum(), edges, retain_graph=True, allow_unused=True),
     )  # fmt: skip
+    record.uneven = record.uneven or unevenly(record.passed, arrived)
     return start_rows(arrived, record.layout)
 
 

@@ -31,6 +31,7 @@ class Recording:
     dtype: torch.dtype  # of relevance
     conservative: bool = False  # attention maps are constants of the backward pass
     wanted: Container[int] = ()  # blocks whose inputs are kept
+    uneven: tuple[str, ...] = ()  # a notice, if the head weighs tokens unevenly
     maps: dict[int | None, Tensor] = field(default_factory=dict)  # block -> A [B, H, N, N]; None: the pool's, Nq = 1
     inputs: dict[int, Tensor] = field(default_factory=dict)  # block -> x_{l-1}, its input, [B, N, C] or [N, B, C]
     streams: dict[int, Tensor] = field(default_factory=dict)  # block -> x_l, its output, likewise

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from fga_fast.engine.torch_functions import OPERATIONS, Function, Kind, Operation, depends
-from fga_fast.models.block_io import Arguments, ForwardPass, ordinary, with_stream
+from fga_fast.models.block_io import Arguments, ForwardPass, with_stream
 from fga_fast.models.follower import followed_by, is_following
 from fga_fast.models.layout import LISTS, ends
 from fga_fast.models.multihead import open_multi_head_attention
@@ -113,12 +113,12 @@ class FunctionMode(TorchFunctionMode, ABC):
             if not is_following(self):
                 return None
             self._check_added()
-            self.passed.enter(index, (args, kwargs))
+            arguments = self.passed.enter(index, (args, kwargs or {}))
             if not self.passed.live:
                 return None
-            arguments = ordinary((args, kwargs or {}))
             tapped = self.tap_input(index, arguments)
-            self.passed.put_in(tapped)
+            if tapped is not None or arguments[0] is not args:
+                self.passed.put_in(arguments if tapped is None else tapped)
             if tapped is not None and isinstance(self.passed.layout.blocks[index], LISTS):
                 pairs = zip(*((*a, *k.values()) for a, k in (arguments, tapped)), strict=True)
                 self._replaced = next(pair for pair in pairs if pair[0] is not pair[1])

@@ -59,12 +59,6 @@ def replace_input(
     return (args[name] if isinstance(name, int) else kwargs[name]), replaced
 
 
-def ordinary(arguments: Arguments) -> Arguments:
-    """The same, with copies of tensors that were made under torch.inference_mode(), which autograd refuses."""
-    found: Arguments = tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, arguments)
-    return found
-
-
 def stream_of(output: Any, where: str) -> Tensor:
     """The residual stream that leaves a block: its output, or the first entry of it."""
     x = output[0] if isinstance(output, tuple) and output else output
@@ -150,8 +144,10 @@ class ForwardPass:
             return self.name(self.block)
         return "the pooling head" if self._is_over else f"the part before block {self.finished}"
 
-    def enter(self, index: int, arguments: Any) -> None:
-        """A block begins."""
+    def enter(self, index: int, arguments: Arguments) -> Arguments:
+        """A block begins. Returns what to call it with: copies in place of tensors that were made under
+        torch.inference_mode(), which autograd refuses.
+        """
         if index < self.finished or self.block is not None:
             where = f"after block {self.finished - 1}" if self.block is None else f"inside block {self.block}"
             raise TapeError(f"model: block {index} runs {where}; blocks must run in order, each at most once")
@@ -167,6 +163,10 @@ class ForwardPass:
                 )
             if self._differentiated and not has_gradient:
                 self.cuts.append(index)
+            if any(tensor.is_inference() for tensor in self._entered):
+                copied: Arguments = tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, arguments)
+                return copied
+        return arguments
 
     def leave(self, index: int, output: Any) -> Tensor | None:
         """A block ends. Returns the residual stream that leaves it; None if the block is no part of the explanation."""

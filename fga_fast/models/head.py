@@ -138,9 +138,9 @@ def check_images_apart(
         return [g.transpose(0, dim).flatten(1).double() for g in found if g is not None]
 
     with _stopped(edges):
-        plain, digit = gradients(torch.ones(count)), 0
+        plain, digit = gradients(torch.ones(count, device=values.device)), 0
         while 4**digit < count:
-            weights = 2.0 ** (torch.arange(count) // 4**digit % 4)
+            weights = 2.0 ** (torch.arange(count, device=values.device) // 4**digit % 4)
             for g, weighted in zip(plain, gradients(weights), strict=True):
                 expected = g * weights.to(g).unsqueeze(1)
                 if float((weighted - expected).norm()) > 1e-2 * float(expected.norm()):

@@ -249,7 +249,7 @@ def _rolled_out(
 
     def rolled(last: int) -> Tensor:  # [B, N, N]
         maps = [relevance_of(block) for block in range(first, last + 1) if block in record.maps]
-        return rollout(maps or [torch.zeros(len(row), layout.tokens, layout.tokens).to(row)])
+        return rollout(maps or [row.new_zeros(len(row), layout.tokens, layout.tokens)])
 
     row: Tensor
     if reads.pool:

@@ -62,6 +62,13 @@ TEST_CASE("outputs that the session does not know are kept") {
   CHECK(m.outputs[0].shape == std::vector<int64_t>{2, 3, 6});
 }
 
+TEST_CASE("a signal has the shape of the relevance, since pictures are drawn from it") {
+  CHECK_THROWS_WITH_AS(
+      read_with("{\"name\": \"logits\"",
+                "{\"name\": \"signal\", \"shape\": [2, 3], \"dtype\": \"float32\"}, {\"name\": \"logits\""),
+      doctest::Contains("signal of shape [2, 6], got [2, 3]"), fga::Error);
+}
+
 TEST_CASE("packages for another processor are refused") {
   auto m = read(kMetadata);
   m.architecture = fga::architecture();

@@ -67,27 +67,25 @@ def explain(
     """Explain one or K targets an image with full attention maps, by the equations of this module.
 
     Args:
-        model: module from images to logits [B, classes], or what `readout` runs. Its parameters, their gradients and
-            flags are left as they are; hooks are on it during the call only and do nothing in other threads.
+        model: module from images to logits [B, classes], or what `readout` runs. It is left as it is; hooks are on it
+            during the call only and do nothing in other threads.
         images: in the model's dtype and on its device.
         targets: what is explained for each image, [B] or [B, K]; see `Readout.answer`. None: the predicted class.
         saes: block -> autoencoder of the residual stream after that block; empty: the ungated method (TransMM).
         settings: all but its `backend` and `target_chunk`.
         layout: where the model's blocks and tokens are; None: `find_layout(model)`.
         readout: how the model's output answers the targets; None: `Readout(model)`.
-        first: check that the model's blocks read each other, and its values the maps, as a rollout supposes.
         given_gates: gates in place of those computed from the scores, at blocks that have an autoencoder; for checking
             another implementation's rollout apart from its scores.
+        first: check that the model's blocks read each other, and its values the maps, as a rollout supposes.
 
     Returns:
         `Tensors`, detached.
 
     Raises:
-        TapeError: a model whose forward pass cannot be followed.
-        ValueError, TypeError: an unsupported model or output; targets, autoencoders or settings that do not fit it.
+        ValueError, TypeError: a model that cannot be followed; targets, autoencoders or settings that do not fit it.
     """
-    layout = find_layout(model) if layout is None else layout
-    readout = Readout(model) if readout is None else readout
+    layout, readout = layout or find_layout(model), readout or Readout(model)
     checks.check_eval(model)
     checks.check_saes(saes, layout, checks.typical_weight(model, layout))
     checks.check_fit(settings, saes, layout)

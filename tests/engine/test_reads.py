@@ -1,98 +1,21 @@
-"""Heads that read other tokens or blocks, blocks without gradients, and small signals: every backend agrees with a
-textbook TransMM, or all refuse in the same words."""
+"""Heads that read other tokens or blocks: every backend agrees with a textbook TransMM, or all refuse alike."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from explaining import agree, sae_for
-from own_vit import CLASSES, GRID, IMAGES, TOKENS, WIDTH, own_vit
+from headed import BACKENDS, HEADS, TARGET, Headed, Streams, images, refused, textbook
+from own_vit import CLASSES, GRID, TOKENS, WIDTH
 from torch import Tensor, nn
 
-from fga_fast import Explainer, Explanation
+from fga_fast import Explainer
 from fga_fast.models.block_io import TapeError
 from fga_fast.models.layout import ModelLayout
-
-BACKENDS: Any = ("native", "composite", "reference")
-TARGET = 3
-Streams = Sequence[Tensor]  # what blocks hand on, each [B, N, C]
-
-
-class Headed(nn.Module):
-    """Three blocks and a head on any of what they hand on."""
-
-    def __init__(self, read: Callable[[Streams, nn.Module], Tensor], width: int = WIDTH) -> None:
-        super().__init__()
-        self.inner, self.read = own_vit(), read
-        self.embed_dim = WIDTH
-        torch.manual_seed(5)
-        self.head = nn.Linear(width, CLASSES).double()
-
-    def streams(self, images: Tensor) -> list[Tensor]:
-        inner = self.inner
-        x = inner.patches(images).flatten(2).transpose(1, 2)
-        x = torch.cat([inner.token.expand(len(x), -1, -1), x], dim=1) + inner.position
-        return [x := layer(x) for layer in inner.layers]
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.read(self.streams(images), self.inner.norm))  # type: ignore[no-any-return]
-
-    def layout(self, pooling: Any = "token") -> ModelLayout:
-        return ModelLayout(tuple(self.inner.layers), 1, GRID, pooling)
-
-
-def images() -> Tensor:
-    torch.manual_seed(1)
-    return torch.randn(IMAGES).double()
-
-
-def textbook(model: Headed, x: Tensor, rows: dict[int, Tensor]) -> Tensor:  # block -> [N]; -> [B, P]
-    """sum_l row_l (I + Cbar_l) ... (I + Cbar_0), with maps that the model's own softmax makes."""
-    maps: list[Tensor] = []
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, _mask: Tensor | None) -> Tensor:
-        maps.append((q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1))
-        return maps[-1] @ v
-
-    forms = [layer.attn.form for layer in model.inner.layers]  # type: ignore[union-attr]
-    for layer in model.inner.layers:
-        layer.attn.form = attend  # type: ignore[union-attr, assignment]
-    y = model(x)[:, TARGET].sum()
-    for layer, form in zip(model.inner.layers, forms, strict=True):
-        layer.attn.form = form  # type: ignore[union-attr]
-    differentiated = [a for a in maps if a.requires_grad]
-    gradients = torch.autograd.grad(y, differentiated, allow_unused=True)
-    found = torch.zeros(len(x), TOKENS).double()
-    for last, row in rows.items():
-        matrix = torch.eye(TOKENS).double()
-        for a, g in zip(differentiated[: last + 1], gradients, strict=False):
-            matrix = matrix if g is None else matrix + (a * g).clamp(min=0).mean(1) @ matrix
-        found = found + row @ matrix
-    return found[:, 1:]
-
-
-CLS = F.one_hot(torch.tensor(0), TOKENS).double()
-MEAN = (1 - CLS) / (TOKENS - 1)
-FIRST_TWO = F.pad(torch.full((2,), 0.5).double(), (1, TOKENS - 3))
-HEADS: dict[str, tuple[Callable[[Streams, nn.Module], Tensor], int, dict[int, Tensor]]] = {
-    "class token of the last block": (lambda x, norm: norm(x[2])[:, 0], 1, {2: CLS}),
-    "class token of an earlier block": (lambda x, norm: x[0][:, 0], 1, {0: CLS}),
-    "patches of an earlier block": (lambda x, norm: x[1][:, 1:].mean(1), 1, {1: MEAN}),
-    "normalised patches": (lambda x, norm: norm(x[1])[:, 1:].mean(1), 1, {1: MEAN}),
-    "some patches": (lambda x, norm: x[2][:, 1:3].mean(1), 1, {2: FIRST_TWO}),
-    "class token beside mean": (lambda x, norm: torch.cat([x[2][:, 0], x[2][:, 1:].mean(1)], 1), 2, {2: CLS + MEAN}),
-    "sum of blocks": (lambda x, norm: (0.2 * x[0] + 0.5 * x[1])[:, 0], 1, {0: CLS * 2 / 7, 1: CLS * 5 / 7}),
-    "probe on all blocks": (
-        lambda x, norm: torch.cat([*(norm(t)[:, 0] for t in x), norm(x[2])[:, 1:].mean(1)], 1),
-        4,
-        {0: CLS, 1: CLS, 2: CLS + MEAN},
-    ),
-}
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -145,15 +68,6 @@ def test_an_sae_after_the_last_block_that_is_read_gates_nothing() -> None:
         agree(native, reference, 1e-9)
         assert not native.scores[2].any()
         assert (native.gates[2] == 1).all()
-
-
-def refused(model: Headed, match: str, saes: Any = None, **settings: Any) -> None:
-    found = set()
-    for backend in BACKENDS:
-        with pytest.raises(TapeError, match=match) as error:
-            Explainer(model, saes, layout=model.layout(), backend=backend, **settings)(images(), TARGET)
-        found.add(str(error.value))
-    assert len(found) == 1
 
 
 def test_a_head_that_reads_the_inside_of_a_block_is_refused() -> None:
@@ -288,172 +202,3 @@ def test_a_skip_past_blocks_is_refused() -> None:
     ]
     agree(found[0], found[2], 1e-9)
     agree(found[1], found[2], 1e-9)
-
-
-# -- blocks without gradients ------------------------------------------------------------------------------------------
-
-
-class Cut(Headed):
-    """Its blocks run as `way` says, up to block 1 or at it."""
-
-    def __init__(self, way: str) -> None:
-        super().__init__(lambda x, norm: norm(x[-1])[:, 0])
-        self.way = way
-
-    def streams(self, images: Tensor) -> list[Tensor]:
-        layers, way = self.inner.layers, self.way
-        with torch.inference_mode(way == "inference_mode"), torch.set_grad_enabled(way != "no_grad"):
-            inner = self.inner
-            x = inner.patches(images).flatten(2).transpose(1, 2)
-            x = layers[0](torch.cat([inner.token.expand(len(x), -1, -1), x], dim=1) + inner.position)
-        x = x.detach() if way == "detach" else x
-        x = x if way == "skips" else layers[1](x)
-        return [x if way == "stops" else layers[2](x)]
-
-
-@pytest.mark.parametrize("way", ("no_grad", "inference_mode", "detach"))
-def test_blocks_without_gradients_are_found_and_said(way: str) -> None:
-    cut, whole, x = Cut(way), Cut("runs"), images()
-    saes = {1: sae_for(cut)}
-    for backend in BACKENDS:
-        e = Explainer(cut, saes, layout=cut.layout(), backend=backend, per_block=True)(x, TARGET)
-        want = Explainer(whole, saes, layout=whole.layout(), backend=backend, per_block=True, start_block=1)(x, TARGET)
-        agree(dataclasses.replace(e, notices=()), want, 1e-9)
-        assert "block 0 ran without gradients" in e.notices[0]
-    refused(cut, r"input_x_gradient' needs the gradient .* block 0, but block 0 ran", method="input_x_gradient")
-    refused(cut, r"saes\[0\]: would gate nothing at block 0, because it has no gradient", {0: sae_for(cut)})
-    same = Explainer(cut, layout=cut.layout(), method="input_x_gradient", start_block=1)(x, TARGET)
-    want = Explainer(whole, layout=whole.layout(), method="input_x_gradient", start_block=1)(x, TARGET)
-    torch.testing.assert_close(same.relevance, want.relevance)
-
-
-class Auxiliary(Cut):
-    """Reads block 0, before a cut."""
-
-    def streams(self, images: Tensor) -> list[Tensor]:
-        inner = self.inner
-        x = inner.patches(images).flatten(2).transpose(1, 2)
-        first = inner.layers[0](torch.cat([inner.token.expand(len(x), -1, -1), x], dim=1) + inner.position)
-        with torch.set_grad_enabled(self.way != "no_grad"):
-            last = inner.layers[2](inner.layers[1](first.detach()))
-        return [first, last]
-
-
-@pytest.mark.parametrize("way", ("no_grad", "detach"))
-def test_a_read_before_the_cut(way: str) -> None:
-    model = Auxiliary(way)
-    model.read = lambda x, norm: norm(x[0])[:, 0]
-    for backend in BACKENDS:
-        e = Explainer(model, layout=model.layout(), backend=backend)(images(), TARGET)
-        torch.testing.assert_close(e.relevance, textbook(model, images(), {0: CLS}), rtol=1e-9, atol=1e-12)
-        assert e.start_block == 0
-    if way == "detach":
-        model.read = lambda x, norm: norm(x[0] + x[1])[:, 0]
-        refused(model, "read the output of blocks 0, 2, but gradients end before block 1")
-
-
-@pytest.mark.parametrize("method", ("rollout", "input_x_gradient"))
-@pytest.mark.parametrize("way", ("skips", "stops"))
-def test_blocks_that_do_not_run(way: str, method: Any) -> None:
-    model, x = Cut(way), images()
-    found = []
-    for backend in BACKENDS:
-        found.append(Explainer(model, layout=model.layout(), backend=backend, per_block=True, method=method)(x, TARGET))
-        agree(found[-1], found[0], 1e-9)
-    if method == "rollout":
-        torch.testing.assert_close(found[0].relevance, textbook(model, x, {1: CLS}), rtol=1e-9, atol=1e-12)
-    assert ("block 1 did not run" if way == "skips" else "block 2 did not run") in found[0].notices[0]
-    refused(model, r"saes\[\d\]: would gate nothing .* it did not run", {1 if way == "skips" else 2: sae_for(model)})
-
-
-# -- small signals and errors ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", HEADS)
-@pytest.mark.parametrize("scale", (1e-6, 1e-12, 1e-20))
-def test_small_values_keep_their_digits_in_float32(name: str, scale: float) -> None:
-    read, vectors, _ = HEADS[name]
-    model, x = Headed(read, vectors * WIDTH), images()
-    saes = {0: sae_for(model)}
-
-    def explain(dtype: torch.dtype, backend: Any) -> Explanation:
-        low = {block: sae.to(dtype) for block, sae in saes.items()}
-        explainer = Explainer(model.to(dtype), low, layout=model.layout(), backend=backend)
-        return explainer(x.to(dtype), lambda y: scale * y[:, TARGET])
-
-    want = explain(torch.float64, "reference")
-    for backend in BACKENDS:
-        e = explain(torch.float32, backend)
-        error = e.shown.double() / scale - want.shown / scale
-        varies = want.shown / scale - want.shown.mean(-1, keepdim=True) / scale
-        assert float(error.norm()) <= 1e-3 * float(varies.norm())
-        assert e.heatmap().amax((1, 2)).tolist() == [1.0, 1.0]
-        torch.testing.assert_close(e.gates[0], want.gates[0].float(), rtol=1e-3, atol=1e-3)
-
-
-def test_gates_do_not_fade_with_the_values() -> None:
-    model = Headed(HEADS["class token of the last block"][0])
-    explainer = Explainer(model, {0: sae_for(model)}, layout=model.layout(), backend="native")
-    gates = [explainer(images(), lambda y, k=k: k * y[:, TARGET]).gates[0] for k in (1, 1e-7, 1e-14)]  # type: ignore[misc]
-    torch.testing.assert_close(gates[1], gates[0], rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(gates[2], gates[0], rtol=1e-3, atol=1e-3)
-
-
-def test_saturated_probabilities_and_maps_of_zeros_are_said(caplog: pytest.LogCaptureFixture) -> None:
-    model = Headed(HEADS["class token of the last block"][0]).float()
-    x, layout = images().float(), model.layout()
-
-    class Probabilities(nn.Module):
-        def __init__(self, factor: float) -> None:
-            super().__init__()
-            self.model, self.factor = model, factor
-
-        def forward(self, x: Tensor) -> Tensor:
-            return (self.factor * self.model(x)).softmax(-1)
-
-    explainer = Explainer(Probabilities(200.0), layout=layout)
-    notices = explainer(x).notices
-    assert "probability that rounding cannot tell from 1" in notices[0]
-    explainer(x)
-    assert sum("cannot tell from 1" in record.getMessage() for record in caplog.records) == 1
-    assert Explainer(Probabilities(0.1), layout=layout)(x).notices == ()
-    zeros = Explainer(model, layout=layout)(x, lambda y: y[:, 0] * 0)
-    assert "a map is zero everywhere" in zeros.notices[0]
-    assert not zeros.heatmap().any()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_errors_of_the_model_say_where_they_were(backend: Any) -> None:
-    model = Headed(HEADS["class token of the last block"][0])
-    layer: Any = model.inner.layers[1]
-    layer.mlp = nn.Linear(WIDTH + 1, WIDTH).double()
-    with pytest.raises(TapeError, match=r"the forward pass failed in block 1 \(Block\) with RuntimeError: mat1 and m"):
-        Explainer(model, layout=model.layout(), backend=backend)(images())
-
-    class Broken(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor) -> Tensor:
-            return grads[0].view(7)
-
-    layer.mlp = nn.Identity()
-    layer.norm2.register_forward_hook(lambda _m, _i, out: Broken.apply(out))
-    with pytest.raises(TapeError, match=r"the backward pass failed in block 1 \(Block\) with RuntimeError"):
-        Explainer(model, layout=model.layout(), backend=backend)(images())
-
-
-@pytest.mark.parametrize("size", (None, IMAGES[2:]))
-@pytest.mark.parametrize("batch", (2, TOKENS))
-def test_images_and_tokens_swapped_in_a_layout_are_found(size: Any, batch: int) -> None:
-    model = own_vit()
-    layout = dataclasses.replace(model.layout(), tokens_first=True, image_size=size)
-    with pytest.raises(TapeError, match=r"block 0 \(Block\) returned .* set tokens_first=False"):
-        Explainer(model, layout=layout)(images()[:1].expand(batch, -1, -1, -1))
-    if size is not None:
-        with pytest.raises(TapeError, match="set tokens_first=False"):
-            Explainer(model, layout=layout)
-    right = dataclasses.replace(model.layout(), image_size=size)
-    Explainer(model, layout=right)(images()[:1].expand(batch, -1, -1, -1))

@@ -52,7 +52,8 @@ def full(batch: int = 2, targets: int | None = 3, signed: bool = False) -> Expla
     relevance = blocks[..., 0, :] if signed else blocks[..., 0, :].abs()
     return replace(
         plain, relevance=relevance, values=torch.randn(leading), blocks=blocks, names=NAMES, start_block=2,
-        backend_reason="compiled",
+        backend_reason="compiled", signal=None if signed else relevance / 2,
+        ungated_signal=None if signed else relevance / 3, notices=("one", "two"),
     )  # fmt: skip
 
 

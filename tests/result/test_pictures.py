@@ -61,6 +61,22 @@ def test_heatmap_is_bilinear_then_min_max(rows: int, columns: int, height: int, 
     torch.testing.assert_close(found[0], expected, rtol=1e-12, atol=1e-12 + rounding)
 
 
+@pytest.mark.parametrize("scale", (1e-12, 1e-30))
+def test_pictures_have_the_scale_of_their_own_values(scale: float) -> None:
+    explanation = example(2)
+    tiny = replace(explanation, relevance=scale * explanation.relevance)
+    torch.testing.assert_close(tiny.heatmap(), explanation.heatmap(), rtol=1e-4, atol=1e-5)
+
+
+def test_pictures_show_the_signal_where_there_is_one() -> None:
+    explanation = example(2)
+    beside = replace(explanation, relevance=0.25 + 1e-12 * explanation.relevance, signal=1e-12 * explanation.relevance)
+    torch.testing.assert_close(beside.heatmap(), explanation.heatmap(), rtol=1e-4, atol=1e-5)
+    picture = Image.new("RGB", (32, 24), "white")
+    assert torch.equal(beside.overlay([picture] * 2), explanation.overlay([picture] * 2))
+    assert torch.equal(beside[1].shown, beside.signal[1:])  # type: ignore[index]
+
+
 def test_heatmap_is_scaled_per_image_and_target() -> None:
     explanation = example(2, targets=3)
     explanation.relevance[1, 2] *= 1000

@@ -80,6 +80,8 @@ class Book:
 
     conservative: bool
     maps: list[Tensor] = field(default_factory=list)  # A [B, H, N, N] of each block; [B, H, 1, tokens] of the pool
+    values: list[Tensor] = field(default_factory=list)  # V [B, H, N, D] likewise
+    attended: list[Tensor] = field(default_factory=list)  # O = A V
     inputs: list[Tensor] = field(default_factory=list)  # what enters each block, [B, N, C] or [N, B, C]
     outputs: list[Tensor] = field(default_factory=list)  # what leaves it
 
@@ -154,8 +156,11 @@ class Attention(Part):
         assert self.book is not None
         logits = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
         maps = self.book.factor((logits if self.mask is None else logits + self.mask).softmax(-1))
-        self.book.maps.append(maps if maps.requires_grad else maps.requires_grad_())
-        return maps @ v
+        out = maps.requires_grad_() @ v if self.book.conservative else maps @ v
+        self.book.maps.append(maps)
+        self.book.values.append(v)
+        self.book.attended.append(out)
+        return out
 
 
 class Block(Part):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from drawn_vit import Book, DrawnViT, Part
@@ -52,17 +51,14 @@ class Textbook:
         """The explanation of one scalar of the logits, given the gates."""
         book, shape = self.book, self.model.shape
         blocks = range(self.settings.start_block, shape.depth)
-        wanted = [*book.maps, *book.inputs, *book.outputs]
-        found = torch.autograd.grad(value, wanted, retain_graph=True, allow_unused=True, materialize_grads=True)
-        count = len(book.maps)
-        d_maps, d_inputs, d_outputs = found[:count], found[count : count + shape.depth], found[count + shape.depth :]
+        d_maps, d_attended, d_inputs, d_outputs = self._gradients(value)
         page = Page()
         for block in saes:
             x, g = self._patches(book.outputs[block]), self._patches(d_outputs[block])
             self._score(page, block, x, g, saes[block])
         for entry in blocks if self.settings.per_block else blocks[:1]:
             if self.settings.method == "rollout":
-                page.relevance.append(self._rollout(d_maps, gates, entry))
+                page.relevance.append(self._rollout(d_maps, d_attended, gates, entry))
                 continue
             products = self._patches(book.inputs[entry]) * self._patches(d_inputs[entry])  # [P, C]
             result = Sum(products.sum(-1), products.abs().sum(-1))
@@ -72,32 +68,44 @@ class Textbook:
             page.relevance.append(result)
         return page
 
+    def _gradients(self, value: Tensor) -> list[list[Tensor]]:
+        """Of the value, with respect to maps, attended, inputs and outputs; zeros where it does not depend on them."""
+        kinds = (self.book.maps, self.book.attended, self.book.inputs, self.book.outputs)
+        wanted = [tensor for kind in kinds for tensor in kind]
+        found = torch.autograd.grad(value, wanted, retain_graph=True, allow_unused=True, materialize_grads=True)
+        rest = iter(found)
+        return [[next(rest) for _ in kind] for kind in kinds]
+
     def _patches(self, stream: Tensor) -> Tensor:  # [1, N, C] or [N, 1, C] -> [P, C]
         return stream.detach().squeeze(1 if self.model.shape.tokens_first else 0)[self.model.shape.prefix :]
 
     @torch.no_grad()
-    def _rollout(self, d_maps: Any, gates: Mapping[int, Tensor], entry: int) -> Sum:
+    def _rollout(self, d_maps: list[Tensor], d_attended: list[Tensor], gates: Mapping[int, Tensor], entry: int) -> Sum:
         """TransMM: R = (I + Cbar_L) ... (I + Cbar_entry), and its row for what the head reads."""
-        shape, maps = self.model.shape, self.book.maps
-        rows = []
-        for kept in ((lambda t: t) if self.settings.signed else (lambda t: t.clamp(min=0)), torch.abs):
-            R = torch.eye(shape.tokens, dtype=torch.float64)
-            row = torch.zeros(shape.tokens, dtype=torch.float64)
-            for block in range(shape.depth):
-                if block >= entry:
-                    C = kept(maps[block] * d_maps[block])[0].mean(0)  # [N, N]
-                    if block in gates:
-                        C[:, shape.prefix :] *= gates[block]
-                    R = R + C @ R
-                for read in () if shape.pool else shape.reads:
-                    if read.depth == block + 1:
-                        start, stop = shape.span(read.what)
-                        row = row + read.weight * R[start:stop].mean(0)
-            if shape.pool:
-                start, stop = shape.span(shape.pool)
-                row = kept(maps[-1] * d_maps[-1])[0].mean(0)[0] @ R[start:stop]
-            rows.append(row[shape.prefix :])
-        return Sum(*rows)
+        book, signed = self.book, self.settings.signed
+        products = [maps * d for maps, d in zip(book.maps, d_maps, strict=True)]
+        kept = [(product if signed else product.clamp(min=0))[0].mean(0) for product in products]  # Cbar [N, N]
+        inner = [d.abs() @ v.abs().mT for d, v in zip(d_attended, book.values, strict=True)]  # of dA = dO V^T
+        sizes = [(maps * size)[0].mean(0) for maps, size in zip(book.maps, inner, strict=True)]
+        return Sum(self._row(kept, gates, entry), self._row(sizes, gates, entry))
+
+    def _row(self, relevance: list[Tensor], gates: Mapping[int, Tensor], entry: int) -> Tensor:  # [N, N] each -> [P]
+        shape = self.model.shape
+        R, row = torch.eye(shape.tokens, dtype=torch.float64), torch.zeros(shape.tokens, dtype=torch.float64)
+        for block in range(shape.depth):
+            if block >= entry:
+                C = relevance[block].clone()
+                if block in gates:
+                    C[:, shape.prefix :] *= gates[block]
+                R = R + C @ R
+            for read in () if shape.pool else shape.reads:
+                if read.depth == block + 1:
+                    start, stop = shape.span(read.what)
+                    row = row + read.weight * R[start:stop].mean(0)
+        if shape.pool:
+            start, stop = shape.span(shape.pool)
+            row = relevance[-1][0] @ R[start:stop]
+        return row[shape.prefix :]
 
     @torch.no_grad()
     def _score(self, page: Page, block: int, x: Tensor, g: Tensor, sae: SparseAutoencoder) -> None:  # [P, C]

@@ -57,13 +57,9 @@ def backwards(p: Problem) -> dict[str, Work]:
     out = F.scaled_dot_product_attention(q, k, v, scale=SCALE)
     return {
         "plain": partial(torch.autograd.grad, out, (q, k, v), p.grad_out, retain_graph=True),
-        "native": partial(
-            ops.attention_backward, p.grad_out, p.row, p.gate, p.q, p.k, p.v, p.out, p.lse, scale=SCALE
-        ),
-        "reference": partial(
-            reference.attention_backward, p.grad_out, p.row, p.gate, p.q, p.k, p.v, None, SCALE, True
-        ),
-    }  # fmt: skip
+        "native": partial(ops.attention_backward, p.grad_out, p.row, p.gate, p.q, p.k, p.v, p.out, p.lse, scale=SCALE),
+        "reference": partial(reference.attention_backward, p.grad_out, p.row, p.gate, p.q, p.k, p.v, None, SCALE),
+    }
 
 
 @pytest.mark.parametrize("pass_name", ("forward", "backward"))

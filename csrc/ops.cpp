@@ -8,12 +8,9 @@
 namespace fga {
 std::tuple<Tensor, Tensor> attention_forward_cpu(const Tensor&, const Tensor&, const Tensor&,
                                                  const std::optional<Tensor>&, double);
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(const Tensor&, const Tensor&,
-                                                                  const std::optional<Tensor>&, const Tensor&,
-                                                                  const Tensor&, const Tensor&,
-                                                                  const std::optional<Tensor>&, const Tensor&,
-                                                                  const Tensor&, const std::optional<Tensor>&, double,
-                                                                  bool, bool, bool, bool);
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
+    const Tensor&, const Tensor&, const std::optional<Tensor>&, const Tensor&, const Tensor&, const Tensor&,
+    const std::optional<Tensor>&, const Tensor&, const Tensor&, const std::optional<Tensor>&, double, bool, bool, bool);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> score_cpu(const Tensor&, const Tensor&, const std::optional<Tensor>&,
                                                              const Tensor&, const Tensor&, const Tensor&,
                                                              const std::optional<Tensor>&, const std::optional<Tensor>&,
@@ -26,33 +23,33 @@ Tensor gate_cpu(const Tensor&, double, double);
 std::tuple<Tensor, Tensor, Tensor, Tensor> tapped_attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
                                                                 const Tensor& carrier,
                                                                 const std::optional<Tensor>& bias, double scale,
-                                                                bool /*gated*/, bool residual, bool /*is_signed*/,
+                                                                bool /*gated*/, bool /*is_signed*/,
                                                                 bool /*constant_map*/) {
   auto [out, lse] = attention_forward_cpu(q, k, v, bias, scale);
   check_shape("attention", "carrier", carrier, {k.size(0), k.size(2)});
   check_type("attention", "carrier", carrier, statistic_type(q.scalar_type()));
   check_cpu("attention", "carrier", carrier);
-  STD_TORCH_CHECK(!residual || q.size(2) == k.size(2), "attention: residual needs as many queries as keys, got ",
-                  q.size(2), " and ", k.size(2));
   Tensor carried = torch::stable::new_zeros(carrier, {q.size(0), q.size(2)});
   Tensor port = torch::stable::new_zeros(carrier, {k.size(0), k.size(2)});
   return {out, lse, carried, port};
 }
 }  // namespace fga
 
+// A saved torch.export program gives arguments by name, and those that an op does not have are dropped. So when an op
+// means something else from now on, one of its arguments gets another name, and packages another format_version.
 STABLE_TORCH_LIBRARY(fga_fast, m) {
   m.def(
-      "attention(Tensor q, Tensor k, Tensor v, Tensor carrier, Tensor? bias, float scale, bool gated, bool residual,"
-      " bool signed, bool constant_map)"
+      "attention(Tensor q, Tensor k, Tensor v, Tensor carrier, Tensor? bias, float scale, bool gated, bool is_signed,"
+      " bool constant_map)"
       " -> (Tensor out, Tensor lse, Tensor carrier_out, Tensor port)");
   m.def(
       "attention_backward(Tensor grad_out, Tensor row, Tensor? gate, Tensor q, Tensor k, Tensor v, Tensor? bias,"
-      " Tensor out, Tensor lse, Tensor? image, float scale, bool residual, bool signed, bool need_qk, bool need_v)"
+      " Tensor out, Tensor lse, Tensor? image, float scale, bool is_signed, bool need_qk, bool need_v)"
       " -> (Tensor dq, Tensor dk, Tensor dv, Tensor row_out)");
   // What attention_backward leaves to PyTorch's kernels on CUDA is dq, dk and dv; this is the rest. CUDA only.
   m.def(
       "attention_relevance(Tensor grad_out, Tensor row, Tensor? gate, Tensor q, Tensor k, Tensor v, Tensor? bias,"
-      " Tensor lse, Tensor? image, float scale, bool residual, bool signed) -> Tensor row_out");
+      " Tensor lse, Tensor? image, float scale, bool is_signed) -> Tensor row_out");
   m.def(
       "score(Tensor x, Tensor g, Tensor? image, Tensor W_enc_t, Tensor bias, Tensor W_dec, Tensor? theta,"
       " Tensor? gate_scale, Tensor? mag_bias, Tensor? permutation, int activation, int normalize, bool weigh, int k,"

@@ -133,7 +133,7 @@ struct Arguments {
   const std::optional<Tensor>& image;
 };
 
-void check_arguments(const Arguments& t, bool residual) {
+void check_arguments(const Arguments& t) {
   check_rank(kRelevance, "q", t.q, 4, "[B, H, Nq, D]");
   check_rank(kRelevance, "k", t.k, 4, "[B, H, N, D]");
   check_rank(kRelevance, "grad_out", t.grad_out, 4, "[M, H, Nq, D]");
@@ -160,8 +160,6 @@ void check_arguments(const Arguments& t, bool residual) {
                   " images; give image [M] to say which row belongs to which");
   STD_TORCH_CHECK(rows == 0 || t.q.size(0) > 0, kRelevance, ": grad_out has ", rows,
                   " rows, but there are no images: q is ", shape_of(t.q));
-  STD_TORCH_CHECK(!residual || queries == keys, kRelevance, ": residual needs as many queries as keys, got ", queries,
-                  " and ", keys);
   for (const Tensor* tensor : {&t.k, &t.v, &t.grad_out, &t.lse, &t.row, t.gate ? &*t.gate : &t.q,
                                t.image ? &*t.image : &t.q, t.bias ? &*t.bias : &t.q})
     STD_TORCH_CHECK(tensor->is_cuda() && tensor->get_device_index() == t.q.get_device_index(), kRelevance,
@@ -176,7 +174,7 @@ struct Prepared {
 };
 
 // Allocates row_out and a workspace of 4 M H N bytes.
-Prepared prepare(const Arguments& t, double scale, bool residual, bool is_signed) {
+Prepared prepare(const Arguments& t, double scale, bool is_signed) {
   const auto dense = [](const std::optional<Tensor>& x) {
     return x ? std::optional<Tensor>(torch::stable::contiguous(*x)) : std::nullopt;
   };
@@ -212,7 +210,6 @@ Prepared prepare(const Arguments& t, double scale, bool residual, bool is_signed
             keys,
             static_cast<int>(t.q.size(3)),
             static_cast<float>(scale),
-            residual,
             is_signed};
   return p;
 }
@@ -225,12 +222,11 @@ std::string described(const Arguments& t) {
 // -> row_out [M, N]
 Tensor attention_relevance(const Tensor& grad_out, const Tensor& row, const std::optional<Tensor>& gate,
                            const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& bias,
-                           const Tensor& lse, const std::optional<Tensor>& image, double scale, bool residual,
-                           bool is_signed) {
+                           const Tensor& lse, const std::optional<Tensor>& image, double scale, bool is_signed) {
   const Arguments arguments = {grad_out, row, gate, q, k, v, bias, lse, image};
-  check_arguments(arguments, residual);
+  check_arguments(arguments);
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  const Prepared p = prepare(arguments, scale, residual, is_signed);
+  const Prepared p = prepare(arguments, scale, is_signed);
   if (p.work.rows == 0 || p.work.keys == 0) return p.row_out;
   STD_TORCH_CHECK(fga::cuda::fits(p.work), kRelevance, ": head width must be a multiple of 8 up to ",
                   fga::cuda::kWidestHead, " and rows x heads x keys / 64 below 2^31, ", described(arguments),

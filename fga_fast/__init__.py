@@ -19,7 +19,7 @@ from fga_fast.settings import Gate
 
 if TYPE_CHECKING:
     from fga_fast.graph.package.load import Package, load_package
-    from fga_fast.io.images import Preprocess
+    from fga_fast.io.images import Preprocess, load_image
 
 __version__ = "0.1.0"
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "TopFeatures",
     "explain",
     "find_layout",
+    "load_image",
     "load_package",
 ]
 
@@ -43,6 +44,7 @@ _LATE = {
     "Package": "fga_fast.graph.package.load",
     "load_package": "fga_fast.graph.package.load",
     "Preprocess": "fga_fast.io.images",
+    "load_image": "fga_fast.io.images",
 }
 
 

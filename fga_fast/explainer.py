@@ -19,6 +19,7 @@ Sources: Chefer, Gur and Wolf, "Generic Attention-model Explainability", ICCV 20
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,10 +29,13 @@ import torch
 from torch import Tensor, nn
 
 from fga_fast.engine import run
+from fga_fast.engine.callers import check_caller, outside_graphs
 from fga_fast.engine.plan import ExplainerSettings, Plan, make_plan
+from fga_fast.models import checks
 from fga_fast.models.layout import ModelLayout
 from fga_fast.question.readout import Targets, Tensors
 from fga_fast.result.explanation import Explanation
+from fga_fast.result.notices import value_notices
 from fga_fast.sae import SparseAutoencoder
 from fga_fast.settings import Backend, Backward, Gate, Method, Settings, TargetMode, start_of
 
@@ -41,6 +45,8 @@ if TYPE_CHECKING:
     from fga_fast.graph.compiled import CompiledExplainer
     from fga_fast.graph.module import ExplanationModule
     from fga_fast.io.images import Preprocess
+
+logger = logging.getLogger(__name__)
 
 
 class Explainer:
@@ -74,6 +80,7 @@ class Explainer:
         RuntimeError: an explicit backend cannot run here.
     """
 
+    @outside_graphs
     def __init__(
         self, model: nn.Module, saes: Mapping[int, SparseAutoencoder] | None = None, *, gate: Gate | None = None,
         method: Method = "rollout", backward: Backward = "exact", backend: Backend = "auto", top_features: int = 0,
@@ -89,13 +96,15 @@ class Explainer:
         self.plan = make_plan(model, saes, settings, layout, class_names, tokenizer)
         self.model, self.layout, self.saes, self.settings = model, self.plan.layout, self.plan.saes, settings
         self._ungated = self.plan.without_saes() if ungated and self.saes else None
-        self._called = False
+        self._said: set[str] = set()
+        self._checked = 0  # images that the model's structure was checked with: 0, 1 or 2
 
     @property
     def backend(self) -> str:
         """Name of the backend that runs where the model is."""
         return self.plan.choice().name
 
+    @outside_graphs
     def __call__(self, images: Tensor, targets: Targets = None) -> Explanation:
         """Explains one class for each image, or several.
 
@@ -111,24 +120,38 @@ class Explainer:
 
         Raises:
             TypeError, ValueError: images, targets or model do not fit, or hold NaN or Inf; the message says which.
+            RuntimeError: called inside a transform of torch.func, or while a graph is traced.
         """
+        check_caller(images)
         layout = self.plan.check(images)
         with torch.inference_mode(False):
-            images = images.clone() if images.is_inference() else images.detach()
-            found = _tensors(self.plan, layout, images, targets, first=not self._called)
-            self._called |= len(images) > 0
-            ungated = None if self._ungated is None else _tensors(self._ungated, layout, images, targets).relevance
+            images = checks.plain(images.clone() if images.is_inference() else images.detach())
+            first = self._checked < min(len(images), 2)  # some checks need two images
+            found = _tensors(self.plan, layout, images, targets, first)
+            self._checked = max(self._checked, min(len(images), 2))
+            other = None if self._ungated is None else _tensors(self._ungated, layout, images, targets)
         backend = self.plan.choice()
+        seen = checks.image_notices(images, layout)
+        found = found._replace(notices=(*seen, *found.notices, *value_notices(found._asdict())))
+        for notice in found.notices:
+            if notice not in self._said:
+                logger.warning("%s", notice)
+        self._said.update(found.notices)
         return Explanation(
-            **found._asdict(), ungated=ungated, grid=layout.grid, image_size=(images.shape[-2], images.shape[-1]),
-            backend=backend.name, backend_reason=backend.reason, start_block=self.settings.start_block,
+            **found._asdict(), ungated=None if other is None else other.relevance,
+            ungated_signal=None if other is None else other.signal, grid=layout.grid,
+            image_size=(images.shape[-2], images.shape[-1]), backend=backend.name, backend_reason=backend.reason,
         )  # fmt: skip
 
+    @outside_graphs
     def compile(
         self, example: Tensor, *, target_mode: TargetMode = "predicted", mode: str | None = None,
         batches: Sequence[int] | None = None,
     ) -> CompiledExplainer:  # fmt: skip
-        """This explainer as one compiled graph, called like it, with the same result; takes about half a minute.
+        """This explainer as one compiled graph, called like it, with the same result; takes up to half a minute.
+
+        TorchInductor keeps the machine code in its cache folder (TORCHINDUCTOR_CACHE_DIR), so that the next process
+        compiles the same model, with any weights, in some seconds.
 
         Args:
             example: [B, channels, H, W], images of the size, dtype and device that will be explained.
@@ -154,6 +177,7 @@ class Explainer:
 
         return ExplanationModule(self._one_graph(), example, target_mode)
 
+    @outside_graphs
     def export(
         self, path: str | os.PathLike[str], example: Tensor | None = None, *, target_mode: TargetMode = "predicted",
         preprocessing: Preprocess | None = None, class_names: Sequence[str] | Mapping[int, str] | None = None,
@@ -184,7 +208,7 @@ def _tensors(plan: Plan, layout: ModelLayout, images: Tensor, targets: Targets, 
     from fga_fast import reference
 
     return reference.explain(
-        plan.model, images, targets, plan.saes, plan.settings, layout=layout, readout=readout, pooling_checked=not first
+        plan.model, images, targets, plan.saes, plan.settings, layout=layout, readout=readout, first=first
     )
 
 

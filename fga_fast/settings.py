@@ -54,6 +54,14 @@ def start_of(start_block: int, start_layer: int | None) -> int:
     return start_layer
 
 
+# Gradients with a cosine above this are of one vector that a head reads, see `reference.start_rows`.
+PARALLEL = 0.9
+LITTLE = 1e-6  # the share of the largest amount up to which such a vector counts as not read
+
+# The largest gradient of an image below which scores are measured relative to it, see `reference.gate`.
+SMALL_GRADIENT = 2.0**-10
+
+
 @dataclass(frozen=True)
 class Gate:
     """Settings of the feature-gradient gate.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from drawn_vit import DrawnViT, Read, Shape
+from drawn_vit import DrawnViT, Read, Shape, What
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 from own_vit import FORMS
@@ -141,9 +141,23 @@ def traced(case: Case, explainer: Explainer, images: Tensor) -> Explanation:
     return Explanation(**nested(found), grid=explainer.layout.grid, image_size=size, backend="graph")
 
 
+WHAT: list[What] = ["token", "patches", "all", "first two"]
+
+
 def mostly(usual: Any, *others: Any) -> SearchStrategy[Any]:
     """The usual value in about half of the cases; it is also what a failing case shrinks to."""
     return st.just(usual) | st.sampled_from((usual, *others))
+
+
+@st.composite
+def reads(draw: DrawFn, depth: int, tokens: int, final_norm: str) -> tuple[Read, ...]:
+    """The last block, an earlier one, or a sum over several, whose weights no norm of each token changes."""
+    one = Read(draw(mostly(depth, *range(1, depth))), draw(st.sampled_from(WHAT if tokens > 1 else WHAT[:3])))
+    if final_norm == "tokens" or depth == 1 or draw(st.booleans()):
+        return (one,)
+    what = draw(st.sampled_from(WHAT[:2]))
+    depths = draw(st.lists(st.integers(1, depth), min_size=2, max_size=3, unique=True))
+    return tuple(Read(at, what, draw(st.sampled_from([0.25, 1.0, 3.0]))) for at in sorted(depths))
 
 
 @st.composite
@@ -154,27 +168,30 @@ def shapes(draw: DrawFn, dtype: torch.dtype) -> Shape:
     heads, head_width = draw(
         st.sampled_from([(1, 8), (2, 4), (2, 8), (1, 16), (4, 4), (2, 16), (4, 8), (1, 9), (3, 5), (2, 7), (3, 3)])
     )
-    what = draw(st.sampled_from(["token", "patches", "all", *(["first two"] if tokens > 1 else [])]))
+    final_norm = draw(mostly("tokens", "vector", ""))
     forms = [form for form in FORMS if form != "upcast" or dtype != torch.float64]  # it is to float32
     form = draw(mostly("sdpa", "mha", *forms))
-    # A pool over one token, written out, is refused: its softmax over one key could be anything.
-    pools = ["", *(["all"] if tokens > 1 else []), *(["patches"] if tokens > prefix + 1 else [])]
+    pool = draw(mostly("", "all", "patches"))
+    read = draw(reads(depth, tokens, final_norm))
+    # A block that changes its input in place would change what the head reads of it.
+    last = pool != "" or read[0].depth == depth
     return Shape(
         depth, heads, head_width, prefix, grid,
         classes=draw(st.integers(2, 6)), channels=draw(mostly(1, 3)),
-        reads=(Read(depth, what),),  # the last block; the model and the textbook take any, and several
+        reads=read,
         token=0 if prefix and draw(st.booleans()) else draw(st.integers(0, tokens - 1)),
-        pool=draw(mostly(*pools)),
+        pool=pool,
         form=form, bias=draw(mostly(True, False)), mask=draw(mostly(False, True)), qk_norm=draw(mostly(False, True)),
         norm=draw(mostly("layer", "rms")),
         placement=draw(
             mostly("before", "after", "after the branch", "around the branch", "before and after", "parallel")
         ),
-        final_norm=draw(mostly("tokens", "vector", "")),
+        final_norm=final_norm,
         layer_scale=draw(mostly(False, True)),
         mlp=draw(mostly("gelu", "silu", "relu", "swiglu", "geglu")),
         dropout=draw(mostly(False, True)), tokens_first=draw(mostly(False, True)),
-        returns_tuple=draw(mostly(False, True)), in_place=draw(mostly(False, True)), frozen=draw(mostly(False, True)),
+        returns_tuple=draw(mostly(False, True)), in_place=last and draw(mostly(False, True)),
+        frozen=draw(mostly(False, True)),
         logit_scale=draw(mostly(1.0, 1e-6, 1e-12, 1e3)), seed=draw(st.integers(0, 999)),
     )  # fmt: skip
 
@@ -184,21 +201,22 @@ def asks(draw: DrawFn, classes: int) -> Ask:
     kind = draw(st.sampled_from(["int", "predicted", "list", "array", "difference", "function"]))
     if kind == "function":
         return Ask(kind, function=draw(st.sampled_from(list(FUNCTIONS))))
-    count = draw(st.integers(1, 3)) if kind in ("array", "difference") else 1
+    # As many as there are classes, all 0 or 1, would look like one-hot rows.
+    count = draw(st.integers(1, min(3, classes - 1))) if kind in ("array", "difference") else 1
     row = st.tuples(*[st.integers(0, classes - (2 if kind == "difference" else 1))] * count)
     rows = draw(st.lists(row, min_size=1 if kind == "int" else 4, max_size=1 if kind == "int" else 4))
     return Ask(kind, tuple(rows), tensor=draw(st.booleans()))
 
 
 @st.composite
-def how(draw: DrawFn, depth: int, features: int) -> Settings:
-    """Settings; `features` is 0 without autoencoders."""
+def how(draw: DrawFn, read: int, features: int) -> Settings:
+    """Settings; `read` is the first block that is read, counted from 1, and `features` 0 without autoencoders."""
     mode = draw(mostly("combined", "activation_only", "gradient_only", "no_sae", "shuffled"))
     return Settings(
         Gate(mode, draw(mostly(10.0, 2.0, 1.0, 0.5)), draw(mostly(1.0, 0.3, 3.0, -1.0))),
         method=draw(mostly("rollout", "input_x_gradient")),
         backward=draw(mostly("exact", "conservative")),
-        start_block=draw(st.integers(0, depth - 1)),
+        start_block=draw(st.integers(0, read - 1)),
         top_features=draw(st.integers(0, min(features, 5))) if mode not in ("gradient_only", "no_sae") else 0,
         signed=draw(mostly(False, True)), per_block=draw(mostly(False, True)), target_chunk=draw(mostly(8, 2, 1)),
     )  # fmt: skip
@@ -214,7 +232,8 @@ def cases(draw: DrawFn) -> Case:
         mostly(None, "layer_norm", "constant_norm"), st.integers(1, 20), st.booleans(),
     )  # fmt: skip
     saes = draw(st.just({}) | st.dictionaries(st.integers(0, shape.depth - 1), coder, max_size=2))
-    settings = draw(how(shape.depth, min((coder.features for coder in saes.values()), default=0)))
+    first = shape.depth if shape.pool else min(read.depth for read in shape.reads)
+    settings = draw(how(first, min((coder.features for coder in saes.values()), default=0)))
     saes = {block: saes[block] for block in sorted(saes) if block >= settings.start_block}
     settings = settings if saes else Settings(**{**vars(settings), "top_features": 0})
     ask = draw(asks(shape.classes))

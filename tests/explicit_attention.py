@@ -46,8 +46,8 @@ def problem(
 
 
 def explicit(
-    p: Problem, scale: float, bias: Tensor | None = None, *, image: Tensor | None = None, residual: bool = False,
-    signed: bool = False, dtype: torch.dtype = torch.float64,
+    p: Problem, scale: float, bias: Tensor | None = None, *, image: Tensor | None = None, signed: bool = False,
+    dtype: torch.dtype = torch.float64,
 ) -> Step:  # fmt: skip
     """Forward pass and one step backward in `dtype`, bias [B or 1, H or 1, Nq or 1, N or 1]."""
     q, k, v, grad_out = (t.to(dtype) for t in p[:4])
@@ -62,8 +62,7 @@ def explicit(
     dq, dk, dv, gradient = torch.autograd.grad(out, [q, k, v, attention], grad_out)
     weighted = (attention * gradient).detach()
     cbar = (weighted if signed else weighted.relu()).mean(1).to(p.row.dtype)
-    sent = p.gate * (p.row.unsqueeze(1) @ cbar).squeeze(1)
-    return Step(out.detach(), dq, dk, dv, p.row + sent if residual else sent)
+    return Step(out.detach(), dq, dk, dv, p.gate * (p.row.unsqueeze(1) @ cbar).squeeze(1))
 
 
 def relative(got: Tensor, want: Tensor) -> float:

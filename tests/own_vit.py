@@ -85,6 +85,14 @@ class Block(nn.Module):
         return (x, None) if self.returns == "tuple" else x
 
 
+def _by_keyword(block: nn.Module, x: Tensor, _positions: Tensor) -> Any:
+    return block(hidden_states=x)
+
+
+def _by_position(block: nn.Module, x: Tensor, _positions: Tensor) -> Any:
+    return block(x)
+
+
 class OwnViT(nn.Module):
     """Three blocks and a class token; `returns`: what blocks hand over, "tensor", "tuple" or "tokens first"."""
 
@@ -110,7 +118,7 @@ class OwnViT(nn.Module):
         self.pool = Attention("sdpa" if pool is None else pool, None)
         self.pools, self.returns = pool is not None, returns
         self.adds_in_place = adds_in_place
-        self.call = call or (lambda layer, x, _: layer(hidden_states=x) if by_keyword else layer(x))
+        self.call = call or (_by_keyword if by_keyword else _by_position)
 
     def forward(self, images: Tensor) -> Tensor:  # [B, 3, 16, 24] -> [B, 5]
         x = self.patches(images).flatten(2).transpose(1, 2)

@@ -208,18 +208,20 @@ class OwnPooling(nn.Module):
 
 
 @pytest.mark.parametrize("backend", ("native", "reference"))
-def test_a_wrapper_that_pools_otherwise_wants_another_layout(
+def test_a_wrapper_that_pools_otherwise_is_explained_from_what_it_reads(
     tiny_vit: Build, caplog: pytest.LogCaptureFixture, backend: Any
 ) -> None:
     tower, images = tiny_vit(fc_norm=False), torch.randn(2, *PIXELS)
     model = OwnPooling(tower)
-    Explainer(model, backend=backend)(images)
-    assert "depends on 6 token(s) of the last residual stream besides the pooled ones, such as 1" in caplog.text
+    got = Explainer(model, backend=backend)(images, 1)
+    assert "read 6 of the 7 tokens that block 2 hands on, from 1 to 6, not as the layout says" in caplog.text
     caplog.clear()
     layout = dataclasses.replace(find_layout(model), pooling="average", pooled=None)
-    got = Explainer(model, layout=layout, backend=backend)(images, 1)
+    told = Explainer(model, layout=layout, backend=backend)(images, 1)
     tower.global_pool = "avg"  # type: ignore[assignment]
-    torch.testing.assert_close(got.relevance, Explainer(tower, backend=backend)(images, 1).relevance)
+    want = Explainer(tower, backend=backend)(images, 1).relevance
+    torch.testing.assert_close(told.relevance, want)
+    torch.testing.assert_close(got.relevance, want)
     Explainer(tiny_vit(), backend=backend)(images)
     Explainer(tiny_vit(global_pool="map"), backend=backend)(images)
     assert caplog.text == ""

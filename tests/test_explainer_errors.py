@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from fga_fast.models.find import find_layout
 BAD_IMAGES: list[tuple[Any, str]] = [
     (torch.zeros(3, 32, 48), r"images: expected shape \[B, 3, 32, 48\], got \[3, 32, 48\]; add a batch dimension"),
     (torch.zeros(1, 1, 32, 48), r"images: expected shape .* got \[1, 1, 32, 48\]"),
-    (torch.zeros(1, 3, 32, 32), r"images: expected shape .* got \[1, 3, 32, 32\]"),
+    (torch.zeros(1, 3, 32, 32), "images: VisionTransformer takes images of 32 x 48 only, got 32 x 32; .*dynamic_img"),
     (torch.zeros(1, 3, 32, 48).double(), "images: expected dtype torch.float32 like the model, got torch.float64"),
     (torch.zeros(1, 3, 32, 48, dtype=torch.uint8), "images: expected dtype torch.float32"),
     (torch.zeros(1, 3, 32, 48, device="meta"), "images: expected device cpu like the model, got meta"),
@@ -40,6 +41,46 @@ def test_bad_weights_are_named(value: float, backend: Any, tiny_vit: Build) -> N
         model.blocks[1].mlp.fc1.weight[3, 2] = value  # type: ignore[index,union-attr]
     with pytest.raises(ValueError, match=r"model: weight 'blocks.1.mlp.fc1.weight' contains NaN or Inf"):
         Explainer(model, backend=backend)(torch.randn(1, *PIXELS))
+
+
+def test_weights_beyond_float16_are_said(tiny_vit: Build) -> None:
+    model = tiny_vit()
+    with torch.no_grad():
+        model.blocks[1].mlp.fc1.weight[3, 2] = 1e6  # type: ignore[index,union-attr]
+    with pytest.raises(ValueError, match=r"fc1\.weight' contains NaN or Inf; .* beyond 65504, where float16 ends"):
+        Explainer(model.half())(torch.randn(1, *PIXELS).half())
+
+
+def test_images_that_the_patches_do_not_fill(tiny_vit: Build) -> None:
+    explainer = Explainer(tiny_vit(dynamic_img_size=True))
+    assert explainer(torch.randn(1, 3, 48, 64)).grid == (3, 4)
+    with pytest.raises(ValueError, match=r"images: 40 x 64 pixels are no whole number of 16 x 16 patches .*; resize"):
+        explainer(torch.randn(1, 3, 40, 64))
+
+
+def test_a_model_that_resizes_its_images(tiny_vit: Build) -> None:
+    class Resizing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tower = tiny_vit()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.tower(nn.functional.interpolate(x, (32, 48)))  # type: ignore[no-any-return]
+
+    model, images = Resizing(), torch.randn(2, 3, 64, 96)
+    with pytest.raises(ValueError, match=r"32 x 48 only, got 64 x 96; .* if the model resizes .* image_size=None\)"):
+        Explainer(model)(images)
+    found = Explainer(model, layout=replace(find_layout(model), image_size=None))(images, 2)
+    want = Explainer(model.tower)(nn.functional.interpolate(images, (32, 48)), 2)
+    torch.testing.assert_close(found.relevance, want.relevance)
+    assert found.heatmap().shape == (2, 64, 96)
+
+
+def test_images_are_looked_at_once(tiny_vit: Build, caplog: pytest.LogCaptureFixture) -> None:
+    explainer, pixels = Explainer(tiny_vit()), 255 * torch.rand(1, *PIXELS)
+    explainer(pixels)
+    explainer(pixels)
+    assert [message for message in caplog.messages if "not normalised" in message] == caplog.messages[:1]
 
 
 def test_overflow_is_said(tiny_vit: Build) -> None:
@@ -173,7 +214,7 @@ def test_a_model_on_several_devices_or_of_several_dtypes_is_refused(tiny_vit: Bu
         Explainer(model)
     model = tiny_vit()
     model.head.to("meta")  # type: ignore[operator,union-attr]
-    with pytest.raises(ValueError, match=r"model: weight 'head.weight' is on meta, others on cpu"):
+    with pytest.raises(ValueError, match=r"model: weight 'head.weight' holds no values, it is on the meta device"):
         Explainer(model)
 
 

@@ -82,7 +82,7 @@ def test_fga_fast_commands_are_understood(page: Path) -> None:
         else:
             arguments = build_parser().parse_args(words)
             # An option with several values would swallow an image that comes after it.
-            assert words[0] != "explain" or arguments.model is None or arguments.image is not None, words
+            assert words[0] != "explain" or arguments.model is None or arguments.images, words
 
 
 def test_options_named_in_the_text_exist(capsys: pytest.CaptureFixture[str]) -> None:

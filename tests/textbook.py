@@ -5,6 +5,7 @@ The model itself writes down its maps and residual streams, autograd differentia
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -13,7 +14,7 @@ from drawn_vit import Book, DrawnViT, Part
 from torch import Tensor
 
 from fga_fast import SparseAutoencoder
-from fga_fast.settings import Settings
+from fga_fast.settings import Gate, Settings
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Page:
     """What the textbook says of one image and one value."""
 
     relevance: list[Sum] = field(default_factory=list)  # [P], at the entry of block start_block, of the next, ...
+    units: dict[int, float] = field(default_factory=dict)  # block -> what gates measure its scores in
     scores: dict[int, Sum] = field(default_factory=dict)  # block -> [P]
     contributions: dict[int, Sum] = field(default_factory=dict)  # block -> [P, F], whose sum is the score
 
@@ -55,7 +57,8 @@ class Textbook:
         page = Page()
         for block in saes:
             x, g = self._patches(book.outputs[block]), self._patches(d_outputs[block])
-            self._score(page, block, x, g, saes[block])
+            read = shape.pool or block < max(read.depth for read in shape.reads)
+            self._score(page, block, x if read else 0 * x, g, saes[block], bool(read))
         for entry in blocks if self.settings.per_block else blocks[:1]:
             if self.settings.method == "rollout":
                 page.relevance.append(self._rollout(d_maps, d_attended, gates, entry))
@@ -91,6 +94,7 @@ class Textbook:
 
     def _row(self, relevance: list[Tensor], gates: Mapping[int, Tensor], entry: int) -> Tensor:  # [N, N] each -> [P]
         shape = self.model.shape
+        whole = sum(read.weight for read in shape.reads)
         R, row = torch.eye(shape.tokens, dtype=torch.float64), torch.zeros(shape.tokens, dtype=torch.float64)
         for block in range(shape.depth):
             if block >= entry:
@@ -99,21 +103,25 @@ class Textbook:
                     C[:, shape.prefix :] *= gates[block]
                 R = R + C @ R
             for read in () if shape.pool else shape.reads:
-                if read.depth == block + 1:
+                if read.depth == block + 1 > entry:
                     start, stop = shape.span(read.what)
-                    row = row + read.weight * R[start:stop].mean(0)
+                    row = row + read.weight / whole * R[start:stop].mean(0)
         if shape.pool:
             start, stop = shape.span(shape.pool)
             row = relevance[-1][0] @ R[start:stop]
         return row[shape.prefix :]
 
     @torch.no_grad()
-    def _score(self, page: Page, block: int, x: Tensor, g: Tensor, sae: SparseAutoencoder) -> None:  # [P, C]
+    def _score(
+        self, page: Page, block: int, x: Tensor, g: Tensor, sae: SparseAutoencoder, read: bool
+    ) -> None:  # [P, C]; what is not read has no score
         gate = self.settings.gate
+        ratio = min(1.0, max(float(g.abs().max()) * 2**10, 2.0**-100))
+        page.units[block] = 1.0 if gate.mode == "activation_only" else 2.0 ** math.floor(math.log2(ratio))
         if gate.mode == "no_sae":
             page.scores[block] = Sum((x * g).sum(-1), (x * g).abs().sum(-1))
             return
-        codes = sae.encode(x)  # [P, F]
+        codes = sae.encode(x) * read  # [P, F]
         order = gate.decoder_permutation(sae.d_sae, x.device)
         decoder = sae.W_dec if order is None else sae.W_dec[order]
         h, size = g @ decoder.T, g.abs() @ decoder.abs().T  # [P, F]
@@ -124,9 +132,9 @@ class Textbook:
         page.scores[block], page.contributions[block] = Sum(c.sum(-1), scale.sum(-1)), Sum(c, scale)
 
 
-def gate_of(scores: Tensor, base: float, slope: float) -> Tensor:  # [..., P]
+def gate_of(scores: Tensor, gate: Gate) -> Tensor:  # [..., P]
     """base ** tanh(slope z), z = (s - med) / (1.4826 (MAD + 1e-8)), with lower medians."""
     middle = (scores.shape[-1] - 1) // 2
     s = scores - scores.sort(-1).values[..., middle : middle + 1]
     mad = s.abs().sort(-1).values[..., middle : middle + 1]
-    return base ** torch.tanh(slope * s / (1.4826 * (mad + 1e-8)))
+    return gate.base ** torch.tanh(gate.slope * s / (1.4826 * (mad + 1e-8)))

@@ -99,8 +99,8 @@ def relevance_rows(device: Device, ceilings: Ceilings) -> Iterator[Row]:
     for dtype in (torch.bfloat16, torch.float32):
         for images, tokens in ((1, 17),) if device.small else ((1, 197), (32, 197), (4, 1025), (1, 4097)):
             grad, q, k, v, row, gate, want = _attention_inputs(device, dtype, images, tokens)
-            options = (HEAD_WIDTH**-0.5, True, False, False, False)
-            out, lse, *_ = torch.ops.fga_fast.attention(q, k, v, row, None, options[0], True, True, False, False)
+            options = (HEAD_WIDTH**-0.5, False, False, False)
+            out, lse, *_ = torch.ops.fga_fast.attention(q, k, v, row, None, options[0], True, False, False)
             given = (grad, row, gate, q, k, v, None, out, lse, None)
             work = partial(_relevance, given, options)
             flops = 4.0 * images * HEADS * tokens**2 * HEAD_WIDTH  # q k^T and dO v^T
@@ -119,7 +119,7 @@ def _attention_inputs(device: Device, dtype: torch.dtype, images: int, tokens: i
     grad, q, k, v = (torch.randn(shape, device=device.kind).to(dtype).transpose(1, 2) for _ in range(4))
     row, gate = (torch.rand(images, tokens, device=device.kind) for _ in range(2))
     first = [t[:1].float() for t in (grad, q, k, v)]
-    want = reference.attention_backward(first[0], row[:1], gate[:1], *first[1:], None, HEAD_WIDTH**-0.5, True)[3]
+    want = reference.attention_backward(first[0], row[:1], gate[:1], *first[1:], None, HEAD_WIDTH**-0.5)[3]
     return grad, q, k, v, row, gate, want
 
 

@@ -92,12 +92,11 @@ void run_all(const std::vector<Item>& items) {
 template <class S>
 using Arithmetic = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
-// row_out = (row where residual) + gate * mean over heads of the messages [M, H, N].
+// row_out = gate * mean over heads of the messages [M, H, N].
 template <class A>
-void combine(const Tensor& messages, const Tensor& row, const std::optional<Tensor>& gate, bool residual, Tensor& out) {
+void combine(const Tensor& messages, const std::optional<Tensor>& gate, Tensor& out) {
   const int64_t heads = messages.size(1), keys = messages.size(2);
   const A* sent = static_cast<const A*>(messages.const_data_ptr());
-  const A* from = static_cast<const A*>(row.const_data_ptr());
   const A* w = gate ? static_cast<const A*>(gate->const_data_ptr()) : nullptr;
   A* to = static_cast<A*>(out.mutable_data_ptr());
   for (int64_t m = 0; m < messages.size(0); ++m)
@@ -105,7 +104,7 @@ void combine(const Tensor& messages, const Tensor& row, const std::optional<Tens
       A sum = 0;
       for (int64_t h = 0; h < heads; ++h) sum += sent[(m * heads + h) * keys + j];
       sum /= heads;
-      to[m * keys + j] = (residual ? from[m * keys + j] : A(0)) + (w ? w[m * keys + j] * sum : sum);
+      to[m * keys + j] = w ? w[m * keys + j] * sum : sum;
     }
 }
 
@@ -122,7 +121,7 @@ void check_images(const std::optional<Tensor>& image, int64_t rows, int64_t imag
 
 void check_backward(const Tensor& grad_out, const Tensor& row, const std::optional<Tensor>& gate, const Tensor& q,
                     const Tensor& k, const Tensor& v, const std::optional<Tensor>& bias, const Tensor& out,
-                    const Tensor& lse, const std::optional<Tensor>& image, bool residual) {
+                    const Tensor& lse, const std::optional<Tensor>& image) {
   const char* op = "attention_backward";
   check_qkv(op, q, k, v);
   check_bias(op, bias, q, k);
@@ -134,8 +133,6 @@ void check_backward(const Tensor& grad_out, const Tensor& row, const std::option
   check_shape(op, "lse", lse, {q.size(0), heads, queries});
   check_shape(op, "row", row, {rows, queries});
   if (gate) check_shape(op, "gate", *gate, {rows, keys});
-  STD_TORCH_CHECK(!residual || queries == keys, op, ": residual needs as many queries as keys, got ", queries, " and ",
-                  keys);
   for (auto [name, t] : {std::pair{"grad_out", &grad_out}, {"out", &out}}) {
     check_cpu(op, name, *t);
     check_type(op, name, *t, type);
@@ -185,8 +182,8 @@ std::tuple<Tensor, Tensor> attention_forward_cpu(const Tensor& q, const Tensor& 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
     const Tensor& grad_out, const Tensor& row, const std::optional<Tensor>& gate, const Tensor& q, const Tensor& k,
     const Tensor& v, const std::optional<Tensor>& bias, const Tensor& out, const Tensor& lse,
-    const std::optional<Tensor>& image, double scale, bool residual, bool is_signed, bool need_qk, bool need_v) {
-  check_backward(grad_out, row, gate, q, k, v, bias, out, lse, image, residual);
+    const std::optional<Tensor>& image, double scale, bool is_signed, bool need_qk, bool need_v) {
+  check_backward(grad_out, row, gate, q, k, v, bias, out, lse, image);
   const int64_t rows = grad_out.size(0), heads = q.size(1), queries = q.size(2), width = q.size(3), keys = k.size(2);
   const ScalarType type = q.scalar_type(), statistics = statistic_type(type);
   const auto contiguous = [](const std::optional<Tensor>& t) {
@@ -221,7 +218,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
       }
     }
     run_all(items);
-    combine<A>(messages, dense_row, dense_gate, residual, row_out);
+    combine<A>(messages, dense_gate, row_out);
   });
   return {dq, dk, dv, row_out};
 }

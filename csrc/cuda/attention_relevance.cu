@@ -187,8 +187,7 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const AttentionReleva
   for (int64_t head = 0; head < a.heads; ++head) sum += message[head * a.keys];
   sum /= static_cast<float>(a.heads);
   const int64_t i = row * a.keys + key;
-  if (a.gate != nullptr) sum *= a.gate[i];
-  a.row_out[i] = a.residual ? a.row[i] + sum : sum;
+  a.row_out[i] = a.gate != nullptr ? a.gate[i] * sum : sum;
 }
 
 constexpr int64_t kMostBlocks = 0x7fffffff;

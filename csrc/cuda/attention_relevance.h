@@ -43,7 +43,7 @@ struct AttentionRelevance {
   int64_t rows, images, heads, queries, keys;
   int width;  // a multiple of 8, at most kWidestHead
   float scale;
-  bool residual, is_signed;
+  bool is_signed;
 };
 
 // What one launch can take; the caller refuses more.
@@ -53,7 +53,7 @@ bool fits(const AttentionRelevance& a);
 // head; is_signed: without the relu. A row whose image index is out of range comes out NaN. Queues one kernel.
 void attention_messages(const AttentionRelevance& a, cudaStream_t stream);
 
-// row_out = (row where residual) + gate * mean over heads of messages. Queues one kernel.
+// row_out = gate * mean over heads of messages. Queues one kernel.
 void attention_combine(const AttentionRelevance& a, cudaStream_t stream);
 
 }  // namespace fga::cuda

@@ -1,6 +1,7 @@
 // Turns the relevance of patches into pictures, like Explanation.heatmap.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include <fga_fast/session.h>
 
@@ -44,16 +45,21 @@ void draw(const double* relevance, const std::array<int64_t, 2>& grid, const std
       large.push_back(std::clamp((1 - y.fraction) * upper + y.fraction * lower, floor, ceiling));
     }
   const auto [low, high] = std::minmax_element(large.begin(), large.end());
-  const T start = *low, range = *high - *low + static_cast<T>(1e-8);
-  std::transform(large.begin(), large.end(), out, [&](T value) { return static_cast<float>((value - start) / range); });
+  const T start = *low, range = *high - *low;
+  // What differs by rounding only is the same everywhere: 0.
+  const bool seen = range > 8 * std::numeric_limits<T>::epsilon() * std::max(-*low, *high);
+  std::transform(large.begin(), large.end(), out,
+                 [&](T value) { return seen ? static_cast<float>((value - start) / range) : 0.0F; });
 }
 
 template <class T>
 void draw_all(const Result& result, Heatmaps& heatmaps) {
+  const auto signal = result.more.find("signal");
+  const Array& shown = signal == result.more.end() ? result.relevance : signal->second;
   const auto rows = places_of<T>(result.grid[0], heatmaps.shape[1]);
   const auto columns = places_of<T>(result.grid[1], heatmaps.shape[2]);
   for (int64_t image = 0; image < heatmaps.shape[0]; ++image)
-    draw<T>(result.relevance.values.data() + image * result.grid[0] * result.grid[1], result.grid, rows, columns,
+    draw<T>(shown.values.data() + image * result.grid[0] * result.grid[1], result.grid, rows, columns,
             heatmaps.values.data() + image * heatmaps.shape[1] * heatmaps.shape[2]);
 }
 

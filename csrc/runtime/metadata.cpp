@@ -142,6 +142,7 @@ void read_outputs(const Reader& in, Metadata& m) {
     if (!seen.insert(name).second) in.fail("outputs", "every output once, got '" + name + "' again");
     if (shape.empty() || shape[0] != m.batch)
       in.fail("outputs", name + " with a row for each image, got " + shown(shape));
+    if (name == "signal") expected[name] = maps;  // only where the model pools patches
     const auto found = expected.find(name);
     if (found != expected.end() && shape != found->second)
       in.fail("outputs", name + " of shape " + shown(found->second) + ", got " + shown(shape));
@@ -164,8 +165,8 @@ std::string content_of(const std::string& path) {
 
 void read_entries(const Reader& in, Metadata& m) {
   in.one_of("format", {"fga_fast package"});
-  if (in.size("format_version") != 2)
-    in.fail("format_version", "2, got " + std::to_string(in.size("format_version")) +
+  if (in.size("format_version") != 3)
+    in.fail("format_version", "3, got " + std::to_string(in.size("format_version")) +
                                   "; export it again, or use the runtime of that version");
   m.device = in.one_of("device", {"cpu", "cuda"});
   m.dtype = in.one_of("dtype", {"float32", "float64", "bfloat16"});

@@ -8,6 +8,7 @@ from typing import get_args
 
 from fga_fast.cli.subject import Subject
 from fga_fast.explainer import Explainer
+from fga_fast.io.window import Window, check_window
 from fga_fast.settings import Backend, Backward, Gate, Method
 
 
@@ -16,6 +17,10 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", metavar="FILE", type=Path, help="weights of --model: safetensors, or .pt (tensors only)"
     )
+    parser.add_argument(
+        "--checkpoint-key", metavar="NAME",
+        help="where in --checkpoint the weights are, such as state_dict_ema, if it holds several models",
+    )  # fmt: skip
     parser.add_argument("--pretrained", action="store_true", help="let timm use its cache or download the weights")
     parser.add_argument("--random-weights", action="store_true", help="no weights, for timing; explains nothing")
     parser.add_argument(
@@ -42,6 +47,28 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--signed", action="store_true", help="keep what speaks against the class")
     parser.add_argument("--base", type=float, help="gates lie in [1/BASE, BASE] (default: 10; the demo's own: 2)")
+
+
+def add_window(parser: argparse.ArgumentParser) -> None:
+    """Adds what `window` reads."""
+    parser.add_argument(
+        "--window", nargs="+", metavar=("auto|LOW", "HIGH"),
+        help="the values that become black and white, for images of more than 8 bits and DICOM; auto: percentiles 0.5 "
+        "and 99.5 of each image (default: the range that the file defines, or an error)",
+    )  # fmt: skip
+
+
+def window(args: argparse.Namespace) -> Window | None:
+    """The window that `--window` gives."""
+    if args.window is None or args.window == ["auto"]:
+        return None if args.window is None else "auto"
+    try:
+        low, high = map(float, args.window)
+        check_window((low, high))
+    except ValueError:
+        given = " ".join(args.window)
+        raise ValueError(f"--window: expected auto, or LOW and HIGH with LOW < HIGH, got {given!r}") from None
+    return low, high
 
 
 def explainer(subject: Subject, args: argparse.Namespace, *, top_features: int = 0, ungated: bool = False) -> Explainer:

@@ -1,4 +1,4 @@
-"""`fga-fast explain`: one picture or a folder of them; without arguments the shipped fashion demo."""
+"""`fga-fast explain`: one picture or many; without arguments the shipped fashion demo."""
 
 from __future__ import annotations
 
@@ -7,19 +7,26 @@ import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
-from fga_fast.cli import arguments, report, ways
+from fga_fast.cli import arguments, files, report, ways
+from fga_fast.cli.drawing import Drawing
+from fga_fast.cli.ways import Way
 from fga_fast.io.atomic import check_writable_folder
-from fga_fast.io.images import ImageFileError, list_images, load_image
+from fga_fast.io.images import load_image
+from fga_fast.io.window import Window
+from fga_fast.result.explanation import Explanation
 
-_TIMED_RUNS = 5
+_TIMED_RUNS, _TIMED_SECONDS = 5, 0.3
+
+Picture: TypeAlias = tuple[Path, tuple[Image.Image, Tensor]]  # a file, what the model sees of it, [channels, H, W]
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -30,7 +37,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Writes a figure, explanation.json and relevance.safetensors (Explanation.load reads it). "
         "Without arguments: scenes of the shipped fashion demo.",
     )
-    parser.add_argument("image", nargs="?", type=Path, help="an image file or a folder of them (default: demo scenes)")
+    parser.add_argument(
+        "images", nargs="*", metavar="IMAGE",
+        help="image files, folders of them, or patterns such as 'scans/**/*.png' (default: demo scenes)",
+    )  # fmt: skip
     parser.add_argument("--model", metavar="TIMM_NAME", help="a timm model (default: the shipped fashion demo model)")
     parser.add_argument(
         "--package", type=Path, metavar="FILE.pt2",
@@ -42,6 +52,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--target", action="extend", nargs="+", default=[], metavar="N|NAME",
         help="classes to explain, by number, name or one of a name's comma-separated synonyms (default: likeliest)",
     )  # fmt: skip
+    arguments.add_window(parser)
     parser.add_argument("--out", type=Path, default=Path("fga-fast-out"), metavar="DIR", help="default: %(default)s")
     arguments.add_settings(parser)
     parser.add_argument(
@@ -52,32 +63,69 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> int:
-    """Explains what the arguments name; returns the exit code (1: some images of a folder could not be read)."""
+    """Explains what the arguments name; returns the exit code (1: some of several images could not be explained)."""
     _check(args)
-    paths = _paths(args)
-    many = args.image is not None and args.image.is_dir()
-    if many and args.out.resolve() == args.image.resolve():
+    paths, many, failed = _paths(args)
+    out = args.out.resolve()
+    if many and any(folder.resolve() == out for folder in {path.parent for path in paths}):
         raise ValueError(f"--out: {args.out} is the folder of the images themselves; name another one for the results")
     check_writable_folder(args.out)
-    way = ways.by_model(args) if args.package is None else ways.by_package(args)
-    writer = report.Writer(args.out, way, many)
-    failed: list[tuple[Path, str]] = []
-    milliseconds: dict[str, float | None] = {}
-    pictures = _pictures(paths, many, failed)
-    while group := list(itertools.islice(pictures, way.batch)):
-        views = [way.preprocess.view(picture) for _, picture in group]
-        images = torch.stack([way.preprocess.normalise(view) for view in views]).to(way.like)
-        if not milliseconds:
-            milliseconds["milliseconds"] = _median(way.timed, images[:1])
-            milliseconds["milliseconds_forward_pass"] = way.forward and _median(way.forward, images[:1])
-        for (path, _), view, explanation in zip(group, views, way.explain(images).to("cpu"), strict=True):
-            writer.add(path, view, explanation, milliseconds)
-    writer.finish(failed)
+    window = arguments.window(args)
+    with Drawing(len(paths) if many else 1) as drawing:
+        way = ways.by_model(args) if args.package is None else ways.by_package(args)
+        writer = report.Writer(args.out, way, drawing, many)
+        milliseconds: dict[str, float | None] = {}
+        noted = failed if many else None
+        for pictures in _batches(way, paths, window, noted):
+            batch = torch.stack([image for _, (_, image) in pictures]).to(way.like)
+            if not milliseconds:
+                milliseconds["milliseconds"] = _median(way.timed, batch[:1])
+                milliseconds["milliseconds_forward_pass"] = way.forward and _median(way.forward, batch[:1])
+            for number, explanation in _explanations(way, batch, [path for path, _ in pictures], noted):
+                path, (view, _) = pictures[number]
+                writer.add(path, view, explanation, milliseconds)
+    writer.finish(len(failed))
     for path, reason in failed:
         print(f"fga-fast: left out {path.name}: {reason}", file=sys.stderr)
     if failed:
-        print(f"fga-fast: {len(failed)} of {len(paths)} image(s) could not be explained", file=sys.stderr)
+        total = len(paths) + sum(path not in paths for path, _ in failed)
+        print(f"fga-fast: {len(failed)} of {total} image(s) could not be explained", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _batches(
+    way: Way, paths: Sequence[Path], window: Window | None, failed: files.Failed | None
+) -> Iterator[list[Picture]]:
+    """Groups of pictures of `way.batch`; unreadable ones are noted in `failed`, or end the run if it is None."""
+
+    def load(path: Path) -> tuple[Image.Image, Tensor]:
+        view = way.preprocess.view(load_image(path, window))
+        return view, way.preprocess.normalise(view)
+
+    with tqdm(total=len(paths), unit="image", desc="explaining", disable=failed is None) as bar:
+        pictures = files.read(paths, load, 2 * way.batch, failed)
+        while group := list(itertools.islice(pictures, way.batch)):
+            yield group
+            bar.update(len(group))
+
+
+def _explanations(
+    way: Way, batch: Tensor, paths: Sequence[Path], failed: files.Failed | None
+) -> Iterator[tuple[int, Explanation]]:  # batch [B, channels, H, W]
+    """Explanations by number; where the batch fails, of each image alone, so that one does not cost the others."""
+    try:
+        yield from enumerate(way.explain(batch).to("cpu"))
+        return
+    except ValueError:  # such as NaN in the logits of one image
+        if failed is None:
+            raise
+    for number, path in enumerate(paths):
+        try:
+            explanation = way.explain(batch[number : number + 1]).to("cpu")
+        except ValueError as error:
+            failed.append((path, str(error)))
+        else:
+            yield number, explanation
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -87,50 +135,35 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--top-features: expected at least 0, got {args.top_features}")
     if args.package is None:
         return
-    takes = {"image", "package", "target", "out", "run", "default_of", "traceback"}
+    takes = {"images", "package", "target", "window", "out", "run", "default_of", "traceback"}
     other = [name for name in vars(args) if name not in takes and getattr(args, name) != args.default_of(name)]
     if other:
         listed = ", ".join("--" + name.replace("_", "-") for name in other)
-        raise ValueError(f"{listed}: the package has its own; give only IMAGE, --target and --out with --package")
+        raise ValueError(
+            f"{listed}: the package has its own; give only IMAGE, --target, --window and --out with --package"
+        )
 
 
-def _paths(args: argparse.Namespace) -> list[Path]:
-    if args.image is None:
-        if args.model is not None or args.package is not None:
-            raise ValueError(
-                "IMAGE: expected an image file or a folder to explain with --model or --package, got none; IMAGE comes "
-                "first, before --sae and --target, which take all words that follow them"
-            )
-        from fga_fast.assets import fashion_scenes
+def _paths(args: argparse.Namespace) -> files.Found:
+    if args.images:
+        return files.find(args.images, args.out)
+    if args.model is not None or args.package is not None:
+        raise ValueError(
+            "IMAGE: expected an image file or a folder to explain with --model or --package, got none; IMAGE comes "
+            "first, before --sae and --target, which take all words that follow them"
+        )
+    from fga_fast.assets import fashion_scenes
 
-        return list(fashion_scenes())[: report.SHEET_IMAGES]
-    if args.image.is_dir():
-        return list_images(args.image)
-    if not args.image.exists():
-        raise FileNotFoundError(f"IMAGE: no file or folder {args.image}; expected an image file or a folder of them")
-    return [args.image]
+    return files.Found(list(fashion_scenes())[: report.SHEET_IMAGES], False, [])
 
 
-def _pictures(paths: list[Path], many: bool, failed: list[tuple[Path, str]]) -> Iterator[tuple[Path, Image.Image]]:
-    """Reads the pictures; a broken file of a folder is noted in `failed` instead of ending the run."""
-    for path in tqdm(paths, unit="image", desc="explaining", disable=not many):
-        try:
-            picture = load_image(path)
-        except (ImageFileError, OSError) as error:
-            if not many:
-                raise
-            failed.append((path, str(error)))
-        else:
-            yield path, picture
-
-
-def _median(action: Callable[[torch.Tensor], Any], image: torch.Tensor) -> float:  # [1, channels, H, W]
-    """The median of some runs after a warm-up, in milliseconds."""
-    times = []
-    for _ in range(_TIMED_RUNS + 1):
+def _median(action: Callable[[Tensor], Any], image: Tensor) -> float:  # [1, channels, H, W]
+    """The median of some runs after a warm-up, in milliseconds; fewer runs of a slow action."""
+    times: list[float] = []
+    while len(times) < 2 or (len(times) <= _TIMED_RUNS and sum(times) < _TIMED_SECONDS):
         start = time.perf_counter()
         action(image)
         if image.is_cuda:
             torch.cuda.synchronize(image.device)
         times.append(time.perf_counter() - start)
-    return round(1000 * statistics.median(times[1:]), 3)
+    return float(f"{1000 * statistics.median(times[1:]):.4g}")

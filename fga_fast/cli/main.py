@@ -24,6 +24,17 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; images may stand after options, which argparse alone does not take before Python 3.13."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(args, "images") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.images = [*args.images, *rest]
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
@@ -33,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 done; 1 done, but some images failed; 2 wrong arguments or input, said on stderr; 130 interrupted.
     """
-    args = build_parser().parse_args(argv)
+    args = _parsed(argv)
     try:
         code: int = args.run(args)
     except KeyboardInterrupt:

@@ -9,27 +9,36 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from fga_fast.cli.drawing import Drawing, strip
 from fga_fast.cli.ways import Way
 from fga_fast.io.atomic import atomic_write
+from fga_fast.io.window import READ
 from fga_fast.result.explanation import Explanation
 
 SHEET_IMAGES = 24
-_TILE, _CAPTION, _MARGIN = 168, 24, 10  # pixels
+_SHEET, _MARGIN = "contact_sheet.png", 10  # pixels
 
 
 class Writer:
     """Takes explanations one image at a time and writes them, the same files for every way to explain.
 
-    One image goes into the folder itself. Of several each goes into a folder of its own, named like the file; for the
-    demo only the first is written out in full. The contact sheet shows the first 24.
+    One image goes into the folder itself. Of several each goes into a folder of its own, named like the file; a name
+    that another file has as well gets a number. For the demo only the first is written out in full. The contact sheet
+    shows the first 24.
+
+    Args:
+        drawing: draws the figures.
+        many: whether each image gets a folder.
     """
 
-    def __init__(self, out: Path, way: Way, many: bool) -> None:
+    def __init__(self, out: Path, way: Way, drawing: Drawing, many: bool) -> None:
         self.out, self.way, self.many = out, way, many
+        self._drawing = drawing
         self._sheet: list[Image.Image] = []
         self._count = 0
+        self._taken = {_SHEET}  # in small letters, since some file systems do not tell them from large ones
 
     def add(self, path: Path, view: Image.Image, explanation: Explanation, milliseconds: dict[str, Any]) -> None:
         """Reports one image and its targets, relevance [1, P] or [1, K, P].
@@ -37,35 +46,54 @@ class Writer:
         `view` is what the model saw, `milliseconds` what the JSON says about the time for one image and one target.
         """
         self._count += 1
-        facts = self._facts(path, explanation, milliseconds)
+        facts = self._facts(path, view, explanation, milliseconds)
+        captions = [*map(_caption, facts["explained"])]
         if len(self._sheet) < SHEET_IMAGES:
-            self._sheet.append(_strip(view, explanation, facts))
+            self._sheet.append(strip(view, explanation, captions))
         if self._count > 1 and not self.many:
             return
-        folder = self.out / path.name if self.many else self.out
+        folder = self.out / self._name(path) if self.many else self.out
         folder.mkdir(exist_ok=True)
         atomic_write(folder / "explanation.json", (json.dumps(facts, indent=2, allow_nan=False) + "\n").encode())
         explanation.save(folder / "relevance.safetensors")
-        atomic_write(folder / "figure.png", self._figure(view, explanation, facts))
+        self._drawing.add(folder, view, captions)
         if not self.many:
             _print_head(facts)
             _print_image(facts)
 
-    def finish(self, failed: list[tuple[Path, str]]) -> None:
-        """Writes what needs all images, and says where everything is."""
+    def _name(self, path: Path) -> str:
+        name, number = path.name, 1
+        while name.casefold() in self._taken:
+            number += 1
+            name = f"{path.stem}-{number}{path.suffix}"
+        self._taken.add(name.casefold())
+        return name
+
+    def finish(self, left_out: int) -> None:
+        """Writes what needs all images, and says where everything is; call it when all figures are drawn."""
         written = ["figure.png", "explanation.json", "relevance.safetensors"]
         if len(self._sheet) > 1:
-            atomic_write(self.out / "contact_sheet.png", _png(self._contact_sheet()))
-            written.append("contact_sheet.png")
+            buffer = io.BytesIO()
+            self._contact_sheet().save(buffer, format="PNG")
+            atomic_write(self.out / _SHEET, buffer.getvalue())
+            written.append(_SHEET)
+        if self._drawing.plain:
+            note = "matplotlib is missing, so figure.png shows overlays alone; pip install 'fga_fast[plot]'"
+            print(f"fga-fast: {note}", file=sys.stderr)
         if self.many:
-            print(f"explained {self._count} image(s), left out {len(failed)}; one folder each in {self.out}")
+            print(f"explained {self._count} image(s), left out {left_out}; one folder each in {self.out}")
         else:
             print(f"\nwrote {', '.join(written)} into {self.out}")
 
-    def _facts(self, path: Path, explanation: Explanation, milliseconds: dict[str, Any]) -> dict[str, Any]:
+    def _facts(
+        self, path: Path, view: Image.Image, explanation: Explanation, milliseconds: dict[str, Any]
+    ) -> dict[str, Any]:
         return {
             "image": str(path),
+            "read_as": view.info[READ],
             "model": self.way.name,
+            "weights": self.way.weights,
+            "notices": list(explanation.notices),
             "backend": explanation.backend,
             "backend_reason": explanation.backend_reason,
             "image_size": explanation.image_size,
@@ -89,31 +117,19 @@ class Writer:
             "name": f"class {target}" if explanation.names is None else explanation.names[target],
             "logit": float(logits[target]),
             "probability": None if chances is None else float(chances[target]),
-            "strongest_patch": divmod(int(explanation.relevance.flatten(0, -2)[k].argmax()), explanation.grid[1]),
+            "strongest_patch": divmod(int(explanation.shown.flatten(0, -2)[k].argmax()), explanation.grid[1]),
             "top_features": {
                 str(block): [pair._asdict() for pair in listed.get(block, [])] for block in sorted(explanation.gates)
             },
         }
-
-    def _figure(self, view: Image.Image, explanation: Explanation, facts: dict[str, Any]) -> bytes:
-        try:
-            figure = explanation.plot(view, class_names={row["target"]: _caption(row) for row in facts["explained"]})
-        except ImportError:
-            if self._count == 1:
-                note = "matplotlib is missing, so figure.png shows overlays alone; pip install 'fga_fast[plot]'"
-                print(f"fga-fast: {note}", file=sys.stderr)
-            return _png(_strip(view, explanation, facts))
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
-        return buffer.getvalue()
 
     def _contact_sheet(self) -> Image.Image:
         columns = 2 if len(self._sheet) > 3 else 1
         rows = math.ceil(len(self._sheet) / columns)
         width, height = self._sheet[0].width + 2 * _MARGIN, self._sheet[0].height + _MARGIN
         sheet = Image.new("RGB", (columns * width, rows * height + _MARGIN), "white")
-        for number, strip in enumerate(self._sheet):
-            sheet.paste(strip, (number % columns * width + _MARGIN, number // columns * height + _MARGIN))
+        for number, row in enumerate(self._sheet):
+            sheet.paste(row, (number % columns * width + _MARGIN, number // columns * height + _MARGIN))
         return sheet
 
 
@@ -121,21 +137,24 @@ def _print_head(facts: dict[str, Any]) -> None:
     (height, width), (rows, columns) = facts["image_size"], facts["grid"]
     blocks = ", ".join(map(str, facts["gated_blocks"]))
     taken, forward = facts["milliseconds"], facts["milliseconds_forward_pass"]
-    ratio = "" if forward is None else f"{taken / max(forward, 1e-9):.1f} times the plain forward pass, "
+    ratio = "" if forward is None else f"{_short(taken / max(forward, 1e-9), 2)} times the plain forward pass, "
     why = f" ({facts['backend_reason']})" if facts["backend_reason"] else ""
     print(f"model    {facts['model']}, {height} x {width} px, grid {rows} x {columns} patches")
     print(f"method   {f'FGA, gates after block {blocks}' if blocks else 'TransMM, no autoencoder given'}")
-    print(f"time     {taken:.1f} milliseconds a target, {ratio}backend {facts['backend']}{why}")
+    print(f"time     {_short(taken)} milliseconds a target, {ratio}backend {facts['backend']}{why}")
 
 
 def _print_image(facts: dict[str, Any]) -> None:
     print(f"\n{Path(facts['image']).name}")
+    if facts["read_as"]["values"] is not None:
+        low, high = facts["read_as"]["window"]
+        print(f"  black {low:g}, white {high:g} ({facts['read_as']['window_from']})")
     for row in facts["explained"]:
         number = f"class {row['target']}"
         named = number if row["name"] == number else f"{row['name']} ({number})"
-        chance = "" if row["probability"] is None else f"probability {row['probability']:.3f}, "
+        chance = "" if row["probability"] is None else f"probability {_short(row['probability'])}, "
         patch = "row {}, column {}".format(*row["strongest_patch"])
-        print(f"  {named}: logit {row['logit']:.3f}, {chance}strongest patch {patch}")
+        print(f"  {named}: logit {_short(row['logit'])}, {chance}strongest patch {patch}")
         for block, features in row["top_features"].items():
             if features:
                 listed = "  ".join(f"{one['feature']} ({one['contribution']:+.3g})" for one in features)
@@ -145,34 +164,10 @@ def _print_image(facts: dict[str, Any]) -> None:
 def _caption(row: dict[str, Any]) -> str:
     """A target's first name, and its probability where that is known."""
     name: str = row["name"].split(",")[0]
-    return name if row["probability"] is None else f"{name[:18]}  {row['probability']:.2f}"
+    return name if row["probability"] is None else f"{name[:15]}  {_short(row['probability'], 2)}"
 
 
-def _strip(view: Image.Image, explanation: Explanation, facts: dict[str, Any]) -> Image.Image:
-    """One row of tiles: the picture, then one overlay for each target, with captions below."""
-    tile = (_TILE, _TILE * view.height // view.width)
-    large = view.convert("RGB").resize(tile, Image.Resampling.BICUBIC)
-    grey = large.convert("L").convert("RGB")  # so that all colour in an overlay is the heat map's
-    overlays = explanation.overlay(grey, alpha=0.55).flatten(0, -4)  # [K, H, W, 3]
-    tiles = [large, *(Image.fromarray(one.numpy()) for one in overlays)]
-    captions = ["image", *map(_caption, facts["explained"])]
-    strip = Image.new("RGB", (len(tiles) * (_TILE + 4) - 4, tile[1] + _CAPTION), "white")
-    draw = ImageDraw.Draw(strip)
-    for number, (picture, caption) in enumerate(zip(tiles, captions, strict=True)):
-        strip.paste(picture, (number * (_TILE + 4), 0))
-        draw.text((number * (_TILE + 4) + 2, tile[1] + 4), caption[:24], fill="black", font=_font())
-    return strip
-
-
-def _font() -> Any:
-    try:
-        return ImageFont.load_default(13)
-    except TypeError:  # Pillow below 10.1 has one size only
-        return ImageFont.load_default()
-
-
-def _png(picture: Image.Image) -> bytes:
-    """The picture as a PNG file's content."""
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    return buffer.getvalue()
+def _short(value: float, digits: int = 4) -> str:
+    """A number to read: its first digits however small it is, and no power of ten where it is large."""
+    text = f"{value:.{digits}g}"
+    return f"{value:.0f}" if "e+" in text else text

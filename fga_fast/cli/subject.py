@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ class Subject:
     class_names: Sequence[str] | None  # one for each logit, if known
     multi_label: bool  # probabilities are sigmoids of single logits rather than a softmax
     gate_base: float = 10.0  # gates lie in [1/gate_base, gate_base] unless the user says otherwise
+    weights: dict[str, Any] | None = None  # the checkpoint: its file, what it has before the names, what was left out
 
 
 def target_number(given: str, classes: int, names: Sequence[str] | None) -> int:
@@ -51,7 +53,7 @@ def load_subject(args: argparse.Namespace) -> Subject:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device: got {args.device!r}, but torch sees no CUDA device; leave it out to use the CPU")
     if args.model is None:
-        for name in ("checkpoint", "pretrained", "random_weights"):
+        for name in ("checkpoint", "checkpoint_key", "pretrained", "random_weights"):
             if getattr(args, name):
                 flag = "--" + name.replace("_", "-")
                 raise ValueError(f"{flag}: expected --model TIMM_NAME with it; without --model the demo is explained")
@@ -91,7 +93,7 @@ def _fashion_subject() -> Subject:
 
 def _timm_subject(args: argparse.Namespace) -> Subject:
     timm: Any = import_timm()
-    model = _timm_model(args, timm)
+    model, weights = _timm_model(args, timm)
     data = timm.data.resolve_model_data_config(model)
     preprocess = Preprocess(
         image_size=tuple(data["input_size"][-2:]),
@@ -103,13 +105,15 @@ def _timm_subject(args: argparse.Namespace) -> Subject:
     )
     subset = timm.data.infer_imagenet_subset(model)
     names = None if subset is None else timm.data.ImageNetInfo(subset).label_descriptions()
-    return Subject(args.model, model, preprocess, {}, names, multi_label=False)
+    return Subject(args.model, model, preprocess, {}, names, multi_label=False, weights=weights)
 
 
-def _timm_model(args: argparse.Namespace, timm: Any) -> nn.Module:
+def _timm_model(args: argparse.Namespace, timm: Any) -> tuple[nn.Module, dict[str, Any] | None]:
     name = args.model
     if not timm.is_model(name.split(".")[0]):
         raise ValueError(f"--model: timm has no model {name!r}; timm.list_models('vit*') lists what it has")
+    if args.checkpoint_key is not None and args.checkpoint is None:
+        raise ValueError("--checkpoint-key: expected --checkpoint FILE with it")
     given = [args.checkpoint is not None, args.pretrained, args.random_weights]
     if sum(given) > 1:
         raise ValueError("--checkpoint, --pretrained, --random-weights: expected one of them, got several; choose one")
@@ -117,18 +121,21 @@ def _timm_model(args: argparse.Namespace, timm: Any) -> nn.Module:
         raise ValueError(_no_weights(name))
     if args.pretrained:
         try:
-            return _create(timm, name, pretrained=True)
+            return _create(timm, name, pretrained=True), None
         except Exception as error:  # hub clients raise many kinds for a missing network
             raise ValueError(f"--pretrained: timm could not get the weights ({error}).\n{_no_weights(name)}") from error
     if args.random_weights:
         torch.manual_seed(0)
-        return _create(timm, name, pretrained=False)
-    checkpoint = Checkpoint(args.checkpoint)
+        return _create(timm, name, pretrained=False), None
+    checkpoint = Checkpoint(args.checkpoint, args.checkpoint_key)
     # A fine-tuned model's own number of classes; a mismatch anywhere else is reported by load_into.
-    head = checkpoint.shapes.get("head.weight")
+    head = checkpoint.shape("head.weight")
     model = _create(timm, name, pretrained=False, **({"num_classes": head[0]} if head else {}))
-    checkpoint.load_into(model)
-    return model
+    prefix, left_out = checkpoint.load_into(model)
+    if prefix:
+        rest = f"; left out: {', '.join(left_out)}" if left_out else ""
+        print(f"fga-fast: --checkpoint: took the weights under {prefix!r}{rest}", file=sys.stderr)
+    return model, {"file": str(args.checkpoint), "prefix": prefix, "left_out": left_out}
 
 
 def _create(timm: Any, name: str, **settings: Any) -> nn.Module:

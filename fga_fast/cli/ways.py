@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class Way:
     explain: Callable[[Tensor], Explanation]  # images [B, channels, H, W] -> one target an image, or K
     timed: Callable[[Tensor], object]  # explains one image and one target, without the ungated explanation beside it
     forward: Callable[[Tensor], object] | None  # the model's forward pass alone; None where there is none
+    weights: dict[str, Any] | None = None  # where a checkpoint's weights were found, see `Subject`
 
 
 def by_model(args: argparse.Namespace) -> Way:
@@ -59,7 +60,7 @@ def by_model(args: argparse.Namespace) -> Way:
 
     return Way(
         subject.name, subject.preprocess, subject.multi_label, explainer.settings.gate.base, args.batch_size, blank,
-        explain, lambda image: timed(image, one), forward,
+        explain, lambda image: timed(image, one), forward, subject.weights,
     )  # fmt: skip
 
 

@@ -26,7 +26,6 @@ def attention(
     scale: float,
     bias: Tensor | None = None,  # broadcastable to [B, H, Nq, N]
     gated: bool = False,
-    residual: bool = True,
     signed: bool = False,
     constant_map: bool = False,
 ) -> tuple[Tensor, None, Tensor, Tensor]:
@@ -38,7 +37,7 @@ def attention(
     """
     if bias is not None and bias.requires_grad:
         raise ValueError("attention: bias has no gradient here; detach it, or write the attention out with a softmax")
-    settings = (scale, gated, residual, signed, constant_map)
+    settings = (scale, gated, signed, constant_map)
     out, carried, port = _Attention.apply(q, k, v, carrier, bias, *settings)  # type: ignore[no-untyped-call]
     return out, None, carried, port
 
@@ -47,10 +46,10 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, carrier: Tensor, bias: Tensor | None, scale: float, gated: bool,
-        residual: bool, signed: bool, constant_map: bool,
+        signed: bool, constant_map: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         ctx.save_for_backward(q, k, v, *([] if bias is None else [bias]))
-        ctx.scale, ctx.gated, ctx.residual, ctx.signed = scale, gated, residual, signed
+        ctx.scale, ctx.gated, ctx.signed = scale, gated, signed
         ctx.need_qk, ctx.need_v = any(ctx.needs_input_grad[:2]) and not constant_map, ctx.needs_input_grad[2]
         ctx.dtype = carrier.dtype
         ctx.set_materialize_grads(False)
@@ -62,7 +61,9 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, *bias = ctx.saved_tensors
         grad_out, row, gate = grads
-        if ctx.gated and gate is None:
+        if grad_out is None and row is None:  # a backward pass that ends above
+            return (None,) * len(ctx.needs_input_grad)
+        if ctx.gated and gate is None and row is not None:
             raise RuntimeError("attention: no gate arrived at the port of an attention called with gated=True")
         if grad_out is None:
             grad_out = q.new_zeros(*q.shape[:-1], v.shape[-1])
@@ -88,9 +89,8 @@ class _Attention(torch.autograd.Function):
                 dq.append(ds @ k)
                 dk = dk + ds.transpose(-2, -1) @ q[:, :, part]
         assert isinstance(message, Tensor)  # there is at least one query
-        message = message if gate is None else gate * message
-        leaving = row + message if ctx.residual else message
-        none = (None,) * 6
+        leaving = message if gate is None else gate * message
+        none = (None,) * 5
         d_qk = (torch.cat(dq, dim=-2), dk) if ctx.need_qk else (None, None)
         return *d_qk, dv if ctx.need_v else None, leaving, *none
 

@@ -54,22 +54,37 @@ class Plan:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """Any parameter of the explained tower; it tells the device and the dtype."""
-        return next((self.layout.tower or self.model).parameters())
+        """A weight that tells the device and the dtype of the explained tower."""
+        return checks.typical_weight(self.model, self.layout)
 
     def choice(self) -> backends.Choice:
         """The backend for the model's device and dtype. Both may have changed since the last call."""
         return backends.choose(self.settings.backend, self.parameter.device, self.parameter.dtype)
 
     def layout_for(self, images: object) -> ModelLayout:
-        """The layout; if the tower takes several image sizes, the layout for images of this size."""
-        size = tuple(images.shape[-2:]) if isinstance(images, Tensor) else ()
-        if not self.found or len(size) != 2 or self.layout.image_size in (None, size):
+        """The layout; if the tower takes several image sizes, the layout for images of this size.
+
+        Raises:
+            ValueError: the tower does not take images of this size; the message says what to do.
+        """
+        if not self.found or not isinstance(images, Tensor) or images.dim() != 4:
+            return self.layout
+        height, width = images.shape[-2:]
+        right = images.shape[1] == self.layout.in_chans and height and width
+        if not right or self.layout.image_size in (None, (height, width)):
             return self.layout
         try:
-            return find_layout(self.model, (int(size[0]), int(size[1])))
-        except ValueError:  # the tower takes one size; the check of the images will name it
-            return self.layout
+            return find_layout(self.model, (height, width))
+        except ValueError as error:
+            hint = (
+                ""
+                if self.model is self.layout.tower
+                else (
+                    "; if the model resizes images itself, pass layout=dataclasses.replace(find_layout(model), "
+                    "image_size=None)"
+                )
+            )
+            raise ValueError(f"images: {str(error).removeprefix('image_size: ')}{hint}") from None
 
     def check(self, images: Tensor) -> ModelLayout:
         """The layout for these images. Checks the images, and what may have changed since the plan was made.
@@ -78,9 +93,13 @@ class Plan:
             TypeError, ValueError: the model is in train mode or does not take such images, or an SAE was moved.
         """
         checks.check_eval(self.model)
+        if self.parameter.is_meta:  # offloaded since the plan was made
+            checks.check_present(self.model)
         layout = self.layout_for(images)
         checks.check_images(images, layout.in_chans, layout.image_size, self.parameter)
         checks.check_saes(self.saes, self.layout, self.parameter)
+        if not self.found and len(images) == layout.tokens > 1:  # a swap of the two would go unnoticed
+            checks.probe_layout(layout, self.readout.run, images[:1])
         return layout
 
     def without_saes(self) -> Plan:
@@ -108,14 +127,18 @@ def make_plan(
     checks.check_layout(layout, model)
     checks.check_weights(model, layout)
     saes = {} if saes is None else saes
-    checks.check_saes(saes, layout, next((layout.tower or model).parameters()))
+    checks.check_saes(saes, layout, checks.typical_weight(model, layout))
     ordered = {int(block): saes[block] for block in sorted(saes)}
     checks.check_fit(settings, ordered, layout)
     _warn(settings, ordered, layout)
     cpu = torch.device("cpu")
     permutations = {block: settings.gate.decoder_permutation(sae.d_sae, cpu) for block, sae in ordered.items()}
-    plan = Plan(model, layout, found, Readout(model, class_names, tokenizer), ordered, settings, permutations)
+    readout = Readout(model, class_names, tokenizer, layout)
+    plan = Plan(model, layout, found, readout, ordered, settings, permutations)
     plan.choice()  # raises now if the backend cannot run
+    if not found and layout.image_size is not None:
+        images = plan.parameter.new_zeros(2 if layout.tokens != 2 else 3, layout.in_chans, *layout.image_size)
+        checks.probe_layout(layout, plan.readout.run, images.detach())
     return plan
 
 

@@ -15,7 +15,7 @@ from fga_fast.engine.backends import Stages
 from fga_fast.precision import relevance_dtype
 from fga_fast.sae import SparseAutoencoder
 from fga_fast.sae.features import TopFeatures
-from fga_fast.settings import Gate
+from fga_fast.settings import SMALL_GRADIENT, Gate
 
 
 @dataclass
@@ -58,9 +58,19 @@ class Gating:
         if inverse is not None and self.gate.mode != "activation_only":  # all other scores are linear in g
             scores = scores * inverse.unsqueeze(-1)
             features[1], features[3] = features[1] * inverse[..., None, None], features[3] * inverse.unsqueeze(-1)
-        gates = self.stages.gate(scores, self.gate.base, self.gate.slope)
+        gates = self.stages.gate(scores / self._unit(g, inverse), self.gate.base, self.gate.slope)
         recorded = (scores, gates, *(features if self.top_features else ()))
         return torch.cat([gates.new_ones(len(x), prefix), gates], dim=1), recorded
+
+    def _unit(self, g: Tensor, inverse: Tensor | None) -> Tensor:  # [B, P, C], [B] -> [B, 1]
+        """What scores are measured in: 1, or less where gradients are tiny, so that the constant beside the MAD in the
+        gate does not drown small signals. A power of two, so the division is exact.
+        """
+        largest = g.abs().amax((-1, -2)).to(relevance_dtype(g.dtype))
+        if inverse is not None:
+            largest = largest * inverse
+        unit = torch.exp2((largest / SMALL_GRADIENT).clamp(2.0**-100, 1).log2().floor()).unsqueeze(-1)
+        return torch.ones_like(unit) if self.gate.mode == "activation_only" else unit
 
     @staticmethod
     def read(recorded: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, TopFeatures | None]:

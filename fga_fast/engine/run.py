@@ -12,10 +12,10 @@ from torch import Tensor
 
 from fga_fast.engine.plan import Plan
 from fga_fast.engine.records import Gating, gated_map
-from fga_fast.engine.tape import Tape
+from fga_fast.engine.tape import Found, Tape
 from fga_fast.models.checks import check_finite
 from fga_fast.models.layout import ModelLayout
-from fga_fast.models.pooling import check_pooling
+from fga_fast.models.naming import differentiating, running
 from fga_fast.precision import relevance_dtype
 from fga_fast.question.readout import Answer, Tensors
 from fga_fast.sae.features import TopFeatures
@@ -28,6 +28,7 @@ def explain(
     answer: Callable[[Tensor], Answer],
     *,
     look_at_values: bool = True,
+    as_laid_out: bool = False,
     first: bool = False,
 ) -> Tensors:
     """Explains images with any backend but the reference.
@@ -36,37 +37,82 @@ def explain(
         layout: the result of `plan.check(images)`.
         answer: from the model's output to the explained values.
         look_at_values: look for NaN and Inf; False while a graph is traced.
-        first: also check that the model pools as its layout says, at the cost of part of a backward pass.
+        as_laid_out: start the rollout where the layout says, without a look at the gradients.
+        first: also check that the model's blocks read each other, and its values the maps, as a rollout supposes.
 
     Raises:
         TypeError, ValueError: the model cannot be tapped, or a tensor has NaN or Inf; the message says what to do.
     """
     if len(images) == 0:
         return _nothing(plan, layout, images, answer)
-    settings, prefix = plan.settings, layout.prefix_tokens
     tape = _tape(plan, layout)
     with tape.attached(images):
-        output = plan.readout.run(images)
+        with running(tape.passed):
+            output = plan.readout.run(images)
         if look_at_values:
             check_finite(output.detach(), "the logits", plan.model, images)
         asked = answer(output)
-    if first:
-        check_pooling(tape.passed, asked.values)
-    found = tape.backward(asked.values, settings.target_chunk)
+    # Where the caller has autocast on, it is for the model: relevance is not computed in 16 bit.
+    with differentiating(tape.passed), torch.autocast(images.device.type, enabled=False):
+        found = tape.backward(
+            asked.values,
+            plan.settings.target_chunk,
+            as_laid_out=as_laid_out,
+            look_at_values=look_at_values,
+            first=first,
+        )
+    result = _tensors(plan, layout, asked, found, tape.passed.first)
+    if look_at_values:
+        check_finite(result.relevance, "the relevance", plan.model, images, plan.saes)
+    return result
+
+
+def starts_as_laid_out(plan: Plan, layout: ModelLayout, images: Tensor) -> bool:  # [B, channels, H, W]
+    """Whether the rollout starts where the layout says, for every class of every image."""
+    tape = _tape(plan, layout)
+    with tape.attached(images):
+        logits = plan.readout.logits(plan.readout.run(images))
+        # Classes may read different tokens, so all of them are explained at once, each with a weight of its own.
+        weights = torch.linspace(1, 2, logits.shape[1], dtype=logits.dtype, device=logits.device)
+        values = (logits * weights).sum(-1)
+    with torch.autocast(images.device.type, enabled=False):
+        return tape.backward(values).as_laid_out
+
+
+def _tensors(plan: Plan, layout: ModelLayout, asked: Answer, found: Found, first: int) -> Tensors:
+    """The explanation from what the backward pass brought."""
+    settings, prefix = plan.settings, layout.prefix_tokens
     read = {block: Gating.read(slots) for block, slots in sorted(found.recorded.items())}
     gates = {block: gate for block, (_, gate, _) in read.items()}
-    blocks = {block: row[..., prefix:].contiguous() for block, row in sorted(found.rows.items())}
+    rows = {block: row[..., prefix:] for block, row in sorted(found.rows.items())}
+    wanted = range(first, len(layout.blocks) if settings.per_block else first + 1)
     if settings.method == "input_x_gradient":
-        blocks = {block: gated_map(row, gates, block) for block, row in blocks.items()}
-    relevance = blocks[settings.start_block]
-    if look_at_values:
-        check_finite(relevance, "the relevance", plan.model, images, plan.saes)
+        blocks, signal = {block: gated_map(_entering(rows, block), gates, block) for block in wanted}, None
+    else:
+        starts = {block: row[..., prefix:] for block, row in found.starts.items()}
+        blocks = {block: _with_starts(_entering(rows, block), starts, block) for block in wanted}
+        signal = _entering(rows, first) if found.patches_start else None
     return Tensors(
-        asked.logits, asked.targets, asked.values.detach(), asked.names, relevance,
+        asked.logits, asked.targets, asked.values.detach(), asked.names, blocks[first].contiguous(),
         {block: scores for block, (scores, _, _) in read.items()}, gates,
         {block: features for block, (_, _, features) in read.items() if features is not None},
         torch.stack(list(blocks.values()), dim=-2) if settings.per_block else None,
+        None if signal is None else signal.contiguous(), first, found.reads.notices,
     )  # fmt: skip
+
+
+def _entering(rows: dict[int, Tensor], block: int) -> Tensor:
+    """The row of the tokens that enter a block; if it did not run, those that enter the next one that did."""
+    later = [found for found in rows if found >= block]
+    return rows[later[0]] if later else torch.zeros_like(rows[max(rows)])
+
+
+def _with_starts(row: Tensor, starts: dict[int, Tensor], block: int) -> Tensor:  # [..., B, P]
+    """Adds what entered after `block` and later ones, and stays where it was."""
+    for start, entered in starts.items():
+        if start >= block:
+            row = row + entered
+    return row
 
 
 def _tape(plan: Plan, layout: ModelLayout) -> Tape:
@@ -95,4 +141,4 @@ def _nothing(plan: Plan, layout: ModelLayout, images: Tensor, answer: Callable[[
     depth = len(layout.blocks) - settings.start_block
     blocks = none.new_zeros(*none.shape[:-1], depth, none.shape[-1]) if settings.per_block else None
     maps = dict.fromkeys(plan.saes, none)
-    return Tensors(*asked, none, maps, dict(maps), features, blocks)
+    return Tensors(*asked, none, maps, dict(maps), features, blocks, None, settings.start_block, ())

@@ -17,17 +17,20 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fga_fast import composite, ops
 from fga_fast.engine.backward import Graph, differentiate
 from fga_fast.engine.conservative import Conservative
+from fga_fast.engine.function_mode import FunctionMode
 from fga_fast.engine.records import Contribution
 from fga_fast.engine.taps import Record, linear_of_few_rows, tap_map, tap_stream
-from fga_fast.engine.torch_functions import Function, FunctionMode, Kind, Operation
+from fga_fast.engine.torch_functions import Function
+from fga_fast.models import head
 from fga_fast.models.block_io import Arguments, ForwardPass, replace_input
 from fga_fast.models.layout import ModelLayout
+from fga_fast.models.maps import check_maps, check_paths
+from fga_fast.models.reads import Reads, find_reads
 from fga_fast.precision import relevance_dtype
 from fga_fast.settings import Settings
 
@@ -37,8 +40,12 @@ Attention = Callable[..., tuple[Tensor, Tensor | None, Tensor, Tensor]]  # see `
 class Found(NamedTuple):
     """What a backward pass brought; [B, ...] is [B, K, ...] for K targets an image."""
 
-    rows: dict[int, Tensor]  # block -> [B, N], relevance of the tokens that enter it
+    rows: dict[int, Tensor]  # block -> [B, N], what the tokens that enter it send on, without the starts
+    starts: dict[int, Tensor]  # block -> [B, N], the row that entered after it; empty for an attention pool
     recorded: dict[int, tuple[Tensor, ...]]  # block -> what its record's slots brought
+    reads: Reads
+    as_laid_out: bool  # the starts are what the layout says
+    patches_start: bool  # some of the starts are at patches
 
 
 class Tape(FunctionMode):
@@ -64,13 +71,11 @@ class Tape(FunctionMode):
         self._layout, self._records, self._attention = layout, records, attention
         self._rollout = self._settings.method == "rollout"
         self._conservative = Conservative(self.passed) if self._settings.backward == "conservative" else None
-        if layout.pooling == "token":
-            self.handlers[Kind.LINEAR] = self._linear
         if self._conservative is not None:
             self.handlers |= self._conservative.handlers()
         self._ports: dict[int | None, Tensor] = {}  # block, or None for the pooling head -> [B, N]
-        self._start: Tensor  # [B, N] first carrier; attached() sets both
-        self._carrier: Tensor  # [B, N] carrier after the last attention seen
+        self._carried: dict[int | None, Tensor] = {}  # likewise -> [B, Nq], through which a row enters its attention
+        self._carrier: Tensor  # [B, N], the sum of all `_carried`; attached() makes the first
         self._rows: dict[int, Tensor] = {}  # block -> [B, N] dummy whose gradient is the relevance that enters it
         self._slots: dict[int, tuple[Tensor, ...]] = {}
         self._scales: list[Tensor] = []  # [B], one for every tap on a residual stream
@@ -81,48 +86,82 @@ class Tape(FunctionMode):
         """Taps the model for calls made in this thread; whatever happens inside, the model is left as it came."""
         self._half = images.dtype == torch.float16
         self.passed.images = len(images)
-        self._carrier = self._start = images.new_zeros(
+        self._carrier = images.new_zeros(
             len(images), self._layout.tokens, dtype=relevance_dtype(images.dtype), requires_grad=True
         )
         with self.following():
             yield self
 
-    def backward(self, values: Tensor, chunk: int = 8) -> Found:
+    def backward(
+        self, values: Tensor, chunk: int = 8, *, as_laid_out: bool = False, look_at_values: bool = True,
+        first: bool = False,
+    ) -> Found:  # fmt: skip
         """Differentiates the explained values, to be called after `attached`.
 
         Args:
             values: [B] or [B, K], one or K explained scalars an image.
             chunk: how many of the K are differentiated together; bounds the memory.
-        """
-        self.passed.check_complete(values)
-        inputs = [*self._rows.values(), *(slot for slots in self._slots.values() for slot in slots)]
-        ports = {block: port for block, port in self._ports.items() if self._rollout and block not in self._records}
-        graph = Graph(*self._ends(), inputs, list(ports.values()))
-        if self._half:
-            graph.pool = ports.get(None)
-            graph.last, graph.tokens_first, graph.scales = self.passed.stream, self._layout.tokens_first, self._scales
-        found = iter(differentiate(graph, values, chunk))
-        rows = {block: next(found) for block in self._rows}
-        recorded = {block: tuple(next(found) for _ in slots) for block, slots in self._slots.items()}
-        return Found(rows, recorded)
+            as_laid_out: start where the layout says, without a look at the gradients; for graphs.
+            look_at_values: False while a graph is traced.
+            first: also check that blocks, maps and images are read as a rollout supposes, see `models/maps.py`.
 
-    def _ends(self) -> tuple[Tensor | None, Tensor | None]:
-        """The last carrier and the row of relevance that enters it."""
-        if not self._rollout:
-            return None, None
-        if self._layout.pooling == "attention":
-            return self._carrier, torch.ones_like(self._carrier)
-        first, last = self._layout.pooled
-        pooled = self._carrier.new_full((len(self._carrier), last - first), 1.0 / (last - first))
-        return self._carrier, F.pad(pooled, (first, self._carrier.shape[1] - last))
+        Raises:
+            TapeError: the forward pass was not one that can be explained.
+        """
+        passed = self.passed
+        reads = find_reads(passed, values, self._settings.method, self._records)
+        if first:
+            head.check_images_apart(passed, reads, values, [*self._ports.values()])
+            if self._rollout:
+                check_paths(passed)
+                check_maps(passed, values)
+        deepest = reads.deepest
+        rows = {block: row for block, row in self._rows.items() if block >= passed.first}
+        slots = {block: found for block, found in self._slots.items() if block <= deepest}
+        ports = {b: port for b, port in self._ports.items() if b not in self._records and (b is None or b <= deepest)}
+        carried = {b: end for b, end in self._carried.items() if b is None or passed.first <= b <= deepest}
+        graph = Graph(
+            passed, reads, [*rows.values(), *(slot for found in slots.values() for slot in found)],
+            carried if self._rollout else {}, ports if self._rollout else {}, self._scales, self._half, as_laid_out,
+        )  # fmt: skip
+        uneven = head.unevenly(passed, reads, values) if look_at_values and self._rollout else ()
+        given, starts = differentiate(graph, values, chunk)
+        found = iter(given)
+        other = head.differently(starts, self._layout) if look_at_values else ()
+        return Found(
+            {block: next(found) for block in rows}, starts,
+            {block: tuple(next(found) for _ in slots[block]) for block in slots} | self._unread(values, deepest),
+            reads._replace(notices=(*reads.notices, *other, *uneven)),
+            as_laid_out or (not other and (reads.pool or reads.blocks == (len(self._layout.blocks) - 1,))),
+            self._at_patches(starts, as_laid_out, look_at_values),
+        )  # fmt: skip
+
+    def _at_patches(self, starts: dict[int, Tensor], as_laid_out: bool, look_at_values: bool) -> bool:
+        """Whether the rollout starts at patches, so that their relevance holds a constant."""
+        prefix = self._layout.prefix_tokens
+        if not starts or as_laid_out:
+            return bool(starts) and self._layout.pooled[1] > prefix
+        return not look_at_values or any(bool(row[..., prefix:].any()) for row in starts.values())
+
+    def _unread(self, values: Tensor, deepest: int) -> dict[int, tuple[Tensor, ...]]:
+        """What records of blocks that the values do not read bring: no score, so a gate of 1."""
+        found = {}
+        for block in self._slots.keys() & set(range(deepest + 1, len(self._layout.blocks))):
+            scores, gates, *others = (
+                torch.zeros_like(slot).expand(*values.shape[1:], *slot.shape) for slot in self._slots[block]
+            )
+            parts = (scores, torch.ones_like(gates), *others)
+            found[block] = tuple(part.movedim(0, 1) if values.dim() == 2 else part for part in parts)
+        return found
 
     # -- what the mode sees ------------------------------------------------------------------------------------
 
-    def _linear(self, _operation: Operation, function: Function, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        if self.passed.block == len(self._layout.blocks) - 1 and not kwargs.keys() - {"input", "weight", "bias"}:
+    def tap_linear(self, function: Function, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """In the last block of a model that pools one token, a product that skips the other tokens on the way back."""
+        last = self._layout.pooling == "token" and self.passed.block == len(self._layout.blocks) - 1
+        if last and not kwargs.keys() - {"input", "weight", "bias"}:
             return linear_of_few_rows(*args, **kwargs)
-        out: Tensor = function(*args, **kwargs)
-        return out
+        return super().tap_linear(function, *args, **kwargs)
 
     def tap_attention(
         self, function: Function,
@@ -144,44 +183,50 @@ class Tape(FunctionMode):
             query, key, value, carrier.to(relevance_dtype(query.dtype)),
             scale=query.shape[-1] ** -0.5 if scale is None else scale,
             **({} if mask is None else {"bias": mask}),
-            gated=self._rollout, residual=self.passed.block is not None,
-            signed=self._settings.signed, constant_map=self._conservative is not None,
+            gated=self._rollout, signed=self._settings.signed, constant_map=self._conservative is not None,
         )  # fmt: skip
-        self._carrier, self._ports[self.passed.block] = carried.to(carrier.dtype), port.to(carrier.dtype)
+        self._carry(carried.to(carrier.dtype), port.to(carrier.dtype))
         return out
 
     def tap_map(self, maps: Tensor, logits: Tensor) -> Tensor:  # [B, H, Nq, N]
         self._half |= logits.dtype == torch.float16
         if not self._rollout and self._conservative is None:
             return maps
-        tapped, self._carrier, self._ports[self.passed.block] = tap_map(
-            maps, self._carrier_in(), gated=self._rollout, residual=self.passed.block is not None,
-            signed=self._settings.signed, constant_map=self._conservative is not None,
+        tapped, carried, port = tap_map(
+            maps, self._carrier_in(), gated=self._rollout, signed=self._settings.signed,
+            constant_map=self._conservative is not None,
         )  # fmt: skip
+        self._carry(carried, port)
         return tapped
 
     # -- the carrier of relevance ------------------------------------------------------------------------------
 
     def _carrier_in(self) -> Tensor:
         """The carrier for the attention that runs now; the pooling head sees the pooled tokens only."""
-        block = self.passed.block
-        if block is None:
+        if self.passed.block is None:
             first, last = self._layout.pooled
             return self._carrier[:, first:last]
-        if self._rollout and self._wants(block):
-            self._rows[block] = self._carrier
         return self._carrier
 
-    def _wants(self, block: int) -> bool:
-        """Whether relevance is wanted of the tokens that enter this block."""
-        start = self._settings.start_block
-        return block == start or (self._settings.per_block and block > start)
+    def _carry(self, carried: Tensor, port: Tensor) -> None:  # [B, Nq] and [B, N], of the attention that runs now
+        """Adds what an attention passes on to the carrier, since the block adds its attention to its input.
+
+        The row that starts the rollout never enters the carrier, where small relevance would drown in it. It enters
+        every attention through `carried` (backward.py).
+        """
+        block = self.passed.block
+        self._carried[block], self._ports[block] = carried, port
+        if block is not None:
+            self._carrier = self._carrier + carried
 
     # -- what the hooks see ------------------------------------------------------------------------------------
 
     def tap_input(self, index: int, arguments: Arguments) -> Arguments | None:
         """Puts the block's tokens through a tap that takes x . g."""
-        if self._rollout or not self._wants(index):
+        if self._rollout:
+            self._rows[index] = self._carrier
+            return None
+        if self._rows and not self._settings.per_block and index != self.passed.cuts[-1]:  # only of the first block
             return None
         tokens = self.passed.stream
         x, replaced = replace_input(arguments, tokens, self._layout, self.passed.images, self.passed.where)
@@ -194,13 +239,13 @@ class Tape(FunctionMode):
             self._conservative.forget()
         if index not in self._records:
             return None
-        port = self._ports[index] if self._rollout else None
+        port = self._ports.get(index) if self._rollout else None
         out, self._slots[index] = self._tapped(x, port, self._records[index])
         return out
 
     def _tapped(self, x: Tensor, port: Tensor | None, record: Record) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The residual stream with a tap on it, and the slots that carry out what `record` brings."""
-        slots = tuple(slot.requires_grad_() for slot in record.slots(self._start.detach()))
+        slots = tuple(slot.requires_grad_() for slot in record.slots(self._carrier.detach()))
         out, scale = tap_stream(x, port, record, slots, self._layout.tokens_first)
         self._scales.append(scale)
         return out, slots

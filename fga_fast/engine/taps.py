@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fga_fast.ops.few_rows import few_rows_product
 
@@ -41,7 +42,7 @@ class _StreamTap(torch.autograd.Function):
         ctx: Any, x: Tensor, port: Tensor | None, record: Record, transposed: bool, *slots: Tensor
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x)
-        ctx.record, ctx.transposed, ctx.gates = record, transposed, port is not None
+        ctx.record, ctx.transposed, ctx.gates, ctx.slots = record, transposed, port is not None, len(slots)
         ctx.set_materialize_grads(False)
         images = x.shape[1 if transposed else 0]
         # A copy: otherwise a model that adds in place would overwrite the x_l that we score.
@@ -51,6 +52,9 @@ class _StreamTap(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         g, inverse = grads
+        if g is None and inverse is None:  # a backward pass that ends above
+            nothing: tuple[None, ...] = (None,) * (4 + ctx.slots)
+            return nothing
         if g is None:
             g = torch.zeros_like(x)
         turned = (x.transpose(0, 1), g.transpose(0, 1)) if ctx.transposed else (x, g)
@@ -82,10 +86,10 @@ class _MapTap(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, maps: Tensor, carrier: Tensor, gated: bool, residual: bool, signed: bool, constant_map: bool
+        ctx: Any, maps: Tensor, carrier: Tensor, gated: bool, signed: bool, constant_map: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(maps)
-        ctx.gated, ctx.residual, ctx.signed, ctx.constant_map = gated, residual, signed, constant_map
+        ctx.gated, ctx.signed, ctx.constant_map = gated, signed, constant_map
         ctx.set_materialize_grads(False)
         images, _, queries, keys = maps.shape
         return maps.view_as(maps), carrier.new_zeros(images, queries), carrier.new_zeros(images, keys)
@@ -94,18 +98,17 @@ class _MapTap(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (maps,) = ctx.saved_tensors
         d_maps, row, gate = grads
+        if row is None or d_maps is None:
+            return None if ctx.constant_map else d_maps, None, None, None, None
         if ctx.gated and gate is None:
             raise RuntimeError("attention: no gate arrived at the port of an attention called with gated=True")
-        if row is None or d_maps is None:
-            return None if ctx.constant_map else d_maps, row if ctx.residual else None, None, None, None, None
         weighted = maps.to(row.dtype) * d_maps.to(row.dtype)  # [B, H, Nq, N]
         if not ctx.signed:
             weighted = weighted.clamp(min=0)
         message = (row.unsqueeze(-2) @ weighted.mean(dim=-3)).squeeze(-2)  # [B, N]
         if gate is not None:
             message = gate * message
-        leaving = row + message if ctx.residual else message
-        return None if ctx.constant_map else d_maps, leaving, None, None, None, None
+        return None if ctx.constant_map else d_maps, message, None, None, None
 
 
 def tap_map(
@@ -113,7 +116,6 @@ def tap_map(
     carrier: Tensor,  # [B, N]
     *,
     gated: bool,
-    residual: bool,
     signed: bool,
     constant_map: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,11 +124,14 @@ def tap_map(
     It takes no extra memory, because the model keeps its maps for its own backward pass anyway.
 
     Returns:
-        The maps, the carrier [B, Nq] for the next block and the gate port [B, N].
+        The maps, the carrier [B, Nq] through which a row of relevance enters, and the gate port [B, N].
     """
-    settings = (gated, residual, signed, constant_map)
+    settings = (gated, signed, constant_map)
     out: tuple[Tensor, Tensor, Tensor] = _MapTap.apply(maps, carrier, *settings)  # type: ignore[no-untyped-call]
     return out
+
+
+_PLAIN = (Tensor, nn.Parameter, FakeTensor)  # a fake one is a plain one while a graph is traced
 
 
 class _LinearOfFewRows(torch.autograd.Function):
@@ -138,11 +143,14 @@ class _LinearOfFewRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # [rows, in] [out, in] [out]
         ctx.save_for_backward(weight)
+        ctx.set_materialize_grads(False)
         return F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
         (g,) = grads  # [rows, out]
+        if g is None:
+            return None, None, None
         (weight,) = ctx.saved_tensors
         return few_rows_product(g, weight.to(g.dtype)), None, None  # the two differ under autocast
 
@@ -153,7 +161,8 @@ def linear_of_few_rows(
     bias: Tensor | None = None,  # [out]
 ) -> Tensor:
     """`F.linear` with a backward pass that skips rows of zero gradient."""
-    if weight.requires_grad or (bias is not None and bias.requires_grad):  # the model computes them from the input
+    computed = weight.requires_grad or (bias is not None and bias.requires_grad)  # by the model, from the input
+    if computed or type(weight) not in _PLAIN:  # other classes, such as quantised weights, have products of their own
         return F.linear(input, weight, bias)
     # Flatten before the call, so that its output is no view and the model may change it in place.
     out: Tensor = _LinearOfFewRows.apply(input.reshape(-1, input.shape[-1]), weight, bias)  # type: ignore[no-untyped-call]

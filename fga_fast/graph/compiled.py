@@ -2,7 +2,7 @@
 
 On the CPU, TorchInductor compiles the graph with frozen weights: it keeps a copy of them in the memory layout that its
 matrix products need. On CUDA, a CUDA graph captures the compiled graph for each batch size and stream, and replays it
-from fixed buffers.
+from fixed buffers. Compiled graphs are kept on disk for the next process (inductor.py).
 
 STATUS: the CUDA half has never run on a device.
 """
@@ -17,13 +17,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from fga_fast.engine.callers import check_caller, outside_graphs
 from fga_fast.engine.plan import Plan
+from fga_fast.graph import inductor
 from fga_fast.graph.outputs import given_classes, in_batches, packed, unpacked
 from fga_fast.graph.passes.biases import fold_biases
-from fga_fast.graph.trace import Flat, check_example, flatten, one_at_a_time
+from fga_fast.graph.trace import Flat, check_example, flatten
 from fga_fast.models import checks
 from fga_fast.result.explanation import Explanation
 from fga_fast.result.fields import nested
+from fga_fast.result.notices import value_notices
 from fga_fast.settings import TargetMode, check_count
 
 Run = Callable[..., Sequence[Tensor]]
@@ -51,14 +54,17 @@ class CompiledExplainer:
         self._runs: dict[int, Run] = {}
         self._example = example[:1].detach().clone()
         frozen: dict[Any, tuple[Tensor, Tensor]] = {}
-        for size in self.batches:
-            images = example[:1].detach().expand(size, *example.shape[1:]).contiguous()
-            flat = flatten(plan, images, target_mode)
-            self._outputs, self._classes, self._class_names = flat.outputs, flat.classes, flat.class_names
-            fold_biases(flat.module)
-            _freeze(flat.module, frozen)
-            self._runs[size] = _compiled(flat, options)
+        with inductor.ready(example.device):
+            for size in self.batches:
+                images = example[:1].detach().expand(size, *example.shape[1:]).contiguous()
+                flat = flatten(plan, images, target_mode)
+                self._outputs, self._classes, self._class_names = flat.outputs, flat.classes, flat.class_names
+                self._start_block, self._notices = flat.start_block, flat.notices
+                fold_biases(flat.module)
+                _freeze(flat.module, frozen)
+                self._runs[size] = _compiled(flat, options)
 
+    @outside_graphs
     def __call__(self, images: Tensor, targets: Any = None) -> Explanation:
         """Explains one or more images of the compiled size.
 
@@ -70,6 +76,7 @@ class CompiledExplainer:
             TypeError, ValueError: as `Explainer`, but on CUDA the host would have to wait for the device to see values.
                 So it does not look for NaN and Inf, and class numbers out of range in a CUDA tensor give NaN.
         """
+        check_caller(images)
         plan, layout = self.plan, self.plan.layout_for(images)
         checks.check_images(images, layout.in_chans, layout.image_size, self._example)
         if images.shape[1:] != self._example.shape[1:] or len(images) == 0:
@@ -85,13 +92,15 @@ class CompiledExplainer:
         with _plain(images):
             outputs = in_batches(lambda size, given: self._runs[size](*given), self.batches, inputs)
         found = dict(zip(self._outputs, outputs, strict=True))
+        of_values: tuple[str, ...] = ()
         if images.device.type == "cpu":
             for name, what in (("logits", "the logits"), ("relevance", "the relevance")):
                 checks.check_finite(found[name], what, plan.model, images, plan.saes)
+            of_values = value_notices(found)
         return Explanation(
             **nested(found), grid=layout.grid, image_size=(images.shape[-2], images.shape[-1]),
             backend=plan.choice().name, backend_reason="compiled", names=self._class_names,
-            start_block=plan.settings.start_block,
+            start_block=self._start_block, notices=(*self._notices, *of_values),
         )  # fmt: skip
 
 
@@ -144,8 +153,8 @@ def _plain(images: Tensor) -> Iterator[None]:
 
 def _compiled(flat: Flat, options: dict[str, Any]) -> Run:
     images = flat.inputs[0]
-    with one_at_a_time, _plain(images):
-        run: Run = torch._inductor.compile(flat.module, [*flat.inputs], options=options)
+    with _plain(images):
+        run: Run = inductor.compiled(flat.module, flat.inputs, options)
         run(*flat.inputs)
     return _Replay(run, flat.inputs) if images.is_cuda else run
 

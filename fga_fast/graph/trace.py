@@ -41,6 +41,8 @@ class Flat(NamedTuple):
     outputs: tuple[str, ...]  # names: "logits", "targets", "values", "relevance", "scores.6", "gates.6", ...
     classes: int  # columns of the logits
     class_names: tuple[str, ...] | None
+    start_block: int  # the first block that is explained
+    notices: tuple[str, ...]  # of the example's explanation
 
 
 def flatten(plan: Plan, images: Tensor, target_mode: TargetMode = "predicted", prune: bool = True) -> Flat:
@@ -59,11 +61,12 @@ def flatten(plan: Plan, images: Tensor, target_mode: TargetMode = "predicted", p
         target = None if target_mode == "predicted" else 0
         whole = images.clone() if images.is_inference() else images
         eager = run.explain(plan, layout, whole, lambda output: plan.readout.answer(target, output), first=True)
+        usual = run.starts_as_laid_out(plan, layout, whole)
     inputs = (images, *([eager.targets] if target_mode == "given" else []))
     names: list[str] = []
 
     def explain(images: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
-        found = _explanation(plan, layout, images, *given)
+        found = _explanation(plan, layout, usual, images, *given)
         names[:] = found
         return tuple(found.values())
 
@@ -76,14 +79,16 @@ def flatten(plan: Plan, images: Tensor, target_mode: TargetMode = "predicted", p
         with torch.autocast(images.device.type, enabled=False):  # the graph contains its casts already
             module = simplify.functional(module, inputs)
             simplify.simplify(module)
-        if prune and layout.pooling == "token":
+        if prune and usual and layout.pooling == "token":
             rows.prune(module, layout.pooled[0], layout.tokens)
         module.graph.eliminate_dead_code()
         module.recompile()
     logger.info(
         "traced an explanation of %s: %d operators, %d kept", list(images.shape), before, len(module.graph.nodes)
     )
-    return Flat(module, inputs, tuple(names), eager.logits.shape[1], eager.names)
+    return Flat(
+        module, inputs, tuple(names), eager.logits.shape[1], eager.names, eager.start_block, eager.notices
+    )  # fmt: skip
 
 
 @functools.cache
@@ -158,8 +163,13 @@ def _check(plan: Plan, images: Any, target_mode: str) -> None:
         )
 
 
-def _explanation(plan: Plan, layout: ModelLayout, images: Tensor, given: Tensor | None = None) -> dict[str, Tensor]:
-    """An explanation that looks at no values: of the predicted classes, or of the `given` ones [B]."""
+def _explanation(
+    plan: Plan, layout: ModelLayout, usual: bool, images: Tensor, given: Tensor | None = None
+) -> dict[str, Tensor]:
+    """An explanation that looks at no values: of the predicted classes, or of the `given` ones [B].
+
+    usual: the rollout starts where the layout says. Else the graph finds the start for each image, as a call does.
+    """
     inside: list[Tensor] = []
 
     def answer(output: Tensor) -> Answer:
@@ -170,8 +180,8 @@ def _explanation(plan: Plan, layout: ModelLayout, images: Tensor, given: Tensor 
         values = logits.gather(1, targets.where(inside[0], 0).unsqueeze(1)).squeeze(1)
         return Answer(logits.detach(), targets, values, None)
 
-    found = run.explain(plan, layout, images, answer, look_at_values=False)._asdict()
-    outputs = flat({name: value for name, value in found.items() if name != "names"})
+    found = run.explain(plan, layout, images, answer, look_at_values=False, as_laid_out=usual)._asdict()
+    outputs = flat({name: value for name, value in found.items() if name not in ("names", "start_block", "notices")})
     if given is not None:
         for name, value in outputs.items():
             if name != "logits" and value.is_floating_point():

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from fga_fast.result.explanation import Explanation
@@ -18,7 +18,7 @@ from fga_fast.result.explanation import Explanation
 
 def as_images(
     inputs: Tensor | NDArray[Any],  # [B, channels, H, W] or [B, H, W, channels]
-    model: nn.Module,
+    like: Tensor,
     channels: int,
     channel_first: bool | None = None,
 ) -> Tensor:  # [B, channels, H, W]
@@ -26,21 +26,20 @@ def as_images(
 
     Args:
         inputs: normalised images; NumPy arrays of any float dtype and strides, never changed.
-        model: its first parameter says the device and, for NumPy arrays, the dtype.
+        like: a weight of the model; it says the device and, for NumPy arrays, the dtype.
         channels: channels the model takes.
         channel_first: None reads it from the shape, channels first where both fit.
 
     Raises:
         TypeError: neither a tensor nor a NumPy array of floats.
     """
-    parameter = next(value for value in model.parameters() if value.is_floating_point())
     if isinstance(inputs, np.ndarray):
         if inputs.dtype.kind != "f":
             raise TypeError(f"inputs: expected floats, normalised as the model wants them, got dtype {inputs.dtype}")
         # A copy, since torch takes no negative strides or foreign byte orders; float64 holds all narrower types.
-        images = torch.from_numpy(np.array(inputs, dtype=np.float64, order="C")).to(parameter)
+        images = torch.from_numpy(np.array(inputs, dtype=np.float64, order="C")).to(like)
     elif isinstance(inputs, Tensor):
-        images = inputs.to(parameter.device)
+        images = inputs.to(like.device)
     else:
         raise TypeError(f"inputs: expected a tensor or a NumPy array of images, got {type(inputs).__name__}")
     if channel_first is None:
@@ -54,5 +53,5 @@ def as_pixels(e: Explanation, images: Tensor) -> Tensor:  # [B, channels, H, W] 
     Raises:
         ValueError: several targets an image.
     """
-    maps = e.single().relevance.reshape(len(e), 1, *e.grid)
+    maps = e.single().shown.reshape(len(e), 1, *e.grid)
     return functional.interpolate(maps, size=images.shape[2:], mode="bilinear", align_corners=False)

@@ -43,6 +43,11 @@ class FGACam:
         saes: Mapping[int, SparseAutoencoder] | None = None,
         **settings: Unpack[ExplainerSettings],
     ) -> None:
+        unused = [name for name in ("target_layers", "reshape_transform") if name in settings]
+        if unused:
+            raise TypeError(
+                f"{' and '.join(unused)}: FGACam reads blocks, class token and grid from the model; give neither"
+            )
         self.explainer = Explainer(model, saes, **settings)
 
     def __call__(
@@ -70,7 +75,7 @@ class FGACam:
         """
         if eigen_smooth:
             raise ValueError("eigen_smooth: expected False; FGA weighs patches, it has no activations to project")
-        images = as_images(input_tensor, self.explainer.model, self.explainer.layout.in_chans)
+        images = as_images(input_tensor, self.explainer.plan.parameter, self.explainer.layout.in_chans)
         chosen = _together(targets, len(images))
         if not aug_smooth:
             return self._maps(images, chosen)
@@ -81,7 +86,7 @@ class FGACam:
 
     def _maps(self, images: Tensor, targets: Any) -> NDArray[np.float32]:  # [B, channels, H, W] -> [B, H, W]
         e = self.explainer(images, targets).single()
-        heat = replace(e, relevance=e.relevance.clamp(min=0)).heatmap((images.shape[2], images.shape[3]))
+        heat = replace(e, relevance=e.shown.clamp(min=0), signal=None).heatmap((images.shape[2], images.shape[3]))
         return heat.float().cpu().numpy()
 
     def __enter__(self) -> FGACam:
@@ -96,7 +101,10 @@ def _together(targets: Any, batch: int) -> Any:
     if not isinstance(targets, Sequence) or not targets or not all(map(callable, targets)):
         return targets
     if len(targets) != batch:
-        raise ValueError(f"targets: expected one callable an image, {batch}, got {len(targets)}")
+        raise ValueError(
+            f"targets: expected one callable an image, {batch}, got {len(targets)}; for the same class in all images "
+            "give its number alone"
+        )
     each: Sequence[Target] = targets
     return lambda logits: torch.stack([_scalar(target, row) for target, row in zip(each, logits, strict=True)])
 

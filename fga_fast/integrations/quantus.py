@@ -58,7 +58,7 @@ def explain_func(
             "xai_methods here, so use one of these as the key"
         )
     explainer = Explainer(model, saes, **settings)
-    images = as_images(inputs, model, explainer.layout.in_chans, channel_first)
+    images = as_images(inputs, explainer.plan.parameter, explainer.layout.in_chans, channel_first)
     _check_device(device, images.device)
     pixels: NDArray[Any] = as_pixels(explainer(images, targets), images).cpu().numpy()
     return pixels

@@ -1,4 +1,4 @@
-"""Turns image files into a model's input, and pictures into the RGB that an overlay is painted on."""
+"""Turns image files and arrays into a model's input, and pictures into the RGB that an overlay is painted on."""
 
 from __future__ import annotations
 
@@ -9,67 +9,86 @@ from math import floor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from fga_fast.io import dicom
+from fga_fast.io.rgb import check_pages, from_array, picture_of, to_rgb
+from fga_fast.io.window import HOW, ImageFileError, Window, check_window, limits
+
 if TYPE_CHECKING:
-    import numpy as np
     import numpy.typing as npt
 
     ImageInput: TypeAlias = (
         Image.Image | Sequence[Image.Image] | Tensor | npt.NDArray[np.floating[Any]] | npt.NDArray[np.uint8]
     )
 
-EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp", *dicom.EXTENSIONS)
 
 
-class ImageFileError(ValueError):
-    """A file that is not an image, is damaged, or is larger than PIL's decompression-bomb guard allows."""
+def load_image(
+    source: str | os.PathLike[str] | Image.Image | npt.NDArray[Any], window: Window | None = None
+) -> Image.Image:
+    """Reads an image file or an array as upright RGB, 8 bits a channel.
 
+    EXIF rotation is applied and transparency is composited on white. Grey, palette and CMYK files become RGB. Colour
+    profiles are not applied, as in the usual training pipelines. Of an animation the first frame is read.
 
-def load_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Reads any image file as upright RGB, 8 bits a channel.
+    Values of more than 8 bits need a range. 16-bit values that use three quarters of 0 to 65535 have it, and so have
+    DICOM files that say a window. For all others give `window`; nothing is guessed. The picture's `info["fga_fast"]`
+    says how the values were read.
 
-    EXIF rotation is applied, transparency is composited on white, 16-bit grey is scaled to 8 bits, grey, palette and
-    CMYK files become RGB; of an animation the first frame is read.
+    Args:
+        source: a file; DICOM needs `fga_fast[dicom]`. Or a PIL image, or an array of grey [H, W] or colour [H, W, 3]
+            values of any type.
+        window: (low, high): these values become black and white, and what is outside is clipped. "auto": percentiles
+            0.5 and 99.5 of the picture's values. In units of the file; of a DICOM file after its rescale slope and
+            intercept (CT: Hounsfield units), and instead of its own window.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ImageFileError: not an image, truncated or damaged, or too large for PIL's `Image.MAX_IMAGE_PIXELS` guard.
+        TypeError: `source` is none of these.
+        ValueError: `window` is none of these.
+        ImageFileError: not an image, truncated or damaged, several pages or frames, too large for PIL's
+            `Image.MAX_IMAGE_PIXELS` guard, or values without a known range.
     """
-    path = Path(path)
+    check_window(window)
+    if isinstance(source, Image.Image):
+        return to_rgb(source, window)
+    if isinstance(source, np.ndarray):
+        return from_array(source, window)
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(f"image: expected a path, a PIL image or a NumPy array, got {type(source).__name__}")
+    path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"image: no file {path}")
     if path.is_dir():
         raise ImageFileError(f"image: {path} is a folder, expected a file; list_images() lists a folder's images")
     try:
+        if dicom.is_dicom(path):
+            return picture_of(*dicom.read(path, window))
         with Image.open(path) as file:
-            file.load()
-            return _to_rgb(ImageOps.exif_transpose(file))
+            check_pages(file, path)
+            return to_rgb(file, window, str(path))
+    except ImageFileError:
+        raise
     except Image.DecompressionBombError as error:
         raise ImageFileError(f"image: {path} is too large: {error}. Scale it down first.") from error
     except UnidentifiedImageError as error:
-        raise ImageFileError(f"image: {path} is not an image that PIL can read") from error
+        raise ImageFileError(
+            f"image: {path} is not an image that PIL can read, or its pixels are of a type that PIL does not know "
+            "(such as 64-bit floats); what another library reads, load_image takes as an array"
+        ) from error
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, ... on damaged files
         raise ImageFileError(f"image: {path} is truncated or damaged ({type(error).__name__}: {error})") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey; PIL's own conversion would clip at 255 instead of scaling
-        values = image if image.mode == "I" else image.convert("I")
-        image = values.point(lambda value: value * (255 / 65535) + 0.5).convert("L")
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no agreed range; save the picture with 8 or 16 bits a channel")
-    if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
-        coloured = image.convert("RGBA")
-        white = Image.new("RGBA", coloured.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, coloured)
-    return image.convert("RGB")
-
-
 def list_images(folder: str | os.PathLike[str]) -> list[Path]:
-    """Image files directly inside `folder`, by file extension, sorted by name; hidden files are left out.
+    """Image files directly inside `folder`, sorted by name; hidden files are left out.
+
+    Files count by their extension. DICOM files also count without one, since many are named by a number.
 
     Raises:
         NotADirectoryError: `folder` is no folder.
@@ -78,14 +97,19 @@ def list_images(folder: str | os.PathLike[str]) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise NotADirectoryError(f"folder: expected a folder of images, got {folder}")
-    found = sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
-    )
+    found = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and _is_image(path))
     if not found:
-        raise ValueError(f"folder: no image in {folder}; looked for files ending in {', '.join(EXTENSIONS)}")
+        raise ValueError(f"folder: no image in {folder}; looked for files ending in {', '.join(EXTENSIONS)}, and DICOM")
     return found
+
+
+def _is_image(path: Path) -> bool:
+    if not path.is_file() or path.name == "DICOMDIR":  # an index of DICOM files
+        return False
+    try:
+        return path.suffix.lower() in EXTENSIONS or dicom.is_dicom(path)
+    except OSError:  # a file of another kind that this user may not read
+        return False
 
 
 @dataclass(frozen=True)
@@ -123,9 +147,15 @@ class Preprocess:
             raise ValueError(f"interpolation: expected bicubic, bilinear or nearest, got {self.interpolation!r}")
 
     def view(self, image: Image.Image) -> Image.Image:
-        """The part of the picture that the model sees: RGB, or grey for a one-channel model, of size `image_size`."""
+        """The part of the picture that the model sees: RGB, or grey for a one-channel model, of size `image_size`.
+
+        `image` may be in any mode; it is read as `load_image` reads it, which also takes a window for deep values.
+
+        Raises:
+            ImageFileError: values without a known range.
+        """
         height, width = self.image_size
-        image = image.convert("RGB" if len(self.mean) == 3 else "L")
+        image = to_rgb(image).convert("RGB" if len(self.mean) == 3 else "L")
         method = Image.Resampling[self.interpolation.upper()]
         if self.squash:
             return image.resize((width, height), method)
@@ -148,8 +178,8 @@ class Preprocess:
     def normalise(self, view: Image.Image) -> Tensor:  # -> [channels, H, W]
         """`(value / 255 - mean) / std` of a view's pixels: [channels, H, W] float32."""
         pixels = _pixels(view).permute(2, 0, 1).float() / 255
-        shape = (len(self.mean), 1, 1)
-        return (pixels - torch.tensor(self.mean).view(shape)) / torch.tensor(self.std).view(shape)
+        mean, std = (pixels.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        return (pixels - mean) / std
 
     def __call__(self, image: Image.Image) -> Tensor:  # -> [channels, H, W]
         """The model's input for one picture: [channels, H, W] float32."""
@@ -160,26 +190,28 @@ def as_rgb(image: ImageInput, count: int) -> Tensor:  # -> [count, H, W, 3]
     """`count` pictures in any usual form as [count, H, W, 3] float32 in [0,1].
 
     Args:
-        image: a PIL image or a sequence of them (one size); a tensor or array of floats in [0,1], [count, 3 or 1, H, W]
-            or [3 or 1, H, W]; or of uint8 in the same layout, for arrays also with the channels last.
+        image: a PIL image or a sequence of them (one size), read as `load_image` reads them; a tensor or array of
+            floats in [0,1], [count, 3 or 1, H, W] or [3 or 1, H, W]; or of uint8 in the same layout, for arrays also
+            with the channels last, or [H, W].
         count: how many pictures are expected.
 
     Raises:
         TypeError: none of these forms.
-        ValueError: another count, pictures of several sizes, wrong shape, values outside [0,1] or not finite.
+        ValueError: another count, pictures of several sizes, wrong shape, values outside [0,1], not finite or without a
+            known range, a file's picture that nobody turned upright.
     """
     if isinstance(image, Image.Image):
-        pictures = _pixels(image.convert("RGB")).unsqueeze(0)
+        pictures = _pixels(_as_seen(image)).unsqueeze(0)
     elif isinstance(image, Sequence) and all(isinstance(one, Image.Image) for one in image):
         sizes = sorted({one.size for one in image})
         if len(sizes) > 1:
             raise ValueError(f"image: expected pictures of one size, got (width, height) {sizes}; pass their views")
-        pixels = [_pixels(one.convert("RGB")) for one in image]
-        pictures = torch.stack(pixels) if pixels else torch.zeros(0, 1, 1, 3, dtype=torch.uint8)
+        pixels = [_pixels(_as_seen(one)) for one in image]
+        pictures = torch.stack(pixels) if pixels else torch.zeros(0, 1, 1, 3, dtype=torch.uint8, device="cpu")
     elif isinstance(image, Tensor):
         pictures = _channels_last(image.detach(), allow_last=False)
     elif hasattr(image, "__array__"):
-        pictures = _channels_last(torch.as_tensor(image), allow_last=True)
+        pictures = _channels_last(_tensor(np.asarray(image)), allow_last=True)
     else:
         raise TypeError(
             f"image: expected PIL image(s), a [B,3,H,W] tensor or an [H,W,3] array, got {type(image).__name__}"
@@ -189,26 +221,52 @@ def as_rgb(image: ImageInput, count: int) -> Tensor:  # -> [count, H, W, 3]
     return pictures.float() / 255 if pictures.dtype == torch.uint8 else pictures.float()
 
 
+def _as_seen(image: Image.Image) -> Image.Image:
+    """RGB of a picture that a model saw; whether it saw a file's rotation applied only the caller knows."""
+    if image.format is not None and image.getexif().get(0x0112, 1) != 1:
+        raise ValueError(
+            "image: its EXIF orientation is not applied, so the map could lie on a turned picture. If the model saw it "
+            "upright, as with load_image and Preprocess, pass PIL.ImageOps.exif_transpose(image); if it saw the pixels "
+            "as they are stored, as with torchvision, pass numpy.asarray(image)"
+        )
+    return to_rgb(image, upright=False)
+
+
 def _pixels(image: Image.Image) -> Tensor:  # -> [H, W, channels]
     data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return data.view(image.height, image.width, -1)
 
 
+def _tensor(values: npt.NDArray[Any]) -> Tensor:
+    """A copy, since torch takes no array of another byte order, with negative strides or for reading only."""
+    if values.dtype.kind not in "buif":
+        raise TypeError(f"image: expected an array of numbers, got {values.dtype}")
+    return torch.as_tensor(np.array(values, dtype=values.dtype.newbyteorder("="), order="C"))
+
+
 def _channels_last(values: Tensor, allow_last: bool) -> Tensor:  # [(B,) C, H, W] or [(B,) H, W, C] -> [B, H, W, 3]
-    if values.dtype != torch.uint8 and not values.is_floating_point():
-        raise ValueError(f"image: expected floats in [0,1] or uint8, got {values.dtype}")
     shape = tuple(values.shape)
+    if values.dtype != torch.uint8 and not values.is_floating_point():
+        smallest, largest = limits(values.cpu().numpy(), "the array")
+        raise ValueError(
+            f"image: expected floats in [0,1] or uint8, got {str(values.dtype).removeprefix('torch.')} values from "
+            f"{smallest} to {largest}; pass load_image(array, window), where array is [H,W] or [H,W,3]; {HOW}"
+        )
+    if values.dim() == 2 and allow_last:
+        values = values.unsqueeze(0)
     if values.dim() == 3:
         values = values.unsqueeze(0)
     if values.dim() == 4 and values.shape[1] in (1, 3):
         values = values.permute(0, 2, 3, 1)
     elif not (values.dim() == 4 and allow_last and values.shape[3] in (1, 3)):
-        layouts = "[B,3,H,W] or [3,H,W]" + (", or channels last" if allow_last else "")
+        layouts = "[B,3,H,W] or [3,H,W]" + (", channels last, or grey [H,W]" if allow_last else "")
         raise ValueError(f"image: expected {layouts}, got shape {shape}")
-    # Written so that NaN fails as well.
-    if values.is_floating_point() and values.numel() and not bool(((values >= 0) & (values <= 1)).all()):
-        raise ValueError(
-            f"image: expected values in [0,1], got [{float(values.min()):.3g}, {float(values.max()):.3g}]; "
-            "for a normalised input pass image * std + mean"
-        )
+    if values.is_floating_point() and values.numel():
+        if not bool(values.isfinite().all()):
+            raise ValueError("image: expected finite values in [0,1], got NaN or Inf")
+        if not bool(((values >= 0) & (values <= 1)).all()):
+            raise ValueError(
+                f"image: expected values in [0,1], got [{float(values.min()):.3g}, {float(values.max()):.3g}]; for a "
+                "normalised input pass image * std + mean; for measured values load_image(array, window)"
+            )
     return values.expand(*values.shape[:3], 3)

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fga_fast.models.layout import ModelLayout
 
@@ -57,6 +59,12 @@ def replace_input(
     return (args[name] if isinstance(name, int) else kwargs[name]), replaced
 
 
+def ordinary(arguments: Arguments) -> Arguments:
+    """The same, with copies of tensors that were made under torch.inference_mode(), which autograd refuses."""
+    found: Arguments = tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, arguments)
+    return found
+
+
 def stream_of(output: Any, where: str) -> Tensor:
     """The residual stream that leaves a block: its output, or the first entry of it."""
     x = output[0] if isinstance(output, tuple) and output else output
@@ -86,64 +94,127 @@ def _is_stream(value: object, first: tuple[int, int], width: int | None) -> bool
 class Outside(NamedTuple):
     """An attention after the blocks that is not the layout's pool."""
 
-    output: Tensor
+    edge: GradientEdge | None  # of its output; None: it has no gradient
     queries: int
     keys: int
+    before_pool: bool
+
+
+class WrittenMap(NamedTuple):
+    """An attention map that the model computes itself, and goes on with."""
+
+    where: str
+    block: int | None  # None: the pool
+    edge: GradientEdge  # of the map [B, H, Nq, N]
 
 
 @dataclass
 class ForwardPass:
     """Where a model's forward pass is, what it has brought so far, and what it must not do.
 
-    Its checks raise `TapeError`.
+    Blocks run in order. A block may also not run, hand its input on, or run where gradients are off: then it is no part
+    of the explanation, and `notices` says so. Its checks raise `TapeError`.
     """
 
     layout: ModelLayout
     images: int  # B
-    start: int = 0  # first block that is explained; those before it only run
+    start: int = 0  # first block that is to be explained; those before it only run
+    live: bool = True  # gradients are on where the pass is: in the block that runs, or after the blocks
+    first: int = field(init=False)  # first block that can be explained; `find_reads` sets it
+    cuts: list[int] = field(init=False)  # blocks before which gradients end; ascending
     block: int | None = None  # block that is running; None between, before and after blocks
-    finished: int = 0  # blocks that have run
+    finished: int = 0  # number of the last block that has run, plus 1
+    ran: set[int] = field(default_factory=set)
     attended: set[int | None] = field(default_factory=set)  # blocks whose attention was seen; None: the pool's was
     stream: Tensor | None = None  # [B, N, C] or [N, B, C], what the block that ended last handed on
-    pool: Tensor | None = None  # output of the layout's attention pool
+    streams: dict[int, GradientEdge] = field(default_factory=dict)  # block -> what it handed on, in autograd's graph
+    attentions: dict[int | None, GradientEdge] = field(default_factory=dict)  # likewise, explained attention's output
     outside: list[Outside] = field(default_factory=list)
-    before_pool: int = 0  # how many entries of `outside` ran before the pool
-    cut: bool = False  # an attention ran where gradients are off
+    maps: list[WrittenMap] = field(default_factory=list)  # for `check_maps`
+    _differentiated: bool = False  # a block after the last cut had an attention
+    _dead: bool = False  # the block that ended last ran without gradients
+    _entered: list[Tensor] = field(default_factory=list)  # arguments of the running block
+
+    def __post_init__(self) -> None:
+        self.first, self.cuts = self.start, [self.start]
 
     @property
     def explaining(self) -> bool:
         """Whether what runs now is differentiated: from the first explained block to the model's end."""
-        return self.finished > self.start or self.block == self.start
+        return self.finished > self.start or (self.block is not None and self.block >= self.start)
 
     @property
     def where(self) -> str:
         """What is running, for error messages."""
         if self.block is not None:
-            return self._name(self.block)
+            return self.name(self.block)
         return "the pooling head" if self._is_over else f"the part before block {self.finished}"
 
-    def enter(self, index: int) -> None:
-        """A block begins; each must run once, in order."""
-        if index != self.finished or self.block is not None:
-            raise TapeError(
-                f"model: block {index} runs where block {self.finished} was expected; each must run once, in order"
-            )
-        self.block = index
+    def enter(self, index: int, arguments: Any) -> None:
+        """A block begins."""
+        if index < self.finished or self.block is not None:
+            where = f"after block {self.finished - 1}" if self.block is None else f"inside block {self.block}"
+            raise TapeError(f"model: block {index} runs {where}; blocks must run in order, each at most once")
+        on = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        self.block, self.live = index, on and index >= self.start
+        self._entered = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+        if self.live:
+            has_gradient = any(tensor.requires_grad for tensor in self._entered)
+            if self._dead and has_gradient:
+                raise TapeError(
+                    f"model: block {self.finished - 1} ran without gradients, but what enters block {index} has them "
+                    "(a reentrant torch.utils.checkpoint, or a path around the block); call blocks directly"
+                )
+            if self._differentiated and not has_gradient:
+                self.cuts.append(index)
 
     def leave(self, index: int, output: Any) -> Tensor | None:
-        """A block ends. Returns the residual stream that leaves it, or None for a block that is not explained."""
+        """A block ends. Returns the residual stream that leaves it; None if the block is no part of the explanation."""
+        entered, self._entered = self._entered, []
         self.block, self.finished = None, index + 1
-        if index < self.start:
+        self.ran.add(index)
+        live, self.live = self.live, True
+        if not live:
             self.stream = output[0] if isinstance(output, tuple) else output
+            if index >= self.start:
+                self.cuts.append(index + 1)
+                self._dead, self._differentiated = True, False
             return None
-        self.stream = stream_of(output, self._name(index))
+        self._dead = False
+        self.stream = stream_of(output, self.name(index))
+        self.check_stream(index, self.stream)
         if index not in self.attended:
+            if any(self.stream is tensor for tensor in entered):
+                return None  # handed on unchanged
             raise TapeError(
-                f"model: {self._name(index)} ran without an attention that could be seen: neither "
+                f"model: {self.name(index)} ran without an attention that could be seen: neither "
                 "torch.nn.functional.scaled_dot_product_attention, nor nn.MultiheadAttention, nor a softmax over "
                 f"[B, H, {self.layout.tokens}, {self.layout.tokens}]; use an implementation that calls one of them"
             )
+        self._differentiated = True
         return self.stream
+
+    def put_in(self, arguments: Any) -> None:
+        """Notes what the running block is called with in place of what entered it."""
+        self._entered += [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+
+    def hand_on(self, index: int, x: Tensor) -> None:  # [B, N, C] or [N, B, C]
+        """Notes the residual stream with which the model goes on after a block."""
+        self.stream = x
+        if x.requires_grad:
+            self.streams[index] = get_gradient_edge(x)
+
+    def check_stream(self, index: int, x: Tensor) -> None:
+        """Refuses a residual stream whose images and tokens are not where the layout says."""
+        layout = self.layout
+        expected = (layout.tokens, self.images) if layout.tokens_first else (self.images, layout.tokens)
+        if tuple(x.shape[:2]) != expected:
+            swapped = tuple(x.shape[:2]) == expected[::-1]
+            advice = f"set tokens_first={not layout.tokens_first}" if swapped else "check prefix_tokens and grid"
+            raise TapeError(
+                f"layout: {self.name(index)} returned {list(x.shape)}, expected [{expected[0]}, {expected[1]}, C] for "
+                f"{self.images} images of {layout.tokens} tokens with tokens_first={layout.tokens_first}; {advice}"
+            )
 
     def is_tapped(self, queries: int, keys: int) -> bool:
         """Whether an attention of this size is explained: in a block any, after the blocks the pool's."""
@@ -152,13 +223,19 @@ class ForwardPass:
         if not self._is_over:
             raise TapeError(
                 f"model: attention runs between block {self.finished - 1} and block {self.finished} of the layout, "
-                "where relevance would pass it by; list all blocks, in forward order"
+                "where relevance would pass it by; list all blocks, in forward order, and no blocks that do not run"
             )
         return None not in self.attended and self.layout.pooling == "attention" and (queries, keys) == self._sizes
 
     def pass_by(self, output: Tensor, queries: int, keys: int) -> None:
-        """Remembers an attention after the blocks that is not explained, for `check_pooling`."""
-        self.outside.append(Outside(output, queries, keys))
+        """Remembers an attention after the blocks that is not explained."""
+        edge = get_gradient_edge(output) if output.requires_grad else None
+        self.outside.append(Outside(edge, queries, keys, before_pool=None not in self.attended))
+
+    def attended_with(self, output: Tensor) -> None:
+        """Notes the output, or the maps, of the attention that is explained now."""
+        if output.requires_grad:
+            self.attentions[self.block] = get_gradient_edge(output)
 
     def attend(self, query: tuple[int, ...], key: tuple[int, ...]) -> None:  # [B, H, Nq, ...], [B, H, N, ...]
         """An attention that is explained; one a block, over all tokens, and over the pooled ones in the pool."""
@@ -182,9 +259,6 @@ class ForwardPass:
                 "windowed attention and dropped patches cannot be explained"
             )
         self.attended.add(self.block)
-        self.cut |= not torch.is_grad_enabled()
-        if self.block is None:
-            self.before_pool = len(self.outside)
 
     def map_of(self, maps: Tensor, dim: int | None) -> Tensor | None:  # a softmax's output -> [B, H, Nq, N]
         """The maps [B, H, Nq, N] if this is the attention of the running block or of the pool, else None."""
@@ -197,7 +271,8 @@ class ForwardPass:
         queries, keys = maps.shape[-2:]
         if self.block is None:
             tokens = (self._sizes[1], self.layout.patches, self.layout.tokens)
-            if not self._is_over or queries != 1 or keys == 1 or keys not in tokens:
+            one = self.layout.pooling == "attention" and self._sizes[1] == 1  # a pool over one token
+            if not self._is_over or queries != 1 or (keys == 1 and not one) or keys not in tokens:
                 return None
             if not self.is_tapped(queries, keys):
                 self.pass_by(maps, queries, keys)
@@ -206,6 +281,11 @@ class ForwardPass:
             return None
         self.attend(by_head.shape, by_head.shape[:2] + maps.shape[-1:])
         return by_head
+
+    def keep_map(self, maps: Tensor) -> None:  # [B, H, Nq, N]
+        """Remembers the map that the model goes on with."""
+        if maps.requires_grad:
+            self.maps.append(WrittenMap(self.where, self.block, get_gradient_edge(maps)))
 
     def check_call(self, attn_mask: Tensor | None, dropout_p: float, is_causal: bool) -> None:
         """Refuses dropout, and masks that are not added."""
@@ -236,31 +316,47 @@ class ForwardPass:
                 "torch.nn.functional.scaled_dot_product_attention"
             )
 
+    def refuse_cut_linear(self, weight: str) -> None:
+        """Refuses a linear layer whose output has no gradient to its input."""
+        raise TapeError(
+            f"model: a linear layer in {self.where} has no gradient to its input (its weight is a {weight}); "
+            "quantised activations are rounded, so nothing can be explained through them: explain the model before it "
+            "is quantised, or quantise its weights only"
+        )
+
+    def check_whole(self, weight: Tensor) -> None:
+        """Refuses a DTensor of which each process has only a part, so each would see a part of the attention heads."""
+        mesh, placements = getattr(weight, "device_mesh", None), getattr(weight, "placements", ())
+        if mesh is not None and mesh.size() > 1 and any(not placement.is_replicate() for placement in placements):
+            raise TapeError(
+                f"model: a linear layer in {self.where} has a weight that is spread over {mesh.size()} processes "
+                f"({type(weight).__name__}, {', '.join(map(str, placements))}), so no process sees all of the model; "
+                "tensor parallelism cannot be explained, fully_shard can, which gathers the weights of each block"
+            )
+
     def check_dropout(self, probability: float) -> None:
         """Refuses dropout that is on, wherever it is."""
         if probability > 0:
             raise TapeError(f"model: dropout {probability} is active in {self.where}; call model.eval() first")
 
+    def refuse_random(self, name: str) -> None:
+        """Refuses a draw of random numbers."""
+        raise TapeError(
+            f"model: {self.where} draws random numbers ({name}), so that each call would explain another prediction; "
+            "switch off what is random, or draw the numbers once and keep them"
+        )
+
+    def refuse_list(self, index: int) -> None:
+        """Refuses a list of modules that does not end as a block does."""
+        raise TapeError(
+            f"model: {self.name(index)} is a list of modules. The output of its last one must be added to the "
+            "residual stream at once, as in x = ff(x) + x, so that the block's end can be seen; put what the block "
+            "does into the forward of one module"
+        )
+
     def check_out(self, name: str) -> None:
         """Refuses a differentiated result that is written into another tensor, which autograd cannot follow."""
         raise TapeError(f"model: {self.where} calls {name} with out=, which has no gradient; use what it returns")
-
-    def check_complete(self, values: Tensor) -> None:  # [B] or [B, K]
-        """The pass must have been the one that the layout promised, with a gradient all the way to the values."""
-        layout = self.layout
-        if self.finished != len(layout.blocks):
-            raise TapeError(f"model: {self.finished} of {len(layout.blocks)} blocks ran; call the tower once")
-        if layout.pooling == "attention" and None not in self.attended:
-            seen = ", ".join(f"one of {found.queries} queries over {found.keys} keys" for found in self.outside)
-            raise TapeError(
-                f"model: 'attention' pooling, but no attention with one query over the {self._sizes[1]} pooled tokens "
-                f"was found after the blocks{seen and ', only ' + seen}; check the layout's pooling and pooled"
-            )
-        if self.cut or not values.requires_grad:
-            raise TapeError(
-                "model: its logits carry no gradient to the tower; its forward must not run under torch.no_grad(), "
-                "torch.inference_mode() or detach the tower's output"
-            )
 
     @property
     def _is_over(self) -> bool:
@@ -272,5 +368,6 @@ class ForwardPass:
         tokens = self.layout.tokens
         return (tokens, tokens) if self.block is not None else (1, self.layout.pooled[1] - self.layout.pooled[0])
 
-    def _name(self, index: int) -> str:
+    def name(self, index: int) -> str:
+        """A block for messages."""
         return f"block {index} ({type(self.layout.blocks[index]).__name__})"

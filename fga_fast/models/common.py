@@ -24,7 +24,11 @@ def check_methods(tower: nn.Module, methods: Iterable[str], packages: Collection
         known = [cls for cls in owners if any(_is_in(cls, package) for package in packages)]
         if owners[:1] != known[:1]:
             replaced = f"{(known or owners)[0].__name__}.{method}"
-            raise cannot(tower, f"{owners[0].__name__} replaces {replaced}, so {unknown} is not known")
+            raise cannot(
+                tower,
+                f"{owners[0].__name__} replaces {replaced}, so {unknown} is not known; say it with "
+                "Explainer(model, layout=ModelLayout(blocks=..., prefix_tokens=..., grid=..., pooling=...))",
+            )
 
 
 def attribute(module: nn.Module, name: str) -> Any:

@@ -6,7 +6,8 @@ classes of the modules.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from types import ModuleType
 
 from torch import nn
@@ -46,7 +47,10 @@ def find_layout(model: nn.Module, image_size: tuple[int, int] | None = None) -> 
             not take `image_size`; the message names the class, the reason and what to do.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module from images to logits, got {type(model).__name__}")
+        raise TypeError(
+            f"model: expected a torch.nn.Module from images to logits, got {type(model).__name__}"
+            + ("; load these weights into the model with model.load_state_dict()" if isinstance(model, Mapping) else "")
+        )
     if image_size is not None:
         image_size = two("image_size", image_size, least=1)
     towers: dict[str, tuple[ModuleType, nn.Module]] = {}
@@ -61,8 +65,9 @@ def find_layout(model: nn.Module, image_size: tuple[int, int] | None = None) -> 
     if not towers:
         raise ValueError(
             f"model: no supported vision transformer found in {type(model).__name__}; supported are {SUPPORTED}, alone "
-            "or anywhere inside a wrapper that registers the tower as a submodule. For your own vision transformer "
-            "say where its blocks are: ModelLayout(blocks=..., prefix_tokens=..., grid=..., pooling=...)"
+            "or anywhere inside a wrapper that registers the tower as a submodule. For another vision transformer "
+            "(your own, vit-pytorch's, MONAI's) say where its blocks are: ModelLayout(blocks=..., prefix_tokens=..., "
+            "grid=..., pooling=...), as docs/your_model.md shows"
         )
     if len(towers) > 1:
         found = ", ".join(f"'{name}' ({type(tower).__name__})" for name, (_, tower) in towers.items())
@@ -74,6 +79,21 @@ def find_layout(model: nn.Module, image_size: tuple[int, int] | None = None) -> 
     check_inside(tower)
     layout: ModelLayout = family.read_layout(tower, image_size)
     return layout
+
+
+def has_no_head(model: nn.Module, layout: ModelLayout, width: int) -> bool:
+    """Whether outputs [B, width] of `model` are the tower's features: nothing with weights comes after the tower.
+
+    A wrapper around a tower has no head either, unless it has weights of its own. A tower's head may have been replaced
+    by nn.Identity.
+    """
+    tower = layout.tower
+    if tower is None or width not in (layout.d_model, getattr(tower, "output_dim", None)):
+        return False
+    heads = [part for name in ("head", "heads") if isinstance(part := getattr(tower, name, None), nn.Module)]
+    inside = {id(weight) for weight in chain(tower.parameters(), tower.buffers())}
+    inside -= {id(weight) for head in heads for weight in head.parameters()}
+    return all(id(weight) in inside for weight in chain(model.parameters(), model.buffers()))
 
 
 def active_randomness(model: nn.Module) -> list[str]:

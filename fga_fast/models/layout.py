@@ -11,6 +11,14 @@ from torch import nn
 
 from fga_fast.settings import Pooling, check_choice
 
+LISTS = (nn.ModuleList, nn.ModuleDict)
+
+
+def ends(block: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The first and the last module that a block calls: itself, or those of a list, which is never called."""
+    parts = list(block.children()) if isinstance(block, LISTS) else [block]
+    return parts[0], parts[-1]
+
 
 @dataclass(frozen=True)
 class ModelLayout:
@@ -32,6 +40,8 @@ class ModelLayout:
     Attributes:
         blocks: the L transformer blocks in forward order (any sequence of modules, kept as a tuple). Block l returns
             the residual stream x_l [B, N, C], or a tuple that starts with it, and attends over all N tokens once.
+            A block may be an nn.ModuleList (or ModuleDict) of modules that the model calls in this order, such as
+            [attention, mlp]: the stream enters the first, and what the last returns is added to it.
         prefix_tokens: tokens in front of the patches (class, distillation, registers); N = prefix_tokens + gh * gw.
         grid: (gh, gw), patches along height and width; patch p sits at row p // gw, column p % gw.
         pooling: how the residual stream becomes one vector. "token": one token is read. "average": the tokens of
@@ -125,6 +135,8 @@ def _modules(blocks: object) -> tuple[nn.Module, ...]:
     for index, block in enumerate(found):
         if not isinstance(block, nn.Module):
             raise TypeError(f"blocks[{index}]: expected a torch.nn.Module, got {type(block).__name__}")
+        if isinstance(block, LISTS) and not len(block):
+            raise ValueError(f"blocks[{index}]: expected modules in the {type(block).__name__}, got none")
     if not found:
         raise ValueError("blocks: expected at least one block, got none")
     if len(set(found)) < len(found):

@@ -50,7 +50,11 @@ REFUSED: dict[str, dict[str, str]] = {
         **dict.fromkeys(("TimesformerModel", "VivitModel", "VideoMAEModel"), _VIDEO),
         **dict.fromkeys(("ViTForMaskedImageModeling", "DeiTForMaskedImageModeling"), _NO_LOGITS),
         **dict.fromkeys(("Dinov2Backbone", "Dinov2WithRegistersBackbone", "DINOv3ViTBackbone"), _NO_LOGITS),
-        "ViTMAEModel": "it drops a random three quarters of the patches in every forward pass",
+        "ViTMAEModel": (
+            "it shuffles the patches at random in every forward pass, at mask_ratio=0 too, so a token's place in the "
+            "image is not known; load its weights into ViTModel or ViTForImageClassification, which have the same "
+            "encoder: ViTModel.from_pretrained(checkpoint), or vit.load_state_dict(mae.state_dict())"
+        ),
         "Siglip2VisionModel": _FLEXIBLE,
         "Siglip2VisionTransformer": _FLEXIBLE,
     },
@@ -62,6 +66,9 @@ REFUSED_PARTS: dict[str, str] = {
     "DiffParallelScalingBlock": "differential attention subtracts two softmax maps, so relevance is not defined",
     "ParallelThingsBlock": "each block holds several attentions side by side; one attention a block is expected",
 }
+
+# Wrapper around a model -> reason.
+_COPIES = "it runs copies of the model in threads, each with a part of the batch; pass the model inside, model.module"
 
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
 
@@ -75,13 +82,26 @@ def reason(module: nn.Module) -> str | None:
     return opaque(module)
 
 
+def wrapper(module: nn.Module) -> str | None:
+    """Why a model inside of `module` cannot be explained, or None."""
+    return _COPIES if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1 else None
+
+
 def opaque(module: nn.Module) -> str | None:
-    """Why the calls that `module` makes are not visible from outside, or None."""
+    """Why the calls that `module` makes cannot be followed or differentiated from outside, or None."""
     if hasattr(module, "_orig_mod"):  # a module from torch.compile()
         return "it is compiled by torch.compile, whose graph hides its attention; pass the model that was compiled"
     if getattr(module, "_compiled_call_impl", None) is not None:
         return "it was compiled in place by module.compile(), which hides its attention; build the model without it"
+    forward = getattr(module, "forward", None)
+    if hasattr(forward, "_torchdynamo_orig_callable") and not getattr(forward, "_torchdynamo_disable", False):
+        return "its forward is compiled by torch.compile, which hides its attention; give it back its own forward"
     names = [cls.__name__ for cls in type(module).__mro__]
+    if "FullyShardedDataParallel" in names:
+        return (
+            "FullyShardedDataParallel gathers its weights for whole training steps only; shard the model with "
+            "torch.distributed.fsdp.fully_shard, or explain it before it is wrapped"
+        )
     if "ScriptModule" in names:
         return "TorchScript modules hide their attention calls; pass the eager model"
     if "GraphModule" in names:

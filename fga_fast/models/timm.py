@@ -86,9 +86,10 @@ def _read_size(tower: nn.Module, wanted: tuple[int, int] | None) -> tuple[tuple[
         return size, pair(getattr(patch_embed, "grid_size", None), tower, "grid_size")
     patch = pair(attribute(patch_embed, "patch_size"), tower, "patch_size")
     if size[0] % patch[0] or size[1] % patch[1]:
-        raise cannot(
-            tower, f"images of {size[0]} x {size[1]} pixels are no whole number of {patch[0]} x {patch[1]} patches"
-        )
+        what = f"{size[0]} x {size[1]} pixels are no whole number of {patch[0]} x {patch[1]} patches"
+        if wanted is None:
+            raise cannot(tower, f"images of {what}")
+        raise ValueError(f"image_size: {what} of {type(tower).__name__}; resize or crop the images")
     return size, pair(attribute(patch_embed, "dynamic_feat_size")(size), tower, "grid_size")
 
 

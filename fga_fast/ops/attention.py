@@ -6,8 +6,8 @@ and the gate port; all three hold zeros. Backward, the *gradient* of the carrier
 
     Cbar = mean_h relu(dA * A),    v <- v + w * (v Cbar)
 
-(`signed`: without the relu). So one call of `torch.autograd.grad` explains the whole model, and no [N, N] map is ever
-kept.
+(`signed`: without the relu). The op passes on w * (v Cbar); whoever taps the model adds v. So one call of
+`torch.autograd.grad` explains the whole model, and no [N, N] map is ever kept.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ def attention(
     scale: float,
     bias: Tensor | None = None,  # broadcastable to [B, H, Nq, N]
     gated: bool = False,
-    residual: bool = True,
     signed: bool = False,
     constant_map: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -44,8 +43,6 @@ def attention(
             any strides, also 0. It gets no gradient. Entries may be -inf; a query whose every key is at -inf gives
             NaN, as a softmax does.
         gated: a gate arrives at the port in backward; without it the gate is 1.
-        residual: the block adds its attention to its input, so relevance also stays where it was (Nq = N). False for
-            a pooling head, whose own row starts the rollout.
         signed: relevance against the target is kept, Cbar = mean_h(dA * A).
         constant_map: the attention map is a constant of the backward pass: v gets its gradient, q and k get none.
 
@@ -60,7 +57,7 @@ def attention(
     library.load()
     library.require_kernel("attention", q)
     out, lse, carried, port = torch.ops.fga_fast.attention(
-        q, k, v, carrier, _placed("attention", bias, q), scale, gated, residual, signed, constant_map
+        q, k, v, carrier, _placed("attention", bias, q), scale, gated, signed, constant_map
     )
     return out, lse, carried, port
 
@@ -78,7 +75,6 @@ def attention_backward(
     scale: float,
     bias: Tensor | None = None,  # broadcastable to [B, H, Nq, N]
     image: Tensor | None = None,  # [M]
-    residual: bool = True,
     signed: bool = False,
     need_qk: bool = True,
     need_v: bool = True,
@@ -88,12 +84,12 @@ def attention_backward(
     Several targets of an image share its q, k, v, bias, out and lse: row m belongs to image `image[m]` (int64), by
     default to image m. Probabilities are rebuilt tile by tile from `lse`; memory is linear in N.
 
-    `scale`, `bias`, `residual` and `signed` are those of the forward pass. What is not needed is not computed.
+    `scale`, `bias` and `signed` are those of the forward pass. What is not needed is not computed.
 
     Returns:
         dq [M, H, Nq, D] and dk [M, H, N, D] ([0] unless `need_qk`), dv [M, H, N, D] ([0] unless `need_v`), each over
-        token-major memory, and the relevance that leaves, [M, N]: (row if residual) + gate * (row Cbar), in float64
-        for float64 models, else float32.
+        token-major memory, and the relevance that leaves, gate * (row Cbar) [M, N], in float64 for float64 models,
+        else float32.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit; the message names the argument.
@@ -101,8 +97,8 @@ def attention_backward(
     library.load()
     library.require_kernel("attention_backward", q)
     dq, dk, dv, row_out = torch.ops.fga_fast.attention_backward(
-        grad_out, row, gate, q, k, v, _placed("attention_backward", bias, q), out, lse, image, scale, residual, signed,
-        need_qk, need_v,
+        grad_out, row, gate, q, k, v, _placed("attention_backward", bias, q), out, lse, image, scale, signed, need_qk,
+        need_v,
     )  # fmt: skip
     return dq, dk, dv, row_out
 
@@ -122,8 +118,8 @@ def _token_major(like: Tensor, shape: tuple[Any, ...]) -> Tensor:
 
 
 def _attention_fake(
-    q: Tensor, k: Tensor, v: Tensor, carrier: Tensor, bias: Tensor | None, scale: float, gated: bool, residual: bool,
-    signed: bool, constant_map: bool,
+    q: Tensor, k: Tensor, v: Tensor, carrier: Tensor, bias: Tensor | None, scale: float, gated: bool, signed: bool,
+    constant_map: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     images, heads, queries, width = q.shape
     lse = q.new_empty(images, heads, queries, dtype=relevance_dtype(q.dtype))
@@ -133,8 +129,7 @@ def _attention_fake(
 
 def _attention_backward_fake(
     grad_out: Tensor, row: Tensor, gate: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
-    out: Tensor, lse: Tensor, image: Tensor | None, scale: float, residual: bool, signed: bool, need_qk: bool,
-    need_v: bool,
+    out: Tensor, lse: Tensor, image: Tensor | None, scale: float, signed: bool, need_qk: bool, need_v: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     rows, heads, queries, width = grad_out.shape
     keys = k.shape[2]
@@ -174,7 +169,7 @@ def _attention_backward_vmap(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, carrier, bias, ctx.scale, ctx.gated, ctx.residual, ctx.signed, ctx.constant_map = inputs
+    q, k, v, carrier, bias, ctx.scale, ctx.gated, ctx.signed, ctx.constant_map = inputs
     if ctx.needs_input_grad[4]:
         raise ValueError("attention: bias requires a gradient, which this op does not compute; pass bias.detach()")
     ctx.save_for_backward(q, k, v, bias, output[0], output[1])
@@ -188,7 +183,9 @@ def _attention_grad(
     ctx: Any, grad_out: Tensor | None, _grad_lse: Tensor | None, row: Tensor | None, gate: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     q, k, v, bias, out, lse = ctx.saved_tensors
-    if ctx.gated and gate is None:
+    if grad_out is None and row is None:  # a backward pass that ends above
+        return (None,) * 9
+    if ctx.gated and gate is None and row is not None:
         raise RuntimeError("attention: no gate arrived at the port of an attention called with gated=True")
     if grad_out is None:
         grad_out = torch.zeros_like(out)
@@ -196,11 +193,11 @@ def _attention_grad(
         row = out.new_zeros(q.shape[0], q.shape[2], dtype=ctx.carrier_dtype)
     need_qk, need_v = any(ctx.needs_input_grad[:2]) and not ctx.constant_map, ctx.needs_input_grad[2]
     dq, dk, dv, row_out = torch.ops.fga_fast.attention_backward(
-        grad_out, row, gate if ctx.gated else None, q, k, v, bias, out, lse, None, ctx.scale, ctx.residual, ctx.signed,
-        need_qk, need_v,
+        grad_out, row, gate if ctx.gated else None, q, k, v, bias, out, lse, None, ctx.scale, ctx.signed, need_qk,
+        need_v,
     )  # fmt: skip
     of_map = (dq, dk) if need_qk else (None, None)
-    return *of_map, dv if need_v else None, row_out, *([None] * 6)
+    return *of_map, dv if need_v else None, row_out, *([None] * 5)
 
 
 @library.at_load

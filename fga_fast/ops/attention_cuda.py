@@ -75,12 +75,12 @@ def placed_bias(bias: Tensor, q: Tensor, keys: int) -> Tensor:  # [B or 1, H or 
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, carrier: Tensor, bias: Tensor | None, scale: float, gated: bool, residual: bool,
-    signed: bool, constant_map: bool,
+    q: Tensor, k: Tensor, v: Tensor, carrier: Tensor, bias: Tensor | None, scale: float, gated: bool, signed: bool,
+    constant_map: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`fga_fast::attention` for CUDA tensors; see `ops.attention`."""
     check_supported("attention", q)
-    check_shapes("attention", q, k, v, carrier, residual)
+    check_shapes("attention", q, k, v, carrier)
     carried, port = carrier.new_zeros(len(q), q.shape[2]), carrier.new_zeros(len(q), k.shape[2])
     if q.numel() == 0 or k.numel() == 0:
         return _zeros(q), q.new_full(q.shape[:3], float("-inf"), dtype=carrier.dtype), carried, port
@@ -95,8 +95,7 @@ def attention(
 
 def attention_backward(
     grad_out: Tensor, row: Tensor, gate: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
-    out: Tensor, lse: Tensor, image: Tensor | None, scale: float, residual: bool, signed: bool, need_qk: bool,
-    need_v: bool,
+    out: Tensor, lse: Tensor, image: Tensor | None, scale: float, signed: bool, need_qk: bool, need_v: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`fga_fast::attention_backward` for CUDA tensors; see `ops.attention_backward`.
 
@@ -104,15 +103,12 @@ def attention_backward(
     """
     check_supported("attention_backward", q)
     if grad_out.numel() == 0 or k.numel() == 0:  # PyTorch's kernels would divide by the number of heads
-        left = row.clone() if residual else row.new_zeros(len(row), k.shape[2])
-        of_keys = grad_out.new_empty(*grad_out.shape[:2], k.shape[2], k.shape[3])
+        of_keys, left = grad_out.new_empty(*grad_out.shape[:2], *k.shape[2:]), row.new_zeros(len(row), k.shape[2])
         return _zeros(grad_out, need_qk), _zeros(of_keys, need_qk), _zeros(of_keys, need_v), left
     q, k, v, grad_out, out = (readable(t) for t in (q, k, v, grad_out, out))
     if bias is not None:
         bias = bias.to(q.dtype)  # as the forward pass had it: log-sum-exp belongs to this one
-    row_out = torch.ops.fga_fast.attention_relevance(
-        grad_out, row, gate, q, k, v, bias, lse, image, scale, residual, signed
-    )
+    row_out = torch.ops.fga_fast.attention_relevance(grad_out, row, gate, q, k, v, bias, lse, image, scale, signed)
     dq, dk, dv = (q.new_empty(0) for _ in range(3))
     if need_qk or need_v:
         if image is not None:
@@ -149,7 +145,7 @@ def _gradients(
     return dq, dk, dv
 
 
-def check_shapes(op: str, q: Tensor, k: Tensor, v: Tensor, carrier: Tensor, residual: bool) -> None:
+def check_shapes(op: str, q: Tensor, k: Tensor, v: Tensor, carrier: Tensor) -> None:
     """Checks the forward pass, whose errors PyTorch's kernels do not name. `attention_relevance` checks the backward.
 
     Raises:
@@ -167,15 +163,11 @@ def check_shapes(op: str, q: Tensor, k: Tensor, v: Tensor, carrier: Tensor, resi
             f"{op}: carrier must be float32 of shape {[q.shape[0], k.shape[2]]}, got {carrier.dtype} "
             f"{list(carrier.shape)}"
         )
-    if residual and q.shape[2] != k.shape[2]:
-        raise RuntimeError(
-            f"{op}: residual needs as many queries as keys, got {q.shape[2]} and {k.shape[2]}; pass residual=False"
-        )
 
 
 def _relevance_fake(
     grad_out: Tensor, row: Tensor, gate: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
-    lse: Tensor, image: Tensor | None, scale: float, residual: bool, signed: bool,
+    lse: Tensor, image: Tensor | None, scale: float, signed: bool,
 ) -> Tensor:  # fmt: skip
     return row.new_empty(row.shape[0], k.shape[2])
 

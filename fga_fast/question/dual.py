@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fga_fast.models.common import class_of
+from fga_fast.models.follower import followed_by
 
 _IMAGE_PARTS = ("visual", "vision_model", "visual_projection")  # all other weights are the text tower's
 
@@ -85,8 +86,8 @@ class DualEncoder:
             )
         kind = next(self._text_parameters()).device.type
         precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        # Modes that watch an explained forward pass must not see this one: they are meant for the image tower.
-        with self._lock, torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.no_grad():
+        # What follows the explained forward pass must not see this one: it is meant for the image tower.
+        with self._lock, followed_by(None), torch.inference_mode(False), torch.no_grad():
             weights = tuple(map(_state, self._text_parameters()))
             if weights != self._weights:
                 self._features.clear()

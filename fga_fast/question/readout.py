@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fga_fast.models.find import has_no_head
+from fga_fast.models.layout import ModelLayout
 from fga_fast.question import targets as kinds
 from fga_fast.question.dual import DualEncoder, library_of
 from fga_fast.question.targets import Answer, Difference, Embedding, Targets, Tensors
@@ -24,6 +26,7 @@ class Readout:
             `config.id2label` where it says more than LABEL_0. For a dual encoder: the prompts that None (the likeliest)
             and ints choose among.
         tokenizer: of a dual encoder, for prompts.
+        layout: of the model, to tell features from logits; None: not known.
 
     Raises:
         TypeError, ValueError: class names that are not str or are empty, a tokenizer without a dual encoder.
@@ -34,8 +37,9 @@ class Readout:
         model: nn.Module,
         class_names: Sequence[str] | Mapping[int, str] | None = None,
         tokenizer: Callable[..., Any] | None = None,
+        layout: ModelLayout | None = None,
     ) -> None:
-        self.model = model
+        self.model, self.layout = model, layout
         self.dual = DualEncoder(model, tokenizer) if library_of(model) else None
         if tokenizer is not None and self.dual is None:
             raise ValueError(
@@ -62,9 +66,12 @@ class Readout:
         if self.dual is not None:
             return _checked_output(self.dual.image_features(images), len(images))
         found, headless = _logits_of(self.model(images))
+        logits = _checked_output(found, len(images))
         # num_classes is timm's: 0 for a model without a head.
         self._headless = headless or getattr(self.model, "num_classes", None) == 0
-        return _checked_output(found, len(images))
+        if not self._headless and self.layout is not None:
+            self._headless = has_no_head(self.model, self.layout, logits.shape[1])
+        return logits
 
     def logits(self, output: Tensor) -> Tensor:  # [B, classes] or [B, E] -> [B, classes]
         """What classes are predicted from: the model's logits, or a dual encoder's for its class names."""
@@ -156,15 +163,43 @@ def _checked_output(output: Any, batch: int) -> Tensor:
         if output.shape[1]:
             return output
         raise ValueError(f"model: expected logits [{batch}, classes], got {list(output.shape)}; give it a head")
-    advice = "wrap it in a module that does"
+    raise ValueError(
+        f"model: expected logits [B, classes] from images, with B = {batch}, got {_kind(output)}; "
+        f"{_advice(output, batch)}"
+    )
+
+
+def _kind(output: Any) -> str:
+    """A model's output for an error message: the shapes of tensors, the entries of others."""
+    if isinstance(output, Tensor):
+        return f"{list(output.shape)} {output.dtype}"
+    name = type(output).__name__
     if isinstance(output, (tuple, list)):
-        advice = "wrap it in a module that returns the entry with the logits"
-    elif isinstance(output, Mapping):
-        advice = (
-            f"it has no 'logits' but {', '.join(map(str, list(output)[:8]))}; wrap it in a module that returns them"
+        entries = [_entry(part) for part in output]
+    else:
+        parts = output if isinstance(output, Mapping) else getattr(output, "__dict__", {})
+        entries = [f"{key} {_entry(part)}" for key, part in parts.items()]
+    return f"{name} of {', '.join(entries[:8])}" if entries else name
+
+
+def _entry(part: Any) -> str:
+    return str(list(part.shape)) if isinstance(part, Tensor) else type(part).__name__
+
+
+def _advice(output: Any, batch: int) -> str:
+    """What to do about an output that is no logits. docs/your_model.md has such wrappers."""
+    if not isinstance(output, Tensor):
+        return "wrap it in a module that returns the entry with the logits"
+    if output.dim() == 4 and len(output) == batch:
+        return (
+            "if these are logits of pixels, wrap it in a module that picks one or averages a region: "
+            "model(images)[:, :, row, column] or model(images)[:, :, rows, columns].mean((2, 3))"
         )
-    found = f"{list(output.shape)} {output.dtype}" if isinstance(output, Tensor) else type(output).__name__
-    raise ValueError(f"model: expected logits [B, classes] from images, with B = {batch}, got {found}; {advice}")
+    if output.dim() == 3 and len(output) == batch:
+        return "if these are tokens, wrap it in a module that picks or averages some"
+    if output.dim() == 1 and len(output) == batch and output.is_floating_point():
+        return "wrap it in a module that returns model(images)[:, None]"
+    return "wrap it in a module that does"
 
 
 def _checked_names(names: Any) -> tuple[str, ...] | dict[int, str] | None:

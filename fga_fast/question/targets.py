@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fga_fast.models.follower import followed_by
 from fga_fast.question.names import class_number
 from fga_fast.sae.features import TopFeatures
 
@@ -89,6 +90,9 @@ class Tensors(NamedTuple):
     gates: dict[int, Tensor]  # block -> [B, P], in [1 / base, base]
     features: dict[int, TopFeatures]  # block -> its strongest features, if asked for
     blocks: Tensor | None  # [B, L', P], relevance of the patches that enter each block, if asked for
+    signal: Tensor | None  # [B, P], relevance without the constant that the pooling gave patches; None: there is none
+    start_block: int  # first block that was explained
+    notices: tuple[str, ...]  # what a reader must know
 
 
 def pick(
@@ -100,7 +104,7 @@ def pick(
 ) -> Tensor:
     """Columns [B] or [B, K] int64 of `logits` that `targets` name; None and ints choose among the first `classes`.
 
-    ranged: whether to look for numbers out of range in a tensor. The host waits for that if the tensor is on a GPU.
+    ranged: whether to look at the numbers of a tensor. The host waits for that if the tensor is on a GPU.
     """
     batch = len(logits)
     if targets is None:
@@ -112,15 +116,23 @@ def pick(
         )
     if hasattr(targets, "__array__") and not isinstance(targets, Tensor):  # NumPy's arrays and numbers
         # Text and objects; what else torch cannot take, it says itself.
-        targets = targets.tolist() if targets.dtype.kind in "OUST" else torch.as_tensor(targets)
+        targets = targets.tolist() if targets.dtype.kind in "OUST" else torch.as_tensor(targets, device="cpu")
     if not isinstance(targets, Tensor):
         picked = torch.tensor(_numbered(targets, names, classes), dtype=torch.int64, device=logits.device)
     elif targets.dtype == torch.bool or targets.is_floating_point() or targets.is_complex():
-        raise TypeError(f"targets: expected integer class indices, got dtype {targets.dtype}; convert them")
+        like = targets.dim() == 2 and targets.shape[1] == classes
+        advice = "for one-hot rows or probabilities give targets.argmax(1)" if like else "convert them"
+        raise TypeError(f"targets: expected integer class indices, got dtype {targets.dtype}; {advice}")
     else:
         picked = targets.to(device=logits.device, dtype=torch.int64)
         if ranged and picked.numel() and not 0 <= int(picked.min()) <= int(picked.max()) < classes:
             raise _out_of_range(int(picked[(picked < 0) | (picked >= classes)].flatten()[0]), classes)
+    if ranged and _looks_like_labels(picked, classes) and not any(isinstance(leaf, str) for leaf in leaves(targets)):
+        raise ValueError(
+            f"targets: expected class numbers, got rows of 0 and 1, as many as there are classes ({classes}), which "
+            "look like one-hot or multi-label rows; give targets.argmax(1), or a function such as "
+            "lambda logits: (logits * targets).sum(1)"
+        )
     if picked.dim() == 0:
         picked = picked.expand(batch)
     elif picked.dim() == 2 and len(picked) == 1:
@@ -132,6 +144,13 @@ def pick(
         )
     # Cloned, since the caller may change the original or be in inference mode.
     return picked.clone(memory_format=torch.contiguous_format)
+
+
+def _looks_like_labels(picked: Tensor, classes: int) -> bool:
+    """Rows [B, classes] of 0 and 1. Of two classes such a row may name both, so at least three are needed."""
+    if picked.dim() != 2 or picked.shape[1] != classes or classes < 3 or not picked.numel():
+        return False
+    return int(picked.max()) <= 1
 
 
 def values_at(logits: Tensor, picked: Tensor) -> Tensor:  # [B, T], [B] or [B, K] -> like picked
@@ -191,7 +210,10 @@ def _numbered(targets: Any, names: Sequence[str] | None, classes: int, depth: in
 
 
 def _out_of_range(number: int, classes: int) -> ValueError:
-    return ValueError(f"targets: expected classes 0 to {classes - 1}, got {number}")
+    hint = "classes are counted from 0"
+    if classes == 1:
+        hint = "the model has one output: 0 explains what raises it, the function `lambda y: -y[:, 0]` what lowers it"
+    return ValueError(f"targets: expected classes 0 to {classes - 1}, got {number}; {hint}")
 
 
 def shown(value: object) -> str:
@@ -222,7 +244,8 @@ def difference(a: Tensor, b: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
 def likeness(target: Embedding, output: Tensor) -> Answer:  # [B, E]
     """The answer to an `Embedding`: cosines."""
     try:
-        vector = torch.as_tensor(target.vector).detach()
+        vector = target.vector if isinstance(target.vector, Tensor) else torch.as_tensor(target.vector, device="cpu")
+        vector = vector.detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"targets: expected numbers [E], [B, E] or [B, K, E] in an Embedding, got {shown(target.vector)}: {error}"
@@ -258,12 +281,20 @@ def likeness(target: Embedding, output: Tensor) -> Answer:  # [B, E]
 
 def computed(function: Callable[[Tensor], Tensor], output: Tensor, names: tuple[str, ...] | None) -> Answer:
     """The answer to a function of the output [B, classes]: what it returns, checked."""
-    # A copy, since the function may work in place. Hidden from the modes that watch the model, which would take the
-    # function's own norms and activations for the model's.
+    # A copy, since the function may work in place. Unseen by what follows the model, which would take the function's
+    # own norms and activations for the model's. So it may also call the model, or an explainer.
     copy = output.clone()
-    with torch._C.DisableTorchFunction():
-        values: Any = function(copy)
     batch, name = len(output), getattr(function, "__name__", type(function).__name__)
+    try:
+        with followed_by(None):
+            values: Any = function(copy)
+    except (ValueError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"targets: {name} raised {type(error).__name__}: {error}; it gets the model's output {list(output.shape)} "
+            "and must return one value an image"
+        ) from error
     if not isinstance(values, Tensor) or not values.is_floating_point():
         got = str(values.dtype) if isinstance(values, Tensor) else type(values).__name__
         raise TypeError(f"targets: expected {name} to return a floating-point tensor, one value an image, got {got}")

@@ -9,10 +9,11 @@ from __future__ import annotations
 from fga_fast.precision import relevance_dtype
 from fga_fast.reference.attention import attention, attention_backward, attention_relevance
 from fga_fast.reference.explain import explain
-from fga_fast.reference.gate import gate
+from fga_fast.reference.gate import gate, unit
 from fga_fast.reference.input_x_gradient import input_x_gradient
-from fga_fast.reference.rollout import gate_columns, pooled_row, rollout
+from fga_fast.reference.rollout import gate_columns, rollout
 from fga_fast.reference.score import contributions, score, top_features
+from fga_fast.reference.starts import start_rows
 
 __all__ = [
     "attention",
@@ -23,9 +24,10 @@ __all__ = [
     "gate",
     "gate_columns",
     "input_x_gradient",
-    "pooled_row",
     "relevance_dtype",
     "rollout",
     "score",
+    "start_rows",
     "top_features",
+    "unit",
 ]

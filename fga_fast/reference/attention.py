@@ -59,7 +59,6 @@ def attention_backward(
     v: Tensor,  # [B, H, N, Dv]
     image: Tensor | None,  # [M] int64, image of each row; None: M == B and row m belongs to image m
     scale: float,
-    residual: bool,
     bias: Tensor | None = None,  # broadcastable to [B, H, Nq, N], added before the softmax
     signed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -71,22 +70,14 @@ def attention_backward(
         dA = dO v^T
         dS = A * (dA - rowsum(A * dA)),    dq = scale * dS k,    dk = scale * dS^T q
         Cbar = mean_h relu(A * dA), without the relu if signed
-        row_out = (row if residual else 0) + gate * (row Cbar)
+        row_out = gate * (row Cbar)
 
-    With `residual` this is `row (I + Cbar diag(gate))`, one factor of the rollout. Without it (an attention pool, whose
-    query is no token) the row over tokens starts here: row is then [M, 1], usually 1.
+    `row + row_out` is `row (I + Cbar diag(gate))`, one factor of the rollout. At an attention pool, whose query is no
+    token, row is [M, 1], usually 1, and row_out alone is the row over tokens.
 
     Returns:
         dq [M, H, Nq, D], dk [M, H, N, D], dv [M, H, N, Dv] in q's dtype, and row_out [M, N] in row's dtype.
-
-    Raises:
-        ValueError: `residual` with Nq != N, for which `row + ...` has no meaning.
     """
-    if residual and q.shape[2] != k.shape[2]:
-        raise ValueError(
-            f"residual: expected as many queries as keys, got {q.shape[2]} and {k.shape[2]}; pass residual=False for "
-            "cross attention and attention pools"
-        )
     if image is not None:
         q, k, v = q[image], k[image], v[image]
         if bias is not None and bias.dim() == 4 and bias.shape[0] > 1:
@@ -101,6 +92,4 @@ def attention_backward(
 
     relevance = attention_relevance(probabilities, d_probabilities, signed).to(row.dtype)  # [M, Nq, N]
     message = (row.unsqueeze(1) @ relevance).squeeze(1)  # [M, N]
-    if gate is not None:
-        message = gate * message
-    return dq, dk, dv, row + message if residual else message
+    return dq, dk, dv, message if gate is None else gate * message

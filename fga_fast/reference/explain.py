@@ -3,7 +3,9 @@
 Equations, with y the explained value and blocks l numbered in forward order from s, `start_block`:
 
     method "rollout":           Cbar_l = mean_h relu(A_l * dA_l), dA_l = d y / d A_l; without the relu if `signed`
-                                R = (I + Cbar_{L-1}) ... (I + Cbar_s), whose row for the pooled vector is the relevance
+                                R_l = (I + Cbar_l) ... (I + Cbar_s); the relevance is sum_l row_l R_l, with row_l what y
+                                reads of the output of block l other than through block l + 1 (reference/starts.py):
+                                for most models the class token, or all patches evenly, of the last block
     method "input_x_gradient":  x . d y / d x, x the input of block s
 
 At blocks with an autoencoder, `w_l = base ** tanh(slope * z(s_l))` with s_l the score of x_l and `g_l = d y / d x_l` at
@@ -20,27 +22,34 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.utils._pytree import tree_map
 
 from fga_fast.models import checks
 from fga_fast.models.find import find_layout
+from fga_fast.models.head import arriving, check_images_apart, differently, unevenly
 from fga_fast.models.layout import ModelLayout
-from fga_fast.models.pooling import check_pooling
+from fga_fast.models.maps import check_maps, check_paths
+from fga_fast.models.naming import differentiating, running
+from fga_fast.models.reads import Reads, find_reads
 from fga_fast.question.readout import Readout, Targets, Tensors
 from fga_fast.reference.attention import attention_relevance
 from fga_fast.reference.gate import gate as gate_of
+from fga_fast.reference.gate import unit
 from fga_fast.reference.input_x_gradient import input_x_gradient
 from fga_fast.reference.recording import Recording, recording
-from fga_fast.reference.rollout import gate_columns, pooled_row, rollout
+from fga_fast.reference.rollout import gate_columns, rollout
 from fga_fast.reference.score import contributions, score, top_features
+from fga_fast.reference.starts import start_rows
 from fga_fast.sae.features import TopFeatures
 from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
 from fga_fast.settings import Settings
 
 Saes = Mapping[int, SparseAutoencoder]
 Maps = dict[int, Tensor]  # block -> [B, P]
-# What one explained value for each image gives: relevance [B, P], scores, gates, features and blocks as in `Tensors`.
-Parts: TypeAlias = tuple[Tensor, Maps, Maps, dict[int, TopFeatures], Tensor | None]
+# What one explained value for each image gives: relevance [B, P], scores, gates, features, blocks and signal as in
+# `Tensors`, and the starts [B, N].
+Parts: TypeAlias = tuple[Tensor, Maps, Maps, dict[int, TopFeatures], Tensor | None, Tensor, Maps]
 
 
 def explain(
@@ -53,7 +62,7 @@ def explain(
     layout: ModelLayout | None = None,
     readout: Readout | None = None,
     given_gates: Mapping[int, Tensor] | None = None,  # block -> [B, P] or [B, K, P]
-    pooling_checked: bool = False,
+    first: bool = True,
 ) -> Tensors:
     """Explain one or K targets an image with full attention maps, by the equations of this module.
 
@@ -66,9 +75,9 @@ def explain(
         settings: all but its `backend` and `target_chunk`.
         layout: where the model's blocks and tokens are; None: `find_layout(model)`.
         readout: how the model's output answers the targets; None: `Readout(model)`.
+        first: check that the model's blocks read each other, and its values the maps, as a rollout supposes.
         given_gates: gates in place of those computed from the scores, at blocks that have an autoencoder; for checking
             another implementation's rollout apart from its scores.
-        pooling_checked: skip the check that the values read the pooled tokens; it was done before.
 
     Returns:
         `Tensors`, detached.
@@ -80,32 +89,49 @@ def explain(
     layout = find_layout(model) if layout is None else layout
     readout = Readout(model) if readout is None else readout
     checks.check_eval(model)
-    checks.check_saes(saes, layout, next((layout.tower or model).parameters()))
+    checks.check_saes(saes, layout, checks.typical_weight(model, layout))
     checks.check_fit(settings, saes, layout)
     saes = dict(sorted(saes.items()))
-    wanted = () if settings.method == "rollout" else _depths(settings, layout)
+    wanted = () if settings.method == "rollout" else range(settings.start_block, len(layout.blocks))
     with torch.inference_mode(False), torch.enable_grad():
         with recording(layout, images, settings.backward == "conservative", settings.start_block, wanted) as record:
-            output = readout.run(images.detach())
+            with running(record.passed):
+                output = readout.run(images.detach())
             checks.check_finite(output.detach(), "the logits", readout.model, images)
             answer = readout.answer(targets, output)
-        record.passed.check_complete(answer.values)
-        if not pooling_checked:
-            check_pooling(record.passed, answer.values)
         # Where the caller has autocast on, it is for the model: relevance is not computed in 16 bit.
-        with torch.autocast(images.device.type, enabled=False):
-            parts = _explain_values(record, answer.values, saes, settings, dict(given_gates or {}))
-    checks.check_finite(parts[0], "the relevance", model, images, saes)
-    return Tensors(answer.logits, answer.targets, answer.values.detach(), answer.names, *parts)
+        with differentiating(record.passed), torch.autocast(images.device.type, enabled=False):
+            reads = find_reads(record.passed, answer.values, settings.method, saes)
+            if first:
+                _check(record, reads, answer.values, settings)
+            relevance, scores, gates, features, blocks, signal, starts = _explain_values(
+                record, reads, answer.values, saes, settings, dict(given_gates or {})
+            )
+            uneven = unevenly(record.passed, reads, answer.values) if settings.method == "rollout" else ()
+    checks.check_finite(relevance, "the relevance", model, images, saes)
+    constant = any(bool(row[..., layout.prefix_tokens :].any()) for row in starts.values())
+    return Tensors(
+        answer.logits, answer.targets, answer.values.detach(), answer.names, relevance, scores, gates, features, blocks,
+        signal if constant else None, record.passed.first, (*reads.notices, *differently(starts, layout), *uneven),
+    )  # fmt: skip
 
 
-def _depths(settings: Settings, layout: ModelLayout) -> range:
-    """The blocks at whose inputs relevance is wanted."""
-    return range(settings.start_block, len(layout.blocks) if settings.per_block else settings.start_block + 1)
+def _check(record: Recording, reads: Reads, values: Tensor, settings: Settings) -> None:  # values [B] or [B, K]
+    """That blocks, maps and images are read as the equations suppose."""
+    check_images_apart(record.passed, reads, values)
+    if settings.method == "rollout":
+        check_paths(record.passed)
+        check_maps(record.passed, values)
+
+
+def _depths(settings: Settings, layout: ModelLayout, first: int) -> range:
+    """The blocks at whose inputs relevance is wanted, `first` being the first that can be explained."""
+    return range(first, len(layout.blocks) if settings.per_block else first + 1)
 
 
 def _explain_values(
     record: Recording,
+    reads: Reads,
     values: Tensor,  # [B] or [B, K]
     saes: Saes,
     settings: Settings,
@@ -113,33 +139,51 @@ def _explain_values(
 ) -> Parts:
     """One backward pass a column of `values`. K parts are stacked, K after B."""
     if values.dim() == 1:
-        return _explain_one(record, values, saes, settings, given_gates)
+        return _explain_one(record, reads, values, saes, settings, given_gates)
     parts = []
     for k in range(values.shape[1]):
         given = {block: gates[:, k] if gates.dim() == 3 else gates for block, gates in given_gates.items()}
-        parts.append(_explain_one(record, values[:, k], saes, settings, given))
+        parts.append(_explain_one(record, reads, values[:, k], saes, settings, given))
     stacked: Parts = tree_map(lambda *same: None if same[0] is None else torch.stack(same, dim=1), *parts)
     return stacked
 
 
 def _explain_one(
     record: Recording,
+    reads: Reads,
     values: Tensor,  # [B]
     saes: Saes,
     settings: Settings,
     given_gates: Maps,
 ) -> Parts:
     gradients = differentiate(values.sum(), record, saes)  # images do not see each other, so each gets its own
-    scores, features = _scores(record, gradients, saes, settings)
+    scores, units, features = _scores(record, reads, gradients, saes, settings)
     with torch.no_grad():
-        gates = {block: gate_of(scores[block], settings.gate.base, settings.gate.slope) for block in scores}
+        base, slope = settings.gate.base, settings.gate.slope
+        gates = {block: gate_of(scores[block] / units[block], base, slope) for block in scores}
         gates |= {block: given.to(scores[block]) for block, given in given_gates.items()}
-        depths = _depths(settings, record.layout)
+        depths = _depths(settings, record.layout, record.passed.first)
+        starts: Maps = {}
         if settings.method == "rollout":
-            found = [_rolled_out(record, gradients, gates, depth, settings.signed) for depth in depths]
+            starts = _starts(record, reads, values)
+            signals = [_rolled_out(record, reads, gradients, gates, starts, d, settings.signed) for d in depths]
+            found = [_with_starts(s, starts, d, record.layout) for s, d in zip(signals, depths, strict=True)]
         else:
-            found = [_contributed(record, gradients, gates, depth) for depth in depths]
-    return found[0], scores, gates, features, torch.stack(found, dim=1) if settings.per_block else None
+            found = signals = [_contributed(record, gradients, gates, depth) for depth in depths]
+    blocks = torch.stack(found, dim=1) if settings.per_block else None
+    return found[0], scores, gates, features, blocks, signals[0], starts
+
+
+@torch.enable_grad()
+def _starts(record: Recording, reads: Reads, values: Tensor) -> Maps:  # values [B]; block -> [B, N]
+    """The rows that enter after blocks; none where an attention pool starts the rollout."""
+    if reads.pool:
+        return {}
+    arrived = arriving(
+        record.passed, reads.blocks,
+        lambda edges: torch.autograd.grad(values.sum(), edges, retain_graph=True, allow_unused=True),
+    )  # fmt: skip
+    return start_rows(arrived, record.layout)
 
 
 class Gradients(NamedTuple):
@@ -163,37 +207,68 @@ def differentiate(explained: Tensor, record: Recording, saes: Saes) -> Gradients
 
 @torch.no_grad()
 def _scores(
-    record: Recording, gradients: Gradients, saes: Saes, settings: Settings
-) -> tuple[dict[int, Tensor], dict[int, TopFeatures]]:
-    """Scores [B, P] and, for k > 0, the k strongest features of the patches after every block with an autoencoder."""
-    scores: dict[int, Tensor] = {}
+    record: Recording, reads: Reads, gradients: Gradients, saes: Saes, settings: Settings
+) -> tuple[Maps, Maps, dict[int, TopFeatures]]:
+    """Scores [B, P], the units [B, 1] that gates measure them in and, for k > 0, the k strongest features of the
+    patches, after every block with an autoencoder. Where the values read no block so late, all are 0.
+    """
+    scores: Maps = {}
+    units: Maps = {}
     features: dict[int, TopFeatures] = {}
     gate, prefix = settings.gate, record.layout.prefix_tokens
     for block, sae in saes.items():
         x = record.batch_first(record.streams[block])[:, prefix:]  # [B, P, C]
         g = record.batch_first(gradients.streams[block])[:, prefix:]  # [B, P, C]
         permutation = gate.decoder_permutation(sae.d_sae, x.device)
-        scores[block] = score(x, g, sae, gate.mode, permutation=permutation)
+        scores[block] = score(x, g, sae, gate.mode, permutation=permutation) * (block <= reads.deepest)
+        of_gradients = gate.mode != "activation_only"
+        units[block] = unit(g).to(scores[block]) if of_gradients else torch.ones_like(scores[block][:, :1])
         if settings.top_features > 0:
-            found = contributions(x, g, sae, gate.mode, permutation=permutation)
+            found = contributions(x, g, sae, gate.mode, permutation=permutation) * (block <= reads.deepest)
             features[block] = top_features(found, settings.top_features)
-    return scores, features
+    return scores, units, features
 
 
-def _rolled_out(record: Recording, gradients: Gradients, gates: Maps, start: int, signed: bool) -> Tensor:
-    """Relevance [B, P] of the patches for the pooled vector: its row of `R = (I + Cbar_{L-1}) ... (I + Cbar_start)`."""
+def _rolled_out(
+    record: Recording, reads: Reads, gradients: Gradients, gates: Maps, starts: Maps, first: int, signed: bool
+) -> Tensor:
+    """Relevance [B, P] that the starts send to the patches that enter block `first`, without the starts themselves.
+
+    Equation: `sum_l row_l S_l`, `S_l = (I + Cbar_l) ... (I + Cbar_first) - I` and `row_l` what enters after block l.
+    An attention pool starts with its own relevance, `row Cbar_pool (I + S)`.
+    """
     layout = record.layout
 
     def relevance_of(block: int | None) -> Tensor:  # [B, N, N], or [B, 1, tokens] for the pool
         maps = record.maps[block].to(record.dtype)  # a model may compute its maps in another dtype than its own
-        return attention_relevance(maps, gradients.maps[block], signed)
+        found = attention_relevance(maps, gradients.maps[block], signed)
+        if block is None or block not in gates:
+            return found
+        return gate_columns(found, gates[block], layout.prefix_tokens)
 
-    relevance = {block: relevance_of(block) for block in range(start, len(layout.blocks))}
-    for block in gates.keys() & relevance.keys():
-        relevance[block] = gate_columns(relevance[block], gates[block], layout.prefix_tokens)
-    pool = relevance_of(None) if layout.pooling == "attention" else None
-    row = pooled_row(rollout(list(relevance.values())), layout, pool)
-    return row[:, layout.prefix_tokens :].contiguous()
+    def rolled(last: int) -> Tensor:  # [B, N, N]
+        maps = [relevance_of(block) for block in range(first, last + 1) if block in record.maps]
+        return rollout(maps or [torch.zeros(len(row), layout.tokens, layout.tokens).to(row)])
+
+    row: Tensor
+    if reads.pool:
+        start, stop = layout.pooled
+        row = pad(relevance_of(None).squeeze(1), (start, layout.tokens - stop))  # [B, N]
+        signal = row + (row.unsqueeze(1) @ rolled(len(layout.blocks) - 1)).squeeze(1)
+    else:
+        row = next(iter(starts.values()))
+        signal = torch.zeros_like(row)
+        for last, row in starts.items():
+            signal = signal + (row.unsqueeze(1) @ rolled(last)).squeeze(1)
+    return signal[:, layout.prefix_tokens :].contiguous()
+
+
+def _with_starts(signal: Tensor, starts: Maps, first: int, layout: ModelLayout) -> Tensor:  # [B, P] -> [B, P]
+    """Relevance of the patches that enter block `first`: by the identity in R, what starts there stays there."""
+    for block, row in starts.items():
+        if block >= first:
+            signal = signal + row[:, layout.prefix_tokens :]
+    return signal
 
 
 def _contributed(record: Recording, gradients: Gradients, gates: Maps, start: int) -> Tensor:
@@ -201,8 +276,9 @@ def _contributed(record: Recording, gradients: Gradients, gates: Maps, start: in
 
     Equation: `c_p = (x_p . g_p) * prod_{l >= start} w_lp`.
     """
-    x, g = record.batch_first(record.inputs[start]), record.batch_first(gradients.inputs[start])
-    contribution = input_x_gradient(x, g)[:, record.layout.prefix_tokens :]
+    ran = [block for block in record.inputs if block >= start]  # if `start` did not run, the next one that did
+    x, g = (record.batch_first(found[ran[0] if ran else max(found)]) for found in (record.inputs, gradients.inputs))
+    contribution = input_x_gradient(x, g)[:, record.layout.prefix_tokens :] * bool(ran)
     for block, gate in gates.items():
         if block >= start:
             contribution = contribution * gate

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
+
+from fga_fast.settings import SMALL_GRADIENT
 
 _MAD_TO_STD = 1.4826  # for a normal distribution, 1.4826 * MAD is the standard deviation
 _EPSILON = 1e-8  # keeps an image whose scores are all equal at z = 0
@@ -20,6 +25,19 @@ def robust_z(scores: Tensor) -> Tensor:  # [M, P] -> [M, P]
     deviation = scores - median
     mad = deviation.abs().median(dim=1, keepdim=True).values  # [M, 1]
     return deviation / (_MAD_TO_STD * (mad + _EPSILON))
+
+
+def unit(gradient: Tensor) -> Tensor:  # [B, P, C] -> [B, 1] float64
+    """What scores are measured in before they become gates, so that the constant in z does not drown small signals.
+
+    Equation: `u = 1`, but where `m = max |g|` of an image is below `SMALL_GRADIENT`, `u = 2 ** floor(log2(m /
+    SMALL_GRADIENT))`, the power of two below the ratio (at least 2 ** -100). The gate is that of `s / u`.
+    """
+    found = []
+    for image in gradient.double():
+        ratio = min(max(float(image.abs().max()) / SMALL_GRADIENT, 2.0**-100), 1.0)
+        found.append([2.0 ** math.floor(math.log2(ratio))])
+    return torch.tensor(found, dtype=torch.float64, device=gradient.device).reshape(-1, 1)
 
 
 def gate(

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fga_fast.engine.torch_functions import Function, FunctionMode
+from fga_fast.engine.function_mode import FunctionMode
+from fga_fast.engine.torch_functions import Function
 from fga_fast.models.block_io import Arguments, ForwardPass, replace_input
 from fga_fast.models.layout import ModelLayout
 from fga_fast.precision import relevance_dtype
@@ -79,6 +80,10 @@ class _Mode(FunctionMode):
         """A itself."""
         return self._record.keep(maps)
 
+    def is_own(self, leaf: Tensor) -> bool:
+        """Maps and inputs where the graph begins are leaves."""
+        return any(leaf is kept for kept in (*self._record.maps.values(), *self._record.inputs.values()))
+
     # Streams are kept, and copies of them handed on, so that a model that adds in place changes the copies.
 
     def tap_input(self, index: int, arguments: Arguments) -> Arguments | None:
@@ -87,7 +92,7 @@ class _Mode(FunctionMode):
         if index not in record.wanted:
             return None
         x, replaced = replace_input(arguments, passed.stream, passed.layout, passed.images, passed.where)
-        record.inputs[index] = x.clone() if x.requires_grad else x.clone().requires_grad_(index == passed.start)
+        record.inputs[index] = x.clone() if record.inputs else x.clone().requires_grad_()
         return replaced(record.inputs[index].clone())
 
     def tap_output(self, index: int, x: Tensor) -> Tensor:

@@ -46,13 +46,17 @@ class Explanation:
         scores, gates: per gated block, like `relevance`; gates lie in [1/base, base].
         backend: what computed it: "native", "triton", "composite" or "reference".
         backend_reason: why "auto" could not take native kernels, or how they ran ("compiled", "package"); else empty.
-        ungated: like `relevance` but without gates (TransMM), if it was computed.
+        signal: like `relevance`, without the constant that it holds where the model pools patches (1 / n at each of n
+            averaged patches); None where there is none. Heat maps show it, since float32 rounds small relevance away
+            beside the constant.
+        ungated, ungated_signal: like `relevance` and `signal` but without gates (TransMM), if they were computed.
         features: per gated block the strongest SAE features, if they were asked for.
         values: like `targets`, the explained numbers: a logit, a difference of two, a cosine, a function's value.
         blocks: [B,(K,)L',P], if asked for: entry i is the relevance of the patches that enter block start_block + i,
             so entry 0 equals `relevance`.
         names: of the columns of `logits`, where known: class names or prompts.
-        start_block: the first block that was rolled out.
+        start_block: the first block that was rolled out: the one asked for, or the first after it with a gradient.
+        notices: what one must know to read this explanation; also logged, once for each explainer.
 
     Raises:
         ValueError: shapes that do not fit together.
@@ -73,6 +77,9 @@ class Explanation:
     blocks: Tensor | None = None  # [B, (K,) L', P]
     names: tuple[str, ...] | None = None
     start_block: int = 0
+    signal: Tensor | None = None  # [B, (K,) P]
+    ungated_signal: Tensor | None = None  # [B, (K,) P]
+    notices: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("grid", "image_size"):
@@ -102,6 +109,9 @@ class Explanation:
                 raise ValueError(
                     f"names: expected {self.logits.shape[1]} str, one a column of logits, got {self.names!r:.80}"
                 )
+        object.__setattr__(self, "notices", tuple(self.notices))
+        if not all(isinstance(notice, str) for notice in self.notices):
+            raise ValueError(f"notices: expected str, got {self.notices!r:.80}")
         if isinstance(self.start_block, bool) or not isinstance(self.start_block, int) or self.start_block < 0:
             raise ValueError(f"start_block: expected a block number from 0, got {self.start_block!r}")
 
@@ -109,7 +119,8 @@ class Explanation:
         """Name, tensor and its right shape, beside relevance of shape (B, (K,) P)."""
         leading = shape[:-1]
         yield from (("targets", self.targets, leading), ("values", self.values, leading))
-        yield "ungated", self.ungated, shape
+        for name in ("ungated", "signal", "ungated_signal"):
+            yield name, getattr(self, name), shape
         for kind, maps in (("scores", self.scores), ("gates", self.gates)):
             yield from ((f"{kind}[{block}]", tensor, shape) for block, tensor in maps.items())
         if self.blocks is not None:
@@ -128,10 +139,11 @@ class Explanation:
         gated = f"gated blocks {sorted(self.gates)}" if self.gates else "ungated"
         features = f", top features of blocks {sorted(self.features)}" if self.features else ""
         reason = f" ({self.backend_reason})" if self.backend_reason else ""
+        said = f"; notices: {'; '.join(self.notices)}" if self.notices else ""
         return (
             f"Explanation({batch} image{'' if batch == 1 else 's'} of {self.image_size[0]}x{self.image_size[1]} px, "
             f"{patches}, targets [{', '.join(targets)}{more}], {gated}{features}{start}, backend {self.backend!r}"
-            f"{reason}, {str(self.relevance.dtype).removeprefix('torch.')} on {self.relevance.device})"
+            f"{reason}, {str(self.relevance.dtype).removeprefix('torch.')} on {self.relevance.device}{said})"
         )
 
     def __len__(self) -> int:
@@ -182,7 +194,9 @@ class Explanation:
         return replace(self, **{name: changed(value) for name, value in vars(self).items() if name != but})
 
     def heatmap(self, size: int | tuple[int, int] | None = None) -> Tensor:  # -> [B, H, W] or [B, K, H, W]
-        """Relevance as a picture: bilinear (`align_corners=False`), then per map `(h - min) / (max - min + 1e-8)`.
+        """Relevance as a picture: bilinear (`align_corners=False`), then per map `(h - min) / (max - min)`.
+
+        The scale is each map's own, however small its values are. A map that is the same everywhere is 0 everywhere.
 
         Args:
             size: side or (height, width) in pixels; None is the model's input size.
@@ -196,7 +210,12 @@ class Explanation:
         height, width = self.image_size if size is None else (size, size) if isinstance(size, int) else size
         if min(height, width) < 1:
             raise ValueError(f"size: expected at least 1 pixel a side, got {size}")
-        return to_picture(self.relevance, self.grid, (height, width))
+        return to_picture(self.shown, self.grid, (height, width))
+
+    @property
+    def shown(self) -> Tensor:  # [B, (K,) P]
+        """What pictures show: `signal` where there is one, else `relevance`."""
+        return self.relevance if self.signal is None else self.signal
 
     def overlay(self, image: ImageInput, colormap: str = "turbo", alpha: float = 0.5) -> Tensor:  # -> [B, (K,) H, W, 3]
         """The heat map painted over the picture, at the picture's own resolution.
@@ -215,7 +234,7 @@ class Explanation:
                 not finite, no such colour map.
         """
         pictures = self._pictures(image)
-        painted = paint(self.relevance.flatten(0, -2), self.grid, pictures, colormap, alpha)
+        painted = paint(self.shown.flatten(0, -2), self.grid, pictures, colormap, alpha)
         return painted.reshape(*self.targets.shape, *pictures.shape[1:])
 
     def _pictures(self, image: ImageInput) -> Tensor:  # -> [M, H, W, 3], one for each image and target
@@ -250,8 +269,9 @@ class Explanation:
         def rows(values: Tensor) -> Tensor:  # [B, (K,) P] -> [M, P]
             return values.flatten(0, -2).cpu()
 
+        ungated = self.ungated if self.ungated_signal is None else self.ungated_signal
         return draw(
-            self._pictures(image).cpu(), rows(self.relevance), None if self.ungated is None else rows(self.ungated),
+            self._pictures(image).cpu(), rows(self.shown), None if ungated is None else rows(ungated),
             {block: rows(gate) for block, gate in self.gates.items()}, self.grid,
             [label(target, class_names, self.names) for target in self.targets.flatten().tolist()], colormap,
         )  # fmt: skip

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fga_fast.sae.features import TopFeatures
 
-_PLAIN = ("relevance", "logits", "targets", "ungated", "values", "blocks")
+_PLAIN = ("relevance", "signal", "logits", "targets", "ungated", "ungated_signal", "values", "blocks")
 
 
 def flat(fields: Mapping[Any, Any], prefix: str = "") -> dict[str, Tensor]:

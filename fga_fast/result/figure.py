@@ -129,8 +129,9 @@ def _panel(axes: Any, values: Tensor, limit: float) -> None:
 
 
 def _heat_bar(axes: Any, colormap: str, signed: bool) -> None:
-    colours = apply_colormap(torch.linspace(0, 1, 256), colormap).unsqueeze(0)  # [1, 256, 3]
-    axes.imshow(colours.numpy(), aspect="auto", extent=(0, 1, 0, 1))
+    ramp = torch.linspace(0, 1, 256, dtype=torch.float32, device="cpu")
+    colours = apply_colormap(ramp, colormap)  # [256, 3]
+    axes.imshow(colours.unsqueeze(0).numpy(), aspect="auto", extent=(0, 1, 0, 1))
     if signed:
         _ends(axes, [0, 0.5, 1], ["against", "0", "for"])
     else:
@@ -138,7 +139,8 @@ def _heat_bar(axes: Any, colormap: str, signed: bool) -> None:
 
 
 def _gate_bar(axes: Any, limit: float) -> None:
-    axes.imshow(torch.linspace(-1, 1, 256).unsqueeze(0).numpy(), cmap="RdBu_r", aspect="auto", extent=(0, 1, 0, 1))
+    ramp = torch.linspace(-1, 1, 256, dtype=torch.float32, device="cpu")
+    axes.imshow(ramp.unsqueeze(0).numpy(), cmap="RdBu_r", aspect="auto", extent=(0, 1, 0, 1))
     ends = [f"× {_short(math.exp(sign * limit))}" for sign in (-1, 1)]
     _ends(axes, [0, 0.5, 1], [ends[0], "× 1", ends[1]])
 

@@ -19,6 +19,7 @@ _FORMAT = "fga_fast.explanation.2"
 _MAX_HEADER = 16 * 2**20  # bytes of JSON; ours has a few hundred for each tensor, and the names of the classes
 _ABOUT: dict[str, Any] = {
     "grid": list, "image_size": list, "backend": str, "backend_reason": str, "names": list | None, "start_block": int,
+    "notices": list,
 }  # fmt: skip
 
 Result = TypeVar("Result")

@@ -45,6 +45,9 @@ def to_picture(
     large = large.clamp(maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True))
     low, high = large.amin((-2, -1), keepdim=True), large.amax((-2, -1), keepdim=True)
     if centred:
-        high = torch.maximum(-low, high)
-        return (0.5 + large / (2 * high + 1e-8)).reshape(*leading, *size)
-    return ((large - low) / (high - low + 1e-8)).reshape(*leading, *size)
+        low, high = -torch.maximum(-low, high), torch.maximum(-low, high)
+    extent = high - low
+    # What differs by rounding only is the same everywhere: 0, or 0.5 if centred.
+    seen = extent > 8 * torch.finfo(dtype).eps * torch.maximum(-low, high)
+    found = ((large - low) / extent.where(seen, 1)).where(seen, 0.5 if centred else 0.0)
+    return found.reshape(*leading, *size)

@@ -30,7 +30,7 @@ def self_check(
 ) -> SelfCheck:
     """Encode and reconstruct the tokens once; see `SparseAutoencoder.self_check`."""
     rows = x.reshape(-1, x.shape[-1])
-    total = ((rows.double() - rows.double().mean(dim=0)) ** 2).sum() if len(rows) > 1 else torch.zeros(())
+    total = ((rows.double() - rows.double().mean(dim=0)) ** 2).sum() if len(rows) > 1 else rows.new_zeros(())
     if float(total) == 0.0:
         raise ValueError(f"x: expected at least two tokens that differ, got shape {list(x.shape)} without variance")
     fired = torch.zeros(d_sae, dtype=torch.bool, device=rows.device)

@@ -156,7 +156,7 @@ def test_fashion_demo_needs_no_arguments(
         assert one["name"] in fashion_config().class_names
         assert one["probability"] > 0.5
         assert all(one["top_features"].values())
-        assert f"{one['name']} (class {one['target']}): logit {one['logit']:.3f}, probability" in text
+        assert f"{one['name']} (class {one['target']}): logit {one['logit']:.4g}, probability" in text
 
 
 def test_settings_are_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

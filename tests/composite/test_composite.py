@@ -101,7 +101,7 @@ def test_bias(shape: tuple[int, ...]) -> None:
     for mine, theirs in zip(got, want, strict=False):
         torch.testing.assert_close(mine, theirs)
     relevance = (maps * d_maps).clamp(min=0).mean(1)  # [B, N, N]
-    torch.testing.assert_close(got[3], row + gate * (row.unsqueeze(1) @ relevance).squeeze(1))
+    torch.testing.assert_close(got[3], gate * (row.unsqueeze(1) @ relevance).squeeze(1))
     with pytest.raises(ValueError, match="bias has no gradient"):
         composite.attention(q, k, v, carrier, scale=0.4, bias=bias.requires_grad_())
 

@@ -39,8 +39,7 @@ class AttentionRelevance(ctypes.Structure):
         ("type", Int), ("q", HeadTensor), ("k", HeadTensor), ("v", HeadTensor), ("grad_out", HeadTensor),
         ("bias", LogitBias), ("lse", Pointer), ("row", Pointer), ("gate", Pointer), ("image", Pointer),
         ("messages", Pointer), ("row_out", Pointer), ("rows", Long), ("images", Long), ("heads", Long),
-        ("queries", Long), ("keys", Long), ("width", Int), ("scale", ctypes.c_float), ("residual", Bool),
-        ("is_signed", Bool),
+        ("queries", Long), ("keys", Long), ("width", Int), ("scale", ctypes.c_float), ("is_signed", Bool),
     ]  # fmt: skip
 
 
@@ -93,8 +92,8 @@ def run(kernel: str, order: str, copies_at_once: bool, *arguments: object) -> No
 
 def attention_relevance(
     grad_out: Tensor, row: Tensor, gate: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
-    lse: Tensor, image: Tensor | None, scale: float, residual: bool, signed: bool, *, order: str = "forward",
-    copies_at_once: bool = False,
+    lse: Tensor, image: Tensor | None, scale: float, signed: bool, *,
+    order: str = "forward", copies_at_once: bool = False,
 ) -> Tensor:  # fmt: skip
     """As the op `fga_fast::attention_relevance` on CUDA.
 
@@ -108,7 +107,7 @@ def attention_relevance(
         TYPES[q.dtype], head_tensor(q), head_tensor(k), head_tensor(v), head_tensor(grad_out), logit_bias(bias),
         lse.data_ptr(), row.data_ptr(), None if gate is None else gate.data_ptr(),
         None if image is None else image.data_ptr(), messages.data_ptr(), row_out.data_ptr(), rows, len(q), heads,
-        queries, keys, width, scale, residual, signed,
+        queries, keys, width, scale, signed,
     )  # fmt: skip
     run("emulated_attention_relevance", order, copies_at_once, ctypes.byref(problem))
     return row_out

@@ -37,26 +37,22 @@ def log_sum_exp(p: Problem, scale: float, bias: Tensor | None) -> Tensor:
     return (logits if bias is None else logits + bias.double()).logsumexp(-1).float()
 
 
-def expected(
-    p: Problem, scale: float, bias: Tensor | None, image: Tensor | None, residual: bool, signed: bool
-) -> Tensor:
+def expected(p: Problem, scale: float, bias: Tensor | None, image: Tensor | None, signed: bool) -> Tensor:
     q, k, v, grad_out, row, gate = (t.double() for t in p)
     wide = None if bias is None else bias.double().expand(len(q), q.shape[1], q.shape[2], k.shape[2])
-    return reference.attention_backward(grad_out, row, gate, q, k, v, image, scale, residual, bias=wide, signed=signed)[
-        3
-    ]
+    return reference.attention_backward(grad_out, row, gate, q, k, v, image, scale, bias=wide, signed=signed)[3]
 
 
 def check(
-    p: Problem, bias: Tensor | None = None, image: Tensor | None = None, residual: bool = False, signed: bool = False,
-    order: str = "forward", copies_at_once: bool = False,
+    p: Problem, bias: Tensor | None = None, image: Tensor | None = None, signed: bool = False, order: str = "forward",
+    copies_at_once: bool = False,
 ) -> Tensor:  # fmt: skip
     scale = 1.7 * p.q.shape[-1] ** -0.5
     got = emulated.attention_relevance(
-        p.grad_out, p.row, p.gate, p.q, p.k, p.v, bias, log_sum_exp(p, scale, bias), image, scale, residual, signed,
-        order=order, copies_at_once=copies_at_once,
+        p.grad_out, p.row, p.gate, p.q, p.k, p.v, bias, log_sum_exp(p, scale, bias), image, scale, signed, order=order,
+        copies_at_once=copies_at_once,
     )  # fmt: skip
-    want = expected(p, scale, bias, image, residual, signed)
+    want = expected(p, scale, bias, image, signed)
     error = (got.double() - want).abs().max() / want.abs().max()
     assert error < TOLERANCE, f"relative error {error:.1e}"
     return got
@@ -65,12 +61,12 @@ def check(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", (1, 2, 17, 50, 65))
 def test_small_any_number_of_tokens(dtype: torch.dtype, tokens: int) -> None:
-    check(sized(dtype, tokens, 64, images=1, heads=2), residual=True)
+    check(sized(dtype, tokens, 64, images=1, heads=2))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_several_tiles_of_keys_and_queries(dtype: torch.dtype) -> None:
-    check(sized(dtype, 197, 64, images=1, heads=1), residual=True)
+    check(sized(dtype, 197, 64, images=1, heads=1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -125,13 +121,13 @@ def test_tiles_without_relevance_are_skipped(dtype: torch.dtype, arriving: tuple
     row = torch.zeros_like(p.row)
     row[:, arriving] = 1.5
     p = p._replace(row=row)
-    check(p, residual=True)
+    check(p)
     quiet = set(range(4)) - {i // 64 for i in arriving}
     grad_out = p.grad_out.clone()
     for tile in quiet:
         grad_out[:, :, tile * 64 : (tile + 1) * 64] = float("nan")
     lse = log_sum_exp(p, 0.2, None)
-    got = emulated.attention_relevance(grad_out, row, None, p.q, p.k, p.v, None, lse, None, 0.2, False, False)
+    got = emulated.attention_relevance(grad_out, row, None, p.q, p.k, p.v, None, lse, None, 0.2, False)
     assert bool(got.isfinite().all())
 
 
@@ -139,7 +135,7 @@ def test_no_relevance_at_all() -> None:
     p = sized(torch.float32, 70, 32, images=1, heads=1)
     lse = log_sum_exp(p, 0.2, None)
     none = torch.zeros_like(p.row)
-    got = emulated.attention_relevance(p.grad_out, none, p.gate, p.q, p.k, p.v, None, lse, None, 0.2, True, False)
+    got = emulated.attention_relevance(p.grad_out, none, p.gate, p.q, p.k, p.v, None, lse, None, 0.2, False)
     assert bool((got == 0).all())
 
 
@@ -148,14 +144,14 @@ def test_nan_is_not_hidden(dtype: torch.dtype) -> None:
     p = sized(dtype, 20, 32, images=2, heads=1)
     p.grad_out[1, 0, 3, 7] = float("nan")
     lse = log_sum_exp(p, 0.2, None)
-    got = emulated.attention_relevance(p.grad_out, p.row, None, p.q, p.k, p.v, None, lse, None, 0.2, False, False)
+    got = emulated.attention_relevance(p.grad_out, p.row, None, p.q, p.k, p.v, None, lse, None, 0.2, False)
     assert bool(got[0].isfinite().all()) and bool(got[1].isnan().all())
 
 
 def test_an_image_that_is_not_there_gives_nan() -> None:
     p = sized(torch.bfloat16, 20, 32, images=2, heads=2, rows=3)
     lse, image = log_sum_exp(p, 0.2, None), torch.tensor([1, 2, -1])
-    got = emulated.attention_relevance(p.grad_out, p.row, None, p.q, p.k, p.v, None, lse, image, 0.2, False, False)
+    got = emulated.attention_relevance(p.grad_out, p.row, None, p.q, p.k, p.v, None, lse, image, 0.2, False)
     assert got.isnan().all(1).tolist() == [False, True, True]
 
 

@@ -75,19 +75,17 @@ def test_fake_cuda_tensors(dtype: torch.dtype) -> None:
     with FakeTensorMode():
         q = torch.empty(2, 50, 3, 64, device="cuda", dtype=dtype).transpose(1, 2)
         carrier = torch.empty(2, 50, device="cuda")
-        out, lse, carried, port = torch.ops.fga_fast.attention(q, q, q, carrier, None, 0.125, True, True, False, False)
+        out, lse, carried, port = torch.ops.fga_fast.attention(q, q, q, carrier, None, 0.125, True, False, False)
         assert {t.device.type for t in (out, lse, carried, port)} == {"cuda"}
         assert out.shape == (2, 3, 50, 64) and out.transpose(1, 2).is_contiguous() and out.dtype == dtype
         assert lse.shape == (2, 3, 50) and lse.dtype == torch.float32
         grad_out, image = torch.empty(4, 3, 50, 64, device="cuda", dtype=dtype), torch.empty(4, device="cuda").long()
         row = torch.empty(4, 50, device="cuda")
         dq, dk, dv, row_out = torch.ops.fga_fast.attention_backward(
-            grad_out, row, row, q, q, q, None, out, lse, image, 0.125, True, False, False, True
+            grad_out, row, row, q, q, q, None, out, lse, image, 0.125, False, False, True
         )
         assert dq.shape == dk.shape == (0,) and dv.shape == (4, 3, 50, 64) and row_out.shape == (4, 50)
-        left = torch.ops.fga_fast.attention_relevance(
-            grad_out, row, None, q, q, q, None, lse, image, 0.125, True, False
-        )
+        left = torch.ops.fga_fast.attention_relevance(grad_out, row, None, q, q, q, None, lse, image, 0.125, False)
         assert left.shape == (4, 50) and left.device.type == "cuda"
 
 
@@ -99,7 +97,7 @@ def test_pytorch_takes_the_calls(dtype: torch.dtype, biased: bool) -> None:
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         q = torch.empty(2, 3, 50, 64, device="cuda", dtype=dtype)
         bias = torch.empty(2, 1, 1, 50, device="cuda") if biased else None
-        settings = (0.125, False, True, False, False)
+        settings = (0.125, False, False, False)
         out, lse, *_ = attention_cuda.attention(q, q, q, torch.empty(2, 50, device="cuda"), bias, *settings)
         assert out.transpose(1, 2).is_contiguous() and lse.is_contiguous() and lse.shape == (2, 3, 50)
         for image in (None, torch.empty(4, device="cuda").long()):
@@ -109,7 +107,7 @@ def test_pytorch_takes_the_calls(dtype: torch.dtype, biased: bool) -> None:
                 torch.empty(rows, 50, device="cuda"),
             )
             outputs = attention_cuda.attention_backward(
-                grad_out, row, None, q, q, q, bias, out, lse, image, 0.125, True, False, True, True
+                grad_out, row, None, q, q, q, bias, out, lse, image, 0.125, False, True, True
             )
             assert all(t.shape == grad_out.shape and t.transpose(1, 2).is_contiguous() for t in outputs[:3])
             assert outputs[3].shape == (rows, 50)
@@ -190,15 +188,14 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(
-    p: Problem, bias: Tensor | None, image: Tensor | None, residual: bool = False, signed: bool = False,
-    need: tuple[bool, bool] = (True, True),
-) -> tuple[Tensor, ...]:  # fmt: skip
+    p: Problem, bias: Tensor | None, image: Tensor | None, signed: bool = False, need: tuple[bool, bool] = (True, True)
+) -> tuple[Tensor, ...]:
     scale = p.q.shape[-1] ** -0.5
-    settings = (scale, True, residual, signed, False)
+    settings = (scale, True, signed, False)
     out, lse, carried, port = attention_cuda.attention(p.q, p.k, p.v, p.carrier, bias, *settings)
     assert carried.shape == p.q.shape[:1] + p.q.shape[2:3] and port.shape == p.carrier.shape
     return out, *attention_cuda.attention_backward(
-        p.grad_out, p.row, p.gate, p.q, p.k, p.v, bias, out, lse, image, scale, residual, signed, *need
+        p.grad_out, p.row, p.gate, p.q, p.k, p.v, bias, out, lse, image, scale, signed, *need
     )
 
 
@@ -210,8 +207,8 @@ def test_against_the_softmax_written_out(dtype: torch.dtype, shape: tuple[int, .
     p = problem(queries=21, keys=21, width=16, rows=rows, dtype=dtype)
     image = None if rows == 2 else torch.tensor([1, 0, 1, 1, 0])
     bias = None if shape is None else torch.randn(shape).to(dtype)
-    got = run(p, bias, image, residual=True)
-    want = explicit(p, p.q.shape[-1] ** -0.5, bias, image=image, residual=True)
+    got = run(p, bias, image)
+    want = explicit(p, p.q.shape[-1] ** -0.5, bias, image=image)
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     of_rows = got[0] if image is None else got[0][image]
     for value, expected in zip((of_rows, *got[1:]), want, strict=True):
@@ -251,10 +248,10 @@ def test_outputs_of_any_layout(dtype: torch.dtype, biased: bool) -> None:
     """Head-major outputs, as folding K sets of images into one batch leaves them: same gradients."""
     p = problem(queries=21, keys=21, width=16, dtype=dtype)
     bias = torch.randn(2, 1, 1, 21).to(dtype) if biased else None
-    out, lse, *_ = attention_cuda.attention(p.q, p.k, p.v, p.carrier, bias, 0.25, True, True, False, False)
+    out, lse, *_ = attention_cuda.attention(p.q, p.k, p.v, p.carrier, bias, 0.25, True, False, False)
     first, second = (
         attention_cuda.attention_backward(
-            p.grad_out, p.row, p.gate, p.q, p.k, p.v, bias, t, lse, None, 0.25, True, False, True, True
+            p.grad_out, p.row, p.gate, p.q, p.k, p.v, bias, t, lse, None, 0.25, False, True, True
         )
         for t in (out, out.contiguous())
     )
@@ -267,7 +264,7 @@ def test_outputs_of_any_layout(dtype: torch.dtype, biased: bool) -> None:
 def test_nothing_to_explain(dtype: torch.dtype, images: int, tokens: int) -> None:
     """No images or no tokens: PyTorch's kernels are not asked, and shapes and layouts are those of the fake kernels."""
     p = problem(images=images, queries=tokens, keys=tokens, width=16, dtype=dtype)
-    out, dq, dk, dv, row = run(p, None, None, residual=True)
+    out, dq, dk, dv, row = run(p, None, None)
     assert all(t.shape == p.q.shape and t.dtype == dtype for t in (out, dq, dk, dv)) and row.shape == p.row.shape
 
 
@@ -282,15 +279,13 @@ def test_outputs_that_are_not_needed_are_apart() -> None:
 def test_what_kernels_do_not_take_is_named(dtype: torch.dtype, width: int) -> None:
     p = problem(queries=5, keys=5, width=width, dtype=dtype)
     with pytest.raises(RuntimeError, match=rf"heads of width 8 to 128 in steps of 8, got q of shape .*{width}\] in "):
-        attention_cuda.attention(p.q, p.k, p.v, p.carrier, None, 1.0, False, True, False, False)
+        attention_cuda.attention(p.q, p.k, p.v, p.carrier, None, 1.0, False, False, False)
 
 
 def test_shapes_that_do_not_fit_are_named() -> None:
     p = problem(queries=5, keys=7, width=16, dtype=torch.float32)
-    flags = (1.0, False, False, False, False)
+    flags = (1.0, False, False, False)
     with pytest.raises(RuntimeError, match=r"expected q \[B, H, Nq, D\] and k, v .* v \[2, 3, 6, 16\]"):
         attention_cuda.attention(p.q, p.k, p.v[:, :, 1:], p.carrier, None, *flags)
     with pytest.raises(RuntimeError, match=r"carrier must be float32 of shape \[2, 7\], got torch.float32 \[2, 6\]"):
         attention_cuda.attention(p.q, p.k, p.v, p.carrier[:, 1:], None, *flags)
-    with pytest.raises(RuntimeError, match="residual needs as many queries as keys, got 5 and 7"):
-        attention_cuda.attention(p.q, p.k, p.v, p.carrier, None, 1.0, False, True, False, False)

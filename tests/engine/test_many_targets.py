@@ -68,7 +68,8 @@ def test_the_model_runs_once_and_gradients_in_chunks(tiny_vit: Build, monkeypatc
     explainer = Explainer(model, {1: sae_for(model)}, backend="native", target_chunk=2)
     explainer(torch.randn(2, *PIXELS), torch.randint(0, 5, (2, 5)))
     assert len(forwards) == 1
-    assert [shape[0] for shape in passes] == [2, 2, 1]  # rows differentiated together
+    # Rows differentiated together: each time from the head to the last block, then all the way.
+    assert [shape[0] for shape in passes] == [2, 2, 2, 2, 1, 1]
 
 
 @pytest.mark.parametrize("batch", (0, 1))

@@ -11,6 +11,7 @@ from families import error
 from torch import Tensor, nn
 
 from fga_fast import Explainer, Explanation, Gate
+from fga_fast.integrations import as_images
 
 KINDS: dict[str, dict[str, Any]] = {
     "class token": {},
@@ -143,3 +144,66 @@ def test_sixteen_bits(tiny_vit: Build, dtype: torch.dtype, gated: bool, settings
     plain, fast = explained(dtype, "reference").relevance, explained(dtype, "native")
     assert {t.dtype for t in (fast.relevance, *fast.scores.values())} == {torch.float32}
     assert float((fast.relevance - want).norm()) <= 2 * float((plain - want).norm())
+
+
+class WideNorm(nn.LayerNorm):
+    """A norm whose weights stay in float32, as open_clip and others have in 16-bit models."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).to(x.dtype)
+
+
+class WideAdapter(nn.Module):
+    """A linear layer with a low-rank adapter in float32, as peft makes."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down, self.up = nn.Linear(base.in_features, 2, bias=False), nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x.float())).to(x.dtype)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("backend", ("native", "reference"))
+@pytest.mark.parametrize("settings", ({}, {"method": "input_x_gradient", "backward": "conservative"}))
+def test_some_weights_of_a_16_bit_model_may_be_float32(
+    tiny_vit: Build, dtype: torch.dtype, backend: Any, settings: dict[str, Any]
+) -> None:
+    model = tiny_vit(norm_layer=WideNorm)
+    for block in model.blocks:  # type: ignore[union-attr]
+        block.attn.qkv = WideAdapter(block.attn.qkv)  # type: ignore[union-attr,arg-type]
+    sae, images = sae_for(model), torch.randn(2, *PIXELS)
+    want = Explainer(model, {1: sae}, gate=Gate(base=2.0), backend="reference", **settings)(images, TARGETS)
+    model = model.to(dtype)
+    for module in model.modules():
+        if isinstance(module, WideNorm):
+            module.float()
+        elif isinstance(module, WideAdapter):
+            module.down.float(), module.up.float()
+    explainer = Explainer(model, {1: sae.to(dtype)}, gate=Gate(base=2.0), backend=backend, **settings)
+    got = explainer(images.to(dtype), TARGETS)
+    assert got.relevance.dtype == torch.float32
+    assert error(got.relevance, want.relevance) < 0.1
+    with pytest.raises(ValueError, match=rf"images: expected dtype {dtype} like the model, got torch.float32"):
+        explainer(images, TARGETS)
+
+
+def test_images_of_adapters_take_the_dtype_of_the_blocks(tiny_vit: Build) -> None:
+    numpy_images = torch.randn(1, *PIXELS).numpy()
+    model = tiny_vit().half()
+    model.cls_token.data = model.cls_token.data.float()  # type: ignore[union-attr,operator]
+    assert as_images(numpy_images, Explainer(model).plan.parameter, 3).dtype == torch.float16
+
+
+@pytest.mark.parametrize("targets", (2, [[1, 2]]))
+def test_relevance_is_not_computed_under_the_callers_autocast(tiny_vit: Build, targets: Any) -> None:
+    """With the model's maps written out both backends see the same 16-bit gradients, so they agree in float32."""
+    model, images = tiny_vit(), torch.randn(2, *PIXELS)
+    for block in model.blocks:  # type: ignore[union-attr]
+        block.attn.fused_attn = False  # type: ignore[union-attr]
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = (Explainer(model, backend=backend)(images, targets) for backend in ("native", "reference"))  # type: ignore[arg-type]
+    assert error(got.relevance, want.relevance) < 1e-5
+    assert got.notices == ()

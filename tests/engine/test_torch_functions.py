@@ -85,6 +85,14 @@ def scaled(*args: Any) -> Function:
 USES: dict[Kind, list[Function]] = {
     Kind.LINEAR: [lambda f, a, b: f(a, torch.eye(8).double() + 1)],
     Kind.DROPOUT: [lambda f, a, b: f(a, 0.5, True), lambda f, a, b: f(a, 0.5, True)[0]],
+    Kind.RANDOM: [
+        *(lambda f, a, b: a * f(a.sigmoid()), lambda f, a, b: a * f(a.sigmoid(), 0.5), lambda f, a, b: a * f([8])),
+        *(lambda f, a, b: a * f(8), lambda f, a, b: a * f(5, [8]), lambda f, a, b: a * f(0, 5, [8])),
+        *(lambda f, a, b: a * f(a, 5), lambda f, a, b: a * f(a, 0, 5), lambda f, a, b: a * f(a, torch.tensor(5))),
+        *(lambda f, a, b: a * f(a.square(), a.sigmoid()), lambda f, a, b: a * f(0.0, a.square())),
+        *(lambda f, a, b: a * f(0.0, 1.0, [8]), lambda f, a, b: a * f(a.sigmoid().flatten(0, 1), 8, True).view_as(a)),
+    ],
+    Kind.ADDITION: [lambda f, a, b: f(a, b) * b],
     Kind.LAYER_NORM: [lambda f, a, b: f(a, [8])],
     Kind.NATIVE_LAYER_NORM: [lambda f, a, b: f(a, [8], None, None, 1e-5)[0]],
     Kind.RMS_NORM: [lambda f, a, b: f(a, [8])],
@@ -145,7 +153,7 @@ def runs(model: TinyViT) -> bool:
     try:
         with torch.no_grad():
             return bool(model(IMAGES).isfinite().all())
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, ValueError):
         return False
 
 
@@ -183,7 +191,7 @@ def test_every_name_of_a_function_gives_the_same(name: str) -> None:
     wrong, used = [], 0
     first: dict[tuple[int, str], Outcome] = {}
     hidden = OPERATIONS_OF[name][0][1].kind is Kind.HIDDEN_ATTENTION  # whose arguments torch looks at before a mode
-    refused = hidden or OPERATIONS_OF[name][0][1].kind is Kind.DROPOUT
+    refused = hidden or OPERATIONS_OF[name][0][1].kind in (Kind.DROPOUT, Kind.RANDOM)
     for function, operation in OPERATIONS_OF[name]:
         schema = str(getattr(function, "_schema", ""))
         use, model = next(iter(models(function, operation).items()), (0, None))
@@ -266,13 +274,15 @@ def names_of_torch() -> set[tuple[str, Function]]:
 ALIKE = re.compile(
     r"softmax|dropout|attention|encoder_layer|layer_norm|rms_norm|gelu|silu|swish|mish|glu|relu|sigmoid|expit"
     r"|normalize|cosine|\.(linalg_|special_|__[ri]?)?(norm|vector_norm|linear|rsqrt|sqrt|std|std_mean|tanh|erf|pow"
-    r"|float_power|mul|multiply|div|divide|truediv|true_divide)(__|_)?(\.|$)"
+    r"|float_power|mul|multiply|div|divide|truediv|true_divide|add|rand|randn|randint|randperm|rand_like|randn_like"
+    r"|randint_like|bernoulli|binomial|multinomial|poisson|normal|uniform|exponential|cauchy|geometric|log_normal)"
+    r"(__|_)?(\.|$)"
 )
 # What looks like an operation of the table and is none.
 OTHERS = re.compile(
     r"backward|_jvp|_mask_$|_state|log_?_?softmax|logsigmoid|log_sigmoid|softmin|gumbel|sparse_|nested|_foreach"
     r"|cosine_embedding|embedding_bag|get_softmax|test_|quantized_rnn|rnn_relu|cudnn_conv|miopen|has_torch"
-    r"|(leaky_|p|r|_add_)relu|rrelu|relu6|[cs]elu|add_relu|__rpow__|__r(true)?div__"
+    r"|(leaky_|p|r|_add_)relu|rrelu|relu6|[cs]elu|add_relu|__rand__|__rpow__|__r(true)?div__"
 )
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import families
@@ -107,6 +112,43 @@ def test_float64_and_bfloat16(tiny_vit: Build, dtype: torch.dtype, bound: float)
     assert got.relevance.dtype == want.relevance.dtype
     assert families.error(got.relevance, want.relevance) < bound
     assert_frozen(explainer, lambda: compiled(batch))
+
+
+OTHER_PROCESS = """
+import json, sys, torch
+from timm.models import VisionTransformer
+from torch._dynamo.utils import counters
+from explaining import PIXELS, sae_for
+from fga_fast import Explainer
+
+torch.manual_seed(8)
+model = VisionTransformer(img_size=PIXELS[1:], patch_size=16, embed_dim=16, depth=2, num_heads=2, num_classes=5).eval()
+model.head.bias.data = torch.tensor(json.loads(sys.argv[1]))
+explainer = Explainer(model, {0: sae_for(model)}, top_features=2)
+images = torch.randn(4, *PIXELS)
+got, want = explainer.compile(images)(images), explainer(images)
+names = ("relevance", "logits")
+errors = [float((getattr(got, name) - getattr(want, name)).norm() / getattr(want, name).norm()) for name in names]
+print(json.dumps({"errors": errors, **counters["inductor"]}))
+"""
+
+
+def test_other_processes_find_the_compiled_graph(predicted: CompiledExplainer, explainer: Explainer) -> None:
+    """On disk, with weights of their own: a weight that came from the cache would give other numbers. Only the bias of
+    the head has to be the same, since TorchInductor writes up to 8 numbers into the code."""
+    assert predicted.batches == (1, 4)
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", OTHER_PROCESS, json.dumps(explainer.model.head.bias.tolist())],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["fxgraph_cache_hit"] == 1
+    assert "fxgraph_cache_miss" not in found and "fxgraph_cache_bypass" not in found
+    assert max(found["errors"]) < 1e-4
 
 
 def test_results_may_be_kept(predicted: CompiledExplainer) -> None:

@@ -25,7 +25,10 @@ DOUBLE = torch.float64
 def run(flat: Flat, *inputs: Tensor) -> Explanation:
     with torch.no_grad():
         found = dict(zip(flat.outputs, flat.module(*inputs), strict=True))
-    return Explanation(**nested(found), grid=(2, 3), image_size=PIXELS[1:], backend="graph")
+    return Explanation(
+        **nested(found), grid=(2, 3), image_size=PIXELS[1:], backend="graph", start_block=flat.start_block,
+        notices=flat.notices,
+    )  # fmt: skip
 
 
 def assert_traced(explainer: Explainer, images: Tensor) -> None:

@@ -157,7 +157,10 @@ def test_an_exception_passes_the_context(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"targets": [ClassifierOutputTarget(1)]}, "targets: expected one callable an image, 2, got 1"),
+        (
+            {"targets": [ClassifierOutputTarget(1)]},
+            "targets: expected one callable an image, 2, got 1; .* its number alone",
+        ),
         ({"targets": [RawScoresOutputTarget()] * 2}, r"targets: RawScoresOutputTarget gave a tensor \[5\]"),
         ({"targets": [lambda output: 1.0] * 2}, "targets: function gave float"),
         ({"targets": torch.tensor([[0, 1], [1, 2]])}, "targets: expected one an image"),
@@ -173,5 +176,5 @@ def test_errors_name_the_argument(cam: FGACam, arguments: dict[str, Any], messag
 
 
 def test_their_layers_are_not_wanted(model: nn.Module) -> None:
-    with pytest.raises(TypeError, match="target_layers"):
-        FGACam(model, target_layers=[model])
+    with pytest.raises(TypeError, match=r"target_layers and reshape_transform: FGACam reads blocks.* give neither"):
+        FGACam(model, target_layers=[model], reshape_transform=None)

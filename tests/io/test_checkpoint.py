@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import pickle
 import struct
 import zipfile
@@ -84,6 +85,92 @@ def test_torch_checkpoints_of_tensors_are_read(tmp_path: Path, weights: Path) ->
         model = timm.create_model(MODEL, num_classes=11)
         Checkpoint(path).load_into(model)
         assert all(torch.equal(value, tensors[name]) for name, value in model.state_dict().items())
+
+
+def loaded(path: Path, key: str | None = None) -> tuple[dict[str, Tensor], tuple[str, list[str]]]:
+    model = timm.create_model(MODEL, num_classes=11)
+    said = Checkpoint(path, key).load_into(model)
+    return model.state_dict(), said
+
+
+LIGHTNING = {"epoch": 3, "pytorch-lightning_version": "2.5", "hyper_parameters": {"lr": 0.1}, "callbacks": {"x": None}}
+
+
+def under(prefix: str, tensors: dict[str, Tensor], **more: Tensor) -> dict[str, Tensor]:
+    return {**{prefix + name: tensor for name, tensor in tensors.items()}, **more}
+
+
+@pytest.mark.parametrize(
+    ("inside", "prefix", "more", "beside"),
+    [
+        ("state_dict", "model.", {}, []),
+        (
+            "state_dict",
+            "net.",
+            {"criterion.weight": torch.ones(4), "criterion.bias": torch.ones(4)},
+            ["state_dict.criterion"],
+        ),
+        ("state_dict", "model._orig_mod.module.", {"ema.decay": torch.ones(())}, ["state_dict.ema"]),
+        ("model_ema", "module.", {}, []),
+        (None, "_orig_mod.", {}, []),
+        (None, "encoder.vit.", {"encoder.pool": torch.ones(2), "text.weight": torch.ones(1)}, ["encoder.pool", "text"]),
+    ],
+)
+def test_prefixes_of_training_tools(
+    tmp_path: Path, weights: Path, inside: str | None, prefix: str, more: dict[str, Tensor], beside: list[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    tensors = state(weights)
+    named = under(prefix, tensors, **more)
+    path = tmp_path / "run.ckpt"
+    torch.save(
+        named if inside is None else {**LIGHTNING, inside: named, "optimizer_states": [{0: torch.ones(1)}]}, path
+    )
+    with caplog.at_level("INFO", "fga_fast"):
+        got, (said, left_out) = loaded(path)
+    whole = prefix if inside is None else f"{inside}.{prefix}"
+    assert (said, left_out) == (whole, beside) and repr(whole) in caplog.text
+    assert all(torch.equal(value, tensors[name]) for name, value in got.items())
+
+
+def test_prefixes_in_safetensors(tmp_path: Path, weights: Path) -> None:
+    tensors = state(weights)
+    save_file(under("model.", tensors), tmp_path / "run.safetensors")
+    got, said = loaded(tmp_path / "run.safetensors")
+    assert said == ("model.", []) and all(torch.equal(value, tensors[name]) for name, value in got.items())
+    assert Checkpoint(tmp_path / "run.safetensors").shape("head.weight") == (11, 64)
+
+
+def test_several_models_in_a_file_are_refused_until_one_is_named(tmp_path: Path, weights: Path) -> None:
+    tensors = state(weights)
+    average = {name: tensor + 1 for name, tensor in tensors.items()}
+    path = tmp_path / "run.pth"
+    torch.save({"state_dict": tensors, "state_dict_ema": under("module.", average)}, path)
+    with pytest.raises(
+        ValueError, match=r"several models .* 'state_dict\.', 'state_dict_ema\.module\.'; .*--checkpoint-k"
+    ):
+        loaded(path)
+    for key, want in (("state_dict", tensors), ("state_dict_ema", average), ("state_dict_ema.module", average)):
+        got, (said, _) = loaded(path, key)
+        assert said.startswith(key + ".") and all(torch.equal(value, want[name]) for name, value in got.items())
+    with pytest.raises(ValueError, match=r"no tensors under 'ema', but under 'state_dict', 'state_dict_ema'"):
+        Checkpoint(path, "ema")
+
+
+def test_a_mismatch_under_a_prefix_names_it(tmp_path: Path, weights: Path) -> None:
+    tensors = state(weights)
+    del tensors["norm.bias"]
+    torch.save({"state_dict": under("model.", tensors)}, tmp_path / "run.ckpt")
+    with pytest.raises(ValueError, match=r"under 'state_dict\.model\.' 1 missing \(norm\.bias\)"):
+        loaded(tmp_path / "run.ckpt")
+
+
+def test_classes_in_a_lightning_checkpoint_are_named_and_not_loaded(tmp_path: Path, weights: Path) -> None:
+    """Lightning pickles what a user keeps as hyperparameters; a namespace stands for all of them."""
+    path = tmp_path / "run.ckpt"
+    torch.save({**LIGHTNING, "hyper_parameters": argparse.Namespace(lr=0.1), "state_dict": state(weights)}, path)
+    with pytest.raises(ValueError, match=r"can run any code; this file's are argparse\.Namespace.*\['state_dict'\]"):
+        Checkpoint(path)
 
 
 def test_sizes_that_a_torch_file_only_claims(tmp_path: Path) -> None:

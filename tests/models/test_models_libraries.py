@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -10,8 +11,9 @@ from typing import Any
 import families
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fga_fast import Explainer
 from fga_fast.models.find import find_layout
 
 Build = Callable[..., nn.Module]
@@ -114,3 +116,37 @@ def test_a_users_class_may_be_called_like_a_library_s() -> None:
     own = type("ViTModel", (nn.Module,), {"embeddings": None})()
     with pytest.raises(ValueError, match="no supported vision transformer found in ViTModel"):
         find_layout(own)
+
+
+class NextToLast(nn.Module):
+    """Image features as LLaVA takes them: `vision_feature_layer=-2`, without the class token."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower, self.head = tower, nn.Linear(32, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        states = self.tower(images, output_hidden_states=True).hidden_states
+        return self.head(states[-2][:, 1:].mean(dim=1))  # type: ignore[no-any-return]
+
+
+def test_a_head_on_the_block_before_the_last() -> None:
+    """The layout of docs/your_model.md, on a model that computes attention in the last block all the same."""
+    transformers = pytest.importorskip("transformers")
+    size = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
+    tower = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**size, num_hidden_layers=3))
+    tower.set_attn_implementation("eager")
+    model, images, maps = NextToLast(tower).double().eval(), torch.randn(2, 3, 32, 32).double(), []
+    found = find_layout(model)
+    layout = dataclasses.replace(found, blocks=found.blocks[:-1], pooling="average", pooled=None)  # type: ignore[arg-type]
+    hooks = [b.self_attn.register_forward_hook(lambda _m, _i, out: maps.append(out[1])) for b in layout.blocks]  # type: ignore[union-attr,operator]
+    value = model(images)[:, 3].sum()
+    for hook in hooks:
+        hook.remove()
+    row = torch.cat([torch.zeros(1), torch.full((16,), 1 / 16)]).double().expand(2, 1, -1)
+    for a in reversed(maps):
+        (g,) = torch.autograd.grad(value, a, retain_graph=True)
+        row = row + row @ (a * g).clamp(min=0).mean(1)
+    for backend in ("native", "reference"):
+        got = Explainer(model, layout=layout, backend=backend)(images, 3).relevance  # type: ignore[arg-type]
+        torch.testing.assert_close(got, row[:, 0, 1:].detach())

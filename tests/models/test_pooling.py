@@ -80,18 +80,19 @@ class Averaging(nn.Module):
 @pytest.mark.parametrize(
     ("head", "pooling", "message"),
     (
-        (Averaging(), "token", "6 token(s) of the last residual stream besides the pooled ones, such as 1"),
-        (nn.Identity(), "average", "only some of the pooled tokens"),
-        (Mixing(), "token", "attention after the blocks, which the layout does not know of"),
+        (Averaging(), "token", "read 7 of the 7 tokens that block 2 hands on"),
+        (nn.Identity(), "average", "read 1 of the 7 tokens that block 2 hands on"),
+        (Mixing(), "token", "attention after the blocks that the layout does not know of"),
     ),
 )
-def test_other_tokens_than_the_pooled_ones_are_warned_of_once(
+def test_what_is_read_besides_the_pooled_tokens_is_said_and_logged_once(
     head: nn.Module, pooling: str, message: str, backend: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, images = own_vit(), torch.randn(IMAGES).double()
     model.norm = nn.Sequential(model.norm, head)  # type: ignore[assignment]
     pooled = {"pooled": (0, 7)} if pooling == "average" else {}
     explainer = Explainer(model, layout=layout_of(model, pooling, **pooled), backend=backend)
-    explainer(images)
-    explainer(images)
-    assert [message in record.getMessage() for record in caplog.records] == [True]
+    first = explainer(images)
+    again = explainer(images)
+    assert first.notices == again.notices == tuple(record.getMessage() for record in caplog.records)  # logged once
+    assert sum(message in notice for notice in first.notices) == 1

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from explaining import PIXELS, Build, sae_for
+from explaining import PIXELS, Build, sae_for, where_installed
 from own_vit import GRID, IMAGES, Attend, OwnViT, own_vit
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fga_fast import Explainer, ModelLayout
 from fga_fast.engine.tape import Tape
+from fga_fast.models.block_io import TapeError
 from fga_fast.models.find import find_layout
 
 Output = namedtuple("Output", ("hidden", "weights"))
@@ -193,7 +195,7 @@ def test_wrong_poolings_are_noticed(caplog: pytest.LogCaptureFixture, tiny_vit: 
     model = own_vit()
     layout = dataclasses.replace(model.layout(), pooling="average", pooled=(0, 7))
     Explainer(model, layout=layout, backend="native")(torch.randn(IMAGES).double())
-    assert "only some of the pooled tokens" in caplog.text
+    assert "read 1 of the 7 tokens that block 2 hands on, from 0 to 0, not as the layout says" in caplog.text
     pooled = tiny_vit(global_pool="map", class_token=False)
     layout = ModelLayout(pooled.blocks, 0, (2, 3), "average")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'average' pooling, but the explained values read another attention"):
@@ -241,3 +243,122 @@ def test_a_users_function_is_not_taken_for_the_models(tiny_vit: Build) -> None:
     slope = logits / logits.norm(dim=-1, keepdim=True)  # of the norm
     want = sum(slope[:, k, None] * part for k, part in enumerate(parts))
     torch.testing.assert_close(e(images, lambda y: y.norm(dim=-1)).relevance, want)
+
+
+@pytest.mark.parametrize("backend", ("native", "reference"))
+@pytest.mark.parametrize(
+    ("reentrant", "message"),
+    [
+        (False, "CheckpointError: .*blocks under torch.utils.checkpoint run twice; call them directly"),
+        (True, "no gradient to the tower; .* not inside an autograd.Function or torch.utils.checkpoint"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_checkpointing_in_a_users_model_is_refused(backend: Any, reentrant: bool, message: str) -> None:
+    """That of the libraries is found before anything runs; a user's own shows in the forward or backward pass."""
+    model = own_vit(call=lambda block, x, _: checkpoint(block, x, use_reentrant=reentrant))
+    with pytest.raises(TapeError, match=message):
+        relevance(model, torch.randn(IMAGES).double(), backend)
+
+
+def test_random_numbers_are_refused() -> None:
+    """Shuffled patches would get each other's relevance. Own generators, and numbers that only may drop, are kept."""
+    images, plain = torch.randn(IMAGES).double(), own_vit()
+
+    def noisy(block: nn.Module, x: Tensor, _position: Tensor) -> Tensor:
+        return block(x + torch.rand(x.shape[-1]))  # type: ignore[no-any-return]
+
+    for backend in ("native", "reference"):
+        with pytest.raises(ValueError, match=r"the part before block 0 draws random numbers \(rand\).* switch off"):
+            relevance(own_vit(call=noisy), images, backend)
+
+    def quiet(block: nn.Module, x: Tensor, _position: Tensor) -> Tensor:
+        torch.randn(3, generator=torch.Generator())
+        return block(x) if torch.rand([]) > -1 else x  # type: ignore[no-any-return]
+
+    torch.testing.assert_close(relevance(own_vit(call=quiet), images, "native"), relevance(plain, images, "native"))
+
+
+def masked_autoencoder(**settings: Any) -> tuple[nn.Module, nn.Module]:
+    """transformers' ViTMAEModel, and the ViTModel with the same weights."""
+    transformers = pytest.importorskip("transformers")
+    size = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tower = transformers.ViTMAEModel(transformers.ViTMAEConfig(**size, intermediate_size=32, **settings))
+    plain = transformers.ViTModel(transformers.ViTConfig(**size, intermediate_size=32), add_pooling_layer=False)
+    plain.load_state_dict(tower.state_dict())
+    return tower.eval(), plain.eval()
+
+
+class FirstToken(nn.Module):
+    def __init__(self, tower: nn.Module, **settings: Any) -> None:
+        super().__init__()
+        self.tower, self.settings = tower, settings
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.tower(images, **self.settings).last_hidden_state[:, 0]  # type: ignore[no-any-return]
+
+
+def test_a_masked_autoencoder() -> None:
+    """Its patches are in their places only with a noise that says so; the remedy of its refusal gives the same map."""
+    tower, plain = masked_autoencoder(mask_ratio=0.0)
+    images, layout = torch.randn(2, 3, 32, 32), ModelLayout(tower.layers, prefix_tokens=1, grid=(4, 4))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"draws random numbers \(rand\)"):
+        Explainer(FirstToken(tower), layout=layout)(images, 3)
+    ordered = FirstToken(tower, noise=torch.arange(16.0).repeat(2, 1))
+    got = Explainer(ordered, layout=layout)(images, 3).relevance
+    torch.testing.assert_close(got, Explainer(FirstToken(plain))(images, 3).relevance)
+
+
+class Described(Tensor):
+    """A tensor with more to say, such as MONAI's MetaTensor."""
+
+
+@pytest.mark.parametrize("backend", ("native", "reference"))
+def test_images_of_a_subclass_of_tensor(tiny_vit: Build, backend: Any) -> None:
+    model, images = tiny_vit(), torch.randn(2, *PIXELS)
+    explainer = Explainer(model, {1: sae_for(model)}, backend=backend)
+    got, want = explainer(images.as_subclass(Described), 1), explainer(images, 1)
+    assert torch.equal(got.relevance, want.relevance)
+    assert {type(value) for value in (got.relevance, got.logits, got.targets, got.scores[1])} == {Tensor}
+
+
+def test_wrappers_that_train_on_several_devices(tiny_vit: Build) -> None:
+    model, images = tiny_vit(), torch.randn(2, *PIXELS)
+    parallel = nn.DataParallel(model)
+    torch.testing.assert_close(Explainer(parallel)(images, 1).relevance, Explainer(model)(images, 1).relevance)
+    parallel.device_ids = [0, 1]
+    with pytest.raises(ValueError, match=r"DataParallel cannot be explained: .* threads.* model.module"):
+        Explainer(parallel)
+
+
+def monai_vit() -> Any:
+    nets = where_installed("monai.networks.nets")
+    settings = {"spatial_dims": 2, "classification": True, "num_classes": 3}
+    return nets.ViT(1, (32, 32), (8, 8), hidden_size=32, mlp_dim=64, num_layers=2, num_heads=2, **settings).eval()
+
+
+def test_monai() -> None:
+    """Two-dimensional, of one channel, with a tuple as output: each of the three is said, and then it works."""
+    model, images = monai_vit(), where_installed("monai.data").MetaTensor(torch.randn(2, 1, 32, 32))
+    wrapped = First(model)
+    with pytest.raises(ValueError, match=r"images: expected shape \[B, 3, H, W\].*in_chans=1"):
+        Explainer(wrapped, layout=ModelLayout(model.blocks, 1, (4, 4)))(images)
+    layout = ModelLayout(model.blocks, 1, (4, 4), in_chans=1)
+    with pytest.raises(ValueError, match=r"got tuple of \[2, 3\], list; wrap it"):
+        Explainer(model, layout=layout)(images)
+    got, want = (Explainer(wrapped, layout=layout, backend=backend)(images, 2) for backend in ("native", "reference"))
+    torch.testing.assert_close(got.relevance, want.relevance, rtol=1e-4, atol=1e-6)
+    assert type(got.relevance) is Tensor
+    with pytest.raises(ValueError, match=r"got \[2, 1, 8, 32, 32\]; only models of 2-D images are explained"):
+        Explainer(wrapped, layout=layout)(torch.randn(2, 1, 8, 32, 32))
+
+
+class First(nn.Module):
+    """The first entry of what a model returns."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images)[0]  # type: ignore[no-any-return]

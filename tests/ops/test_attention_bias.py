@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from explicit_attention import Problem, Step, explicit, problem, relative
@@ -17,11 +15,10 @@ SCALE = 0.4
 CLOSE = {torch.float64: 1e-11, torch.float32: 5e-6}
 
 
-def native(p: Problem, bias: Tensor | None, scale: float = SCALE, **more: Any) -> Step:
-    image, residual = more.get("image"), more.get("residual", False)
-    out, lse, _, _ = ops.attention(p.q, p.k, p.v, p.carrier, scale=scale, bias=bias, residual=residual)
+def native(p: Problem, bias: Tensor | None, scale: float = SCALE, image: Tensor | None = None) -> Step:
+    out, lse, _, _ = ops.attention(p.q, p.k, p.v, p.carrier, scale=scale, bias=bias)
     back = ops.attention_backward(
-        p.grad_out, p.row, p.gate, p.q, p.k, p.v, out, lse, scale=scale, bias=bias, image=image, residual=residual
+        p.grad_out, p.row, p.gate, p.q, p.k, p.v, out, lse, scale=scale, bias=bias, image=image
     )
     return Step(out, *back)
 
@@ -64,8 +61,8 @@ def test_any_bias(
 def test_each_image_has_its_own_bias() -> None:
     p, image = problem(rows=5, keys=7), torch.tensor([1, 0, 1, 1, 0])
     bias = torch.randn(2, 3, 7, 7, dtype=torch.float64)
-    got = native(p, bias, image=image, residual=True)
-    check(got._replace(out=got.out[image]), explicit(p, SCALE, bias, image=image, residual=True))
+    got = native(p, bias, image=image)
+    check(got._replace(out=got.out[image]), explicit(p, SCALE, bias, image=image))
 
 
 def test_any_strides_of_bias() -> None:
@@ -161,7 +158,7 @@ def test_autograd() -> None:
     carrier = p.carrier.requires_grad_()
     out, _, carried, port = ops.attention(q, k, v, carrier, scale=SCALE, bias=bias, gated=True)
     got = torch.autograd.grad([out, carried, port], [q, k, v, carrier], [p.grad_out, p.row, p.gate])
-    check(Step(out.detach(), *got), explicit(p, SCALE, bias, residual=True))
+    check(Step(out.detach(), *got), explicit(p, SCALE, bias))
 
 
 def test_a_gradient_for_the_bias_is_refused() -> None:
@@ -191,11 +188,9 @@ def test_bad_bias_is_named(bias: Tensor, message: str) -> None:
     p = problem()
     with pytest.raises(RuntimeError, match=f"attention: {message}"):
         native(p, bias)
-    out, lse, _, _ = ops.attention(p.q, p.k, p.v, p.carrier, scale=SCALE, residual=False)
+    out, lse, _, _ = ops.attention(p.q, p.k, p.v, p.carrier, scale=SCALE)
     with pytest.raises(RuntimeError, match=f"attention_backward: {message}"):
-        ops.attention_backward(
-            p.grad_out, p.row, p.gate, p.q, p.k, p.v, out, lse, scale=SCALE, bias=bias, residual=False
-        )
+        ops.attention_backward(p.grad_out, p.row, p.gate, p.q, p.k, p.v, out, lse, scale=SCALE, bias=bias)
 
 
 def test_dtypes_of_bias_for_sixteen_bits_are_named() -> None:
@@ -217,7 +212,7 @@ def test_opcheck(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     q, k, v = (t.detach().requires_grad_() for t in p[:3])
     carrier = p.carrier.requires_grad_()
     operators = torch.ops.fga_fast
-    torch.library.opcheck(operators.attention, (q, k, v, carrier, bias, 0.5, False, False, False, False))
-    out, lse, _, _ = ops.attention(p.q, p.k, p.v, p.carrier, scale=0.5, bias=bias, residual=False)
-    arguments = (p.grad_out, p.row, p.gate, p.q, p.k, p.v, bias, out, lse, None, 0.5, False, False, True, True)
+    torch.library.opcheck(operators.attention, (q, k, v, carrier, bias, 0.5, False, False, False))
+    out, lse, _, _ = ops.attention(p.q, p.k, p.v, p.carrier, scale=0.5, bias=bias)
+    arguments = (p.grad_out, p.row, p.gate, p.q, p.k, p.v, bias, out, lse, None, 0.5, False, True, True)
     torch.library.opcheck(operators.attention_backward, arguments)

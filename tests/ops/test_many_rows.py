@@ -71,7 +71,7 @@ def test_any_mix_of_batched_arguments(batched: tuple[str, ...], last: bool) -> N
         several = torch.randint(images, (count, rows)) if name == "image" else torch.randn(count, *t.shape, dtype=F64)
         dim = several.dim() - 1 if last else 0
         arguments, dims = [*arguments, several.movedim(0, dim)], [*dims, dim]
-    check_against_loop(attention_call(residual=True), arguments, dims, count)
+    check_against_loop(attention_call(), arguments, dims, count)
 
 
 @pytest.mark.parametrize("count", (1, 3))
@@ -89,7 +89,7 @@ def test_a_pool_of_one_query() -> None:
     for name in ROWS:
         a[name] = torch.randn(3, *a[name].shape, dtype=F64)
     dims = [0] * 3 + [None] * 7
-    check_against_loop(attention_call(residual=False), [*a.values(), torch.tensor([0, 1])], dims, 3)
+    check_against_loop(attention_call(), [*a.values(), torch.tensor([0, 1])], dims, 3)
 
 
 @pytest.mark.parametrize("count", (1, 3))

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from fga_fast import Explainer
 from fga_fast.models.find import find_layout
+from fga_fast.models.follower import followed_by, is_following
 from fga_fast.question.dual import MAX_PROMPTS, DualEncoder, library_of
 from fga_fast.question.readout import Embedding, Readout
 
@@ -173,12 +174,14 @@ def test_many_prompts_are_encoded_in_chunks() -> None:
 
 
 class Watching(TorchFunctionMode):
+    """Counts what an explained forward pass would see."""
+
     def __init__(self) -> None:
         super().__init__()
         self.calls = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += 1
+        self.calls += is_following(self)
         return func(*args, **(kwargs or {}))
 
 
@@ -187,7 +190,7 @@ def test_texts_are_encoded_unseen_and_without_gradient_whatever_surrounds_it(nam
     model = build(name)
     want = DualEncoder(model, tokenize).text_features(PROMPTS)
     dual = DualEncoder(model, tokenize)
-    with Watching() as watching, torch.enable_grad():
+    with Watching() as watching, followed_by(watching), torch.enable_grad():
         dual.text_features(PROMPTS)
         encoding, watching.calls = watching.calls, 0
         dual.text_features(PROMPTS)

@@ -10,9 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from explaining import PIXELS, Build, sae_for
+from families_towers import open_clip_tower, torchvision_vit
 from torch import Tensor, nn
 
 from fga_fast import Explainer
+from fga_fast.models.find import find_layout
 from fga_fast.question.readout import Difference, Embedding, Readout
 
 NAMES = ("cat", "dog, hound", "cow", "owl", "crane")
@@ -59,6 +61,8 @@ def ask(targets: Any, names: Any = NAMES, logits: Tensor = LOGITS) -> Any:
         ([torch.tensor([0, 1]), np.array([1, 2]), ("cow", 2)], [[0, 1], [1, 2], [2, 2]]),
         (np.array([[0, 1], [1, 2], [2, 2]]), [[0, 1], [1, 2], [2, 2]]),
         ([["crane"]], [[4]] * 3),
+        ([[0, 1, 2, 3, 4]], [[0, 1, 2, 3, 4]] * 3),
+        ([["cat", "dog", "cat", "cat", "cat"]], [[0, 1, 0, 0, 0]] * 3),
     ],
 )
 def test_targets_pick_columns(targets: Any, columns: Any) -> None:
@@ -69,6 +73,10 @@ def test_targets_pick_columns(targets: Any, columns: Any) -> None:
     assert answer.values.shape == answer.targets.shape and answer.values.requires_grad
     assert torch.equal(answer.logits, LOGITS) and not answer.logits.requires_grad
     assert answer.names == NAMES
+
+
+def test_both_of_two_classes_are_no_one_hot_row() -> None:
+    assert ask([[0, 1], [1, 0], [0, 1]], None, LOGITS[:, :2]).targets.tolist() == [[0, 1], [1, 0], [0, 1]]
 
 
 def test_targets_are_copied() -> None:
@@ -166,6 +174,14 @@ def test_bad_targets() -> None:
         ([0, 1.0, 2], r"expected integer class indices, names or prompts, got 1.0 \(float\)"),
         ([0, None, 2], "expected integer class indices, names or prompts, got None"),
         (np.array([0.0, 1, 2]), "expected integer class indices, got dtype torch.float64"),
+        (F.one_hot(torch.tensor([1, 4, 0]), 5), r"rows of 0 and 1, .*\(5\).* one-hot .*give targets.argmax\(1\)"),
+        (np.eye(5, dtype=np.int64)[:3], "one-hot or multi-label"),
+        ([[0, 1, 0, 0, 0]], "one-hot or multi-label"),
+        ([[1, 0, 1, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 1]], r"multi-label .*\(logits \* targets\).sum\(1\)"),
+        (Difference(0, torch.eye(5, dtype=torch.int32)[:3]), "one-hot or multi-label"),
+        (torch.eye(5)[:3], r"got dtype torch.float32; for one-hot rows or probabilities give targets.argmax\(1\)"),
+        (torch.eye(5)[:3].bool(), r"got dtype torch.bool; for one-hot rows"),
+        (torch.ones(3), "got dtype torch.float32; convert them"),
         ([[0], [1, 2], [3]], r"lists of different lengths or empty ones \(1, 2\)"),
         ([0, [1], 2], r"lists of different lengths or empty ones \(one without a list, 1\)"),
         ([[], [], []], "or empty ones"),
@@ -242,6 +258,13 @@ def test_names_of_a_transformers_model() -> None:
     assert own({0: "cat", 5: "dog"}) is None and own({}) is None and own(None) is None
 
 
+def test_one_output_has_two_directions() -> None:
+    with pytest.raises(ValueError, match=r"classes 0 to 0, got 1; the model has one output: .* `lambda y: -y\[:, 0\]`"):
+        ask(1, None, LOGITS[:, :1])
+    with pytest.raises(ValueError, match="expected classes 0 to 4, got 5; classes are counted from 0"):
+        ask(5)
+
+
 def test_outputs() -> None:
     for make in (
         lambda x: x,
@@ -252,9 +275,12 @@ def test_outputs() -> None:
     ):
         assert torch.equal(Readout(Returning(make)).run(LOGITS), LOGITS)
     for make, message in (
-        (lambda x: (x, None), "got tuple; wrap it in a module that returns the entry with the logits"),
-        (lambda x: {"scores": x}, "got dict; it has no 'logits' but scores; wrap it"),
-        (lambda x: x[:, None], r"with B = 3, got \[3, 1, 5\] torch.float32; wrap it in a module that does"),
+        (lambda x: (x, None), r"got tuple of \[3, 5\], NoneType; wrap it .* that returns the entry with the logits"),
+        (lambda x: {"scores": x}, r"got dict of scores \[3, 5\]; wrap it in a module that returns the entry"),
+        (lambda x: SimpleNamespace(scores=x, aux=()), r"SimpleNamespace of scores \[3, 5\], aux tuple; wrap it"),
+        (lambda x: x[:, None], r"with B = 3, got \[3, 1, 5\] torch.float32; if these are tokens, wrap it"),
+        (lambda x: x[:, :, None, None], r"got \[3, 5, 1, 1\] .* pixels, .*\(images\)\[:, :, row, column\]"),
+        (lambda x: x[:, 0], r"got \[3\] torch.float32; wrap it .* model\(images\)\[:, None\]"),
         (lambda x: torch.cat([x, x]), r"with B = 3, got \[6, 5\]"),
         (lambda x: x.argmax(-1), r"got \[3\] torch.int64"),
         (lambda x: x > 0, r"got \[3, 5\] torch.bool"),
@@ -273,6 +299,41 @@ def test_towers_without_a_head_have_no_predicted_class() -> None:
             readout.answer(targets, output)
     assert readout.answer(Embedding(torch.ones(5)), output).values.shape == (3,)
     assert readout.answer(2, output).targets.tolist() == [2, 2, 2]
+
+
+class Wrapper(nn.Module):
+    def __init__(self, tower: nn.Module, after: nn.Module | None = None) -> None:
+        super().__init__()
+        self.tower, self.after = tower, after
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.tower(images)
+        return features if self.after is None else self.after(features)  # type: ignore[no-any-return]
+
+
+def test_features_are_not_taken_for_logits(tiny_vit: Build) -> None:
+    """However the head was taken off, the largest feature is no predicted class. A feature's number may be given."""
+    images, replaced = torch.randn(2, *PIXELS), tiny_vit()
+    replaced.head = nn.Identity()
+    headless = tiny_vit(num_classes=0)
+    for model in (headless, replaced, Wrapper(headless), Wrapper(replaced, nn.Softmax(1)), nn.Sequential(headless)):
+        with pytest.raises(ValueError, match="targets: None is the predicted class, but the model has no classif"):
+            Explainer(model)(images)
+        assert Explainer(model)(images, 3).targets.tolist() == [3, 3]
+    for model in (tiny_vit(), tiny_vit(num_classes=16), Wrapper(headless, nn.Linear(16, 16)), Wrapper(tiny_vit())):
+        assert Explainer(model)(images).targets.tolist() == model(images).argmax(1).tolist()
+
+
+def test_features_of_other_libraries_are_not_taken_for_logits() -> None:
+    pytest.importorskip("torchvision")
+    pytest.importorskip("open_clip")
+    replaced = torchvision_vit()
+    replaced.heads = nn.Identity()
+    for model in (replaced, open_clip_tower()):
+        layout = find_layout(model)
+        assert layout.image_size is not None
+        with pytest.raises(ValueError, match="targets: None is the predicted class, but the model has no classif"):
+            Explainer(model.eval())(torch.randn(1, 3, *layout.image_size))
 
 
 @pytest.mark.parametrize("backend", ("native", "reference"))
@@ -294,3 +355,14 @@ def test_explained_by_any_spelling(backend: Any, tiny_vit: Build) -> None:
         assert got.values is not None and same.values is not None
         assert torch.allclose(got.values.reshape(2, -1)[:, -1], same.values)
     assert want.names == NAMES and "owl" in repr(want)
+
+
+def test_an_error_of_a_function_names_it() -> None:
+    def ninth(logits: Tensor) -> Tensor:
+        return logits[:, 9]
+
+    with pytest.raises(
+        ValueError, match=r"targets: ninth raised IndexError: .*; it gets the model's output \[3, 5\]"
+    ) as e:
+        Readout(Returning(lambda x: x)).answer(ninth, LOGITS)
+    assert isinstance(e.value.__cause__, IndexError)

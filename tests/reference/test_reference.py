@@ -46,7 +46,7 @@ class Attention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
         row = grad_out.new_zeros(q.shape[0], q.shape[2])
-        dq, dk, dv, _ = attention_backward(grad_out, row, None, q, k, v, None, ctx.scale, residual=False)
+        dq, dk, dv, _ = attention_backward(grad_out, row, None, q, k, v, None, ctx.scale)
         return dq, dk, dv, None
 
 
@@ -75,8 +75,8 @@ def test_attention_backward_gathers_images() -> None:
     image = torch.tensor([1, 0, 1])
     grad_out, row = torch.randn(3, 2, 5, 4).double(), torch.randn(3, 5).double()
     weight = torch.rand(3, 5).double()
-    got = attention_backward(grad_out, row, weight, q, k, v, image, 0.7, residual=True)
-    want = attention_backward(grad_out, row, weight, q[image], k[image], v[image], None, 0.7, residual=True)
+    got = attention_backward(grad_out, row, weight, q, k, v, image, 0.7)
+    want = attention_backward(grad_out, row, weight, q[image], k[image], v[image], None, 0.7)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
@@ -88,9 +88,8 @@ def test_gradient_of_the_probabilities_is_autograds() -> None:
     (want,) = torch.autograd.grad(out, probabilities, grad_out)
     torch.testing.assert_close(grad_out @ v.transpose(-2, -1), want)
     row = torch.randn(2, 5).double()
-    *_, got = attention_backward(grad_out, row, None, q, k, v, None, 0.5, residual=True)
-    matrix = torch.eye(5).double() + attention_relevance(probabilities, want)
-    torch.testing.assert_close(got, (row.unsqueeze(1) @ matrix).squeeze(1))
+    *_, got = attention_backward(grad_out, row, None, q, k, v, None, 0.5)
+    torch.testing.assert_close(got, (row.unsqueeze(1) @ attention_relevance(probabilities, want)).squeeze(1))
 
 
 def test_relevance_by_hand() -> None:
@@ -114,25 +113,17 @@ def test_attention_backward_with_a_bias_and_signed(shape: tuple[int, ...]) -> No
     want = torch.autograd.grad(out, (q, k, v), grad_out, retain_graph=True)
     (d_probabilities,) = torch.autograd.grad(out, probabilities, grad_out)
     for signed in (False, True):
-        *gradients, got = attention_backward(
-            grad_out, row, None, q, k, v, image, 0.7, residual=True, bias=bias, signed=signed
-        )
+        *gradients, got = attention_backward(grad_out, row, None, q, k, v, image, 0.7, bias=bias, signed=signed)
         for gradient, expected in zip(gradients, want, strict=True):
             torch.testing.assert_close(torch.zeros_like(expected).index_add(0, image, gradient), expected)
         matrix = attention_relevance(probabilities, d_probabilities, signed)
-        torch.testing.assert_close(got, row + (row.unsqueeze(1) @ matrix).squeeze(1))
-
-
-def test_residual_needs_as_many_queries_as_keys() -> None:
-    q, k, v = random_qkv(2, 1, 5)
-    with pytest.raises(ValueError, match=r"as many queries as keys, got 1 and 5"):
-        attention_backward(torch.ones_like(q), torch.ones(2, 1), None, q, k, v, None, 1.0, residual=True)
+        torch.testing.assert_close(got, (row.unsqueeze(1) @ matrix).squeeze(1))
 
 
 def test_row_of_an_attention_pool_starts_at_its_relevance() -> None:
     q, k, v = random_qkv(2, 1, 5)
     grad_out = torch.randn_like(q)
-    *_, row = attention_backward(grad_out, torch.ones(2, 1).double(), None, q, k, v, None, 0.5, residual=False)
+    *_, row = attention_backward(grad_out, torch.ones(2, 1).double(), None, q, k, v, None, 0.5)
     _, probabilities = attention(q, k, v, 0.5)
     torch.testing.assert_close(row, attention_relevance(probabilities, grad_out @ v.transpose(-2, -1))[:, 0])
 
@@ -150,8 +141,8 @@ def test_relevance_is_held_in_32_bit_or_64_bit(dtype: torch.dtype) -> None:
 def test_rollout_by_hand() -> None:
     first = torch.tensor([[[0.0, 1.0], [0.0, 0.0]]])
     last = torch.tensor([[[0.0, 0.0], [2.0, 0.0]]])
-    # (I + last)(I + first) = [[1, 0], [2, 1]] [[1, 1], [0, 1]]
-    assert rollout([first, last]).tolist() == [[[1.0, 1.0], [2.0, 3.0]]]
+    # (I + last)(I + first) - I = [[1, 0], [2, 1]] [[1, 1], [0, 1]] - I
+    assert rollout([first, last]).tolist() == [[[0.0, 1.0], [2.0, 2.0]]]
     with pytest.raises(ValueError, match="one map a block, got none"):
         rollout([])
 
@@ -175,12 +166,13 @@ def test_the_row_that_rides_the_backward_pass_is_the_matrix_row() -> None:
         relevance = attention_relevance(probabilities, grad_out @ v.transpose(-2, -1))
         maps.append(gate_columns(relevance, weight, prefix))
     seed = torch.rand(2, tokens).double()
-    want = (seed.unsqueeze(1) @ rollout(maps)).squeeze(1)
+    want = seed + (seed.unsqueeze(1) @ rollout(maps)).squeeze(1)
 
     row = seed
     for (q, k, v), grad_out, weight in reversed(list(zip(layers, grads, gates, strict=True))):
         columns = torch.cat((torch.ones(2, prefix).double(), weight), dim=1)
-        *_, row = attention_backward(grad_out, row, columns, q, k, v, None, 0.5, residual=True)
+        *_, sent = attention_backward(grad_out, row, columns, q, k, v, None, 0.5)
+        row = row + sent
     torch.testing.assert_close(row, want, rtol=1e-12, atol=1e-12)
 
 

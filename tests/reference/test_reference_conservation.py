@@ -155,12 +155,15 @@ class Read(nn.Module):
 
 def errors(model: Read, images: Tensor, layout: ModelLayout, conservative: bool) -> list[float]:
     """Per block, the relative error of tokens and bias terms together against the largest logit."""
-    # Plain tensors: the recording takes parameters for constants.
     state = {name: value.detach().clone() for name, value in model.named_parameters()}
     biases = {name: value.requires_grad_() for name, value in state.items() if "bias" in name.split(".")[-1]}
     settings: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
     with recording(layout, images, conservative, wanted=range(len(layout.blocks))) as record:
-        logits = torch.func.functional_call(model, state, (images.clone().requires_grad_(),))
+        # Computed in the pass and unseen by it, because it takes what has a gradient from elsewhere for constants.
+        with torch._C.DisableTorchFunction():
+            state |= {name: value.clone() for name, value in biases.items()}
+            images = images.clone().requires_grad_().clone()
+        logits = torch.func.functional_call(model, state, (images,))
     found = []
     for y in logits.gather(1, logits.abs().argmax(1, keepdim=True))[:, 0]:
         gradients = differentiate(y, record, {})

@@ -28,6 +28,14 @@ TEST_CASE("a heat map is interpolated between patches and fills [0,1]") {
   }
 }
 
+TEST_CASE("a heat map has the scale of its own values, and shows the signal where there is one") {
+  const auto usual = result_of({0, 1, 2, 4, 3, 9}, "float32").heatmap();
+  fga::Result tiny = result_of(std::vector<double>(6, 0.25), "float32");
+  tiny.more["signal"] = {{1, 6}, {0, 1e-12, 2e-12, 4e-12, 3e-12, 9e-12}};
+  const auto heat = tiny.heatmap();
+  for (size_t i = 0; i < 24; ++i) CHECK(heat.values[i] == doctest::Approx(usual.values[i]).epsilon(1e-5));
+}
+
 TEST_CASE("the heat map of a constant relevance is zero") {
   for (const char* dtype : {"float32", "float64"}) {
     const auto heat = result_of(std::vector<double>(6, 0.1), dtype).heatmap(37, 41);

@@ -60,12 +60,13 @@ struct FGA_API Result {
   Array relevance;                    // [B, P], patches row by row
   std::map<int64_t, Array> scores;    // by block [B, P]
   std::map<int64_t, Array> gates;     // by block [B, P]
-  std::map<std::string, Array> more;  // further outputs by name: the strongest features, blocks
+  std::map<std::string, Array> more;  // further outputs by name: signal, the strongest features, blocks
   std::array<int64_t, 2> grid;        // patches: rows, columns
   std::array<int64_t, 2> image_size;  // height and width of the model's input
   std::string dtype;                  // of relevance, scores and gates: float64 for float64 models, else float32
 
-  // Relevance as pictures: bilinear, then per image (h - min) / (max - min + 1e-8). 0: the size of the model's input.
+  // Relevance (its signal, where there is one) as pictures: bilinear, then per image (h - min) / (max - min), however
+  // small the values are. 0: the size of the model's input.
   Heatmaps heatmap(int64_t height = 0, int64_t width = 0) const;
 };
 

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fga_fast.engine.callers import check_caller, outside_graphs
 from fga_fast.graph.outputs import ALIGNMENT, given_classes, in_batches
 from fga_fast.graph.package.metadata import DTYPES, Metadata, sha256_of, this_machine
 from fga_fast.io.images import Preprocess
 from fga_fast.models import checks
 from fga_fast.result.explanation import Explanation
 from fga_fast.result.fields import nested
+from fga_fast.result.notices import value_notices
 
 
 class Package:
@@ -62,6 +64,7 @@ class Package:
         """From a picture to an image [channels, H, W] for this package; None if it was exported without."""
         return self.metadata.preprocess
 
+    @outside_graphs
     def __call__(self, images: Tensor, targets: Any = None) -> Explanation:
         """Explains any number of images.
 
@@ -75,6 +78,7 @@ class Package:
         Raises:
             TypeError, ValueError: images or targets do not fit, or contain NaN or Inf; the message says which.
         """
+        check_caller(images)
         m = self.metadata
         like = torch.empty(0, dtype=DTYPES[m.dtype], device=self._device)
         checks.check_images(images, m.channels, (m.height, m.width), like)
@@ -90,7 +94,7 @@ class Package:
             checks.check_finite(found[name], what, nn.Module(), images)  # stands for a model without weights
         return Explanation(
             **nested(found), grid=m.grid, image_size=(m.height, m.width), backend=m.backend, backend_reason="package",
-            names=m.class_names, start_block=m.start_block,
+            names=m.class_names, start_block=m.start_block, notices=(*m.notices, *value_notices(found)),
         )  # fmt: skip
 
     def _batch(self, _: int, inputs: tuple[Tensor, ...]) -> Sequence[Tensor]:

@@ -20,7 +20,7 @@ from fga_fast.io.images import Preprocess
 from fga_fast.io.json_file import read_json
 from fga_fast.settings import Backward, Method, TargetMode
 
-FORMAT, VERSION = "fga_fast package", 2
+FORMAT, VERSION = "fga_fast package", 3
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "int64": torch.int64}
 _MAX_BYTES = 64 * 2**20
 _MAX_VALUES = 2**31  # of one batch of images
@@ -59,6 +59,7 @@ class Metadata:
     start_block: int
     signed: bool
     gate: dict[str, Any]
+    notices: tuple[str, ...]  # what a reader of its explanations must know
     versions: dict[str, str]  # of fga_fast and torch
     sha256: str  # of NAME.pt2
     # The processor it was compiled for: {"architecture": "x86_64", "features": ["avx2", ...]}.
@@ -165,6 +166,7 @@ def _read(entries: Entries) -> Metadata:
         outputs=tuple(_output(Entries(one, f"{entries.where}: outputs")) for one in entries.list("outputs")),
         signed=entries.flag("signed"),
         gate=entries.inner("gate").content,
+        notices=entries.texts("notices") if "notices" in entries.content else (),
         versions={name: str(version) for name, version in entries.inner("versions").content.items()},
         sha256=entries.text("sha256"),
         machine=_machine(entries),
@@ -216,6 +218,7 @@ def _check(metadata: Metadata, entries: Entries) -> None:
     expected = {"logits": (m.batch, m.classes), "targets": each, "values": each, "relevance": maps}
     expected |= {f"{kind}.{block}": maps for block in m.gated_blocks for kind in ("scores", "gates")}
     found = {output.name: output.shape for output in m.outputs}
+    expected |= {"signal": maps} if "signal" in found else {}
     if len(found) < len(m.outputs):
         raise ValueError(f"{entries.where}: outputs: expected different names, got {[o.name for o in m.outputs]}")
     for name, shape in expected.items():

@@ -23,7 +23,6 @@ from fga_fast.graph.passes.row_rules import Operands, Place, rule_of, shape_of, 
 
 aten = torch.ops.aten
 _VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
-_RESIDUAL = {"attention": 7, "attention_backward": 11}  # position of the argument `residual`
 
 
 def prune(module: fx.GraphModule, row: int, tokens: int) -> int:
@@ -212,9 +211,6 @@ class _Pruner:
             made.target, made.args = aten.reshape.default, (made.args[0], shrunk(shape_of(node), place))
         elif node.target is aten.expand.default:
             made.args = (made.args[0], shrunk(shape_of(node), place))
-        for name, position in _RESIDUAL.items():
-            if _is(node, name):
-                made.args = (*made.args[:position], False, *made.args[position + 1 :])
         self.made[node, place if isinstance(node.meta["val"], Tensor) else None] = made
 
     def _write_part(self, node: fx.Node, source: fx.Node) -> None:
@@ -224,10 +220,6 @@ class _Pruner:
         if _is(source, "attention"):
             self.made[node, Place(1) if index == 2 else Place(2)] = part
         elif _is(source, "attention_backward") and index:
-            residual = source.args[_RESIDUAL["attention_backward"]]
-            if index == 3 and residual:  # the residual path: the row itself, added to what attention passes on
-                whole = self._at(cast(fx.Node, source.args[1]), None)
-                part = self.new.call_function(aten.add.Tensor, (whole, part))
             self.made[node, None] = part
         else:
             self.made[node, place] = part

@@ -171,9 +171,7 @@ def shapes(draw: DrawFn, dtype: torch.dtype) -> Shape:
     final_norm = draw(mostly("tokens", "vector", ""))
     forms = [form for form in FORMS if form != "upcast" or dtype != torch.float64]  # it is to float32
     form = draw(mostly("sdpa", "mha", *forms))
-    # A pool over one token, written out, is refused: its softmax over one key could be anything.
-    pools = ["", *(["all"] if tokens > 1 else []), *(["patches"] if tokens > prefix + 1 else [])]
-    pool = draw(mostly(*pools))
+    pool = draw(mostly("", "all", "patches"))
     read = draw(reads(depth, tokens, final_norm))
     # A block that changes its input in place would change what the head reads of it.
     last = pool != "" or read[0].depth == depth
@@ -203,7 +201,8 @@ def asks(draw: DrawFn, classes: int) -> Ask:
     kind = draw(st.sampled_from(["int", "predicted", "list", "array", "difference", "function"]))
     if kind == "function":
         return Ask(kind, function=draw(st.sampled_from(list(FUNCTIONS))))
-    count = draw(st.integers(1, 3)) if kind in ("array", "difference") else 1
+    # As many as there are classes, all 0 or 1, would look like one-hot rows.
+    count = draw(st.integers(1, min(3, classes - 1))) if kind in ("array", "difference") else 1
     row = st.tuples(*[st.integers(0, classes - (2 if kind == "difference" else 1))] * count)
     rows = draw(st.lists(row, min_size=1 if kind == "int" else 4, max_size=1 if kind == "int" else 4))
     return Ask(kind, tuple(rows), tensor=draw(st.booleans()))

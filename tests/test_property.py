@@ -35,8 +35,8 @@ BACKENDS = ("reference", "native", "composite")
 EXACT = 1e-9  # what float64 must reach, relative to what varies
 # What rounding alone may do, in units of the dtype's eps and of the sum of absolute summands.
 ROUNDING = {torch.float64: 256, torch.float32: 256, torch.bfloat16: 8}
-# In a narrower dtype, an error may also be so many times the reference's error in that dtype. And a model may magnify
-# its rounding by chance: so many times what the textbook changes by if all weights change by their rounding.
+# In a narrower dtype, an error may also be so many times the reference's in that dtype. And a model may magnify its
+# rounding by chance: so many times what the textbook changes by if all weights change by their rounding.
 TIMES = 4
 
 

@@ -190,6 +190,7 @@ class Block(Part):
 
     def forward(self, x: Tensor) -> Any:  # [B, N, C], or tokens first
         if self.book is not None:
+            x = x.clone()  # what the head reads of it enters no block
             self.book.inputs.append(x)
         if self.shape.placement == "parallel":
             x = x + self.branch(0, self.norms[0](x)) + self.branch(1, self.norms[1](x))

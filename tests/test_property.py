@@ -121,9 +121,7 @@ class Judge:
                 rows.setdefault("values", []).append(Row(e.values[at], Sum(value.detach(), size)))
                 page = book.page(value, self.saes, {block: gate[at].double() for block, gate in e.gates.items()})
                 for block, scores in e.scores.items():
-                    want = gate_of(scores[at] / page.units[block], self.case.settings.gate)
-                    rtol = 2000 * torch.finfo(scores.dtype).eps
-                    torch.testing.assert_close(e.gates[block][at], want.to(scores.dtype), rtol=rtol, atol=0)
+                    self.check_gate(e.gates[block][at], scores[at], page.units[block])
                 rows.setdefault("relevance", []).append(Row(e.relevance[at], page.relevance[0], True))
                 for entry, want in enumerate(page.relevance if e.blocks is not None else ()):
                     rows.setdefault("blocks", []).append(Row(e.blocks[at][entry], want, True))
@@ -145,6 +143,13 @@ class Judge:
         assert all(t.dtype == wide and bool(t.isfinite().all()) for t in computed)
         if case.ask.kind == "predicted":
             assert torch.equal(e.targets, e.logits.argmax(-1))
+
+    def check_gate(self, gates: Tensor, scores: Tensor, unit: float) -> None:  # [P], [P]
+        """Gates follow from the scores. In a narrow dtype the unit, a power of two, may be rounded to the next one."""
+        units = (unit,) if self.case.dtype == torch.float64 else (unit, min(1.0, 2 * unit), unit / 2)
+        close = {"rtol": 2000 * torch.finfo(scores.dtype).eps, "atol": 0.0}
+        wants = [gate_of(scores / u, self.case.settings.gate).to(scores.dtype) for u in units]
+        assert any(torch.allclose(gates, want, **close) for want in wants), (gates, wants)
 
     def check_features(self, e: Explanation, at: tuple[int, ...], page: Page) -> None:
         """The strongest features: what they are said to contribute, and that none is stronger."""

@@ -93,7 +93,8 @@ class FunctionMode(TorchFunctionMode, ABC):
             for index, block in enumerate(self.passed.layout.blocks):
                 first, last = ends(block)
                 handles.append(first.register_forward_pre_hook(self._entering(index), with_kwargs=True))
-                handles.append(last.register_forward_hook(self._leaving(index, whole=last is block)))
+                # Before other hooks, such as those by which transformers keeps hidden states.
+                handles.append(last.register_forward_hook(self._leaving(index, whole=last is block), prepend=True))
             with followed_by(self), torch.enable_grad(), torch._C._EnableTorchFunction(), self:
                 yield
             self._check_added()

@@ -218,6 +218,8 @@ class Tape(FunctionMode):
         self._carried[block], self._ports[block] = carried, port
         if block is not None:
             self._carrier = self._carrier + carried
+            if self._carrier.grad_fn is not None:
+                self.passed.carriers.add(self._carrier.grad_fn)
 
     # -- what the hooks see ------------------------------------------------------------------------------------
 

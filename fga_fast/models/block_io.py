@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fga_fast.models.layout import ModelLayout
@@ -123,6 +123,7 @@ class ForwardPass:
     stream: Tensor | None = None  # [B, N, C] or [N, B, C], what the block that ended last handed on
     streams: dict[int, GradientEdge] = field(default_factory=dict)  # block -> what it handed on, in autograd's graph
     attentions: dict[int | None, GradientEdge] = field(default_factory=dict)  # likewise, explained attention's output
+    carriers: set[Node] = field(default_factory=set)  # where relevance passes blocks by, in autograd's graph
     outside: list[Outside] = field(default_factory=list)
     maps: list[WrittenMap] = field(default_factory=list)  # for `check_maps`
     _differentiated: bool = False  # a block after the last cut had an attention

@@ -132,7 +132,8 @@ def check_images_apart(
     dim = 1 if passed.layout.tokens_first and not reads.pool else 0
 
     def gradients(weights: Tensor) -> list[Tensor]:  # [B] -> each [B, ...]
-        seed = weights.to(values).view(-1, *[1] * (values.dim() - 1)).expand_as(values)
+        # Large, because tiny gradients have few digits in float16.
+        seed = (1024 * weights).to(values).view(-1, *[1] * (values.dim() - 1)).expand_as(values)
         seeds = [seed, *map(torch.ones_like, ports)]
         found = torch.autograd.grad([values, *ports], edges, seeds, retain_graph=True, allow_unused=True)
         return [g.transpose(0, dim).flatten(1).double() for g in found if g is not None]

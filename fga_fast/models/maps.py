@@ -37,11 +37,9 @@ def check_paths(passed: ForwardPass) -> None:
         TapeError: naming the blocks.
     """
     streams = {edge.node: block for block, edge in passed.streams.items()}
-    attentions = {edge.node for edge in passed.attentions.values()}
     before: int | None = None
     for block, edge in sorted(passed.streams.items()):
-        own, seen = passed.attentions.get(block), {edge.node}
-        stack = [edge.node]
+        seen, stack = {edge.node, *passed.carriers}, [edge.node]
         while stack:
             for node, _ in stack.pop().next_functions:
                 if node is None or node in seen:
@@ -54,7 +52,7 @@ def check_paths(passed: ForwardPass) -> None:
                             "output of the block before it, and the rollout would pass this path by; use "
                             "method='input_x_gradient', which follows every path"
                         )
-                elif node not in attentions or (own is not None and node is own.node):  # others: the carrier's path
+                else:
                     stack.append(node)
         before = block
 

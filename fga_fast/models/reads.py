@@ -101,13 +101,12 @@ def _walked(passed: ForwardPass, values: Tensor) -> tuple[tuple[int, ...], list[
 def _below(passed: ForwardPass, nodes: list[Node]) -> set[int]:
     """The blocks whose outputs an attention pool reads."""
     streams = {edge.node: block for block, edge in passed.streams.items()}
-    attentions = {edge.node for block, edge in passed.attentions.items() if block is not None}
-    found, stack, seen = set[int](), list(nodes), set(nodes)
+    found, stack, seen = set[int](), list(nodes), {*nodes, *passed.carriers}
     while stack:
         node = stack.pop()
         if node in streams:
             found.add(streams[node])
-        elif node not in attentions:  # those are reached by the carrier of relevance
+        else:
             following = [after for after, _ in node.next_functions if after is not None and after not in seen]
             stack += following
             seen.update(following)

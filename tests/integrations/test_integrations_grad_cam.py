@@ -150,7 +150,7 @@ def test_the_model_is_left_as_it_came_and_threads_share_it(model: nn.Module, cam
 
 def test_an_exception_passes_the_context(model: nn.Module) -> None:
     """The library's own context swallows an IndexError."""
-    with pytest.raises(IndexError), FGACam(model) as cam:
+    with pytest.raises(ValueError, match="raised IndexError"), FGACam(model) as cam:
         cam(images(), targets=[ClassifierOutputTarget(5)] * 2)
 
 

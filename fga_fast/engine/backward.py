@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from fga_fast.engine.starts import laid_out, start_rows
+from fga_fast.engine.starts import start_rows
 from fga_fast.models.block_io import ForwardPass
-from fga_fast.models.head import arriving, read_as_laid_out, unevenly
+from fga_fast.models.head import arriving, laid_out, read_as_laid_out, unevenly
 from fga_fast.models.reads import Reads
 
 logger = logging.getLogger(__name__)

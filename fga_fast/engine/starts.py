@@ -13,17 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fga_fast.models.head import groups
+from fga_fast.models.head import groups, laid_out
 from fga_fast.models.layout import ModelLayout
 from fga_fast.precision import relevance_dtype
 from fga_fast.settings import LITTLE, PARALLEL
-
-
-def laid_out(carrier: Tensor, layout: ModelLayout) -> Tensor:  # [B, N] -> [B, N]
-    """The row that the layout's pooling promises: 1 / n at each of the n pooled tokens."""
-    first, last = layout.pooled
-    pooled = carrier.new_full((len(carrier), last - first), 1.0 / (last - first))
-    return F.pad(pooled, (first, carrier.shape[1] - last))
 
 
 def start_rows(gradients: Mapping[int, Tensor], layout: ModelLayout) -> dict[int, Tensor]:

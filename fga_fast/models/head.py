@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
@@ -49,6 +50,13 @@ def groups(layout: ModelLayout) -> list[tuple[int, int]]:
     return sorted(ranges + [(token, token + 1) for token in range(layout.tokens) if token not in together])
 
 
+def laid_out(like: Tensor, layout: ModelLayout) -> Tensor:  # [M, N] -> [M, N]
+    """The row that the layout's pooling promises: 1 / n at each of the n pooled tokens."""
+    first, last = layout.pooled
+    pooled = like.new_full((len(like), last - first), 1.0 / (last - first))
+    return F.pad(pooled, (first, like.shape[1] - last))
+
+
 def differently(starts: Mapping[int, Tensor], layout: ModelLayout) -> tuple[str, ...]:
     """A notice where the rollout starts after the last block, but not as the layout's pooling says.
 
@@ -59,8 +67,7 @@ def differently(starts: Mapping[int, Tensor], layout: ModelLayout) -> tuple[str,
     if starts.keys() != {last}:
         return ()
     rows = starts[last].reshape(-1, layout.tokens)
-    promised = _pooled(layout, rows.device) / (stop - first)
-    if bool((rows - promised).abs().le(1e-6).all()):
+    if bool((rows - laid_out(rows, layout)).abs().le(1e-6).all()):
         return ()
     read = (rows > 0).any(0).nonzero().flatten().tolist()
     return (
@@ -79,8 +86,8 @@ def read_as_laid_out(gradients: Mapping[int, Tensor], layout: ModelLayout) -> bo
     last = len(layout.blocks) - 1
     if gradients.keys() != {last}:
         return False
-    read = (gradients[last] != 0).any(-1)  # [..., B, N]
-    return bool((read == _pooled(layout, read.device)).all())
+    read = (gradients[last] != 0).any(-1).flatten(0, -2)  # [M, N]
+    return bool((read == (laid_out(gradients[last][..., 0].flatten(0, -2), layout) > 0)).all())
 
 
 def unevenly(passed: ForwardPass, gradients: Mapping[int, Tensor]) -> tuple[str, ...]:
@@ -151,11 +158,6 @@ def check_images_apart(
                         "image at a time, or change it"
                     )
             digit += 1
-
-
-def _pooled(layout: ModelLayout, device: torch.device) -> Tensor:  # [N], which tokens the layout pools
-    tokens = torch.arange(layout.tokens, device=device)
-    return (tokens >= layout.pooled[0]) & (tokens < layout.pooled[1])
 
 
 def _images_first(tensor: Tensor, layout: ModelLayout) -> Tensor:

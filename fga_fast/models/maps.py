@@ -16,15 +16,15 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from fga_fast.models.block_io import ForwardPass, TapeError
+from fga_fast.models.reads import FORMS, PRODUCTS, kind
 
 # What may happen to a map on the way to its values, by the names of autograd's nodes. Other layouts and types of it,
 # parts of it, and products with a factor.
 _SAME = {
-    *("View", "UnsafeView", "ReshapeAlias", "Permute", "Transpose", "T", "Unsqueeze", "Squeeze", "Expand", "Alias"),
-    *("Clone", "ToCopy", "NanToNum", "Slice", "Select", "Split", "SplitWithSizes", "Unbind", "Index", "IndexSelect"),
-    *("Gather", "Topk", "Scatter", "MaskedFill", "Where", "Tril", "Triu", "Mul", "Div"),
+    *FORMS,
+    *("NanToNum", "Slice", "Select", "Split", "SplitWithSizes", "Unbind", "Index", "IndexSelect", "Gather", "Topk"),
+    *("Scatter", "MaskedFill", "Where", "Tril", "Triu", "Mul", "Div"),
 }
-_PRODUCTS = {"Bmm", "Mm", "Baddbmm", "Addmm", "Addbmm"}
 
 Edge = tuple[Node, int]  # a node and the number of one of its outputs, or of one of its inputs
 
@@ -94,21 +94,21 @@ def _check_map(where: str, edge: GradientEdge, readers: dict[Edge, list[Edge]], 
     forms, stack = {edge.node}, [(edge.node, edge.output_nr)]
     while stack:
         for node, number in readers.get(stack.pop(), ()):
-            kind = node.name().rpartition("::")[2].rstrip("0123456789").removesuffix("Backward")
+            what = kind(node)
             others = [source for at, (source, _) in enumerate(node.next_functions) if at != number]
-            if kind in _PRODUCTS:
+            if what in PRODUCTS:
                 if has_gradient and others[-1 if number else 0] is None:
                     raise _changed(where, "it is multiplied by a fixed matrix")
                 _check_product(where, node, edge)
-            elif kind not in _SAME:
-                raise _changed(where, f"it goes through {kind!r}")
-            elif kind == "Div" and number == 1:
+            elif what not in _SAME:
+                raise _changed(where, f"it goes through {what!r}")
+            elif what == "Div" and number == 1:
                 raise _changed(where, "something is divided by it")
             elif node not in forms:
                 forms.add(node)
                 stack.extend((node, output) for output in range(len(node._input_metadata)))
             if any(other in forms for other in others):
-                raise _changed(where, f"it goes through {kind!r} together with another form of itself")
+                raise _changed(where, f"it goes through {what!r} together with another form of itself")
 
 
 def _check_product(where: str, node: Node, edge: GradientEdge) -> None:

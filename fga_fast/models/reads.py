@@ -15,12 +15,17 @@ from torch.autograd.graph import Node
 from fga_fast.models.block_io import ForwardPass, TapeError
 from fga_fast.settings import Method
 
-# Nodes of autograd that stand between a pool's maps and the product with its values.
-_SHAPES = {
-    f"{name}Backward0"
-    for name in ("View", "UnsafeView", "Reshape", "ReshapeAlias", "Expand", "Unsqueeze", "Squeeze", "Transpose",
-                 "Permute", "ToCopy", "Clone", "Alias", "Flatten", "T")
-}  # fmt: skip
+# Kinds of autograd's nodes that change a tensor's form alone, and those that multiply an attention map by its values.
+FORMS = {
+    *("View", "UnsafeView", "Reshape", "ReshapeAlias", "Flatten", "Permute", "Transpose", "T", "Unsqueeze", "Squeeze"),
+    *("Expand", "Alias", "Clone", "ToCopy"),
+}
+PRODUCTS = {"Bmm", "Mm", "Baddbmm", "Addmm", "Addbmm"}
+
+
+def kind(node: Node) -> str:
+    """What a node differentiates: "Bmm" of BmmBackward0."""
+    return node.name().rpartition("::")[2].rstrip("0123456789").removesuffix("Backward")
 
 
 class Reads(NamedTuple):
@@ -83,7 +88,9 @@ def _walked(passed: ForwardPass, values: Tensor) -> tuple[tuple[int, ...], list[
                 f"model: the explained values read the attention inside {passed.name(inside[node] or 0)}, not only "
                 "what blocks hand on, so no rollout can start there; let the head read outputs of blocks"
             )
-        elif node in inside or (written and _is_product(node) and any(_from_pool(n, inside) for n in following)):
+        elif node in inside or (
+            written and kind(node) in {*PRODUCTS, "Mul"} and any(_from_pool(n, inside) for n in following)
+        ):
             pools.append(node)
         else:
             found = outside.get(node)
@@ -113,14 +120,10 @@ def _below(passed: ForwardPass, nodes: list[Node]) -> set[int]:
     return found
 
 
-def _is_product(node: Node) -> bool:
-    return node.name() in ("BmmBackward0", "MmBackward0", "BaddbmmBackward0", "AddbmmBackward0", "MulBackward0")
-
-
 def _from_pool(node: Node, inside: Mapping[Node, int | None]) -> bool:
     """Whether this is the attention pool's map, perhaps reshaped or cast on its way."""
     while node not in inside:
-        before = node.next_functions[0][0] if node.name() in _SHAPES else None
+        before = node.next_functions[0][0] if kind(node) in FORMS else None
         if before is None:
             return False
         node = before

@@ -51,12 +51,12 @@ def test_starts_of_16_bit_gradients(dtype: torch.dtype) -> None:
 def test_gates_and_features_where_several_blocks_are_read() -> None:
     read, vectors, _ = HEADS["probe on all blocks"]
     model = Headed(read, vectors * WIDTH)
-    found = [
-        Explainer(model, {b: sae_for(model) for b in (0, 2)} if not i else saes, layout=model.layout(), backend=backend,
-                  top_features=3, per_block=True)(images(), [[TARGET, 0]] * 2)
-        for saes in [{b: sae_for(model) for b in (0, 2)}] for i, backend in ((1, "native"), (2, "reference"))
-    ]  # fmt: skip
-    agree(found[0], found[1], 1e-9)
+    saes, settings = {b: sae_for(model) for b in (0, 2)}, {"top_features": 3, "per_block": True}
+    native, reference = (
+        Explainer(model, saes, layout=model.layout(), backend=backend, **settings)(images(), [[TARGET, 0]] * 2)  # type: ignore[arg-type]
+        for backend in BACKENDS[::2]
+    )
+    agree(native, reference, 1e-9)
 
 
 def test_an_sae_after_the_last_block_that_is_read_gates_nothing() -> None:

@@ -122,7 +122,12 @@ def _options(mode: str | None, example: Tensor) -> dict[str, Any]:
     chosen.pop("triton.cudagraphs", None)
     # Freezing lays weights out for oneDNN, which has no float64.
     freezing = example.dtype != torch.float64
-    return {"freezing": freezing, "freezing_discard_parameters": freezing, **chosen}
+    settings = {"freezing": freezing, "freezing_discard_parameters": freezing}
+    if example.device.type == "cpu":
+        # One C++ file for all kernels and their calls: the compiler reads torch's headers once, not once a kernel. To
+        # compile them in advance takes longer than that.
+        settings |= {"cpp_wrapper": True, "cpp_cache_precompile_headers": False}
+    return {**settings, **chosen}
 
 
 def _freeze(module: fx.GraphModule, frozen: dict[Any, tuple[Tensor, Tensor]]) -> None:

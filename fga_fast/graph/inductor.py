@@ -77,6 +77,8 @@ def compiled(module: fx.GraphModule, inputs: Sequence[Tensor], options: dict[str
         torch._guards.tracing(torch._guards.TracingContext(fake)),
         mock.patch.object(codecache, "FxGraphCachePickler", _Key),
     ):
-        # All shapes are fixed, so nothing is asked of the shape environment.
-        run: Any = compile_fx(module, [*inputs], config_patches=options, ignore_shape_env=True)
+        # The metadata of the package that torch exported last would be part of the entry's key. All shapes are fixed,
+        # so nothing is asked of the shape environment.
+        patches = {**options, "aot_inductor.metadata": {}}
+        run: Any = compile_fx(module, [*inputs], config_patches=patches, ignore_shape_env=True)
     return cast("Callable[..., Any]", run)

@@ -1,4 +1,7 @@
-"""The figure of `Explanation.plot`: image, TransMM, gates and the gated result side by side."""
+"""The figure of `Explanation.plot`: image, TransMM, gates and the gated result side by side.
+
+All panels and colour bars are one picture. With axes for each, matplotlib takes longer than a small model's explanation.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MAX_ROWS = 64
-_SHARP = 336  # pixels; small pictures are enlarged to this before painting, so that heat maps stay smooth
-_PANEL, _GAP, _LEFT, _TOP, _BOTTOM = 2.1, 0.07, 0.36, 0.36, 0.36  # inches
+_DPI = 150
+_PANEL, _GAP, _LEFT, _TOP, _BOTTOM, _BAR = 315, 10, 54, 54, 57, 14  # pixels
 
 
 def draw(
@@ -51,59 +54,85 @@ def draw(
         raise ValueError(f"explanation: expected 1 to {_MAX_ROWS} image-target rows to draw, got {rows}; slice it")
     logs = {block: gate.detach().float().log().reshape(-1, *grid) for block, gate in sorted(gates.items())}
     limit, signed = _gate_limit(logs), bool((relevance < 0).any())
-    columns = _columns(_enlarge(pictures), relevance, ungated, logs, grid, colormap, signed)
-    panel_height = _PANEL * pictures.shape[1] / pictures.shape[2]
-    width = _LEFT + len(columns) * (_PANEL + _GAP)
-    height = _TOP + rows * (panel_height + _GAP) + _BOTTOM
-    figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
-
-    def place(column: float, below: float, wide: float, high: float) -> Any:
-        """Axes by their place in inches: `column` from the left, top edge `below` the panels' top edge."""
-        left, bottom = _LEFT + column * (_PANEL + _GAP), height - _TOP - below - high
-        return figure.add_axes((left / width, bottom / height, wide / width, high / height))
-
-    for row in range(rows):
-        for number, (title, values) in enumerate(columns):
-            axes = place(number, row * (panel_height + _GAP), _PANEL, panel_height)
-            _panel(axes, values[row], limit)
-            if row == 0:
-                axes.set_title(title, fontsize=11, pad=6)
-            if number == 0:
-                axes.set_ylabel(labels[row], fontsize=11, labelpad=7)
-    below = rows * (panel_height + _GAP) + 0.02
-    _heat_bar(place(len(columns) - 1, below, _PANEL, 0.09), colormap, signed)
+    columns = _columns(_resized(pictures), relevance, ungated, logs, limit, grid, colormap, signed)
+    page = _Page(Figure, rows, len(columns), columns[0][1].shape[1])
+    for number, (title, panels) in enumerate(columns):
+        page.column(number, title, panels)
+    for row, label in enumerate(labels):
+        page.label(row, label)
+    ramp = torch.linspace(0, 1, _PANEL, dtype=torch.float32, device="cpu")
+    words = ["against", "0", "for"] if signed else ["low", "high relevance"]
+    page.bar(len(columns) - 1, apply_colormap(ramp, colormap), words)
     if logs:  # the gates' columns are the last but one
-        first = len(columns) - 1 - len(logs)
-        _gate_bar(place(first, below, len(logs) * (_PANEL + _GAP) - _GAP, 0.09), limit)
-    return figure
+        ramp = torch.linspace(-1, 1, len(logs) * (_PANEL + _GAP) - _GAP, dtype=torch.float32, device="cpu")
+        ends = [f"× {_short(math.exp(sign * limit))}" for sign in (-1, 1)]
+        page.bar(len(columns) - 1 - len(logs), _diverging(ramp), [ends[0], "× 1", ends[1]])
+    return page.finished()
 
 
-def _enlarge(pictures: Tensor) -> Tensor:  # [B, H, W, 3] -> [B, H', W', 3]
-    height, width = pictures.shape[1:3]
-    factor = -(-_SHARP // min(height, width))
-    if factor <= 1:
-        return pictures
-    larger = functional.interpolate(pictures.permute(0, 3, 1, 2), scale_factor=factor, mode="bicubic")
-    return larger.permute(0, 2, 3, 1).clamp(0, 1)
+class _Page:
+    """A figure with a picture of its whole size, and places in pixels from the upper left corner."""
+
+    def __init__(self, make: Any, rows: int, columns: int, high: int) -> None:
+        self._high = high
+        self._size = _TOP + rows * (high + _GAP) + _BOTTOM, _LEFT + columns * (_PANEL + _GAP)
+        self._figure = make(figsize=(self._size[1] / _DPI, self._size[0] / _DPI), dpi=_DPI, facecolor="white")
+        self._pixels = torch.full((*self._size, 4), 255, dtype=torch.uint8, device="cpu")
+
+    def column(self, number: int, title: str, panels: Tensor) -> None:  # [M, H', W', 3] uint8
+        left = _LEFT + number * (_PANEL + _GAP)
+        self._write(left + _PANEL / 2, _TOP - 12, title, 11, ha="center", va="baseline")
+        for row, panel in enumerate(panels):
+            above = _TOP + row * (self._high + _GAP)
+            self._pixels[above : above + self._high, left : left + _PANEL, :3] = panel
+
+    def label(self, row: int, text: str) -> None:
+        middle = _TOP + row * (self._high + _GAP) + self._high / 2
+        self._write(_LEFT - 14, middle, text, 11, ha="right", va="center", rotation=90)
+
+    def bar(self, column: int, colours: Tensor, words: Sequence[str]) -> None:  # [pixels, 3] in [0,1]
+        """A colour bar below the panels; the outer words are aligned with its ends, so that they stay inside."""
+        left, above = _LEFT + column * (_PANEL + _GAP), self._size[0] - _BOTTOM + 3
+        self._pixels[above : above + _BAR, left : left + len(colours), :3] = _bytes(colours)
+        for number, word in enumerate(words):
+            share = number / (len(words) - 1)
+            align = {0.0: "left", 1.0: "right"}.get(share, "center")
+            self._write(left + share * len(colours), above + _BAR + 6, word, 9, ha=align, va="top")
+
+    def finished(self) -> Figure:
+        self._figure.figimage(self._pixels.numpy(), origin="upper")
+        return self._figure  # type: ignore[no-any-return]
+
+    def _write(self, x: float, y: float, text: str, size: int, **settings: Any) -> None:
+        self._figure.text(x / self._size[1], 1 - y / self._size[0], text, fontsize=size, **settings)
+
+
+def _resized(pictures: Tensor) -> Tensor:  # [M, H, W, 3] -> [M, H', W', 3] as wide as a panel
+    size = max(round(_PANEL * pictures.shape[1] / pictures.shape[2]), 1), _PANEL
+    fitting = functional.interpolate(pictures.permute(0, 3, 1, 2), size, mode="bicubic", antialias=True)
+    return fitting.permute(0, 2, 3, 1).clamp(0, 1)
 
 
 def _columns(
-    pictures: Tensor,  # [M, H, W, 3]
+    pictures: Tensor,  # [M, H', W', 3]
     relevance: Tensor,  # [M, P]
     ungated: Tensor | None,  # [M, P]
     logs: Mapping[int, Tensor],  # block -> [M, gh, gw], logarithms of gates
+    limit: float,
     grid: tuple[int, int],
     colormap: str,
     signed: bool,
 ) -> list[tuple[str, Tensor]]:
-    """Titles with one value per row: [M, H, W, 3] pictures or [M, gh, gw] logarithms of gates."""
+    """Titles with one panel per row, [M, H', W', 3] uint8."""
     # The picture under a heat map is grey: nobody could tell its own colours from those of the map.
-    luminance = pictures @ pictures.new_tensor([0.299, 0.587, 0.114])  # [M, H, W]
+    luminance = pictures @ pictures.new_tensor([0.299, 0.587, 0.114])  # [M, H', W']
     grey = luminance.unsqueeze(-1).expand_as(pictures)
-    columns = [("image", pictures)]
+    columns = [("image", _bytes(pictures))]
     if ungated is not None and logs:
         columns.append(("ungated" if signed else "TransMM", paint(ungated, grid, grey, colormap, 0.55, signed)))
-    columns += [(f"gate, block {block}", values) for block, values in logs.items()]
+    for block, values in logs.items():
+        squares = functional.interpolate(values.unsqueeze(1), grey.shape[1:3], mode="nearest-exact").squeeze(1)
+        columns.append((f"gate, block {block}", _bytes(_diverging(squares / limit))))
     # The names FGA and TransMM stand for relevance without a sign.
     method = "relevance" if signed else "FGA" if logs else "TransMM"
     return [*columns, (method, paint(relevance, grid, grey, colormap, 0.55, signed))]
@@ -117,44 +146,16 @@ def _gate_limit(logs: Mapping[int, Tensor]) -> float:  # block -> [M, gh, gw]
     return max([*largest, 0.05])
 
 
-def _panel(axes: Any, values: Tensor, limit: float) -> None:
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    if values.dim() == 3:
-        axes.imshow(values.numpy(), interpolation="antialiased")
-    else:
-        axes.imshow(values.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest", aspect="auto")
+def _diverging(values: Tensor) -> Tensor:  # [...] -> [..., 3] in [0,1]
+    """Blue at -1, white at 0, red at 1."""
+    from matplotlib import colormaps
+
+    table = torch.tensor(colormaps["RdBu_r"](range(256)), dtype=values.dtype, device=values.device)[:, :3]
+    return table[((values + 1) / 2 * 255).round().long()]
 
 
-def _heat_bar(axes: Any, colormap: str, signed: bool) -> None:
-    ramp = torch.linspace(0, 1, 256, dtype=torch.float32, device="cpu")
-    colours = apply_colormap(ramp, colormap)  # [256, 3]
-    axes.imshow(colours.unsqueeze(0).numpy(), aspect="auto", extent=(0, 1, 0, 1))
-    if signed:
-        _ends(axes, [0, 0.5, 1], ["against", "0", "for"])
-    else:
-        _ends(axes, [0, 1], ["low", "high relevance"])
-
-
-def _gate_bar(axes: Any, limit: float) -> None:
-    ramp = torch.linspace(-1, 1, 256, dtype=torch.float32, device="cpu")
-    axes.imshow(ramp.unsqueeze(0).numpy(), cmap="RdBu_r", aspect="auto", extent=(0, 1, 0, 1))
-    ends = [f"× {_short(math.exp(sign * limit))}" for sign in (-1, 1)]
-    _ends(axes, [0, 0.5, 1], [ends[0], "× 1", ends[1]])
-
-
-def _ends(axes: Any, ticks: list[float], labels: list[str]) -> None:
-    """Ticks under a colour bar, the outer ones aligned with its ends so that they stay inside the figure."""
-    axes.set_yticks([])
-    axes.set_xticks(ticks, labels, fontsize=9)
-    axes.tick_params(length=0, pad=3)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    written = axes.get_xticklabels()
-    written[0].set_horizontalalignment("left")
-    written[-1].set_horizontalalignment("right")
+def _bytes(colours: Tensor) -> Tensor:  # in [0,1] -> uint8
+    return (colours * 255).round().to(torch.uint8)
 
 
 def _short(value: float) -> str:

@@ -116,6 +116,7 @@ def test_float64_and_bfloat16(tiny_vit: Build, dtype: torch.dtype, bound: float)
 
 OTHER_PROCESS = """
 import json, sys, torch
+import torch._inductor.config
 from timm.models import VisionTransformer
 from torch._dynamo.utils import counters
 from explaining import PIXELS, sae_for
@@ -126,6 +127,7 @@ model = VisionTransformer(img_size=PIXELS[1:], patch_size=16, embed_dim=16, dept
 model.head.bias.data = torch.tensor(json.loads(sys.argv[1]))
 explainer = Explainer(model, {0: sae_for(model)}, top_features=2)
 images = torch.randn(4, *PIXELS)
+torch._inductor.config.aot_inductor.metadata["AOTI_DEVICE_KEY"] = "cpu"  # as the export of a package leaves it
 got, want = explainer.compile(images)(images), explainer(images)
 names = ("relevance", "logits")
 errors = [float((getattr(got, name) - getattr(want, name)).norm() / getattr(want, name).norm()) for name in names]
@@ -146,8 +148,8 @@ def test_other_processes_find_the_compiled_graph(predicted: CompiledExplainer, e
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["fxgraph_cache_hit"] == 1
-    assert "fxgraph_cache_miss" not in found and "fxgraph_cache_bypass" not in found
+    looked_up = {name: count for name, count in found.items() if name.startswith("fxgraph_cache")}
+    assert looked_up == {"fxgraph_cache_hit": 1}, done.stderr
     assert max(found["errors"]) < 1e-4
 
 

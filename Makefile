@@ -6,10 +6,12 @@
 # TORCH=system      use the torch that $(PYTHON) already has, instead of installing the pinned one (make demo)
 # PYTHON=python3.12 the interpreter to start from        VENV=folder  where the environment goes
 # OUT=folder        where `make demo` writes             FGA_FAST_CUDA=0|1|auto, MAX_JOBS  as in setup.py
+# JOBS=4            how many tests run at once (default: as many as there are cores)
 
 PYTHON ?= python3
 TORCH ?= pinned
 OUT ?= demo
+JOBS ?= auto
 ifeq ($(TORCH),system)
 VENV ?= .venv-system
 else
@@ -41,8 +43,9 @@ demo: $(INSTALLED)
 
 test: lint check
 
+# One process a core, each with one thread: the tests' tensors are too small for more.
 check: $(INSTALLED)
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses $(JOBS) --dist loadfile
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .

@@ -208,7 +208,7 @@ def test_bad_calls_of_predicted(predicted: CompiledExplainer, batch: Tensor, tar
         (Embedding([1.0] * 5), "targets: a graph explains classes, got Embedding"),
         (torch.sum, "targets: a graph explains classes"),
     ],
-    ids=str,
+    ids=["none", "int", "tensor", "negative", "two", "name", "difference", "embedding", "function"],
 )
 def test_bad_targets(given: CompiledExplainer, targets: Any, words: str) -> None:
     with pytest.raises((TypeError, ValueError), match=words):

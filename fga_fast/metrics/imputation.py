@@ -1,4 +1,4 @@
-"""Linear imputation: removed pixels become weighted means of their neighbours, so that no grey shape shows what is gone.
+"""Linear imputation: removed pixels become weighted means of their neighbours, so no grey shape shows what is gone.
 
 The equations are solved for pixels, as they were published, not for one colour a patch. That would leave edges around
 every patch, which are the very trace that imputation is to hide.

@@ -100,7 +100,7 @@ class Subject:
     def _perturbed(self, image: Tensor, removed: Tensor, fill: Tensor) -> Tensor:  # [b], [b, P] -> [b, C, H, W]
         rows, columns = self.grid
         mask = removed.view(-1, 1, rows, 1, columns, 1)
-        return torch.where(mask, fill, self.tiles(self.images[image])).view(-1, *self.images.shape[1:])
+        return torch.where(mask, fill, self.tiles(self.images[image])).reshape(-1, *self.images.shape[1:])
 
 
 def prepare(

@@ -67,25 +67,25 @@ def pixel_flipping(
     place = places({"most": maps, "least": -maps, "zero": -maps.abs()}[order])
     counts = steps(maps.shape[2], step)
     removed = first(place, counts)  # [K, M, B, P]
-    if variant == "paper":
-        found = subject.respond(removed, subject.fill(fill, seed))
+    if variant == "author":
+        found = subject.respond(removed, _running_mean(subject, place, step, fill), owners=place[..., 0].numel())
     else:
-        if step != 1 or not (isinstance(fill, str) and fill == "mean"):
-            raise ValueError(
-                f'step, fill: variant="author" is defined for step=1 and fill="mean", got step={step} and '
-                f'fill={fill!r}; use variant="paper"'
-            )
-        found = subject.respond(removed, _running_mean(subject, place), owners=place[..., 0].numel())
+        found = subject.respond(removed, subject.fill(fill, seed))
     size = area(found.probability if output == "probability" else found.logit, counts)
     return subject.shaped(size / maps.shape[2] if normalise else size)
 
 
-def _running_mean(subject: Subject, place: Tensor) -> Fill:  # [M, B, P]
+def _running_mean(subject: Subject, place: Tensor, step: int, fill: FillLike) -> Fill:  # [M, B, P]
     """The mean of the image just before each patch was removed, without making that image.
 
     With P patches of means a_1, a_2, ... in the order of removal, the mean goes m_k = m_(k-1) + (m_(k-1) - a_k) / P. So
     q^-k m_k, where q = 1 + 1/P, falls by q^-k a_k / P at each step. q^P is below e, so no digits are lost.
     """
+    if step != 1 or not (isinstance(fill, str) and fill == "mean"):
+        raise ValueError(
+            f'step, fill: variant="author" is defined for step=1 and fill="mean", got step={step} and fill={fill!r}; '
+            'use variant="paper"'
+        )
     methods, batch, patches = place.shape
     of_patch = subject.tiles(subject.images).mean((1, 3, 5), dtype=torch.float64).flatten(1)  # [B, P]
     in_order = of_patch.expand(methods, -1, -1).gather(2, place.argsort(-1))  # [M, B, P]

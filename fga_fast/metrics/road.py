@@ -82,6 +82,6 @@ def _imputed(subject: Subject, noise: float, seed: int) -> Fill:
         rows, columns = subject.grid
         tall, wide = subject.patch
         pixels = removed.view(-1, 1, rows, columns).repeat_interleave(tall, 2).repeat_interleave(wide, 3)
-        return subject.tiles(impute(images[owner], pixels) + added[owner])
+        return subject.tiles(impute(images[owner], pixels, subject.patch) + added[owner])
 
     return fill

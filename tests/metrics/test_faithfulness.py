@@ -163,6 +163,17 @@ def test_imputation_solves_its_equations(hole: str) -> None:
     assert impute(images.half(), removed).dtype == torch.float16
 
 
+@pytest.mark.parametrize("patch", ((4, 4), (3, 2), (1, 5), (6, 8)))
+def test_imputation_of_patches(patch: tuple[int, int]) -> None:
+    """Coarser grids change the time and nothing else."""
+    images = torch.randn(2, 2, 3 * patch[0], 2 * patch[1], dtype=torch.float64)
+    removed = torch.tensor([[1, 1, 0, 1, 1, 1], [0, 1, 0, 0, 1, 0]]).bool().view(2, 1, 3, 2)
+    removed = removed.repeat_interleave(patch[0], 2).repeat_interleave(patch[1], 3)
+    want = torch.stack([oracles.imputed(image, mask[0]) for image, mask in zip(images, removed, strict=True)])
+    torch.testing.assert_close(impute(images, removed, patch), want, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(impute(images.float(), removed, patch), want.float(), rtol=0, atol=1e-3)
+
+
 def test_imputation_of_constants_and_of_nothing() -> None:
     flat, removed = torch.full((1, 2, 4, 4), 3.0), torch.zeros(1, 1, 4, 4, dtype=torch.bool)
     assert torch.equal(impute(flat, removed), flat)

@@ -21,13 +21,13 @@ from fga_fast.models.timm_import import import_timm
 PATCHES, BATCH = 196, 32
 
 
-def vit_tiny(depth: int) -> nn.Module:
+def vit_tiny(depth: int, channels: int = 3) -> nn.Module:
     """timm's ViT-Ti/16 at 224 px with random weights."""
     import_timm()
     from timm.models.vision_transformer import VisionTransformer
 
     torch.manual_seed(0)
-    model = VisionTransformer(embed_dim=192, depth=depth, num_heads=3)
+    model = VisionTransformer(embed_dim=192, depth=depth, num_heads=3, in_chans=channels)
     return model.eval().requires_grad_(False)
 
 
@@ -81,15 +81,18 @@ def test_overhead(methods: int, scale: Scale, race: Callable[..., Race], record:
 
 
 def test_quantus(scale: Scale, race: Callable[..., Race], record: Callable[[Row], None]) -> None:
-    """Pixel flipping, 14 patches at a time, filled with 0. Its maps of pixels are constant on each patch, so a step of
-    as many pixels as 14 patches have removes 14 patches."""
+    """Pixel flipping of grey images, 14 patches at a time, filled with 0.
+
+    Quantus flips pixels. Its map is constant on each patch, so a step of as many pixels as 14 patches have flips 14
+    patches. It takes no such step for colour.
+    """
     quantus = pytest.importorskip("quantus")
-    model, pictures, step = vit_tiny(scale.depth), images(4), 14
+    model, pictures, step = vit_tiny(scale.depth, channels=1), images(4)[:, :1].contiguous(), 14
     relevance = torch.rand(4, PATCHES)
-    pixels = relevance.view(4, 1, 14, 14).repeat_interleave(16, 2).repeat_interleave(16, 3).expand(-1, 3, -1, -1)
+    pixels = relevance.view(4, 1, 14, 14).repeat_interleave(16, 2).repeat_interleave(16, 3)
     targets = model(pictures).argmax(1)
     metric = quantus.PixelFlipping(
-        features_in_step=3 * 16 * 16 * step, perturb_baseline=0.0, disable_warnings=True, display_progressbar=False
+        features_in_step=16 * 16 * step, perturb_baseline=0.0, disable_warnings=True, display_progressbar=False
     )
     asked = {"x_batch": pictures.numpy(), "y_batch": targets.numpy(), "a_batch": pixels.numpy()}
     known = {
@@ -98,7 +101,7 @@ def test_quantus(scale: Scale, race: Callable[..., Race], record: Callable[[Row]
         ),
         "quantus": partial(metric, model=model, **asked, channel_first=True, softmax=True, device="cpu"),
     }
-    # The order of the channels of a pixel is free in Quantus, the order of patches is not; its curve lacks the start.
+    # The curve of Quantus lacks its start.
     curve = torch.from_numpy(np.array(known["quantus"]())).double().view(4, -1)
     clean = model(pictures).softmax(1).gather(1, targets[:, None]).double()
     want = torch.trapezoid(torch.cat([clean, curve], 1)) * step

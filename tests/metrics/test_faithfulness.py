@@ -84,6 +84,20 @@ def test_pixel_flipping_is_the_loop(variant: Any, step: int) -> None:
     )
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_equal_patches_go_in_the_order_of_reading(variant: Any) -> None:
+    model, images, targets, relevance = case()
+    relevance = relevance.sign()
+    found = metrics.pixel_flipping(model, images, targets, relevance, variant=variant, grid=GRID)
+    oracle = oracles.pixel_flipping
+
+    def want(m: int, b: int) -> float:
+        order = sorted(range(8), key=lambda patch: -float(relevance[m, b, patch]))
+        return oracle(model, images[b], int(targets[b]), order, GRID, variant)
+
+    close(found, each(relevance, want))
+
+
 @pytest.mark.parametrize("order", ("least", "zero"))
 def test_other_orders_of_pixel_flipping(order: Any) -> None:
     model, images, targets, relevance = case()

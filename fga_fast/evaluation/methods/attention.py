@@ -1,0 +1,53 @@
+"""Methods that read attention alone and no gradient, except to see which tokens the head reads.
+
+`row` says how the head weighs the tokens that a block hands on: 1 at a class token, 1/n at each of n averaged patches,
+the pool's own attention for an attention pool. `A_l` is averaged over heads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fga_fast.evaluation.methods.recorded import record
+from fga_fast.evaluation.subject import Subject
+
+
+def attention_rollout(subject: Subject, images: Tensor, targets: Tensor) -> Tensor:
+    """Attention rollout: `row (A_L / 2 + I / 2) ... (A_1 / 2 + I / 2)` at the patches.
+
+    S. Abnar, W. Zuidema: Quantifying Attention Flow in Transformers, ACL 2020, section 3. The halves are their account
+    of the residual connection; rows of the sum add up to 1 as they are.
+
+    Args:
+        images: [B, channels, H, W].
+        targets: [B]; the map is the same for all.
+
+    Returns:
+        [B, P], at least 0.
+    """
+    found = record(subject, images, targets)
+    row = torch.zeros_like(next(iter(found.rows.values())))  # [B, N]
+    for block in range(found.deepest, -1, -1):
+        row = row + found.rows.get(block, 0)
+        if block in found.maps:
+            attention = found.maps[block].mean(1)  # [B, N, N]
+            row = row / 2 + (row.unsqueeze(1) @ attention).squeeze(1) / 2
+    return found.patches(row)
+
+
+def raw_attention(subject: Subject, images: Tensor, targets: Tensor) -> Tensor:
+    """Attention of the last block that the head reads: `row A_L` at the patches.
+
+    For a class token, its attention to the patches; for averaged patches, the mean of their rows.
+
+    Args:
+        images: [B, channels, H, W].
+        targets: [B]; the map is the same for all.
+
+    Returns:
+        [B, P], at least 0.
+    """
+    found = record(subject, images, targets)
+    attention = found.maps[found.deepest].mean(1)  # [B, N, N]
+    return found.patches((found.rows[found.deepest].unsqueeze(1) @ attention).squeeze(1))

@@ -1,0 +1,37 @@
+"""What the tests of methods share: models whose heads read different tokens, with SAEs, images and targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from explaining import PIXELS, Build, sae_for
+from torch import Tensor
+
+from fga_fast.evaluation.subject import Subject
+
+MODELS: dict[str, dict[str, Any]] = {
+    "class token": {},
+    "average": {"global_pool": "avg", "fc_norm": True, "class_token": False},
+    "registers": {"reg_tokens": 2},
+}
+Images = tuple[Tensor, Tensor]  # [B, 3, 32, 48] [B]
+
+
+@pytest.fixture
+def images() -> Images:
+    """Three images and their targets, two of them the same class."""
+    return torch.randn(3, *PIXELS, dtype=torch.float64), torch.tensor([1, 4, 1])
+
+
+@pytest.fixture
+def make_subject(tiny_vit: Build) -> Callable[..., Subject]:
+    """Builds a subject in float64 with SAEs after blocks 0 and 1."""
+
+    def make(kind: str = "class token", seed: int = 0) -> Subject:
+        model = tiny_vit(**MODELS[kind]).double()
+        return Subject(model, {0: sae_for(model, normalize="layer_norm"), 1: sae_for(model)}, seed=seed)
+
+    return make

@@ -5,6 +5,7 @@ It shares no line with the library but the SAE's own functions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -84,7 +85,14 @@ class PlainViT:
         return (self.row() @ R)[self.prefix :]
 
     def gates(self, saes: Mapping[int, SparseAutoencoder], score: Score, base: float = 10.0) -> dict[int, Tensor]:
-        return {block: gate(score(*self.after(block), sae), base) for block, sae in saes.items()}
+        found = {}
+        for block, sae in saes.items():
+            x, g = self.after(block)
+            # Scores of tiny gradients are measured in a power of two, so that the constant in the gate is tiny too.
+            ratio = min(1.0, max(float(g.abs().max()) * 2**10, 2.0**-100))
+            of_gradients = score is not activation_only
+            found[block] = gate(score(x, g, sae) / (2.0 ** math.floor(math.log2(ratio)) if of_gradients else 1), base)
+        return found
 
     def contribution(self, index: int = 0) -> Tensor:  # [P]
         x, g = self.patches(index)
@@ -95,6 +103,10 @@ def gate(scores: Tensor, base: float) -> Tensor:  # [P] -> [P]
     middle = (len(scores) - 1) // 2
     s = scores - scores.sort().values[middle]
     return base ** torch.tanh(s / (1.4826 * (s.abs().sort().values[middle] + 1e-8)))
+
+
+def activation_only(x: Tensor, g: Tensor, sae: SparseAutoencoder) -> Tensor:
+    return sae.encode(x).sum(-1)
 
 
 def combined(x: Tensor, g: Tensor, sae: SparseAutoencoder) -> Tensor:

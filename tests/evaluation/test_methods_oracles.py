@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from conftest import MODELS, Images
@@ -11,7 +12,6 @@ from plain_vit import PlainViT, activation_only, combined, gate
 from torch import Tensor
 
 from fga_fast.evaluation.methods import METHODS, grad_cam, sae_part, sae_score
-from fga_fast.evaluation.methods.integrated_gradients import integrated_gradients
 from fga_fast.evaluation.methods.random_map import draw
 from fga_fast.evaluation.subject import Method, Subject
 
@@ -113,14 +113,12 @@ def legrad(subject: Subject, image: Tensor, target: int) -> Tensor:
 
 
 def integrated(subject: Subject, image: Tensor, target: int) -> Tensor:
-    """The integral by Simpson's rule, fine enough that only its value matters."""
-    n = 80
-    weights = torch.ones(n + 1, dtype=torch.float64)
-    weights[1:-1:2], weights[2:-1:2] = 4, 2
-    at = torch.linspace(0, 1, n + 1, dtype=torch.float64).view(-1, 1, 1, 1) * image
+    """Over 20 Gauss-Legendre points on the way from 0 to the image."""
+    points, weights = (torch.from_numpy(values) for values in np.polynomial.legendre.leggauss(20))
+    at = ((points + 1) / 2).view(-1, 1, 1, 1) * image
     at.requires_grad_()
     (g,) = torch.autograd.grad(subject.model(at)[:, target].sum(), at)
-    pixels = image * (weights.view(-1, 1, 1, 1) * g).sum(0) / (3 * n)
+    pixels = image * (weights.view(-1, 1, 1, 1) / 2 * g).sum(0)
     return torch.stack([pixels[:, r : r + 16, c : c + 16].sum() for r in (0, 16) for c in (0, 16, 32)])
 
 
@@ -147,6 +145,7 @@ ORACLES: dict[str, Oracle] = {
     "raw_attention": raw_attention,
     "grad_cam": cam(3),
     "legrad": legrad,
+    "integrated_gradients": integrated,
 }
 WITH_SETTINGS: dict[str, tuple[Method, Oracle]] = {
     "grad_cam": (grad_cam(0), cam(1)),
@@ -167,7 +166,11 @@ def agree(method: Method, oracle: Oracle, subject: Subject, images: Images, tole
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("name", ORACLES)
 def test_method(name: str, kind: str, make_subject: Callable[..., Subject], images: Images) -> None:
-    agree(METHODS[name], ORACLES[name], make_subject(kind, seed=5), images)
+    tolerance = 1e-9
+    if name == "integrated_gradients":
+        pytest.importorskip("captum")
+        tolerance = 1e-6  # captum rounds the weights of its points to float32
+    agree(METHODS[name], ORACLES[name], make_subject(kind, seed=5), images, tolerance)
 
 
 @pytest.mark.parametrize("name", WITH_SETTINGS)
@@ -175,16 +178,5 @@ def test_settings(name: str, make_subject: Callable[..., Subject], images: Image
     agree(*WITH_SETTINGS[name], make_subject(), images)
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_integrated_gradients(kind: str, make_subject: Callable[..., Subject], images: Images) -> None:
-    pytest.importorskip("captum")
-    subject = make_subject(kind)
-    agree(integrated_gradients(30), integrated, subject, images, 1e-3)
-    found = integrated_gradients(30)(subject, *images).sum(1)
-    with torch.no_grad():
-        ends = subject.model(images[0]) - subject.model(torch.zeros_like(images[0]))
-    torch.testing.assert_close(found, ends.gather(1, images[1][:, None])[:, 0], rtol=1e-3, atol=1e-3)
-
-
 def test_every_method_has_a_textbook() -> None:
-    assert ORACLES.keys() | {"integrated_gradients", "random"} == METHODS.keys()
+    assert ORACLES.keys() | {"random"} == METHODS.keys()

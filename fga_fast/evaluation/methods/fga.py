@@ -8,6 +8,9 @@
     no_sae                   s = g_l . x_l, which reads of the SAEs only where they are
     shuffled                 s = sum_k f_k h_perm(k), the decoder rows in another order, drawn from the subject's seed
 
+A class token's head reads the patches after the last block but one through a LayerNorm only. There g . x is 0 but for
+rounding, so that "no_sae" gates by noise. At earlier blocks it is a control; "fga_no_sae_centred" is one at all.
+
 Šula, TU Wien 2026, doi 10.34726/hss.2026.132361. As published: base 10, slope 1.
 """
 

@@ -15,7 +15,7 @@ from fga_fast.evaluation.subject import Method, Subject
 
 
 def grad_cam(block: int | None = None) -> Method:
-    """Grad-CAM at the output of a block.
+    """Grad-CAM at the output of a block. All of a map may be 0: the relu drops what speaks against the target.
 
     Args:
         block: from 0. None: what enters the last block that the head reads. A class token's head has no gradient at the

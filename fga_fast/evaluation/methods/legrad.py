@@ -48,9 +48,10 @@ def legrad(subject: Subject, images: Tensor, targets: Tensor) -> Tensor:
                 f"legrad: the head reads the outputs of blocks {', '.join(map(str, reads.blocks))}, expected one block "
                 "in whose place others can be read; leave the method out"
             )
-        layout, last = record.layout, reads.deepest
-        found = []
-        for block in sorted(block for block in record.maps if block is not None and block <= last):
+        layout, last, found = record.layout, reads.deepest, []
+        for block in range(record.passed.first, last + 1):
+            if block not in record.maps:  # it did not run
+                continue
             x, maps = record.streams[block], record.maps[block]
             gradient = _read(subject, layout, images, targets, last, x.detach())
             with differentiating(record.passed), torch.autocast(images.device.type, enabled=False):

@@ -38,7 +38,7 @@ class Record(NamedTuple):
 
     layout: ModelLayout
     deepest: int  # the last block whose output the head reads
-    maps: dict[int, Tensor]  # block -> A [B, H, N, N]
+    maps: dict[int, Tensor]  # block -> A [B, H, N, N], none that is after `deepest`
     inputs: dict[int, Pair]  # block -> x that enters it and g there, [B, N, C] each
     outputs: dict[int, Pair]  # block -> x after it and g there, [B, N, C] each
     rows: dict[int, Tensor]  # block -> [B, N], at least 0: how the head weighs the tokens that the block hands on
@@ -131,7 +131,8 @@ def record(
     def tokens(stream: Tensor) -> Tensor:  # [B, N, C] or [N, B, C] -> [B, N, C]
         return found.batch_first(stream.detach()).to(found.dtype)
 
-    maps = {block: a.detach().to(found.dtype) for block, a in found.maps.items() if block is not None}
+    kept = [block for block in found.maps if block is not None and passed.first <= block <= reads.deepest]
+    maps = {block: found.maps[block].detach().to(found.dtype) for block in kept}
     inputs = {block: (tokens(x), tokens(gradients.inputs[block])) for block, x in found.inputs.items()}
     outputs = {block: (tokens(x), tokens(gradients.streams[block])) for block, x in found.streams.items()}
     return Record(layout, reads.deepest, maps, inputs, outputs, rows)

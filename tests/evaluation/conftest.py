@@ -1,23 +1,15 @@
-"""What the tests of methods share: models whose heads read different tokens, with SAEs, images and targets."""
+"""What the tests of methods share: subjects, images and targets."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from explaining import PIXELS, Build, sae_for
-from torch import Tensor
+from subjects import MODELS, Images
 
 from fga_fast.evaluation.subject import Subject
-
-MODELS: dict[str, dict[str, Any]] = {
-    "class token": {},
-    "average": {"global_pool": "avg", "fc_norm": True, "class_token": False},
-    "registers": {"reg_tokens": 2},
-}
-Images = tuple[Tensor, Tensor]  # [B, 3, 32, 48] [B]
 
 
 @pytest.fixture

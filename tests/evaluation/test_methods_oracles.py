@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from conftest import MODELS, Images
 from plain_vit import PlainViT, activation_only, combined, gate
+from subjects import MODELS, Images
 from torch import Tensor
 
 from fga_fast.evaluation.methods import METHODS, grad_cam, sae_part, sae_score

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Images
 from explaining import PIXELS, Build, sae_for
+from subjects import Images
 from torch import Tensor, nn
 
 from fga_fast import SparseAutoencoder

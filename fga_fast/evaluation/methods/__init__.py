@@ -13,14 +13,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from fga_fast.evaluation.methods.attention import attention_rollout, raw_attention
+from fga_fast.evaluation.methods.attention_rollout import attention_rollout
 from fga_fast.evaluation.methods.fga import fga
 from fga_fast.evaluation.methods.grad_cam import grad_cam
-from fga_fast.evaluation.methods.input_x_gradient import gated, input_x_gradient, path_x_gradient
+from fga_fast.evaluation.methods.input_x_gradient import gated, input_x_gradient
 from fga_fast.evaluation.methods.integrated_gradients import integrated_gradients
 from fga_fast.evaluation.methods.legrad import legrad
 from fga_fast.evaluation.methods.other_gates import no_sae_centred, random_gates
+from fga_fast.evaluation.methods.path_x_gradient import path_x_gradient
 from fga_fast.evaluation.methods.random_map import random_map
+from fga_fast.evaluation.methods.raw_attention import raw_attention
 from fga_fast.evaluation.methods.sae_maps import sae_part, sae_score
 from fga_fast.evaluation.methods.transmm import transmm
 from fga_fast.evaluation.subject import Method

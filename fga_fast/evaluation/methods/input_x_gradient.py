@@ -1,12 +1,11 @@
-"""Input x gradient at the tokens, its mean over blocks, and both backward passes.
+"""Input x gradient at the tokens, with and without gates, under both backward passes.
 
     input_x_gradient    c_p = x_p . g_p, x the tokens that enter the first block, g = dy/dx; signed
     gated               c_p * prod_l w_lp, the gates of FGA at all blocks with an SAE, of base 2
-    path_x_gradient     mean_l x_lp . g_lp, x_l the tokens that enter block l, l = 0 .. L - 1
 
-Under the conservative backward pass the sum of c over all tokens, plus what biases contribute, is the logit, at every
-block: A. Ali et al., XAI for Transformers: Better Explanations through Conservative Propagation, ICML 2022, there
-"gradient x input" (docs/conservative.md). The gates: Šula, TU Wien 2026, doi 10.34726/hss.2026.132361.
+Under the conservative backward pass the sum of c over all tokens, plus what biases contribute, is the logit: A. Ali et al., XAI
+for Transformers: Better Explanations through Conservative Propagation, ICML 2022, there "gradient x input"
+(docs/conservative.md). The gates: Šula, TU Wien 2026, doi 10.34726/hss.2026.132361.
 """
 
 from __future__ import annotations
@@ -40,19 +39,3 @@ def gated(name: str, backward: Backward, base: float = 2.0) -> Method:
         return explainer(images, targets).relevance
 
     return method
-
-
-def path_x_gradient(subject: Subject, images: Tensor, targets: Tensor) -> Tensor:
-    """Mean over blocks of the conservative `x . g` at the tokens that enter them.
-
-    Args:
-        images: [B, channels, H, W].
-        targets: [B].
-
-    Returns:
-        [B, P], signed.
-    """
-    explainer = subject.explainer(method="input_x_gradient", backward="conservative", per_block=True)
-    blocks = explainer(images, targets).blocks  # [B, L, P]
-    assert blocks is not None  # per_block
-    return blocks.mean(1)

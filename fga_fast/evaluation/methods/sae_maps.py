@@ -4,8 +4,8 @@
     sae_reconstruction    xhat_p . g_p, with xhat = f D + b_dec, and what normalisation took off put back
     sae_error             (x_p - xhat_p) . g_p; with the line before it adds up to x_p . g_p
 
-Šula, TU Wien 2026, doi 10.34726/hss.2026.132361 (score); S. Marks et al.: Sparse Feature Circuits, ICLR 2025 (features and
-error term apart, attribution to first order).
+Šula, TU Wien 2026, doi 10.34726/hss.2026.132361 (score); S. Marks et al.: Sparse Feature Circuits, ICLR 2025 (features
+and error term apart, attribution to first order).
 """
 
 from __future__ import annotations

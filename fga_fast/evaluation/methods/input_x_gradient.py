@@ -3,8 +3,8 @@
     input_x_gradient    c_p = x_p . g_p, x the tokens that enter the first block, g = dy/dx; signed
     gated               c_p * prod_l w_lp, the gates of FGA at all blocks with an SAE, of base 2
 
-Under the conservative backward pass the sum of c over all tokens, plus what biases contribute, is the logit: A. Ali et al., XAI
-for Transformers: Better Explanations through Conservative Propagation, ICML 2022, there "gradient x input"
+Under the conservative backward pass the sum of c over all tokens, plus what biases contribute, is the logit: A. Ali
+et al., XAI for Transformers: Better Explanations through Conservative Propagation, ICML 2022, there "gradient x input"
 (docs/conservative.md). The gates: Šula, TU Wien 2026, doi 10.34726/hss.2026.132361.
 """
 

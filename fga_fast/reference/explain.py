@@ -18,7 +18,7 @@ Memory grows with L * H * N^2 and P * F; use it to check numbers, not to explain
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -197,9 +197,11 @@ class Gradients(NamedTuple):
     streams: dict[int, Tensor]  # block -> g_l, at its output
 
 
-def differentiate(explained: Tensor, record: Recording, saes: Saes) -> Gradients:
-    """Gradients of a scalar, the explained value summed over images, with respect to maps and residual streams."""
-    streams = {block: record.streams[block] for block in saes}
+def differentiate(explained: Tensor, record: Recording, blocks: Iterable[int]) -> Gradients:
+    """Gradients of a scalar, the explained value summed over images, with respect to maps and residual streams: those
+    that were recorded before blocks, and those after `blocks`.
+    """
+    streams = {block: record.streams[block] for block in blocks}
     recorded = [*record.maps.values(), *record.inputs.values(), *streams.values()]
     # A block after which nothing reads a token (the last one's patches) still has a gradient: zeros.
     found = iter(torch.autograd.grad(explained, recorded, retain_graph=True, allow_unused=True, materialize_grads=True))

@@ -56,19 +56,19 @@ def faithfulness_correlation(
         TypeError, ValueError: an argument is wrong; its name comes first.
     """
     check_variant(variant)
-    subject = prepare(model, images, targets, relevance, grid, batch_size)
-    maps = subject.maps
+    trial = prepare(model, images, targets, relevance, grid, batch_size)
+    maps = trial.maps
     if subsets is None:
         check_number("runs", runs, 2)
         check_number("subset_size", subset_size, 1, maps.shape[2])
         subsets = _drawn(runs, maps.shape[1], maps.shape[2], subset_size, seed)
     removed = _marked(subsets.to(images.device), maps)  # [runs, B, P]
-    found = subject.respond(removed, subject.fill(fill, seed))
-    drop = (subject.clean.logit - found.logit).t().expand(len(maps), -1, -1)  # [M, B, runs]
+    found = trial.respond(removed, trial.fill(fill, seed))
+    drop = (trial.clean.logit - found.logit).t().expand(len(maps), -1, -1)  # [M, B, runs]
     total = torch.einsum("mbp,rbp->mbr", maps, removed.double())
     if variant == "paper":
-        return subject.shaped(pearson(total, drop))
-    return subject.shaped(spearman(total, drop).nan_to_num(nan=0.0))
+        return trial.shaped(pearson(total, drop))
+    return trial.shaped(spearman(total, drop).nan_to_num(nan=0.0))
 
 
 def _drawn(runs: int, batch: int, patches: int, size: int, seed: int) -> Tensor:  # -> [runs, B, size] int64

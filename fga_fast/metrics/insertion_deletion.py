@@ -9,7 +9,7 @@ from torch import Tensor
 from fga_fast.metrics.checks import check_number
 from fga_fast.metrics.fills import FillLike
 from fga_fast.metrics.order import area, first, places, steps
-from fga_fast.metrics.perturb import Model, prepare
+from fga_fast.metrics.perturb import Model, Probability, prepare
 
 
 class InsertionDeletion(NamedTuple):
@@ -28,6 +28,7 @@ def insertion_deletion(
     step: int = 1,
     insertion_fill: FillLike = "blur",
     deletion_fill: FillLike = "mean",
+    probability: Probability = "softmax",
     grid: tuple[int, int] | None = None,
     batch_size: int = 64,
     seed: int = 0,
@@ -47,6 +48,7 @@ def insertion_deletion(
         relevance: one map an image, or those of M methods.
         step: patches at a time; more of them need fewer forward passes.
         insertion_fill, deletion_fill: what is there instead of patches, see `fills.fill_images`.
+        probability: of the logits; "sigmoid" for a model whose classes do not exclude each other.
         grid: (rows, columns) of the patches; by default a square.
         batch_size: images in a forward pass.
         seed: of a fill of "noise".
@@ -54,11 +56,11 @@ def insertion_deletion(
     Raises:
         TypeError, ValueError: an argument is wrong; its name comes first.
     """
-    subject = prepare(model, images, targets, relevance, grid, batch_size)
-    patches = subject.maps.shape[2]
+    trial = prepare(model, images, targets, relevance, grid, batch_size, probability)
+    patches = trial.maps.shape[2]
     check_number("step", step, 1, patches)
     counts = steps(patches, step)
-    removed = first(places(subject.maps), counts)  # [K, M, B, P]
-    inserted = subject.respond(~removed, subject.fill(insertion_fill, seed)).probability
-    deleted = subject.respond(removed, subject.fill(deletion_fill, seed)).probability
-    return InsertionDeletion(*(subject.shaped(area(curve, counts) / patches) for curve in (inserted, deleted)))
+    removed = first(places(trial.maps), counts)  # [K, M, B, P]
+    inserted = trial.respond(~removed, trial.fill(insertion_fill, seed)).probability
+    deleted = trial.respond(removed, trial.fill(deletion_fill, seed)).probability
+    return InsertionDeletion(*(trial.shaped(area(curve, counts) / patches) for curve in (inserted, deleted)))

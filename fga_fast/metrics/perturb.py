@@ -1,6 +1,6 @@
 """Runs a model on images with patches removed: each distinct perturbed image once, in batches, without gradients.
 
-All metrics that remove patches go through `Subject.respond`. Time is that of the forward passes. Memory is that of one
+All metrics that remove patches go through `Trial.respond`. Time is that of the forward passes. Memory is that of one
 batch of perturbed images, besides one byte for each patch of each perturbation.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.nn import functional
 from fga_fast.metrics import checks
 from fga_fast.metrics.fills import FillLike, fill_images
 
+Probability = Literal["softmax", "sigmoid"]
 Model: TypeAlias = Callable[[Tensor], Any]
 # (owner [b] int64, removed [b, P] bool) -> what replaces removed patches, broadcastable to [b, C, gh, ph, gw, pw]
 Fill: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -31,7 +32,7 @@ class Responses(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Subject:
+class Trial:
     """A model, the images that it is asked about, and the maps that are measured; made by `prepare`."""
 
     model: Model
@@ -42,6 +43,7 @@ class Subject:
     targets: Tensor  # [B] int64
     clean: Responses  # [B] each
     batch_size: int
+    probability: Probability
 
     @property
     def patch(self) -> tuple[int, int]:
@@ -93,7 +95,7 @@ class Subject:
             row = of[part]
             perturbed = self._perturbed(row % batch, rows[row], fill(owner[row], rows[row]))
             logits = logits_of(self.model, perturbed)
-            found[:, part] = torch.stack(read(logits, self.targets[row % batch]))
+            found[:, part] = torch.stack(read(logits, self.targets[row % batch], self.probability))
         _check_answers(found, "with patches removed")
         return Responses(*found[:, inverse].view(3, *leading))
 
@@ -110,7 +112,8 @@ def prepare(
     relevance: Tensor,  # [B, P] or [M, B, P]
     grid: tuple[int, int] | None,
     batch_size: int,
-) -> Subject:
+    probability: Probability = "softmax",
+) -> Trial:
     """Checks the arguments that these metrics share, and runs the clean images.
 
     Raises:
@@ -119,6 +122,7 @@ def prepare(
     checks.check_model(model)
     checks.check_images(images)
     checks.check_number("batch_size", batch_size, 1)
+    checks.check_among("probability", probability, get_args(Probability))
     images = images.detach().contiguous()
     maps = checks.as_maps(relevance, len(images)).to(images.device)
     grid = checks.grid_of(grid, maps.shape[2], (images.shape[2], images.shape[3]))
@@ -127,9 +131,9 @@ def prepare(
     else:
         logits = images.new_zeros(0, 1, dtype=torch.float64)
     picked = checks.targets_of(targets, logits)
-    clean = read(logits, picked)
+    clean = read(logits, picked, probability)
     _check_answers(torch.stack(clean), "without change")
-    return Subject(model, images, maps, relevance.dim() == 2, grid, picked, clean, batch_size)
+    return Trial(model, images, maps, relevance.dim() == 2, grid, picked, clean, batch_size, probability)
 
 
 def logits_of(model: Model, images: Tensor) -> Tensor:  # [b, C, H, W] -> [b, classes] float64
@@ -148,11 +152,11 @@ def logits_of(model: Model, images: Tensor) -> Tensor:  # [b, C, H, W] -> [b, cl
     return logits.detach().double()
 
 
-def read(logits: Tensor, targets: Tensor) -> Responses:  # [b, classes] float64, [b]
+def read(logits: Tensor, targets: Tensor, probability: Probability) -> Responses:  # [b, classes] float64, [b]
     """What metrics read of logits."""
-    probabilities = logits.softmax(1)
-    logit, probability = (values.gather(1, targets[:, None])[:, 0] for values in (logits, probabilities))
-    return Responses(logit, probability, probabilities.amax(1))
+    probabilities = logits.softmax(1) if probability == "softmax" else logits.sigmoid()
+    at = targets[:, None]
+    return Responses(logits.gather(1, at)[:, 0], probabilities.gather(1, at)[:, 0], probabilities.amax(1))
 
 
 def _packed(rows: Tensor) -> Tensor:  # [R, P] bool -> [R, ceil(P / 64)] int64

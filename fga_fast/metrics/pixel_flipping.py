@@ -10,7 +10,7 @@ from torch import Tensor
 from fga_fast.metrics.checks import Variant, check_among, check_number, check_variant
 from fga_fast.metrics.fills import FillLike
 from fga_fast.metrics.order import area, first, places, steps
-from fga_fast.metrics.perturb import Fill, Model, Subject, prepare
+from fga_fast.metrics.perturb import Fill, Model, Probability, Trial, prepare
 
 
 def pixel_flipping(
@@ -25,6 +25,7 @@ def pixel_flipping(
     output: Literal["probability", "logit"] = "probability",
     normalise: bool = False,
     fill: FillLike = "mean",
+    probability: Probability = "softmax",
     grid: tuple[int, int] | None = None,
     batch_size: int = 64,
     seed: int = 0,
@@ -51,6 +52,7 @@ def pixel_flipping(
         output: the curve is the target's probability or its logit (then no range is known).
         normalise: divide by the number of patches.
         fill: what replaces patches, see `fills.fill_images`.
+        probability: of the logits; "sigmoid" for a model whose classes do not exclude each other.
         grid: (rows, columns) of the patches; by default a square.
         batch_size: images in a forward pass.
         seed: of `fill="noise"`.
@@ -61,21 +63,21 @@ def pixel_flipping(
     check_variant(variant)
     check_among("order", order, ("most", "least", "zero"))
     check_among("output", output, ("probability", "logit"))
-    subject = prepare(model, images, targets, relevance, grid, batch_size)
-    maps = subject.maps
+    trial = prepare(model, images, targets, relevance, grid, batch_size, probability)
+    maps = trial.maps
     check_number("step", step, 1, maps.shape[2])
     place = places({"most": maps, "least": -maps, "zero": -maps.abs()}[order])
     counts = steps(maps.shape[2], step)
     removed = first(place, counts)  # [K, M, B, P]
     if variant == "author":
-        found = subject.respond(removed, _running_mean(subject, place, step, fill), owners=place[..., 0].numel())
+        found = trial.respond(removed, _running_mean(trial, place, step, fill), owners=place[..., 0].numel())
     else:
-        found = subject.respond(removed, subject.fill(fill, seed))
+        found = trial.respond(removed, trial.fill(fill, seed))
     size = area(found.probability if output == "probability" else found.logit, counts)
-    return subject.shaped(size / maps.shape[2] if normalise else size)
+    return trial.shaped(size / maps.shape[2] if normalise else size)
 
 
-def _running_mean(subject: Subject, place: Tensor, step: int, fill: FillLike) -> Fill:  # [M, B, P]
+def _running_mean(trial: Trial, place: Tensor, step: int, fill: FillLike) -> Fill:  # [M, B, P]
     """The mean of the image just before each patch was removed, without making that image.
 
     With P patches of means a_1, a_2, ... in the order of removal, the mean goes m_k = m_(k-1) + (m_(k-1) - a_k) / P. So
@@ -87,12 +89,12 @@ def _running_mean(subject: Subject, place: Tensor, step: int, fill: FillLike) ->
             'use variant="paper"'
         )
     methods, batch, patches = place.shape
-    of_patch = subject.tiles(subject.images).mean((1, 3, 5), dtype=torch.float64).flatten(1)  # [B, P]
+    of_patch = trial.tiles(trial.images).mean((1, 3, 5), dtype=torch.float64).flatten(1)  # [B, P]
     in_order = of_patch.expand(methods, -1, -1).gather(2, place.argsort(-1))  # [M, B, P]
     growth = (1 + 1 / patches) ** torch.arange(patches + 1, dtype=torch.float64, device=place.device)
     fallen = (in_order / growth[1:] / patches).cumsum(-1)
     mean = of_patch.mean(-1, keepdim=True)
     before = growth[:-1] * torch.cat([mean.expand(methods, batch, 1), mean - fallen[..., :-1]], dim=-1)
-    values = before.gather(2, place).flatten(0, 1).to(subject.images.dtype)  # [M * B, P]
-    rows, columns = subject.grid
+    values = before.gather(2, place).flatten(0, 1).to(trial.images.dtype)  # [M * B, P]
+    rows, columns = trial.grid
     return lambda owner, _removed: values[owner].view(-1, 1, rows, 1, columns, 1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from fga_fast.metrics.checks import check_among
 from fga_fast.metrics.imputation import impute
 from fga_fast.metrics.order import first, places
-from fga_fast.metrics.perturb import Fill, Model, Subject, prepare
+from fga_fast.metrics.perturb import Fill, Model, Probability, Trial, prepare
 
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -32,6 +32,7 @@ def road(
     shares: Sequence[float] = SHARES,
     output: Literal["probability", "accuracy"] = "probability",
     noise: float = 0.01,
+    probability: Probability = "softmax",
     grid: tuple[int, int] | None = None,
     batch_size: int = 64,
     seed: int = 0,
@@ -52,6 +53,7 @@ def road(
         shares: removed shares, each above 0 and below 1; as many patches are removed as that is nearest to.
         output: "probability" of the target, or "accuracy": 1 where no class is more probable than it, as in the paper.
         noise: standard deviation of the normal noise on imputed pixels, in units of the normalised image.
+        probability: of the logits; "sigmoid" for a model whose classes do not exclude each other.
         grid: (rows, columns) of the patches; by default a square.
         batch_size: images in a forward pass, and images that are imputed at a time.
         seed: of the noise, which is one picture for each image, the same on all devices.
@@ -64,24 +66,24 @@ def road(
         raise ValueError(f"shares: expected numbers above 0 and below 1, got {list(shares)}")
     if not 0 <= noise < float("inf"):
         raise ValueError(f"noise: expected a standard deviation of at least 0, got {noise}")
-    subject = prepare(model, images, targets, relevance, grid, batch_size)
-    counts = [round(share * subject.maps.shape[2]) for share in shares]
-    orders = torch.cat([places(subject.maps), places(-subject.maps)])  # [2 M, B, P]
-    found = subject.respond(first(orders, counts), _imputed(subject, noise, seed))  # [K, 2 M, B]
+    trial = prepare(model, images, targets, relevance, grid, batch_size, probability)
+    counts = [round(share * trial.maps.shape[2]) for share in shares]
+    orders = torch.cat([places(trial.maps), places(-trial.maps)])  # [2 M, B, P]
+    found = trial.respond(first(orders, counts), _imputed(trial, noise, seed))  # [K, 2 M, B]
     score = found.probability if output == "probability" else (found.probability >= found.largest).double()
-    return Road(*(subject.shaped(part) for part in score.mean(0).chunk(2)))
+    return Road(*(trial.shaped(part) for part in score.mean(0).chunk(2)))
 
 
-def _imputed(subject: Subject, noise: float, seed: int) -> Fill:
-    images = subject.images
+def _imputed(trial: Trial, noise: float, seed: int) -> Fill:
+    images = trial.images
     generator = torch.Generator("cpu").manual_seed(seed)
     drawn = torch.randn(images.shape, generator=generator, dtype=torch.float32, device="cpu")
     added = (noise * drawn).to(images)
 
     def fill(owner: Tensor, removed: Tensor) -> Tensor:  # [b], [b, P]
-        rows, columns = subject.grid
-        tall, wide = subject.patch
+        rows, columns = trial.grid
+        tall, wide = trial.patch
         pixels = removed.view(-1, 1, rows, columns).repeat_interleave(tall, 2).repeat_interleave(wide, 3)
-        return subject.tiles(impute(images[owner], pixels, subject.patch) + added[owner])
+        return trial.tiles(impute(images[owner], pixels, trial.patch) + added[owner])
 
     return fill

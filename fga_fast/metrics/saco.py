@@ -10,7 +10,7 @@ from torch import Tensor
 from fga_fast.metrics.checks import Variant, check_number, check_variant
 from fga_fast.metrics.fills import FillLike
 from fga_fast.metrics.order import places
-from fga_fast.metrics.perturb import Model, prepare
+from fga_fast.metrics.perturb import Model, Probability, prepare
 
 
 def saco(
@@ -22,6 +22,7 @@ def saco(
     bins: int = 10,
     variant: Variant = "paper",
     fill: FillLike = "mean",
+    probability: Probability = "softmax",
     grid: tuple[int, int] | None = None,
     batch_size: int = 64,
     seed: int = 0,
@@ -43,6 +44,7 @@ def saco(
         bins: number of groups, 2 to P. The author's runs have ceil(P / 4).
         variant: "author" takes the drop of the largest probability, of whatever class.
         fill: what replaces patches, see `fills.fill_images`.
+        probability: of the logits; "sigmoid" for a model whose classes do not exclude each other.
         grid: (rows, columns) of the patches; by default a square.
         batch_size: images in a forward pass.
         seed: of `fill="noise"`.
@@ -54,17 +56,17 @@ def saco(
         TypeError, ValueError: an argument is wrong; its name comes first.
     """
     check_variant(variant)
-    subject = prepare(model, images, targets, relevance, grid, batch_size)
-    patches = subject.maps.shape[2]
+    trial = prepare(model, images, targets, relevance, grid, batch_size, probability)
+    patches = trial.maps.shape[2]
     check_number("bins", bins, 2, patches)
     groups = torch.arange(bins, device=images.device)
     sizes = patches // bins + (groups < patches % bins).long()  # the first ones have one more
-    removed = groups.repeat_interleave(sizes)[places(subject.maps)] == groups.view(-1, 1, 1, 1)  # [bins, M, B, P]
-    s = (subject.maps * removed).sum(-1)  # [bins, M, B]
-    found, clean = subject.respond(removed, subject.fill(fill, seed)), subject.clean
+    removed = groups.repeat_interleave(sizes)[places(trial.maps)] == groups.view(-1, 1, 1, 1)  # [bins, M, B, P]
+    s = (trial.maps * removed).sum(-1)  # [bins, M, B]
+    found, clean = trial.respond(removed, trial.fill(fill, seed)), trial.clean
     if variant == "paper":
-        return subject.shaped(_coefficient(s, clean.probability - found.probability, torch.nan))
-    return subject.shaped(_coefficient(s, clean.largest - found.largest, 0.0))
+        return trial.shaped(_coefficient(s, clean.probability - found.probability, torch.nan))
+    return trial.shaped(_coefficient(s, clean.largest - found.largest, 0.0))
 
 
 def _coefficient(s: Tensor, v: Tensor, undefined: float) -> Tensor:  # [bins, M, B], [bins, M, B] -> [M, B]

@@ -14,6 +14,7 @@ from torch import Tensor
 from fga_fast.evaluation.methods import METHODS, grad_cam, sae_part, sae_score
 from fga_fast.evaluation.methods.random_map import draw
 from fga_fast.evaluation.subject import Method, Subject
+from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
 
 Oracle = Callable[[Subject, Tensor, int], Tensor]  # subject, image [3, H, W], target -> [P]
 
@@ -22,21 +23,25 @@ def plain(subject: Subject, image: Tensor, target: int, conservative: bool = Fal
     return PlainViT(subject.model, image, target, conservative)
 
 
+def scored(score: str, seed: int) -> Callable[..., Tensor]:  # x [P, C], g [P, C], sae -> [P]
+    def shuffled(x: Tensor, g: Tensor, sae: SparseAutoencoder) -> Tensor:
+        order = torch.randperm(sae.d_sae, generator=torch.Generator().manual_seed(seed))
+        return (sae.encode(x) * (g @ sae.W_dec[order].T)).sum(-1)
+
+    return {
+        "combined": combined,
+        "activation_only": activation_only,
+        "gradient_only": lambda x, g, sae: (g @ sae.W_dec.T).sum(-1),
+        "no_sae": lambda x, g, sae: (x * g).sum(-1),
+        "centred": lambda x, g, sae: ((x - x.mean(0)) * g).sum(-1),
+        "shuffled": shuffled,
+    }[score]
+
+
 def gated(score: str, base: float = 10.0) -> Oracle:
     def oracle(subject: Subject, image: Tensor, target: int) -> Tensor:
         p = plain(subject, image, target)
-        scores = {
-            "combined": combined,
-            "activation_only": activation_only,
-            "gradient_only": lambda x, g, sae: (g @ sae.W_dec.T).sum(-1),
-            "no_sae": lambda x, g, sae: (x * g).sum(-1),
-            "centred": lambda x, g, sae: ((x - x.mean(0)) * g).sum(-1),
-            "shuffled": lambda x, g, sae: (
-                sae.encode(x)
-                * (g @ sae.W_dec[torch.randperm(sae.d_sae, generator=torch.Generator().manual_seed(subject.seed))].T)
-            ).sum(-1),
-        }
-        return p.transmm(p.gates(subject.saes, scores[score], base))
+        return p.transmm(p.gates(subject.saes, scored(score, subject.seed), base))
 
     return oracle
 
@@ -60,9 +65,16 @@ def contribution(conservative: bool, with_gates: bool = False) -> Oracle:
     return oracle
 
 
-def path(subject: Subject, image: Tensor, target: int) -> Tensor:
-    p = plain(subject, image, target, conservative=True)
-    return torch.stack([p.contribution(block) for block in range(4)]).mean(0)
+def block_mean(score: str | None = None) -> Oracle:
+    def oracle(subject: Subject, image: Tensor, target: int) -> Tensor:
+        p = plain(subject, image, target, conservative=True)
+        gates = p.gates(subject.saes, scored(score, subject.seed), 2.0) if score else {}
+        found = [p.contribution(block) for block in range(4)]
+        for block, w in gates.items():
+            found = [c * w if entered <= block else c for entered, c in enumerate(found)]
+        return torch.stack(found).mean(0)
+
+    return oracle
 
 
 def reconstruction(conservative: bool = False, block: int = 1) -> Oracle:
@@ -137,7 +149,10 @@ ORACLES: dict[str, Oracle] = {
     "input_x_gradient_gated": contribution(False, True),
     "input_x_gradient_conservative": contribution(True),
     "input_x_gradient_conservative_gated": contribution(True, True),
-    "path_x_gradient": path,
+    "block_x_gradient": block_mean(),
+    "block_x_gradient_gated": block_mean("combined"),
+    "block_x_gradient_gated_no_sae": block_mean("no_sae"),
+    "block_x_gradient_gated_shuffled": block_mean("shuffled"),
     "sae_score": score_of(1),
     "sae_reconstruction": reconstruction(),
     "sae_error": error,

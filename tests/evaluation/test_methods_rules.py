@@ -33,7 +33,7 @@ def run(name: str, subject: Subject, images: Images) -> Tensor:
 def test_the_table() -> None:
     assert list(METHODS)[:3] == ["transmm", "transmm_conservative", "fga"]
     assert {name for name in METHODS if name.startswith(("fga", "sae_")) or "gated" in name} == NEEDS_SAES
-    assert len(NEEDS_SAES) == 13
+    assert len(NEEDS_SAES) == 16
 
 
 @ALL

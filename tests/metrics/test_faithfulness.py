@@ -360,3 +360,21 @@ def test_correlations_are_those_of_scipy(pairs: list[tuple[int, int]]) -> None:
     else:
         assert float(pearson(a, b)) == pytest.approx(pearsonr(a.numpy(), b.numpy())[0], abs=1e-12)
         assert float(spearman(a, b)) == pytest.approx(spearmanr(a.numpy(), b.numpy())[0], abs=1e-12)
+
+
+def test_sigmoid_probabilities() -> None:
+    """Of the logits (z, 0), softmax gives the first class what the sigmoid gives it; of others, something else."""
+    model, images, targets, relevance = case()
+    two = oracles.Linear(torch.randn(8), GRID)
+    for metric, options in (
+        (metrics.saco, {"bins": 4}), (metrics.pixel_flipping, {}), (metrics.insertion_deletion, {}), (metrics.road, {})
+    ):  # fmt: skip
+
+        def found(m: Any, t: Any, probability: str, metric: Any = metric, options: Any = options) -> Tensor:
+            values = metric(m, images, t, relevance, grid=GRID, probability=probability, **options)
+            return values if isinstance(values, Tensor) else torch.cat(values)
+
+        close(found(two, 0, "sigmoid"), found(two, 0, "softmax"))
+        assert not torch.allclose(found(model, targets, "sigmoid"), found(model, targets, "softmax"))
+    with pytest.raises(ValueError, match="probability: expected one of 'softmax', 'sigmoid', got 'tanh'"):
+        metrics.saco(model, images, targets, relevance, grid=GRID, probability="tanh")  # type: ignore[arg-type]

@@ -149,10 +149,10 @@ def test_narrow_models(dtype: torch.dtype) -> None:
 def test_targets(targets: Any) -> None:
     pictures = images()
     classes = model()(pictures).argmax(1) if targets is None else torch.as_tensor(targets).long().expand(2)
-    subject = prepare(model(), pictures, targets, maps(2), (2, 3), 64)
-    assert torch.equal(subject.targets, classes)
+    trial = prepare(model(), pictures, targets, maps(2), (2, 3), 64)
+    assert torch.equal(trial.targets, classes)
     want = model()(pictures).softmax(1).gather(1, classes[:, None])[:, 0]
-    torch.testing.assert_close(subject.clean.probability, want)
+    torch.testing.assert_close(trial.clean.probability, want)
 
 
 def test_functions_and_objects_with_logits() -> None:

@@ -14,13 +14,13 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from fga_fast.evaluation.methods.attention_rollout import attention_rollout
+from fga_fast.evaluation.methods.block_x_gradient import block_x_gradient
 from fga_fast.evaluation.methods.fga import fga
 from fga_fast.evaluation.methods.grad_cam import grad_cam
 from fga_fast.evaluation.methods.input_x_gradient import gated, input_x_gradient
 from fga_fast.evaluation.methods.integrated_gradients import integrated_gradients
 from fga_fast.evaluation.methods.legrad import legrad
 from fga_fast.evaluation.methods.other_gates import no_sae_centred, random_gates
-from fga_fast.evaluation.methods.path_x_gradient import path_x_gradient
 from fga_fast.evaluation.methods.random_map import random_map
 from fga_fast.evaluation.methods.raw_attention import raw_attention
 from fga_fast.evaluation.methods.sae_maps import sae_part, sae_score
@@ -46,7 +46,10 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "input_x_gradient_gated": gated("input_x_gradient_gated", "exact"),
         "input_x_gradient_conservative": input_x_gradient("conservative"),
         "input_x_gradient_conservative_gated": gated("input_x_gradient_conservative_gated", "conservative"),
-        "path_x_gradient": path_x_gradient,
+        "block_x_gradient": block_x_gradient("block_x_gradient"),
+        "block_x_gradient_gated": block_x_gradient("block_x_gradient_gated", 2.0),
+        "block_x_gradient_gated_no_sae": block_x_gradient("block_x_gradient_gated_no_sae", 2.0, "no_sae"),
+        "block_x_gradient_gated_shuffled": block_x_gradient("block_x_gradient_gated_shuffled", 2.0, "shuffled"),
         "sae_score": sae_score(),
         "sae_reconstruction": sae_part("reconstruction"),
         "sae_error": sae_part("error"),
@@ -59,6 +62,4 @@ METHODS: Mapping[str, Method] = MappingProxyType(
     }
 )
 # Those that need SAEs, if only to know at which blocks; the others ignore them.
-NEEDS_SAES: frozenset[str] = frozenset(
-    name for name in METHODS if name.startswith(("fga", "sae_")) or name.endswith("_gated")
-)
+NEEDS_SAES: frozenset[str] = frozenset(name for name in METHODS if name.startswith(("fga", "sae_")) or "_gated" in name)

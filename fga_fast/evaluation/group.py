@@ -14,6 +14,7 @@ from torch import Tensor
 from fga_fast.evaluation.items import Item, Loaded, half_of
 from fga_fast.evaluation.measures import Batch, Measure
 from fga_fast.evaluation.store import Row
+from fga_fast.models.find import find_layout
 
 Subject: TypeAlias = Any  # a fga_fast.evaluation.subject.Subject: model, saes, layout, seed
 Method: TypeAlias = Callable[[Subject, Tensor, Tensor], Tensor]
@@ -41,6 +42,17 @@ class Plan(NamedTuple):
     def subject(self) -> Subject:
         """The subject, with the first seed."""
         return next(iter(self.subjects.values()))
+
+
+def grid_of(subject: Subject) -> tuple[int, int] | None:
+    """The patches' grid of a model that is known; methods of the user may explain others."""
+    if subject.layout is not None:
+        rows, columns = subject.layout.grid
+        return rows, columns
+    try:
+        return find_layout(subject.model).grid
+    except ValueError:
+        return None
 
 
 def rows_of(plan: Plan, group: Sequence[Item], loaded: Sequence[Loaded | Failure]) -> list[Row]:
@@ -114,7 +126,7 @@ def _measured(
         [torch.stack([one.get(name, next(iter(one.values()))) for one in maps]) for name in plan.methods]
     )
     masks = torch.stack([one.mask for one in loaded]).to(filled.device) if measure.needs_mask else None
-    grid = _square(filled.shape[2]) if plan.grid is None else plan.grid
+    grid = square(filled.shape[2]) if plan.grid is None else plan.grid
     images = torch.stack([one.image for one in loaded]).to(plan.like)
     picked = torch.tensor(targets, device=images.device)
     found = measure.run(
@@ -159,7 +171,8 @@ def _checked(relevance: Tensor, count: int, grid: tuple[int, int] | None) -> lis
     return [one if bool(torch.isfinite(one).all()) else failure for one in found]
 
 
-def _square(patches: int) -> tuple[int, int]:
+def square(patches: int) -> tuple[int, int]:
+    """The grid of a square."""
     side = round(patches**0.5)
     if side * side != patches:
         raise ValueError(f"subject: expected a layout with the grid, since {patches} patches make no square")

@@ -74,7 +74,9 @@ def _pixel_flipping(batch: Batch) -> dict[str, Tensor]:
 
 
 def _insertion_deletion(batch: Batch) -> dict[str, Tensor]:
-    found = _metrics().insertion_deletion(*_asked(batch), **_how(batch))
+    # Deletion fills with 0, the mean colour of the training data, as published; with the image's own mean it would be
+    # pixel flipping again.
+    found = _metrics().insertion_deletion(*_asked(batch), deletion_fill=0.0, **_how(batch))
     return {"insertion": found.insertion, "deletion": found.deletion}
 
 
@@ -126,6 +128,6 @@ def measures(asked: Sequence[str] | Mapping[str, Measure]) -> dict[str, Measure]
     return found
 
 
-def directions(measures: Mapping[str, Measure]) -> dict[str, bool]:
-    """Metric -> whether more is better."""
-    return {name: higher for measure in measures.values() for name, higher in measure.higher.items()}
+def flat(metrics: Mapping[str, Mapping[str, bool]]) -> dict[str, bool]:
+    """Metric -> whether more is better, from the directions of each measure, as settings.json has them."""
+    return {name: higher for of_measure in metrics.values() for name, higher in of_measure.items()}

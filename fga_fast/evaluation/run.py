@@ -16,14 +16,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from fga_fast.evaluation.group import Failure, Method, Plan, Subject, failure_of, rows_of
+from fga_fast.evaluation.group import Failure, Method, Plan, Subject, failure_of, grid_of, rows_of
 from fga_fast.evaluation.items import Item, Loaded, check_items, half_of, load, stable_number
 from fga_fast.evaluation.measures import Measure, measures
 from fga_fast.evaluation.settings import describe
 from fga_fast.evaluation.store import Store
 from fga_fast.io.images import Preprocess
 from fga_fast.io.window import Window
-from fga_fast.models.find import find_layout
 
 Split = Literal["report", "tune", "both"]
 _READERS = 4  # threads; decoders of images release Python's lock
@@ -116,18 +115,7 @@ def _plan(
         raise ValueError(f"variant: expected 'paper' or 'author', got {variant!r}")
     like = next((one for one in subject.model.parameters() if one.is_floating_point()), torch.zeros(()))
     subjects = {one: dataclasses.replace(subject, seed=one) for one in seeds}
-    return Plan(subjects, dict(methods), measures(metrics), _grid(subject), variant, perturbed, like)
-
-
-def _grid(subject: Subject) -> tuple[int, int] | None:
-    """The patches' grid of a model that is known; methods of the user may explain others."""
-    if subject.layout is not None:
-        rows, columns = subject.layout.grid
-        return rows, columns
-    try:
-        return find_layout(subject.model).grid
-    except ValueError:
-        return None
+    return Plan(subjects, dict(methods), measures(metrics), grid_of(subject), variant, perturbed, like)
 
 
 def _check_masks(plan: Plan, chosen: Sequence[Item]) -> None:

@@ -128,6 +128,15 @@ def read(path: str | Path) -> Any:
     return need("pyarrow.parquet").read_table(path, schema=_schema())
 
 
+def settings(folder: str | Path) -> dict[str, Any]:
+    """The settings of the run in a folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    return read_json(Path(folder) / SETTINGS, _MOST_SETTINGS)
+
+
 def _schema() -> Any:
     arrow: Any = need("pyarrow")
     kinds = {"seed": arrow.int64(), "target": arrow.int64(), "value": arrow.float64()}

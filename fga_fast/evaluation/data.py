@@ -143,7 +143,10 @@ def _class(text: str, names: Names) -> int:
         return number
     if names is None:
         raise ValueError(f"expected a class number, since the names of the classes are not known, got {text!r}")
-    return class_number(text, names, "target")
+    try:
+        return class_number(text, names, "target")
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix("target: ")) from None
 
 
 def _box(row: dict[str, Any], where: str) -> Box | None:

@@ -290,7 +290,7 @@ def images_needed(dz: float, level: float = 0.05, power: float = 0.8) -> Needed:
     For the paired t-test n = ((z_(1 - level/2) + z_power) / dz)^2 + z_(1 - level/2)^2 / 2: the normal approximation,
     with the usual term for the standard deviation's being estimated. Wilcoxon's test needs pi / 3 as many where the
     differences are normal (asymptotic relative efficiency 0.955), fewer under heavy tails, and never more than
-    1 / 0.864 as many.
+    1 / 0.864 as many; and at least as many as its smallest p needs, see `fewest`.
 
     Raises:
         ValueError: `level` or `power` is not between 0 and 1.
@@ -302,4 +302,9 @@ def images_needed(dz: float, level: float = 0.05, power: float = 0.8) -> Needed:
     normal = need("scipy.stats").norm
     z = float(normal.ppf(1 - level / 2))
     n = ((z + float(normal.ppf(power))) / dz) ** 2 + z**2 / 2
-    return Needed(float(math.ceil(n)), float(math.ceil(n * math.pi / 3)))
+    return Needed(float(math.ceil(n)), float(max(math.ceil(n * math.pi / 3), fewest(level))))
+
+
+def fewest(level: float) -> int:
+    """Images below which Wilcoxon's test cannot reach a level: if all n speak for one method, p is 2 / 2^n."""
+    return math.ceil(1 - math.log2(level))

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fga_fast.evaluation.statistics import MOST_BCA, Analysis, Comparison, Summary
+from fga_fast.evaluation.statistics import MOST_BCA, Analysis, Comparison, Summary, fewest
 
 # Methods that cannot know the answer, or lack the part that is said to matter.
 CONTROLS: Mapping[str, str] = {
@@ -117,12 +117,12 @@ def row(one: Comparison) -> list[str]:
 def sentences(facts: Facts) -> dict[str, str]:
     """Title -> what must be known to read the numbers."""
     settings, analysis = facts.settings, facts.analysis
-    seeds = ", ".join(map(str, settings["seeds"]))
+    seeds = f"seed{'s' if len(settings['seeds']) > 1 else ''} {', '.join(map(str, settings['seeds']))}"
     tests = len(analysis.comparisons)
     said = {
         "Split": _split(settings),
         "Images": (
-            f"n = {settings['images']} images with {settings['items']} questions about them, seeds {seeds}. Values of "
+            f"n = {settings['images']} images with {settings['items']} questions about them, {seeds}. Values of "
             "one image (several seeds, several questions) are averaged before any test, so an image counts once."
         ),
         "Tests": (
@@ -150,6 +150,12 @@ def sentences(facts: Facts) -> dict[str, str]:
         ),
         "Controls": _controls(facts.controls),
     }
+    least = fewest(0.05 / max(tests, 1))
+    if tests and settings["images"] < least:
+        said["Too few images"] = (
+            f"{tests} comparisons need at least {least} images before any of them can be better or worse by this test, "
+            f"however clear it is. So 'open' says nothing here; give more images, or ask fewer questions."
+        )
     if facts.errors:
         said["Errors"] = f"{facts.errors.total()} rows are errors: " + "; ".join(
             f"{reason} ({count})" for reason, count in facts.errors.most_common(5)

@@ -195,6 +195,10 @@ def _print(written: Written, model: str, path: Path) -> None:
             cell = found.get((method, metric))
             if cell is not None:
                 print(f"  {'*' if cell.best else ' '} {method:<36} {cell.mean:>8}  {cell.interval:<18} {cell.against}")
+    said = wording.sentences(facts) if facts.analysis.comparisons else {}
+    for title in ("Tests", "Too few images"):
+        if title in said:
+            print(f"\n{title}: {said[title]}")
     print(f"\nwrote {path.name}, {written.html.name} and {written.markdown.name} into {path.parent}")
     for reason, count in facts.errors.most_common(5):
         print(f"fga-fast: {count} error(s): {reason}", file=sys.stderr)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from fga_fast.evaluation.wording import number
 
-_LABELS, _PLOT, _ROW, _EDGE = 230, 330, 24, 14  # pixels
+_LABELS, _PLOT, _ROW, _EDGE = 250, 330, 24, 14  # pixels
 
 
 class Dot(NamedTuple):
@@ -64,8 +64,8 @@ def dots(rows: Sequence[Dot], title: str, zero: bool = False) -> str:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Three to six round numbers between two."""
-    rough = (high - low) / 4
+    """Some round numbers between two."""
+    rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough)
     first = math.ceil(low / step)

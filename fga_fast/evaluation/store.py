@@ -98,10 +98,11 @@ class Store:
 
 
 def _check_same(there: Mapping[str, Any], given: Mapping[str, Any], folder: Path) -> None:
+    old, new = _flat(there), _flat(given)
     other = [
-        f"{name} ({_short(there.get(name))} there, {_short(given.get(name))} now)"
-        for name in sorted({*there, *given})
-        if there.get(name) != given.get(name)
+        f"{name} ({_short(old.get(name))} there, {_short(new.get(name))} now)"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
     ]
     if other:
         raise ValueError(
@@ -110,8 +111,16 @@ def _check_same(there: Mapping[str, Any], given: Mapping[str, Any], folder: Path
         )
 
 
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with those of a group named one by one, such as methods.fga."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
+    return found
+
+
 def _short(value: Any) -> str:
-    text = json.dumps(value)
+    text = "none" if value is None else json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -98,8 +98,10 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
         small(tmp_path, items(3), batch_size=2)
     with pytest.raises(ValueError, match=r"seeds \(\[0\] there, \[0, 1\] now\)"):
         small(tmp_path, items(3), seed=(0, 1))
-    with pytest.raises(ValueError, match=r"methods \(.*data|data \(.*items \(3 there, 4 now\)"):
+    with pytest.raises(ValueError, match=r"data \(.*items \(3 there, 4 now\)"):
         small(tmp_path, items(4))
+    with pytest.raises(ValueError, match=r'methods\.other \(none there, "evaluated:seeded \w+" now\); name'):
+        small(tmp_path, items(3), {"exact": exact, "other": seeded})
     other = subject()
     with torch.no_grad():
         other.model.weight[0, 0] += 1  # type: ignore[index, operator]

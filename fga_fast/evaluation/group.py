@@ -194,6 +194,7 @@ def _tolerant(
 
 
 def failure_of(error: Exception) -> Failure:
+    """An exception as the reason that a row gives."""
     return Failure(f"{type(error).__name__}: {error}")
 
 

@@ -81,7 +81,7 @@ def _insertion_deletion(batch: Batch) -> dict[str, Tensor]:
 
 
 def _road(batch: Batch) -> dict[str, Tensor]:
-    found = _metrics().road(*_asked(batch), **_how(batch))
+    found = _metrics().road(*_asked(batch), seed=batch.seed, **_how(batch))
     return {"road_most_first": found.most_first, "road_least_first": found.least_first}
 
 

@@ -151,14 +151,14 @@ def sentences(facts: Facts) -> dict[str, str]:
         "Controls": _controls(facts.controls),
     }
     least = fewest(0.05 / max(tests, 1))
-    if tests and settings["images"] < least:
+    if tests and max(one.images for one in analysis.comparisons) < least:
         said["Too few images"] = (
             f"{tests} comparisons need at least {least} images before any of them can be better or worse by this test, "
             f"however clear it is. So 'open' says nothing here; give more images, or ask fewer questions."
         )
     if facts.errors:
-        said["Errors"] = f"{facts.errors.total()} rows are errors: " + "; ".join(
-            f"{reason} ({count})" for reason, count in facts.errors.most_common(5)
+        said["Errors"] = f"{facts.errors.total()} row(s) are errors: " + "; ".join(
+            f"{' '.join(reason.split())} ({count})" for reason, count in facts.errors.most_common(5)
         )
     else:
         said["Errors"] = "none: every image, method and metric gave a value."

@@ -132,7 +132,7 @@ def test_splits_errors_and_missing_controls_are_said(tmp_path: Path, split: Any,
     found = report.write(tmp_path, baselines=("transmm",))
     for text in (Page(found.html.read_text(encoding="utf-8")).text, found.markdown.read_text(encoding="utf-8")):
         assert part in text and "none was run, so nothing here says" in text
-        assert f"{found.facts.errors.total()} rows are errors: OSError: <none>" in text
+        assert f"{found.facts.errors.total()} row(s) are errors: OSError: <none>" in text
     assert found.facts.errors == {"OSError: <none>": json.loads((tmp_path / "settings.json").read_text())["items"]}
 
 

@@ -18,6 +18,7 @@ from fga_fast.sae.features import TopFeatures
 from fga_fast.settings import Gate
 
 if TYPE_CHECKING:
+    from fga_fast import metrics
     from fga_fast.graph.package.load import Package, load_package
     from fga_fast.io.images import Preprocess, load_image
 
@@ -37,9 +38,10 @@ __all__ = [
     "find_layout",
     "load_image",
     "load_package",
+    "metrics",
 ]
 
-# Loaded when they are first asked for, since they import PIL and torch's tracer.
+# Loaded when they are first asked for: most explanations need none, and some import PIL or torch's tracer.
 _LATE = {
     "Package": "fga_fast.graph.package.load",
     "load_package": "fga_fast.graph.package.load",
@@ -51,4 +53,6 @@ _LATE = {
 def __getattr__(name: str) -> Any:
     if name in _LATE:
         return getattr(importlib.import_module(_LATE[name]), name)
+    if name == "metrics":
+        return importlib.import_module("fga_fast.metrics")
     raise AttributeError(f"module 'fga_fast' has no attribute {name!r}")

@@ -57,8 +57,9 @@ class Explainer:
             in it (see `find_layout`), or a dual encoder such as CLIP; in eval mode. Not changed; threads may share it.
         saes: block (from 0) -> SAE of the residual stream after it. Empty: plain TransMM.
         gate: how SAE scores become gates.
-        method: "rollout", the pooled row of TransMM's R, never negative; or "input_x_gradient", x . g at the tokens
-            that enter the first block, signed, multiplied by the gates of all blocks with an SAE.
+        method: "rollout", the pooled row of TransMM's R, never negative; "input_x_gradient", x . g at the tokens that
+            enter the first block, signed, multiplied by the gates of all blocks with an SAE; or "block_x_gradient", the
+            mean of that over all blocks, each multiplied by the gates from there on.
         backward: "exact", the model's own gradient; or "conservative", for which norms, activations' gates and
             attention maps are constants, so that contributions add up to the logit (see docs/conservative.md).
         backend: "native": C++ kernels on CPUs; on CUDA, CUDA kernels for attention and gate, and Triton for the score.
@@ -70,7 +71,7 @@ class Explainer:
         class_names: names of the classes, so that targets may be given by name.
         tokenizer: for dual encoders, so that targets may be text prompts: open_clip's or Hugging Face's.
         start_block: roll out the blocks from this one on only; relevance is that of the tokens that enter it.
-        signed: keep the negative part of relevance maps, which speaks against the target. "input_x_gradient" always is.
+        signed: keep the negative part of relevance maps, which speaks against the target. The others always are.
         per_block: also report the relevance of the tokens that enter each block, as the result's `blocks`.
         target_chunk: how many targets of an image are differentiated together; bounds the memory.
         start_layer: the old name of start_block.

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-Method = Literal["rollout", "input_x_gradient"]
+Method = Literal["rollout", "input_x_gradient", "block_x_gradient"]
 Backward = Literal["exact", "conservative"]
 Backend = Literal["auto", "native", "triton", "composite", "reference"]
 Mode = Literal["combined", "activation_only", "gradient_only", "no_sae", "shuffled"]
@@ -140,6 +140,11 @@ class Settings:
     signed: bool = False
     per_block: bool = False
     target_chunk: int = 8
+
+    @property
+    def at_every_block(self) -> bool:
+        """Whether the relevance of the tokens that enter every block is needed, not of the first block's alone."""
+        return self.per_block or self.method == "block_x_gradient"
 
     def __post_init__(self) -> None:
         if not isinstance(self.gate, Gate):

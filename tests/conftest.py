@@ -16,6 +16,8 @@ import pytest
 import torch
 from torch import nn
 
+CONFORMANCE = ("test_conformance.py", "test_metrics_conformance.py")
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
@@ -85,7 +87,7 @@ def _not_skipped(report: Any, path: Any) -> None:
     """Makes a failure of a skip that must not be."""
     if not report.skipped:
         return
-    if path.name == "test_conformance.py" and conformance.required():
+    if path.name in CONFORMANCE and conformance.required():
         report.outcome = "failed"
         report.longrepr = f"conformance test skipped although {conformance.folder()} exists: {report.longrepr}"
     elif os.environ.get("CI") and "could not import" in str(report.longrepr):

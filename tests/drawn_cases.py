@@ -214,7 +214,7 @@ def how(draw: DrawFn, read: int, features: int) -> Settings:
     mode = draw(mostly("combined", "activation_only", "gradient_only", "no_sae", "shuffled"))
     return Settings(
         Gate(mode, draw(mostly(10.0, 2.0, 1.0, 0.5)), draw(mostly(1.0, 0.3, 3.0, -1.0))),
-        method=draw(mostly("rollout", "input_x_gradient")),
+        method=draw(mostly("rollout", "input_x_gradient", "block_x_gradient")),
         backward=draw(mostly("exact", "conservative")),
         start_block=draw(st.integers(0, read - 1)),
         top_features=draw(st.integers(0, min(features, 5))) if mode not in ("gradient_only", "no_sae") else 0,

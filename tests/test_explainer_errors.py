@@ -132,7 +132,7 @@ def test_bad_targets(backend: Any, tiny_vit: Build) -> None:
 def test_bad_settings(tiny_vit: Build) -> None:
     model = tiny_vit()
     for settings, message in (
-        ({"method": "lrp"}, "method: expected one of 'rollout', 'input_x_gradient', got 'lrp'"),
+        ({"method": "lrp"}, "method: expected one of 'rollout', 'input_x_gradient', 'block_x_gradient', got 'lrp'"),
         ({"backward": "lrp"}, "backward: expected one of 'exact', 'conservative', got 'lrp'"),
         ({"start_block": 3}, r"start_block: expected 0 to 2 \(blocks\), got 3"),
         ({"start_block": True}, "start_block: expected an int, got bool"),

@@ -20,7 +20,7 @@ BLOCKS: dict[str, dict[str, Any]] = {
 }
 GATED = ("silu", "gelu", "method", "relu gate", "glu", "scaled", "written out", "in place", "into the other")
 PARTS = ("quick", "tanh", "relu", "rms", "rms module", *GATED)
-METHODS = [(m, b) for m in ("rollout", "input_x_gradient") for b in ("exact", "conservative")]
+METHODS = [(m, b) for m in ("rollout", "input_x_gradient", "block_x_gradient") for b in ("exact", "conservative")]
 
 
 class QuickGELU(nn.Module):

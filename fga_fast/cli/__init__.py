@@ -1,1 +1,1 @@
-"""The command line, a thin adapter over `Explainer`: `fga-fast explain` and `fga-fast export`."""
+"""The command line, a thin adapter over `Explainer`: `fga-fast explain`, `fga-fast evaluate` and `fga-fast export`."""

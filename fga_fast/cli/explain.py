@@ -135,7 +135,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--top-features: expected at least 0, got {args.top_features}")
     if args.package is None:
         return
-    takes = {"images", "package", "target", "window", "out", "run", "default_of", "traceback"}
+    takes = {"images", "package", "target", "window", "out", "run", "default_of", "traceback", "argv"}
     other = [name for name in vars(args) if name not in takes and getattr(args, name) != args.default_of(name)]
     if other:
         listed = ", ".join("--" + name.replace("_", "-") for name in other)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from fga_fast import __version__
-from fga_fast.cli import explain, export
+from fga_fast.cli import evaluate, explain, export
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -20,6 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     explain.add_parser(commands)
+    evaluate.add_parser(commands)
     export.add_parser(commands)
     return parser
 
@@ -32,6 +33,7 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.images = [*args.images, *rest]
+    args.argv = [*(sys.argv[1:] if argv is None else argv)]
     return args
 
 

@@ -85,9 +85,12 @@ def _tensors(plan: Plan, layout: ModelLayout, asked: Answer, found: Found, first
     read = {block: Gating.read(slots) for block, slots in sorted(found.recorded.items())}
     gates = {block: gate for block, (_, gate, _) in read.items()}
     rows = {block: row[..., prefix:] for block, row in sorted(found.rows.items())}
-    wanted = range(first, len(layout.blocks) if settings.per_block else first + 1)
-    if settings.method == "input_x_gradient":
-        blocks, signal = {block: gated_map(_entering(rows, block), gates, block) for block in wanted}, None
+    wanted = range(first, len(layout.blocks) if settings.at_every_block else first + 1)
+    signal: Tensor | None = None
+    if settings.method != "rollout":
+        blocks = {block: gated_map(_entering(rows, block), gates, block) for block in wanted}
+        if settings.method == "block_x_gradient":
+            blocks = {block: _mean(blocks, block, found.reads.deepest) for block in wanted}
     else:
         starts = {block: row[..., prefix:] for block, row in found.starts.items()}
         blocks = {block: _with_starts(_entering(rows, block), starts, block) for block in wanted}
@@ -105,6 +108,11 @@ def _entering(rows: dict[int, Tensor], block: int) -> Tensor:
     """The row of the tokens that enter a block; if it did not run, those that enter the next one that did."""
     later = [found for found in rows if found >= block]
     return rows[later[0]] if later else torch.zeros_like(rows[max(rows)])
+
+
+def _mean(maps: dict[int, Tensor], block: int, deepest: int) -> Tensor:  # block -> [..., B, P]
+    """Of the maps from this block to the last one that is read."""
+    return torch.stack([maps[later] for later in range(block, max(block, deepest) + 1)]).mean(0)
 
 
 def _with_starts(row: Tensor, starts: dict[int, Tensor], block: int) -> Tensor:  # [..., B, P]

@@ -228,7 +228,9 @@ class Tape(FunctionMode):
         if self._rollout:
             self._rows[index] = self._carrier
             return None
-        if self._rows and not self._settings.per_block and index != self.passed.cuts[-1]:  # only of the first block
+        if (
+            self._rows and not self._settings.at_every_block and index != self.passed.cuts[-1]
+        ):  # only of the first block
             return None
         tokens = self.passed.stream
         x, replaced = replace_input(arguments, tokens, self._layout, self.passed.images, self.passed.where)

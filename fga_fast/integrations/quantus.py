@@ -6,7 +6,7 @@ Quantus itself is not needed here. Source of the interface: Quantus 0.6, `quantu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from fga_fast.engine.plan import ExplainerSettings
 from fga_fast.explainer import Explainer
 from fga_fast.integrations import as_images, as_pixels
 from fga_fast.sae import SparseAutoencoder
+from fga_fast.settings import Method
 
 
 def explain_func(
@@ -42,7 +43,7 @@ def explain_func(
         device: Quantus's device; the model must already be there, this function does not move it.
         channel_first: None reads it from the shape.
         settings: other arguments of `Explainer`, such as `gate`, `backward`, `layout`. `quantus.evaluate` passes its
-            own name of the explanation as `method`, so call it "rollout" or "input_x_gradient" there.
+            own name of the explanation as `method`, so give it the name of a method of `Explainer` there.
 
     Returns:
         [B, 1, H, W] float32 (float64 for float64 models), channels first as Quantus wants it. Metrics take absolute
@@ -52,10 +53,11 @@ def explain_func(
         TypeError, ValueError, RuntimeError: as `Explainer`; or another device.
     """
     method: str = settings.get("method", "rollout")
-    if method not in ("rollout", "input_x_gradient"):
+    known = get_args(Method)
+    if method not in known:
         raise ValueError(
-            f'method: expected "rollout" or "input_x_gradient", got {method!r}; quantus.evaluate passes the key of '
-            "xai_methods here, so use one of these as the key"
+            f"method: expected one of {', '.join(map(repr, known))}, got {method!r}; quantus.evaluate passes "
+            "the key of xai_methods here, so use one of these as the key"
         )
     explainer = Explainer(model, saes, **settings)
     images = as_images(inputs, explainer.plan.parameter, explainer.layout.in_chans, channel_first)

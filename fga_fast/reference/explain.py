@@ -7,6 +7,7 @@ Equations, with y the explained value and blocks l numbered in forward order fro
                                 reads of the output of block l other than through block l + 1 (reference/starts.py):
                                 for most models the class token, or all patches evenly, of the last block
     method "input_x_gradient":  x . d y / d x, x the input of block s
+    method "block_x_gradient":  the mean of that over block s and all later ones, to the last that y reads
 
 At blocks with an autoencoder, `w_l = base ** tanh(slope * z(s_l))` with s_l the score of x_l and `g_l = d y / d x_l` at
 the patches. It multiplies the patch columns of Cbar_l, or the patches' x . g. All gradients are the model's own, or
@@ -17,7 +18,7 @@ Memory grows with L * H * N^2 and P * F; use it to check numbers, not to explain
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -124,7 +125,7 @@ def _check(record: Recording, reads: Reads, values: Tensor, settings: Settings) 
 
 def _depths(settings: Settings, layout: ModelLayout, first: int) -> range:
     """The blocks at whose inputs relevance is wanted, `first` being the first that can be explained."""
-    return range(first, len(layout.blocks) if settings.per_block else first + 1)
+    return range(first, len(layout.blocks) if settings.at_every_block else first + 1)
 
 
 def _explain_values(
@@ -168,6 +169,9 @@ def _explain_one(
             found = [_with_starts(s, starts, d, record.layout) for s, d in zip(signals, depths, strict=True)]
         else:
             found = signals = [_contributed(record, gradients, gates, depth) for depth in depths]
+            if settings.method == "block_x_gradient":
+                read = [max(depth, reads.deepest) - depths.start for depth in depths]
+                found = signals = [torch.stack(found[i : last + 1]).mean(0) for i, last in enumerate(read)]
     blocks = torch.stack(found, dim=1) if settings.per_block else None
     return found[0], scores, gates, features, blocks, signals[0], starts
 
@@ -193,9 +197,11 @@ class Gradients(NamedTuple):
     streams: dict[int, Tensor]  # block -> g_l, at its output
 
 
-def differentiate(explained: Tensor, record: Recording, saes: Saes) -> Gradients:
-    """Gradients of a scalar, the explained value summed over images, with respect to maps and residual streams."""
-    streams = {block: record.streams[block] for block in saes}
+def differentiate(explained: Tensor, record: Recording, blocks: Iterable[int]) -> Gradients:
+    """Gradients of a scalar, the explained value summed over images, with respect to maps and residual streams: those
+    that were recorded before blocks, and those after `blocks`.
+    """
+    streams = {block: record.streams[block] for block in blocks}
     recorded = [*record.maps.values(), *record.inputs.values(), *streams.values()]
     # A block after which nothing reads a token (the last one's patches) still has a gradient: zeros.
     found = iter(torch.autograd.grad(explained, recorded, retain_graph=True, allow_unused=True, materialize_grads=True))

@@ -1,6 +1,6 @@
 """The figure of `Explanation.plot`: image, TransMM, gates and the gated result side by side.
 
-All panels and colour bars are one picture. With axes for each, matplotlib takes longer than a small model's explanation.
+All panels and colour bars are one picture. With axes for each, matplotlib takes longer than a small model does.
 """
 
 from __future__ import annotations

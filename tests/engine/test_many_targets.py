@@ -15,7 +15,7 @@ TARGETS = torch.tensor([[0, 1, 4], [2, 2, 3]])  # the second image asks twice fo
 
 @pytest.mark.parametrize("chunk", (1, 2, 8))
 @pytest.mark.parametrize("backward", ("exact", "conservative"))
-@pytest.mark.parametrize("method", ("rollout", "input_x_gradient"))
+@pytest.mark.parametrize("method", ("rollout", "input_x_gradient", "block_x_gradient"))
 def test_each_target_is_explained_as_if_it_were_alone(tiny_vit: Build, method: Any, backward: Any, chunk: int) -> None:
     model = tiny_vit().double()
     saes = {0: sae_for(model), 1: sae_for(model, activation="topk", k=4, normalize="layer_norm")}

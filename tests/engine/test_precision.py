@@ -37,7 +37,7 @@ def explain(model: nn.Module, saes: dict[int, Any], images: Tensor, targets: Any
 
 
 @pytest.mark.parametrize("targets", (torch.tensor([2, 0]), TARGETS))
-@pytest.mark.parametrize("method", ("rollout", "input_x_gradient"))
+@pytest.mark.parametrize("method", ("rollout", "input_x_gradient", "block_x_gradient"))
 @pytest.mark.parametrize("kind", KINDS)
 def test_tiny_gradients_do_not_underflow_in_float16(tiny_vit: Build, kind: str, method: Any, targets: Tensor) -> None:
     """Gradients of 1e-6 and less are subnormal or zero in float16, where the model's own backward pass loses them."""

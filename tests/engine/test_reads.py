@@ -78,7 +78,7 @@ def test_a_head_that_reads_the_inside_of_a_block_is_refused() -> None:
     refused(model, r"read the attention inside block 1 \(Block\)")
 
 
-@pytest.mark.parametrize("method", ("rollout", "input_x_gradient"))
+@pytest.mark.parametrize("method", ("rollout", "input_x_gradient", "block_x_gradient"))
 def test_a_head_that_mixes_images_is_refused(method: Any) -> None:
     model = Headed(lambda x, norm: norm(x[2])[:, 0] - 0.5 * norm(x[2])[:, 0].mean(0))
     refused(model, "depends on other images of the batch", method=method)
@@ -167,7 +167,7 @@ def test_classes_that_read_different_tokens_in_one_graph() -> None:
         torch.testing.assert_close(got, explainer(x, target).relevance, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("method", ("rollout", "input_x_gradient"))
+@pytest.mark.parametrize("method", ("rollout", "input_x_gradient", "block_x_gradient"))
 @pytest.mark.parametrize("idle", range(3))
 def test_a_block_that_hands_the_tokens_on_is_left_out(idle: int, method: Any) -> None:
     model = Headed(HEADS["probe on all blocks"][0], 4 * WIDTH)

@@ -52,6 +52,7 @@ def subject(tiny_vit: Build) -> tuple[nn.Module, Tensor]:
         # It reads all tokens of the last residual stream, whose gradient is that of one.
         ((2,), {}),
         ((0, 1), {"method": "input_x_gradient", "backward": "conservative", "per_block": True}),
+        ((0, 1), {"method": "block_x_gradient", "backward": "conservative"}),
     ],
     ids=str,
 )  # fmt: skip

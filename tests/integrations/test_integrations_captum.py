@@ -88,9 +88,10 @@ def test_sensitivity_max(fga: FeatureGradientAttribution) -> None:
         torch.manual_seed(7)
         return sensitivity_max(fga.attribute, images(), perturb_radius=radius, n_perturb_samples=3, target=[4, 1])
 
-    assert torch.equal(sensitivity(0), torch.zeros(2))
+    # Close, not equal: products of matrices round by where their inputs lie in memory.
+    torch.testing.assert_close(sensitivity(0), torch.zeros(2), rtol=0, atol=1e-5)
     found = sensitivity(0.1)
-    assert torch.equal(found, sensitivity(0.1))
+    torch.testing.assert_close(found, sensitivity(0.1), rtol=1e-3, atol=0)
     assert bool((found > 0).all())
     assert bool((found < sensitivity(1.0)).all())
 
@@ -103,7 +104,7 @@ def test_infidelity(model: nn.Module, fga: FeatureGradientAttribution) -> None:
         ).detach()
 
     attributions = fga.attribute(images(), target=[4, 1])
-    assert torch.equal(found(attributions), found(attributions))
+    torch.testing.assert_close(found(attributions), found(attributions))
     assert bool(torch.isfinite(found(attributions)).all())
     # Normalised, infidelity does not see a factor, and no map can be worse than one that says nothing.
     torch.testing.assert_close(found(attributions), found(1000 * attributions))

@@ -18,7 +18,7 @@ from fga_fast.reference import explain
 from fga_fast.settings import Gate, Settings
 
 Build = Callable[..., Any]
-METHODS = ("rollout", "input_x_gradient")
+METHODS = ("rollout", "input_x_gradient", "block_x_gradient")
 BACKWARDS = ("exact", "conservative")
 
 
@@ -179,6 +179,16 @@ def test_input_x_gradient_is_the_gradient_at_the_tokens(averaging: Any, saes: An
     torch.testing.assert_close(ungated, want, rtol=1e-10, atol=1e-12)
     gated = explain(averaging, images(), 3, saes, Settings(method="input_x_gradient"))
     torch.testing.assert_close(gated.relevance, want * gated.gates[1] * gated.gates[2], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("backward", BACKWARDS)
+def test_block_x_gradient_is_the_mean_over_the_blocks(averaging: Any, saes: Any, backward: Any) -> None:
+    settings = {"backward": backward, "per_block": True}
+    each = explain(averaging, images(), 3, saes, Settings(method="input_x_gradient", **settings)).blocks
+    mean = explain(averaging, images(), 3, saes, Settings(method="block_x_gradient", **settings))
+    assert each is not None and mean.blocks is not None
+    torch.testing.assert_close(mean.relevance, each.mean(1), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(mean.blocks[:, 1], each[:, 1:].mean(1), rtol=1e-10, atol=1e-12)
 
 
 def test_backward_passes_differ_and_share_their_forward_pass(averaging: Any) -> None:

@@ -54,8 +54,8 @@ def rows(device: Device, built: tuple[nn.Module, Saes], backend: Backend) -> Ite
 
 def _forward(device: Device, model: nn.Module, batch: int) -> tuple[Subject, Row]:
     dtype = next(model.parameters()).dtype
-    images = subjects.images(batch).to(device.kind, dtype)
-    blank = Row("graph", "", batch, 197, str(dtype).removeprefix("torch."))
+    images = subjects.images(batch, device.side).to(device.kind, dtype)
+    blank = Row("graph", "", batch, device.tokens, str(dtype).removeprefix("torch."))
     subject = Subject(device, images, blank)
     row = subject.row("forward, compiled", lambda: (torch.no_grad()(partial(torch.compile(model), images)), ""))
     return replace(subject, forward=row.median_s), replace(row, ratio_to_compiled=row.median_s and 1.0)

@@ -35,6 +35,16 @@ class Device:
     def name(self) -> str:
         return torch.cuda.get_device_name() if self.kind == "cuda" else "rehearsal"
 
+    @property
+    def side(self) -> int:
+        """Height and width of the images that ViT-B/16 explains, in pixels."""
+        return 64 if self.small else 224
+
+    @property
+    def tokens(self) -> int:
+        """Of such an image."""
+        return (self.side // 16) ** 2 + 1
+
     def left(self) -> float:
         """Seconds left of the run's time; below 0 once it is over."""
         return self.until - time.monotonic()

@@ -26,11 +26,11 @@ Saes = dict[str, dict[int, SparseAutoencoder]]
 
 def build(device: Device) -> tuple[nn.Module, Saes]:
     """ViT-B/16 and SAEs of three densities, in float32 on the CPU."""
-    model = subjects.vit(depth=4 if device.small else 12)
+    model = subjects.vit(device.side, 3 if device.small else 12)
     blocks = (0, 1) if device.small else BLOCKS
     features = 512 if device.small else 49_152
     saes: Saes = {}
-    for block, x in subjects.streams(model, blocks, subjects.images(2)).items():
+    for block, x in subjects.streams(model, blocks, subjects.images(2, device.side)).items():
         dictionary = subjects.Dictionary(x, features, seed=block)
         for level in (1700, 64):
             sae, _ = dictionary.relu(max(1.0, level * features / 49_152))
@@ -50,7 +50,7 @@ def rows(device: Device, built: tuple[nn.Module, Saes], names: list[str], dtype:
             sae.to(device=device.kind, dtype=dtype)
     compiled = None if device.small else torch.compile(model)
     for batch in (1,) if device.small else (1, 8, 32, 128):
-        images = subjects.images(batch).to(device.kind, dtype)
+        images = subjects.images(batch, device.side).to(device.kind, dtype)
         yield from _raced(device, model, compiled, saes, images, names)
 
 
@@ -64,7 +64,7 @@ def _raced(
             if backend == "reference" and name == "FGA relu 64":
                 continue  # it computes dense codes, which take the same time at any density
             ways[f"{name}, {backend}"] = partial(Explainer(model, layers, backend=backend), images)  # type: ignore[arg-type]
-    blank = Row("explainer", "", len(images), 197, str(images.dtype).removeprefix("torch."))
+    blank = Row("explainer", "", len(images), device.tokens, str(images.dtype).removeprefix("torch."))
     failed: list[Row] = []
     for name in list(ways):
         try:

@@ -16,6 +16,8 @@ CONTROLS: Mapping[str, str] = {
     "fga_shuffled": "FGA whose SAE decoders have their rows in another order, so features mean something else",
     "fga_no_sae": "FGA with gates of the gradient times the stream, without the SAE",
     "fga_no_sae_centred": "the same, less the mean of the patches",
+    "block_x_gradient_gated_shuffled": "block x gradient with gates of shuffled decoders",
+    "block_x_gradient_gated_no_sae": "block x gradient with gates of the gradient times the stream, without the SAE",
     "fga_activation_only": "FGA with gates of the features alone, without their gradient",
     "fga_gradient_only": "FGA with gates of the gradient alone, without the features",
 }

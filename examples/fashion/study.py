@@ -1,7 +1,7 @@
 """Measure which explanation of the demo model is the most faithful: all methods, all metrics, with statistics.
 
-    python -m examples.fashion.study --split tune --limit 120 --out examples/fashion/runs/tune
-    python -m examples.fashion.study --split report --out examples/fashion/runs/report
+    python -m examples.fashion.study --split tune --limit 120 --out docs/studies/fashion/tune
+    python -m examples.fashion.study --split report --out docs/studies/fashion/report
 
 Explains every garment of scenes made of test garments, which neither trained nor chose the model. Half of the scenes
 are for choosing ("tune": all candidates), the other half for what is published ("report": what won, with its baselines

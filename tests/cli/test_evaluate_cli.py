@@ -45,7 +45,7 @@ def sharp(batch: Batch) -> dict[str, Tensor]:
 @pytest.fixture(autouse=True)
 def _known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A few methods and two cheap metrics in place of the library's own."""
-    few = {name: METHODS[name] for name in ("transmm", "fga", "fga_shuffled", "random")}
+    few = {name: METHODS[name] for name in ("transmm", "block_x_gradient", "fga", "fga_shuffled", "random")}
     monkeypatch.setattr(command, "METHODS", few)
     cheap = {"sharp": Measure(sharp, {"sharp": True}), "inside": Measure(inside, {"inside": True}, needs_mask=True)}
     monkeypatch.setattr(command, "MEASURES", cheap)
@@ -61,7 +61,7 @@ def test_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert "the fashion demo model, 6 images (both), 16 questions" in said and "inside ↑" in said
     table = store.read("out")
-    assert table.num_rows == 16 * 4 * 2 and set(table.column("metric").to_pylist()) == {"sharp", "inside"}
+    assert table.num_rows == 16 * 5 * 2 and set(table.column("metric").to_pylist()) == {"sharp", "inside"}
     page = Path("out/report.html").read_text(encoding="utf-8")
     assert "fga-fast evaluate --out out" in page and "Trouser" in page and page.count("data:image/png") == 6 * 3
     before = Path("out/values.parquet").stat().st_mtime_ns
@@ -104,7 +104,7 @@ def test_without_autoencoders_their_methods_are_left_out(
     model = [".", "--model", "test_vit", "--random-weights", "--split", "both"]
     assert main(["evaluate", *model, "--out", "out", "--methods", "all"]) == 0
     rows = store.read("out").to_pylist()
-    assert {row["method"] for row in rows} == {"transmm", "random"}
+    assert {row["method"] for row in rows} == {"transmm", "block_x_gradient", "random"}
     capsys.readouterr()
     text = refused("evaluate", *model, "--methods", "transmm", "fga", "--out", "other")
     assert "--methods: fga needs autoencoders; give --sae BLOCK=PATH" in text and not Path("other").exists()
@@ -121,7 +121,10 @@ def test_without_autoencoders_their_methods_are_left_out(
         (["a", "--manifest", "b.csv"], "expected one folder, file or dataset, got several"),
         (["a"], "IMAGES: expected a folder of images, got a"),
         (["--manifest", "gone.csv"], "manifest: no file gone.csv"),
-        (["--methods", "grad"], "--methods: expected some of transmm, fga, fga_shuffled, random, got 'grad'"),
+        (
+            ["--methods", "grad"],
+            "--methods: expected some of transmm, block_x_gradient, fga, fga_shuffled, random, got 'grad'",
+        ),
         (["--method", "mine"], "--method: expected MODULE:FUNCTION, such as mine:my_map, got 'mine'"),
         (["--method", "json:nothing"], "--method: expected a function nothing in json"),
         (["--metrics", "sacco"], "metrics: expected some of sharp, inside, got 'sacco'"),

@@ -59,7 +59,7 @@ class Explainer:
         gate: how SAE scores become gates.
         method: "rollout", the pooled row of TransMM's R, never negative; "input_x_gradient", x . g at the tokens that
             enter the first block, signed, multiplied by the gates of all blocks with an SAE; or "block_x_gradient", the
-            mean of that over all blocks, each multiplied by the gates from there on.
+            mean of that over all blocks up to the last that is read, each multiplied by the gates from there on.
         backward: "exact", the model's own gradient; or "conservative", for which norms, activations' gates and
             attention maps are constants, so that contributions add up to the logit (see docs/conservative.md).
         backend: "native": C++ kernels on CPUs; on CUDA, CUDA kernels for attention and gate, and Triton for the score.
@@ -72,7 +72,8 @@ class Explainer:
         tokenizer: for dual encoders, so that targets may be text prompts: open_clip's or Hugging Face's.
         start_block: roll out the blocks from this one on only; relevance is that of the tokens that enter it.
         signed: keep the negative part of relevance maps, which speaks against the target. The others always are.
-        per_block: also report the relevance of the tokens that enter each block, as the result's `blocks`.
+        per_block: also report the relevance of the tokens that enter each block, as the result's `blocks`; that of
+            "block_x_gradient" is the mean from this block on.
         target_chunk: how many targets of an image are differentiated together; bounds the memory.
         start_layer: the old name of start_block.
 

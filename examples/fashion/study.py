@@ -30,6 +30,7 @@ from fga_fast.settings import Gate
 
 SEED = 3_000_003
 STEPS = {"tune": 4, "report": 8}  # patches flipped at a time
+GROUPS = 10  # of patches, for SaCo
 SUBSETS, SUBSET = 50, 20  # subsets of patches an image, and patches in each
 REPORTED = (
     "transmm", "fga", "fga_base2", "fga_no_sae", "fga_shuffled", "input_x_gradient_conservative", "block_x_gradient",
@@ -137,6 +138,14 @@ def flipping(step: int) -> Measure:
     return Measure(measure, {"pixel_flipping": False})
 
 
+def saco(batch: Batch) -> dict[str, Tensor]:
+    found = metrics.saco(
+        batch.model, batch.images, batch.targets, batch.maps, bins=GROUPS, grid=batch.grid,
+        probability=batch.probability, batch_size=batch.batch_size,
+    )  # fmt: skip
+    return {"saco": found}
+
+
 def correlation(batch: Batch) -> dict[str, Tensor]:
     found = metrics.faithfulness_correlation(
         batch.model, batch.images, batch.targets, batch.maps, runs=SUBSETS, subset_size=SUBSET, grid=batch.grid,
@@ -158,7 +167,7 @@ def main() -> None:
     else:
         methods |= {name: CANDIDATES[name] for name in WON}
     measured = {
-        "saco": MEASURES["saco"],
+        "saco": Measure(saco, {"saco": True}),
         "faithfulness_correlation": Measure(correlation, {"faithfulness_correlation": True}),
         "pixel_flipping": flipping(STEPS[arguments.split]),
         "localisation": MEASURES["localisation"],

@@ -165,7 +165,10 @@ def _own(text: str) -> tuple[str, Method]:
     folder = str(Path.cwd())
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    method = getattr(importlib.import_module(module), name, None)
+    try:
+        method = getattr(importlib.import_module(module), name, None)
+    except Exception as error:  # whatever a user's file does
+        raise ValueError(f"--method: cannot import {module}: {type(error).__name__}: {error}") from error
     if not callable(method):
         raise ValueError(f"--method: expected a function {name} in {module}, got {type(method).__name__}")
     return name, method

@@ -106,8 +106,15 @@ def _rows(file: Path) -> list[dict[str, Any]]:
         table: Any = need("pyarrow.parquet").read_table(file)
         rows: list[dict[str, Any]] = table.to_pylist()
         return rows
-    with file.open(newline="", encoding="utf-8-sig") as text:
-        read = list(csv.DictReader(text))
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as text:
+            reader = csv.DictReader(text)
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+            read = list(reader)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"manifest: {file.name} is not UTF-8 ({error.reason}); save it as UTF-8") from error
+    except csv.Error as error:
+        raise ValueError(f"manifest: {file.name} is no CSV file that can be read: {error}") from error
     for number, row in enumerate(read, start=1):
         if None in row:
             raise ValueError(
@@ -193,6 +200,8 @@ def from_huggingface(
     if label in data.features:
         own = getattr(data.features[label], "names", None)  # of a ClassLabel
         for row, value in enumerate(data[label]):
+            if value is None or value == -1:  # as datasets mark what has no label
+                continue
             text = own[value] if own is not None and class_names is not None else str(value)
             try:
                 targets[row] = _class(text, class_names)

@@ -84,7 +84,7 @@ def load(item: Item, preprocess: Preprocess | None, window: Window | None = None
     """Reads an item's image and mask as the model sees them.
 
     Raises:
-        ValueError: no `preprocess` for a picture, a mask or box that does not fit, no pixel of the object in view.
+        ValueError: no `preprocess` for a picture, a mask or box that does not fit.
         ImageFileError, FileNotFoundError: a file that cannot be read.
     """
     if isinstance(item.image, Tensor):
@@ -98,9 +98,8 @@ def load(item: Item, preprocess: Preprocess | None, window: Window | None = None
     # The object's pixels take the way of the image's pixels; between them there is nothing to interpolate.
     plain = replace(preprocess, mean=(0.0,), std=(1.0,), interpolation="nearest")
     mask = plain(_object(item, picture.size))[0] > 0.5
-    if not bool(mask.any()):
-        raise ValueError(f"mask: expected a pixel of the object in what the model sees of {item.key}, got none")
-    return Loaded(view, mask)
+    # An object that was cropped away is no reason to leave the image out of the other metrics.
+    return Loaded(view, mask if bool(mask.any()) else None)
 
 
 def view_of(item: Item, preprocess: Preprocess | None, window: Window | None = None) -> Image.Image:
@@ -130,12 +129,14 @@ def _object(item: Item, size: tuple[int, int]) -> Image.Image:
             if mask.size != size:
                 raise ValueError(f"mask: expected the size {size} of the image {item.key}, got {mask.size}")
             values = np.asarray(mask)  # of any mode: one bit, grey, numbers of a palette, colour
-        inside = values > 0 if values.ndim == 2 else values[..., :3].max(-1) > 0
+        colours = values.shape[-1] - (mask.mode in ("LA", "RGBA", "PA")) if values.ndim == 3 else 0
+        inside = values > 0 if values.ndim == 2 else values[..., :colours].max(-1) > 0  # without alpha
         return Image.fromarray(inside.astype(np.uint8) * 255)
     assert item.box is not None
     x0, y0, x1, y1 = item.box
     drawn = Image.new("L", size)
-    ImageDraw.Draw(drawn).rectangle((round(x0), round(y0), round(x1) - 1, round(y1) - 1), fill=255)
+    x0, y0 = round(x0), round(y0)
+    ImageDraw.Draw(drawn).rectangle((x0, y0, max(round(x1) - 1, x0), max(round(y1) - 1, y0)), fill=255)
     return drawn
 
 
@@ -146,10 +147,10 @@ def _tensor_mask(item: Item) -> Tensor | None:
         if not isinstance(item.mask, Tensor) or item.mask.shape != (height, width) or item.mask.dtype != torch.bool:
             got = getattr(item.mask, "shape", type(item.mask).__name__)
             raise ValueError(f"mask: expected a bool tensor [{height}, {width}] for {item.key}, got {got}")
-        return item.mask
+        return item.mask if bool(item.mask.any()) else None
     if item.box is None:
         return None
     x0, y0, x1, y1 = map(round, item.box)
     mask = torch.zeros(height, width, dtype=torch.bool)
-    mask[y0:y1, x0:x1] = True
-    return mask
+    mask[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)] = True
+    return mask if bool(mask.any()) else None

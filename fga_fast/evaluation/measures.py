@@ -51,18 +51,29 @@ class Measure:
 
 def _saco(batch: Batch) -> dict[str, Tensor]:
     patches = batch.maps.shape[2]
-    bins = min(10, patches) if batch.variant == "paper" else math.ceil(patches / 4)
+    bins = groups_of(patches) if batch.variant == "paper" else math.ceil(patches / 4)
     return {"saco": metrics.saco(*_asked(batch), bins=bins, variant=batch.variant, **_of_probability(batch))}
 
 
-def _correlation(batch: Batch) -> dict[str, Tensor]:
-    # Drawn here, by the image's name, so that an image's value does not depend on its neighbours in the batch.
-    patches, runs = batch.maps.shape[2], RUNS[batch.variant]
-    size = min(20, math.ceil(patches / 5))  # 20 of 196 and 10 of 49 patches, as in the author's runs
+def groups_of(patches: int) -> int:
+    """The number of groups of equal size that is nearest to 10, the smaller of two; see `metrics.saco`."""
+    fitting = [count for count in range(2, patches + 1) if patches % count == 0]
+    return min(fitting, key=lambda count: abs(count - 10))
+
+
+def subsets(batch: Batch, runs: int, size: int) -> Tensor:  # -> [runs, b, size] int64
+    """Patches drawn by the image's name, so that an image's value does not depend on its neighbours in the batch."""
+    patches = batch.maps.shape[2]
     drawn = torch.empty(runs, len(batch.keys), size, dtype=torch.int64)
     for place, key in enumerate(batch.keys):
         generator = torch.Generator("cpu").manual_seed(stable_number(key, "subsets", batch.seed))
         drawn[:, place] = torch.rand(runs, patches, generator=generator).argsort(1)[:, :size]
+    return drawn
+
+
+def _correlation(batch: Batch) -> dict[str, Tensor]:
+    size = min(20, math.ceil(batch.maps.shape[2] / 5))  # 20 of 196 and 10 of 49 patches, as in the author's runs
+    drawn = subsets(batch, RUNS[batch.variant], size)
     found = metrics.faithfulness_correlation(*_asked(batch), subsets=drawn, variant=batch.variant, **_how(batch))
     return {"faithfulness_correlation": found}
 
@@ -80,7 +91,8 @@ def _insertion_deletion(batch: Batch) -> dict[str, Tensor]:
 
 
 def _road(batch: Batch) -> dict[str, Tensor]:
-    found = metrics.road(*_asked(batch), seed=batch.seed, **_of_probability(batch))
+    seeds = [stable_number(key, "road", batch.seed) for key in batch.keys]
+    found = metrics.road(*_asked(batch), seed=seeds, **_of_probability(batch))
     return {"road_most_first": found.most_first, "road_least_first": found.least_first}
 
 

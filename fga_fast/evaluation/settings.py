@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
 import fga_fast
 from fga_fast.evaluation.group import Plan
 from fga_fast.evaluation.items import Item
-from fga_fast.evaluation.measures import RUNS
 from fga_fast.io.images import Preprocess
 from fga_fast.io.window import Window
 
@@ -29,7 +30,10 @@ def describe(
     return {
         "model": type(model).__name__,
         "weights": weights_of(model),
-        "saes": {str(block): weights_of(sae) for block, sae in sorted(plan.subject.saes.items())},
+        "saes": {
+            str(block): f"{weights_of(sae)}, {sae.activation}, k {sae.k}"
+            for block, sae in sorted(plan.subject.saes.items())
+        },
         "grid": plan.grid,
         "preprocess": None if preprocess is None else asdict(preprocess),
         "window": window,
@@ -43,9 +47,9 @@ def describe(
         "seeds": [*plan.subjects],
         "methods": {name: source_of(method) for name, method in plan.methods.items()},
         "metrics": {name: dict(measure.higher) for name, measure in plan.measures.items()},
+        "measures": {name: source_of(measure.run) for name, measure in plan.measures.items()},
         "variant": plan.variant,
         "probability": plan.probability,
-        "runs": RUNS[plan.variant],
         "device": plan.like.device.type,
         "dtype": str(plan.like.dtype).removeprefix("torch."),
         "fga_fast": fga_fast.__version__,
@@ -64,24 +68,52 @@ def weights_of(module: nn.Module) -> str:
 
 
 def source_of(function: Callable[..., Any]) -> str:
-    """A function's place, and a digest of its source where that is known, so that an edited one is another."""
+    """A function's place, and a digest of its module's file and of the constants that it was made with."""
     place = f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', repr(type(function)))}"
+    digest = hashlib.sha256("\n".join(_made_of(function, set())).encode())
+    return f"{place} {digest.hexdigest()[:8]}"
+
+
+def _made_of(value: Any, seen: set[int]) -> Iterator[str]:
+    """What a function, or a constant that it holds, can be told apart by."""
+    if not callable(value) or isinstance(value, type):
+        # An object without a repr of its own would differ from process to process.
+        plain = getattr(type(value), "__repr__", None) is object.__repr__
+        yield type(value).__qualname__ if plain else repr(value)
+        return
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, functools.partial):
+        for part in (value.func, *value.args, *sorted(value.keywords.items())):
+            yield from _made_of(part, seen)
+        return
+    yield getattr(value, "__qualname__", type(value).__qualname__)
     try:
-        source = inspect.getsource(function)
-    except (OSError, TypeError):
-        return place
-    return f"{place} {hashlib.sha256(source.encode()).hexdigest()[:8]}"
+        file = inspect.getsourcefile(value)
+    except TypeError:  # a built-in one
+        file = None
+    if file is not None and Path(file).is_file():
+        yield hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    held = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
+    held += [*(getattr(value, "__defaults__", None) or ()), *getattr(value, "__dict__", {}).values()]
+    for part in held:
+        yield from _made_of(part, seen)
 
 
 def _data(items: Sequence[Item]) -> str:
-    """A digest of which items there are, and what is asked about them; of files it knows the size alone."""
+    """A digest of which items there are, and what is asked about them; of files it knows size and time."""
     digest = hashlib.sha256()
     for item in items:
-        digest.update(repr((item.key, item.unit, item.target, item.box, item.mask is not None)).encode())
-        if isinstance(item.image, Path) and item.image.is_file():
-            digest.update(str(item.image.stat().st_size).encode())
-        elif isinstance(item.image, torch.Tensor):
-            digest.update(_bytes(item.image))
+        digest.update(repr((item.key, item.unit, item.target, item.box)).encode())
+        for source in (item.image, item.mask):
+            if isinstance(source, Path) and source.is_file():
+                state = source.stat()
+                digest.update(f"{state.st_size} {state.st_mtime_ns}".encode())
+            elif isinstance(source, torch.Tensor):
+                digest.update(_bytes(source))
+            elif isinstance(source, Image.Image):
+                digest.update(source.tobytes())
     return digest.hexdigest()[:16]
 
 

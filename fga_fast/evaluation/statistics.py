@@ -79,8 +79,8 @@ class Comparison(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """ "better", "worse" or "open", by the corrected Wilcoxon test at 5 %."""
-        if not self.wilcoxon_holm < 0.05:
+        """ "better" or "worse" by the corrected Wilcoxon test at 5 %; else, or if the mean contradicts it, "open"."""
+        if not self.wilcoxon_holm < 0.05 or self.rank_biserial * self.gain < 0:
             return "open"
         return "better" if self.rank_biserial > 0 else "worse"
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,13 +90,21 @@ class Store:
 
     def _tidy(self) -> None:
         """Deletes what a killed run left half-written, and parts that the one file holds."""
-        for folder in (self.folder, self._parts):
-            for left in folder.glob(".*.tmp"):
+        own = (f".{SETTINGS}.*.tmp", f".{VALUES}.*.tmp")
+        for left in (*(path for name in own for path in self.folder.glob(name)), *self._parts.glob(".*.parquet.*.tmp")):
+            if not _is_running(left):
                 left.unlink(missing_ok=True)
         if self.complete and self._parts.exists():
             for part in self._parts.glob("*.parquet"):
-                part.unlink()
-            self._parts.rmdir()
+                part.unlink(missing_ok=True)
+            with suppress(OSError):  # something of others is in it
+                self._parts.rmdir()
+
+
+def _is_running(temporary: Path) -> bool:
+    """Whether the process that writes this file, `.NAME.PID.RANDOM.tmp`, is there."""
+    number = temporary.name.split(".")[-3]
+    return number.isdecimal() and number != str(os.getpid()) and Path("/proc", number).exists()
 
 
 def _check_same(there: Mapping[str, Any], given: Mapping[str, Any], folder: Path) -> None:

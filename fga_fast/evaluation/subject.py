@@ -44,7 +44,8 @@ class Subject:
         Raises:
             TypeError, ValueError, RuntimeError: as `Explainer`.
         """
-        key = (gate, method, backward, per_block)
+        order = None if gate is None or gate.permutation is None else tuple(gate.permutation.tolist())
+        key = (gate, order, method, backward, per_block)
         if key not in self._explainers:
             self._explainers[key] = Explainer(
                 self.model, self.saes if gate else {}, gate=gate, method=method, backward=backward, layout=self.layout,

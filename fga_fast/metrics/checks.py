@@ -107,6 +107,8 @@ def targets_of(targets: Any, logits: Tensor) -> Tensor:  # [B, classes] -> [B] i
     batch, classes = logits.shape
     if targets is None:
         return logits.argmax(1)
+    if not batch:  # no image has told the number of classes
+        return logits.new_zeros(0, dtype=torch.int64)
     picked = torch.as_tensor(targets, device=logits.device)
     if picked.dtype == torch.bool or picked.is_floating_point() or picked.is_complex():
         raise TypeError(f"targets: expected None, an int or integers [B], got {picked.dtype}; convert with .long()")

@@ -50,9 +50,12 @@ def localisation(
     maps = as_maps(relevance, len(mask)).to(mask.device)
     pixels = _pixels(mask, image_size)
     rows, columns = grid_of(grid, maps.shape[2], (pixels.shape[1], pixels.shape[2]))
-    tiles = pixels.reshape(len(pixels), rows, -1, columns, pixels.shape[2] // columns)  # [B, gh, ph, gw, pw]
+    tall, wide = pixels.shape[1] // rows, pixels.shape[2] // columns
+    tiles = (
+        pixels.reshape(-1, rows, tall, columns, wide) if len(pixels) else pixels.new_zeros(0, rows, tall, columns, wide)
+    )
     covered = tiles.double().mean((2, 4)).flatten(1)  # [B, P]
-    middle = tiles[:, :, tiles.shape[2] // 2, :, tiles.shape[4] // 2].flatten(1)  # [B, P]
+    middle = tiles[:, :, tall // 2, :, wide // 2].flatten(1)  # [B, P]
     positive = maps.clamp(min=0)
     total = positive.sum(-1)
     inside = torch.where(total > 0, (positive * covered).sum(-1) / total.where(total > 0, 1), torch.nan)

@@ -89,8 +89,10 @@ def _grouped(model: nn.Module, stages: Sequence[str] | None) -> dict[str, list[n
     if not named:
         raise ValueError(f"model: expected a model with parameters to shuffle, got {type(model).__name__} without any")
     if stages is None:
-        stages = list(dict.fromkeys(_stage_of(name) for name, _ in reversed(named)))
-        return {stage: [weight for name, weight in named if _stage_of(name) == stage] for stage in stages}
+        start = _wrapping([name for name, _ in named])
+        of = {name: name[:start] + _stage_of(name[start:]) for name, _ in named}
+        stages = list(dict.fromkeys(of[name] for name, _ in reversed(named)))
+        return {stage: [weight for name, weight in named if of[name] == stage] for stage in stages}
     groups = {
         stage: [weight for name, weight in named if name == stage or name.startswith(f"{stage}.")] for stage in stages
     }
@@ -101,6 +103,17 @@ def _grouped(model: nn.Module, stages: Sequence[str] | None) -> dict[str, list[n
             f"{named[-1][0]}"
         )
     return groups
+
+
+def _wrapping(names: list[str]) -> int:
+    """How many characters all names start with that say nothing, such as "1." of a model behind a normalisation."""
+    start = 0
+    while all("." in name[start:] for name in names):
+        first = {name[start:].split(".")[0] for name in names}
+        if len(first) > 1:
+            break
+        start += len(first.pop()) + 1
+    return start if any("." in name[start:] for name in names) else 0
 
 
 def _stage_of(name: str) -> str:
@@ -114,7 +127,7 @@ def _stage_of(name: str) -> str:
 
 @contextmanager
 def _lent(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Gives the parameters their values back at the end, whatever happens."""
+    """Gives the parameters their values back at the end, also after an error or an interrupt inside."""
     kept = [parameter.detach().clone() for parameter in parameters]
     try:
         yield

@@ -35,7 +35,7 @@ def road(
     probability: Probability = "softmax",
     grid: tuple[int, int] | None = None,
     batch_size: int = 64,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
 ) -> Road:
     """The target's probability when shares of the patches are replaced by noisy linear imputation.
 
@@ -56,7 +56,8 @@ def road(
         probability: of the logits; "sigmoid" for a model whose classes do not exclude each other.
         grid: (rows, columns) of the patches; by default a square.
         batch_size: images in a forward pass, and images that are imputed at a time.
-        seed: of the noise, which is one picture for each image, the same on all devices.
+        seed: of the noise, which is one picture for each image, the same on all devices. With one seed for each image
+            the noise does not depend on an image's place in the batch.
 
     Raises:
         TypeError, ValueError: an argument is wrong; its name comes first.
@@ -74,10 +75,19 @@ def road(
     return Road(*(trial.shaped(part) for part in score.mean(0).chunk(2)))
 
 
-def _imputed(trial: Trial, noise: float, seed: int) -> Fill:
+def _imputed(trial: Trial, noise: float, seed: int | Sequence[int]) -> Fill:
     images = trial.images
-    generator = torch.Generator("cpu").manual_seed(seed)
-    drawn = torch.randn(images.shape, generator=generator, dtype=torch.float32, device="cpu")
+
+    def draw(seed: int, shape: torch.Size) -> Tensor:
+        generator = torch.Generator("cpu").manual_seed(seed)
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+    if isinstance(seed, int):
+        drawn = draw(seed, images.shape)
+    elif len(seed) == len(images):
+        drawn = torch.stack([draw(one, images.shape[1:]) for one in seed]) if len(images) else images.float().cpu()
+    else:
+        raise ValueError(f"seed: expected one, or one for each of the {len(images)} images, got {len(seed)}")
     added = (noise * drawn).to(images)
 
     def fill(owner: Tensor, removed: Tensor) -> Tensor:  # [b], [b, P]

@@ -41,7 +41,8 @@ def saco(
         images: normalised for the model, of its dtype and device.
         targets: None for the predicted class of the clean image, an int, or integers [B].
         relevance: one map an image, or those of M methods.
-        bins: number of groups, 2 to P. The author's runs have ceil(P / 4).
+        bins: number of groups, 2 to P. Take one that divides P: else the first groups have a patch more, and a random
+            map gets a SaCo above 0. The author's runs have ceil(P / 4).
         variant: "author" takes the drop of the largest probability, of whatever class.
         fill: what replaces patches, see `fills.fill_images`.
         probability: of the logits; "sigmoid" for a model whose classes do not exclude each other.

@@ -66,7 +66,7 @@ def find_reads(
             f"{passed.first} (torch.no_grad() or detach()), so no map holds all; explain a model that reads one side"
         )
     _check_first(passed, method, saes)
-    return Reads(blocks, deepest, bool(pools), _notices(passed, blocks, bool(pools), mixed))
+    return Reads(blocks, deepest, bool(pools), _notices(passed, method, blocks, bool(pools), mixed))
 
 
 def _walked(passed: ForwardPass, values: Tensor) -> tuple[tuple[int, ...], list[Node], bool]:
@@ -201,7 +201,7 @@ def _check_first(passed: ForwardPass, method: Method, saes: Iterable[int]) -> No
             raise TapeError(f"saes[{block}]: would gate nothing at block {block}, because {why}; remove the SAE")
 
 
-def _notices(passed: ForwardPass, blocks: tuple[int, ...], pool: bool, mixed: bool) -> tuple[str, ...]:
+def _notices(passed: ForwardPass, method: Method, blocks: tuple[int, ...], pool: bool, mixed: bool) -> tuple[str, ...]:
     found, count = [], len(passed.layout.blocks)
     if passed.first > passed.start:
         found.append(
@@ -213,6 +213,11 @@ def _notices(passed: ForwardPass, blocks: tuple[int, ...], pool: bool, mixed: bo
         found.append(f"{_named(idle)} did not run, or handed the tokens on unchanged")
     if not pool and blocks != (count - 1,):
         found.append(f"the explained values read the output of {_named(blocks)}: the rollout starts there")
+    if method == "block_x_gradient" and len(blocks) > 1:
+        found.append(
+            f"what the explained values read of {_named(blocks[:-1])} alone is missing from the maps of later blocks, "
+            "so the mean over blocks gives it too little weight; method='input_x_gradient' holds all"
+        )
     if mixed:
         found.append(
             "the explained values read attention after the blocks that the layout does not know of: the map leaves out "

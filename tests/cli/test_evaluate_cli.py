@@ -127,6 +127,7 @@ def test_without_autoencoders_their_methods_are_left_out(
         ),
         (["--method", "mine"], "--method: expected MODULE:FUNCTION, such as mine:my_map, got 'mine'"),
         (["--method", "json:nothing"], "--method: expected a function nothing in json"),
+        (["--method", "broken:map"], "--method: cannot import broken: SyntaxError"),
         (["--metrics", "sacco"], "metrics: expected some of sharp, inside, got 'sacco'"),
         (["--limit", "0"], "limit: expected at least 1 image, got 0"),
         (["--batch-size", "0"], "batch_size: expected at least 1, got 0"),
@@ -134,6 +135,7 @@ def test_without_autoencoders_their_methods_are_left_out(
     ],
 )
 def test_what_is_refused(refused: Refused, given: list[str], message: str) -> None:
+    Path("broken.py").write_text("def map(:")
     assert message in refused("evaluate", *given, "--out", "out")
     assert not Path("out").exists()
 

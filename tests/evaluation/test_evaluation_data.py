@@ -116,6 +116,11 @@ def test_mistakes_in_a_manifest(tmp_path: Path, text: str, message: str) -> None
 def test_names_need_a_model_that_has_them(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="names of the classes are not known, got 'cat'"):
         data.from_manifest(manifest(tmp_path, "image,target\na.png,cat\n"))
+    (tmp_path / "old.csv").write_bytes("image,target\nfü.png,1\n".encode("cp1252"))
+    with pytest.raises(ValueError, match=r"manifest: old\.csv is not UTF-8 .*; save it as UTF-8"):
+        data.from_manifest(tmp_path / "old.csv")
+    spaced = data.from_manifest(manifest(tmp_path, "image, target\na.png, 1\n"), NAMES)
+    assert spaced[0].target == 1
     with pytest.raises(FileNotFoundError, match="manifest: no file"):
         data.from_manifest(tmp_path / "gone.csv")
 
@@ -144,7 +149,8 @@ def test_a_hugging_face_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
 
     picture = Image.new("RGB", (8, 8), "blue")
     fake = ModuleType("datasets")
-    fake.load_dataset = lambda name, split: Data([{"image": picture, "label": 1}, {"image": 3, "label": 0}])  # type: ignore[attr-defined]
+    labelled = Data([{"image": picture, "label": 1}, {"image": 3, "label": 0}])
+    fake.load_dataset = lambda name, split: labelled  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", fake)
     first, second = data.from_huggingface("me/pets", NAMES)
     assert (first.key, first.target, second.target) == ("test/0", 0, 2)
@@ -152,6 +158,10 @@ def test_a_hugging_face_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load(first, PLAIN).image.shape == (3, 8, 8)
     with pytest.raises(ValueError, match="row 2, column image: expected a picture, got int"):
         load(second, PLAIN)
+    unlabelled = Data([{"image": picture, "label": -1}, {"image": picture, "label": None}])
+    monkeypatch.setattr(fake, "load_dataset", lambda name, split: unlabelled)
+    assert [one.target for one in data.from_huggingface("me/pets", NAMES)] == [None, None]
+    monkeypatch.setattr(fake, "load_dataset", lambda name, split: labelled)
     with pytest.raises(ValueError, match="row 2, column label: 'boat' is not among"):
         data.from_huggingface("me/pets", ("cat", "dog"))
     with pytest.raises(ValueError, match="dataset: expected a column photo in me/pets, got image, label"):
@@ -174,8 +184,13 @@ def test_masks_and_boxes_take_the_way_of_the_image(save: Callable[..., Path], tm
     for mode in (colour, Image.fromarray(inside > 0)):
         found = load(Item("a", path, mask=mode), PLAIN).mask
         assert found is not None and torch.equal(found, want)
-    with pytest.raises(ValueError, match="expected a pixel of the object in what the model sees of a, got none"):
-        load(Item("a", path, box=(0, 0, 4, 10)), PLAIN)
+    assert load(Item("a", path, box=(0, 0, 4, 10)), PLAIN).mask is None  # cropped away: no mask, but the image
+    assert load(Item("a", torch.zeros(3, 8, 8), box=(9, 9, 12, 12)), None).mask is None
+    narrow = load(Item("a", path, box=(10.2, 3, 10.4, 4)), PLAIN).mask
+    assert narrow is not None and bool(narrow.any())
+    white = np.stack([inside, np.full_like(inside, 255)], -1)
+    found = load(Item("a", path, mask=Image.fromarray(white, "LA")), PLAIN).mask  # alpha is no object
+    assert found is not None and torch.equal(found, want)
     with pytest.raises(ValueError, match=r"mask: expected the size \(20, 10\) of the image a, got \(4, 4\)"):
         load(Item("a", path, mask=Image.new("L", (4, 4))), PLAIN)
     with pytest.raises(ValueError, match="preprocess: expected a Preprocess for the picture a, got None"):

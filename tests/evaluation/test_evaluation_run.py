@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fga_fast.evaluation import store
 from fga_fast.evaluation.items import Item, half_of
 from fga_fast.evaluation.measures import Batch, Measure, measures
 from fga_fast.evaluation.run import choose, evaluate
+from fga_fast.evaluation.settings import source_of
 
 pytest.importorskip("pyarrow")
 GREY = Preprocess((8, 8), (0.5,) * 3, (0.5,) * 3)
@@ -110,6 +112,35 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "settings.json").unlink()
     with pytest.raises(ValueError, match=r"holds values without settings\.json"):
         small(tmp_path, items(3))
+
+
+def times(constant: float) -> Any:
+    def method(subject: Subject, images: Tensor, targets: Tensor) -> Tensor:
+        return constant * exact(subject, images, targets)
+
+    return method
+
+
+def test_constants_of_methods_and_metrics_are_settings(tmp_path: Path) -> None:
+    assert source_of(times(1.0)) == source_of(times(1.0)) != source_of(times(2.0))
+    assert source_of(partial(max, 1)) != source_of(partial(max, 2))
+    small(tmp_path, items(3), {"times": times(1.0)})
+    with pytest.raises(ValueError, match=r"methods\.times"):
+        small(tmp_path, items(3), {"times": times(2.0)})
+    other = {"extremes": Measure(partial(LARGEST["extremes"].run), LARGEST["extremes"].higher)}
+    with pytest.raises(ValueError, match=r"measures\.extremes"):
+        small(tmp_path, items(3), {"times": times(1.0)}, metrics=other)
+
+
+def test_files_of_others_stay(tmp_path: Path) -> None:
+    """Also a part that another process is writing."""
+    mine, theirs = tmp_path / ".notes.tmp", tmp_path / "parts" / f".000000.parquet.{os.getppid()}.ab12.tmp"
+    theirs.parent.mkdir()
+    for path in (mine, theirs):
+        path.write_bytes(b"")
+    (tmp_path / "settings.json").write_text("{}")
+    store.Store(tmp_path, {})
+    assert mine.exists() and theirs.exists()
 
 
 def test_a_broken_image_costs_one_row(tmp_path: Path) -> None:

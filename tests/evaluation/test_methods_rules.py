@@ -14,7 +14,7 @@ from explaining import PIXELS, Build, sae_for
 from subjects import Images
 from torch import Tensor, nn
 
-from fga_fast import SparseAutoencoder
+from fga_fast import Gate, SparseAutoencoder
 from fga_fast.evaluation.methods import METHODS, NEEDS_SAES, grad_cam, integrated_gradients, sae_part, sae_score
 from fga_fast.evaluation.subject import Subject
 from fga_fast.models.find import find_layout
@@ -168,11 +168,24 @@ def test_an_sae_after_the_last_block(tiny_vit: Build, images: Images) -> None:
     subject = Subject(model, {1: sae_for(model), 2: sae_for(model)})
     assert torch.equal(run("sae_score", subject, images), sae_score(1)(subject, *images))
     for method in (sae_score(), sae_part("error")):
-        with pytest.raises(ValueError, match=r"^sae_\w+: the only SAE is after the last block"):
+        with pytest.raises(ValueError, match=r"^sae_\w+: the only SAE is after block 2 or later"):
             method(Subject(model, {2: sae_for(model)}), *images)
     average = tiny_vit(global_pool="avg").double()
     subject = Subject(average, {2: sae_for(average)})
     assert bool((run("sae_score", subject, images) != 0).all())
+
+
+def test_float16_is_refused(tiny_vit: Build, images: Images) -> None:
+    subject = Subject(tiny_vit().half())
+    for name in ("grad_cam", "raw_attention", "legrad"):
+        with pytest.raises(ValueError, match="images: float16 is too narrow"):
+            run(name, subject, (images[0].half(), images[1]))
+
+
+def test_gates_with_permutations_have_explainers_of_their_own(make_subject: Make) -> None:
+    subject = make_subject()
+    first, second = (Gate(mode="shuffled", permutation=torch.arange(40).roll(shift)) for shift in (1, 2))
+    assert subject.explainer(first) is subject.explainer(first) is not subject.explainer(second)
 
 
 def test_errors_name_the_method(tiny_vit: Build, make_subject: Make, images: Images, monkeypatch: Any) -> None:

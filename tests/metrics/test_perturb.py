@@ -163,7 +163,23 @@ def test_functions_and_objects_with_logits() -> None:
 
 def test_no_images() -> None:
     assert flip(model(), images(0), maps(0)).shape == (0,)
-    assert metrics.saco(model(), images(0), 1 - 1, maps(2, 0), bins=3, grid=(2, 3)).shape == (2, 0)
+    for targets in (None, 3, []):
+        assert metrics.saco(model(), images(0), targets, maps(2, 0), bins=3, grid=(2, 3)).shape == (2, 0)
+    assert metrics.road(model(), images(0), 0, maps(2, 0), grid=(2, 3), seed=[]).most_first.shape == (2, 0)
+    mask = torch.zeros(0, *images(0).shape[2:], dtype=torch.bool)
+    assert metrics.localisation(maps(2, 0), mask, grid=(2, 3)).inside.shape == (2, 0)
+
+
+def test_noise_of_an_image_may_be_its_own() -> None:
+    """Whatever its place in the batch."""
+    pictures, relevance = images(), maps(2)
+    together = metrics.road(model(), pictures, 0, relevance, grid=(2, 3), seed=[7, 8])
+    alone = metrics.road(model(), pictures[1:], 0, relevance[1:], grid=(2, 3), seed=[8])
+    torch.testing.assert_close(together.most_first[1:], alone.most_first)
+    other = metrics.road(model(), pictures, 0, relevance, grid=(2, 3), seed=[8, 7])
+    assert not torch.equal(together.most_first, other.most_first)
+    with pytest.raises(ValueError, match="seed: expected one, or one for each of the 2 images, got 1"):
+        metrics.road(model(), pictures, 0, relevance, grid=(2, 3), seed=[7])
 
 
 def test_nothing_is_changed() -> None:

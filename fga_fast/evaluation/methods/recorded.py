@@ -68,7 +68,13 @@ class Record(NamedTuple):
 
 
 def usable(images: Tensor) -> Tensor:  # [B, channels, H, W] -> the same
-    """Images without a graph, that autograd takes: a copy of those made under torch.inference_mode()."""
+    """Images without a graph, that autograd takes: a copy of those made under torch.inference_mode().
+
+    Raises:
+        ValueError: float16, in which gradients may underflow; `Explainer` alone scales them.
+    """
+    if images.dtype == torch.float16:
+        raise ValueError("images: float16 is too narrow for the gradients of this method; use bfloat16 or float32")
     return images.clone() if images.is_inference() else images.detach()
 
 

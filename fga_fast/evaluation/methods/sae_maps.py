@@ -15,9 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fga_fast.evaluation.methods.recorded import record
+from fga_fast.evaluation.methods.recorded import Record, record
 from fga_fast.evaluation.subject import Method, Subject
-from fga_fast.models.layout import ModelLayout
 from fga_fast.settings import Backward, Gate
 
 
@@ -29,9 +28,11 @@ def sae_score(block: int | None = None) -> Method:
     """
 
     def method(subject: Subject, images: Tensor, targets: Tensor) -> Tensor:  # [B, channels, H, W] [B] -> [B, P]
-        explainer = subject.explainer(Gate())
-        where = _block("sae_score", subject, explainer.layout, block)
-        return explainer(images, targets).scores[where]
+        subject.check_saes("sae_score")
+        scores = subject.explainer(Gate())(images, targets).scores
+        # A block whose patches the head does not read has scores of 0, or of rounding.
+        where = _block("sae_score", subject, record(subject, images[:1], targets[:1]), block)
+        return scores[where]
 
     return method
 
@@ -47,8 +48,10 @@ def sae_part(
     """
 
     def method(subject: Subject, images: Tensor, targets: Tensor) -> Tensor:  # [B, channels, H, W] [B] -> [B, P]
-        where = _block(f"sae_{part}", subject, subject.explainer().layout, block)
-        found, sae = record(subject, images, targets, backward), subject.saes[where]
+        subject.check_saes(f"sae_{part}")
+        found = record(subject, images, targets, backward)
+        where = _block(f"sae_{part}", subject, found, block)
+        sae = subject.saes[where]
         x, g = found.after(where)  # [B, P, C]
         with torch.no_grad():
             reconstruction: Tensor = sae(x.to(sae.dtype)).to(x)
@@ -57,15 +60,13 @@ def sae_part(
     return method
 
 
-def _block(name: str, subject: Subject, layout: ModelLayout, block: int | None) -> int:
-    subject.check_saes(name)
-    blocks = sorted(subject.saes)
+def _block(name: str, subject: Subject, found: Record, block: int | None) -> int:
+    blocks, last, layout = sorted(subject.saes), found.deepest, found.layout
     if block is None:
-        last = len(layout.blocks) - 1
-        blocks = [b for b in blocks if b < last or layout.pooled[1] > layout.prefix_tokens]
+        blocks = [b for b in blocks if b < last or (b == last and layout.pooled[1] > layout.prefix_tokens)]
         if not blocks:
             raise ValueError(
-                f"{name}: the only SAE is after the last block, {last}, whose patches the head does not read; give an "
+                f"{name}: the only SAE is after block {last} or later, whose patches the head does not read; give an "
                 "SAE of an earlier block"
             )
         return blocks[-1]

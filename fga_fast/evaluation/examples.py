@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,11 +16,12 @@ from torch import Tensor
 
 from fga_fast.evaluation.group import grid_of, square
 from fga_fast.evaluation.items import Item, load, view_of
-from fga_fast.evaluation.statistics import gains, pivot
 from fga_fast.evaluation.subject import Method, Subject
 from fga_fast.io.images import Preprocess
 from fga_fast.io.window import Window
 from fga_fast.result.heatmap import paint
+
+logger = logging.getLogger(__name__)
 
 _SIDE = 224  # pixels of a picture, at least
 
@@ -55,33 +59,56 @@ def examples(
     """
     if len(methods) != 2:
         raise ValueError(f"methods: expected two to compare, got {len(methods)}")
-    pair = (*methods,)
-    found = pivot(table)
-    metric = (
-        next((name for name, values in found.items() if {*pair} <= {*values.of}), None) if metric is None else metric
-    )
-    if metric is None:
+    first, second = methods
+    found = _values(table, {first, second})
+    known = [name for name, of in found.items() if any({*values} == {first, second} for values in of.values())]
+    metric = next(iter(known), None) if metric is None else metric
+    if metric not in known:
         return []
-    gain = gains(found[metric], (pair[0], pair[1]), higher[metric])
-    order = [int(place) for place in np.argsort(-gain, kind="stable") if np.isfinite(gain[place])]
-    count = min(count, len(order) // 2)
+    gain = {
+        key: (values[first] - values[second]) * (1 if higher[metric] else -1)
+        for key, values in found[metric].items() if {*values} == {first, second}
+    }  # fmt: skip
+    best = sorted((item for item in items if item.key in gain), key=lambda item: -gain[item.key])
+    chosen = [(item, True) for item in _one_of_each(best)], [(item, False) for item in _one_of_each(best[::-1])]
+    count = min(count, len(chosen[0]) // 2)
     # Tables keep what was explained, also where it was the predicted class.
     asked = dict(zip(table.column("key").to_pylist(), table.column("target").to_pylist(), strict=True))
-    by_unit: dict[str, Item] = {}
-    for item in items:
-        if asked.get(item.key) is not None:
-            by_unit.setdefault(item.unit, item)
-    chosen = [(place, True) for place in order[:count]] + [(place, False) for place in order[::-1][:count]]
+    subject = dataclasses.replace(subject, seed=_first_seed(table))
     made = []
-    for place, best in chosen:
-        item = by_unit[found[metric].images[place]]
-        pictures = _pictures(item, asked[item.key], [*methods.values()], subject, preprocess, window)
-        made.append(
-            Example(
-                item.unit, class_name(asked[item.key]), float(gain[place]), best, metric, (pair[0], pair[1]), pictures
-            )
-        )
+    for item, is_best in (*chosen[0][:count], *chosen[1][:count]):
+        try:
+            pictures = _pictures(item, asked[item.key], [*methods.values()], subject, preprocess, window)
+        except Exception as error:  # a report without a picture is better than none
+            logger.warning("no example of %s: %s: %s", item.key, type(error).__name__, error)
+            continue
+        about = class_name(asked[item.key])
+        made.append(Example(item.unit, about, gain[item.key], is_best, metric, (first, second), pictures))
     return made
+
+
+def _values(table: Any, methods: set[str]) -> dict[str, dict[str, dict[str, float]]]:
+    """Metric -> key -> method -> value, with the first seed; without errors and NaN."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    names = ("metric", "key", "method", "value", "error", "seed")
+    seed = _first_seed(table)
+    for row in zip(*(table.column(name).to_pylist() for name in names), strict=True):
+        metric, key, method, value, error, its = row
+        if error is None and its == seed and method in methods and math.isfinite(value):
+            found.setdefault(metric, {}).setdefault(key, {})[method] = value
+    return found
+
+
+def _first_seed(table: Any) -> int:
+    return int(table.column("seed")[0].as_py()) if table.num_rows else 0
+
+
+def _one_of_each(items: Sequence[Item]) -> list[Item]:
+    """The first item of each image."""
+    found: dict[str, Item] = {}
+    for item in items:
+        found.setdefault(item.unit, item)
+    return list(found.values())
 
 
 def _pictures(

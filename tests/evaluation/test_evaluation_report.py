@@ -115,6 +115,11 @@ def test_the_examples_are_the_extremes(written: Written) -> None:
         assert Image.open(io.BytesIO(picture)).size == (224, 224)
     assert base64.b64encode(shown[0].pictures[1]).decode() in written.html.read_text(encoding="utf-8")
     assert examples(table, HIGHER, {"exact": exact, "none": seeded}, subject(), items(30)) == []
+
+    def broken(*_: object) -> Any:
+        raise OSError("gone")
+
+    assert examples(table, HIGHER, {"exact": broken, "seeded": seeded}, subject(), items(30), count=1) == []
     with pytest.raises(ValueError, match="methods: expected two to compare, got 1"):
         examples(table, HIGHER, {"exact": exact}, subject(), items(30))
 

@@ -66,6 +66,7 @@ KNOWN_WORDS = (
     "cannot tell from 1",
     "the head weighs",
     "the rollout starts there",
+    "the mean over blocks gives it too little weight",
     "a map is zero everywhere",
     "the rollout starts from what",
 )

@@ -63,13 +63,18 @@ class Textbook:
             if self.settings.method == "rollout":
                 page.relevance.append(self._rollout(d_maps, d_attended, gates, entry))
                 continue
-            products = self._patches(book.inputs[entry]) * self._patches(d_inputs[entry])  # [P, C]
-            result = Sum(products.sum(-1), products.abs().sum(-1))
-            for block in range(entry, shape.depth):
-                if block in gates:
-                    result = Sum(result.value * gates[block], result.scale * gates[block])
-            page.relevance.append(result)
+            last = shape.depth if shape.pool else max(read.depth for read in shape.reads)
+            later = range(entry, max(entry + 1, last) if self.settings.method == "block_x_gradient" else entry + 1)
+            found = [self._product(d_inputs, gates, block) for block in later]
+            mean = (torch.stack([getattr(one, name) for one in found]).mean(0) for name in ("value", "scale"))
+            page.relevance.append(Sum(*mean))
         return page
+
+    def _product(self, d_inputs: list[Tensor], gates: Mapping[int, Tensor], entry: int) -> Sum:
+        """x . g at the entry of a block, times the gates from there on."""
+        products = self._patches(self.book.inputs[entry]) * self._patches(d_inputs[entry])  # [P, C]
+        factor = math.prod((gate for block, gate in gates.items() if block >= entry), start=torch.ones(()).double())
+        return Sum(products.sum(-1) * factor, products.abs().sum(-1) * factor)
 
     def _gradients(self, value: Tensor) -> list[list[Tensor]]:
         """Of the value, with respect to maps, attended, inputs and outputs; zeros where it does not depend on them."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,28 +130,26 @@ def scenes(count: int) -> list[Item]:
 
 def flipping(step: int) -> Measure:
     def measure(batch: Batch) -> dict[str, Tensor]:
-        found = metrics.pixel_flipping(
-            batch.model, batch.images, batch.targets, batch.maps, step=step, normalise=True, grid=batch.grid,
-            probability=batch.probability, batch_size=batch.batch_size,
-        )  # fmt: skip
+        found = metrics.pixel_flipping(**asked(batch), step=step, normalise=True, probability=batch.probability)
         return {"pixel_flipping": found}
 
     return Measure(measure, {"pixel_flipping": False})
 
 
+def asked(batch: Batch) -> dict[str, Any]:
+    """What all metrics of the study take."""
+    return {
+        "model": batch.model, "images": batch.images, "targets": batch.targets, "relevance": batch.maps,
+        "grid": batch.grid, "batch_size": batch.batch_size,
+    }  # fmt: skip
+
+
 def saco(batch: Batch) -> dict[str, Tensor]:
-    found = metrics.saco(
-        batch.model, batch.images, batch.targets, batch.maps, bins=GROUPS, grid=batch.grid,
-        probability=batch.probability, batch_size=batch.batch_size,
-    )  # fmt: skip
-    return {"saco": found}
+    return {"saco": metrics.saco(**asked(batch), bins=GROUPS, probability=batch.probability)}
 
 
 def correlation(batch: Batch) -> dict[str, Tensor]:
-    found = metrics.faithfulness_correlation(
-        batch.model, batch.images, batch.targets, batch.maps, runs=SUBSETS, subset_size=SUBSET, grid=batch.grid,
-        batch_size=batch.batch_size, seed=batch.seed,
-    )  # fmt: skip
+    found = metrics.faithfulness_correlation(**asked(batch), runs=SUBSETS, subset_size=SUBSET, seed=batch.seed)
     return {"faithfulness_correlation": found}
 
 

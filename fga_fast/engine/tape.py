@@ -228,10 +228,8 @@ class Tape(FunctionMode):
         if self._rollout:
             self._rows[index] = self._carrier
             return None
-        if (
-            self._rows and not self._settings.at_every_block and index != self.passed.cuts[-1]
-        ):  # only of the first block
-            return None
+        if self._rows and not self._settings.at_every_block and index != self.passed.cuts[-1]:
+            return None  # only the first block's are wanted
         tokens = self.passed.stream
         x, replaced = replace_input(arguments, tokens, self._layout, self.passed.images, self.passed.where)
         out, (self._rows[index],) = self._tapped(x, None, Contribution())

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from fga_fast.evaluation.group import Plan
 from fga_fast.evaluation.items import Item
 from fga_fast.io.images import Preprocess
 from fga_fast.io.window import Window
+
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # differs from process to process
 
 
 def describe(
@@ -76,17 +80,18 @@ def source_of(function: Callable[..., Any]) -> str:
 
 def _made_of(value: Any, seen: set[int]) -> Iterator[str]:
     """What a function, or a constant that it holds, can be told apart by."""
+    if isinstance(value, (tuple, list, dict)):
+        for part in [*value.items()] if isinstance(value, dict) else value:
+            yield from _made_of(part, seen)
+        return
     if not callable(value) or isinstance(value, type):
-        # An object without a repr of its own would differ from process to process.
-        plain = getattr(type(value), "__repr__", None) is object.__repr__
-        yield type(value).__qualname__ if plain else repr(value)
+        yield _ADDRESS.sub("", repr(value))
         return
     if id(value) in seen:
         return
     seen.add(id(value))
     if isinstance(value, functools.partial):
-        for part in (value.func, *value.args, *sorted(value.keywords.items())):
-            yield from _made_of(part, seen)
+        yield from _made_of((value.func, value.args, value.keywords), seen)
         return
     yield getattr(value, "__qualname__", type(value).__qualname__)
     try:
@@ -95,10 +100,10 @@ def _made_of(value: Any, seen: set[int]) -> Iterator[str]:
         file = None
     if file is not None and Path(file).is_file():
         yield hashlib.sha256(Path(file).read_bytes()).hexdigest()
-    held = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
-    held += [*(getattr(value, "__defaults__", None) or ()), *getattr(value, "__dict__", {}).values()]
-    for part in held:
-        yield from _made_of(part, seen)
+    for cell in getattr(value, "__closure__", None) or ():
+        with suppress(ValueError):  # empty
+            yield from _made_of(cell.cell_contents, seen)
+    yield from _made_of((getattr(value, "__defaults__", None), getattr(value, "__dict__", None)), seen)
 
 
 def _data(items: Sequence[Item]) -> str:

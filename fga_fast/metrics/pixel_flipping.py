@@ -47,10 +47,9 @@ def pixel_flipping(
         variant: "paper" takes what replaces patches from the clean image. "author" takes the mean of the image as it is
             before each step, with the patches that are already replaced; it removes one patch at a time and needs
             `fill="mean"`.
-        step: patches removed at a time; more of them need fewer forward passes.
+        step: patches removed at a time.
         order: the most relevant patches first, the least relevant ones (then higher is better), or those nearest to 0.
-        output: the curve is the target's probability or its logit (then no range is known).
-        normalise: divide by the number of patches.
+        output: the curve is the target's probability or its logit (no range is known). `normalise` divides by P.
         fill: what replaces patches, see `fills.fill_images`.
         probability: of the logits; "sigmoid" for a model whose classes do not exclude each other.
         grid: (rows, columns) of the patches; by default a square.

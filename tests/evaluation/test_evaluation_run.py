@@ -124,6 +124,10 @@ def times(constant: float) -> Any:
 def test_constants_of_methods_and_metrics_are_settings(tmp_path: Path) -> None:
     assert source_of(times(1.0)) == source_of(times(1.0)) != source_of(times(2.0))
     assert source_of(partial(max, 1)) != source_of(partial(max, 2))
+    # Also in containers; where an object lies in memory is no setting.
+    assert source_of(partial(max, key=times(1.0))) == source_of(partial(max, key=times(1.0)))
+    assert source_of(partial(max, [times(1.0)])) != source_of(partial(max, [times(2.0)]))
+    assert source_of(partial(max, object())) == source_of(partial(max, object()))
     small(tmp_path, items(3), {"times": times(1.0)})
     with pytest.raises(ValueError, match=r"methods\.times"):
         small(tmp_path, items(3), {"times": times(2.0)})

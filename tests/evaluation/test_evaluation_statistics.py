@@ -92,6 +92,15 @@ def test_verdicts() -> None:
     assert verdicts["own", "transmm", "down"] == "worse" and verdicts["own", "transmm", "up"] == "open"
 
 
+def test_a_verdict_does_not_contradict_the_mean() -> None:
+    """90 images a little better, 10 a lot worse: ranks say better, the mean says worse, so nothing is said."""
+    better = [0.5 + 0.001 * n for n in range(90)] + [-5.0 - n for n in range(10)]
+    values = {"up": {"fga": better, "transmm": [0.4] * 100}}
+    (one,) = st.analyse(made(values), {"up": True}, ("transmm",), resamples=0).comparisons
+    assert one.wilcoxon_holm < 0.001 and one.rank_biserial > 0 > one.gain
+    assert one.verdict == "open"
+
+
 def test_an_image_counts_once() -> None:
     """Two questions with two seeds each are averaged, over those for which both methods have a value."""
     rows = []

@@ -125,6 +125,13 @@ def test_randomisation_goes_from_the_head_down() -> None:
     assert not torch.equal(metrics.randomisation(explain, model, images, seed=1).cascade, found.cascade)
 
 
+def test_a_wrapped_model_has_the_same_stages() -> None:
+    model, images = Deep(), torch.randn(2, 3, 2, 2)
+    found = metrics.randomisation(pooled, torch.nn.Sequential(torch.nn.Identity(), model).eval(), images)
+    assert found.stages == ("1.head", "1.blocks.1", "1.blocks.0", "1.token")
+    assert metrics.randomisation(pooled, torch.nn.Sequential(torch.nn.Linear(2, 2)).eval(), images).stages == ("0",)
+
+
 def test_a_map_that_ignores_the_model_is_caught() -> None:
     found = metrics.randomisation(pooled, Deep(), torch.randn(2, 3, 2, 2))
     torch.testing.assert_close(found.whole, torch.ones(2, dtype=torch.float64))

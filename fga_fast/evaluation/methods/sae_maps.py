@@ -15,8 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fga_fast.evaluation.methods.recorded import Record, record
+from fga_fast.evaluation.methods.recorded import follow, record, usable
 from fga_fast.evaluation.subject import Method, Subject
+from fga_fast.models.layout import ModelLayout
 from fga_fast.settings import Backward, Gate
 
 
@@ -29,10 +30,11 @@ def sae_score(block: int | None = None) -> Method:
 
     def method(subject: Subject, images: Tensor, targets: Tensor) -> Tensor:  # [B, channels, H, W] [B] -> [B, P]
         subject.check_saes("sae_score")
-        scores = subject.explainer(Gate())(images, targets).scores
-        # A block whose patches the head does not read has scores of 0, or of rounding.
-        where = _block("sae_score", subject, record(subject, images[:1], targets[:1]), block)
-        return scores[where]
+        explainer = subject.explainer(Gate())
+        with torch.inference_mode(False), torch.enable_grad():  # what the head reads is the same for all images
+            deepest = follow(subject, usable(images[:1]), targets[:1]).reads.deepest
+        where = _block("sae_score", subject, deepest, explainer.layout, block)
+        return explainer(images, targets).scores[where]
 
     return method
 
@@ -50,7 +52,7 @@ def sae_part(
     def method(subject: Subject, images: Tensor, targets: Tensor) -> Tensor:  # [B, channels, H, W] [B] -> [B, P]
         subject.check_saes(f"sae_{part}")
         found = record(subject, images, targets, backward)
-        where = _block(f"sae_{part}", subject, found, block)
+        where = _block(f"sae_{part}", subject, found.deepest, found.layout, block)
         sae = subject.saes[where]
         x, g = found.after(where)  # [B, P, C]
         with torch.no_grad():
@@ -60,8 +62,8 @@ def sae_part(
     return method
 
 
-def _block(name: str, subject: Subject, found: Record, block: int | None) -> int:
-    blocks, last, layout = sorted(subject.saes), found.deepest, found.layout
+def _block(name: str, subject: Subject, last: int, layout: ModelLayout, block: int | None) -> int:
+    blocks = sorted(subject.saes)
     if block is None:
         blocks = [b for b in blocks if b < last or (b == last and layout.pooled[1] > layout.prefix_tokens)]
         if not blocks:

@@ -21,8 +21,8 @@ from torch import Tensor
 from examples.fashion.data import load_garments, make_scenes
 from fga_fast import metrics
 from fga_fast.assets import fashion_config, fashion_model, fashion_saes
+from fga_fast.dataset.items import Item
 from fga_fast.evaluation import report
-from fga_fast.evaluation.items import Item
 from fga_fast.evaluation.measures import MEASURES, Batch, Measure
 from fga_fast.evaluation.methods import METHODS
 from fga_fast.evaluation.run import evaluate

@@ -15,6 +15,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import nn
 
+from fga_fast.dataset.items import Item
 from fga_fast.models.timm_import import import_timm
 from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
 
@@ -74,6 +75,23 @@ def fashion_saes() -> dict[int, SparseAutoencoder]:
 def fashion_scenes() -> list[Path]:
     """Held-out test scenes as 56 x 56 PNG files; `scenes.json` beside them names their garments and boxes."""
     return sorted(_file("scenes").glob("*.png"))
+
+
+def fashion_items() -> list[Item]:
+    """The scenes as items: one for each of the sixteen garments, with its box."""
+    paths = {path.name: path for path in fashion_scenes()}
+    about = json.loads(_file("scenes/scenes.json").read_text(encoding="utf-8"))
+    return [
+        Item(
+            f"{scene['file']}#{one['name']}",
+            paths[scene["file"]],
+            one["class"],
+            box=(*one["box"],),
+            group=scene["file"],
+        )
+        for scene in about["scenes"]
+        for one in scene["garments"]
+    ]
 
 
 def _file(name: str) -> Path:

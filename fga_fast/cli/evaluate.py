@@ -9,12 +9,14 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from fga_fast.assets import fashion_items
 from fga_fast.cli import arguments
 from fga_fast.cli.subject import Subject as Loaded
 from fga_fast.cli.subject import load_subject
-from fga_fast.evaluation import data, report, store, wording
+from fga_fast.dataset import sources
+from fga_fast.dataset.items import Item
+from fga_fast.evaluation import report, store, wording
 from fga_fast.evaluation.examples import examples
-from fga_fast.evaluation.items import Item
 from fga_fast.evaluation.measures import MEASURES, flat
 from fga_fast.evaluation.methods import METHODS, NEEDS_SAES
 from fga_fast.evaluation.report import Written
@@ -123,18 +125,18 @@ def _items(args: argparse.Namespace, loaded: Loaded) -> list[Item]:
     if sum(given) > 1 or len(args.images) > 1:
         raise ValueError("IMAGES, --manifest, --dataset: expected one folder, file or dataset, got several; choose one")
     if args.manifest is not None:
-        return data.from_manifest(args.manifest, names)
+        return sources.from_manifest(args.manifest, names)
     if args.dataset is not None:
         name, _, part = args.dataset.partition(":")
-        return data.from_huggingface(name, names, split=part or "test")
+        return sources.from_huggingface(name, names, split=part or "test")
     if args.images:
-        return data.from_folder(args.images[0], names)
+        return sources.from_folder(args.images[0], names)
     if args.model is not None:
         raise ValueError(
             "IMAGES: expected a folder of images, --manifest FILE or --dataset NAME to evaluate with --model, got "
             "none; IMAGES comes first, before options that take several words"
         )
-    return data.from_scenes()
+    return fashion_items()
 
 
 def _methods(args: argparse.Namespace, saes: bool) -> dict[str, Method]:

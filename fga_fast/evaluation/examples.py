@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fga_fast.dataset.items import Item, load, view_of
 from fga_fast.evaluation.group import grid_of, square
-from fga_fast.evaluation.items import Item, load, view_of
 from fga_fast.evaluation.subject import Method, Subject
 from fga_fast.io.images import Preprocess
 from fga_fast.io.window import Window

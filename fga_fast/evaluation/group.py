@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from fga_fast.evaluation.items import Item, Loaded, half_of
+from fga_fast.dataset.items import Item, Loaded, half_of
 from fga_fast.evaluation.measures import Batch, Measure
 from fga_fast.evaluation.store import Row
 from fga_fast.evaluation.subject import Method, Subject

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fga_fast import metrics
-from fga_fast.evaluation.items import stable_number
+from fga_fast.dataset.items import stable_number
 from fga_fast.metrics.checks import Variant
 from fga_fast.metrics.perturb import Probability
 

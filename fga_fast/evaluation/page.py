@@ -1,8 +1,7 @@
-"""The HTML report: one file without scripts and without a request to anywhere, light or dark as the reader's system."""
+"""The HTML report: one file without scripts."""
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from html import escape
 
@@ -10,24 +9,13 @@ from fga_fast.evaluation import wording
 from fga_fast.evaluation.examples import Example
 from fga_fast.evaluation.plots import Dot, dots
 from fga_fast.evaluation.wording import COLUMNS, Facts
+from fga_fast.result.page import page, png_url
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1d2329; --paper: #ffffff; --soft: #f2f4f6; --line: #c9d0d6; --dim: #56616b;
-  --strong: #0a6d4f; --warm: #9a4a00 }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6eaee; --paper: #14181c; --soft: #1f262c; --line: #3b454e;
-  --dim: #a3afba; --strong: #5fd3a8; --warm: #f0a860 } }
-body { margin: 0 auto; padding: 1.5rem; max-width: 76rem; color: var(--ink); background: var(--paper);
-  font: 16px/1.5 system-ui, sans-serif }
-h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.2rem }
-.wide { overflow-x: auto }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
-th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
-thead th { background: var(--soft) }
 td small { display: block; color: var(--dim); white-space: nowrap }
 .best { font-weight: 700; color: var(--strong) } .worse { color: var(--warm) } .better { color: var(--strong) }
 .tag { font-size: .75rem; color: var(--dim); border: 1px solid var(--line); border-radius: .6rem; padding: 0 .4rem }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(28rem, 100%), 1fr)); gap: 1rem 2rem }
-figure { margin: 0 } figcaption { color: var(--dim); font-size: .9rem }
 .plot { width: 100%; height: auto } .plot text { fill: var(--ink); font-size: 12px }
 .plot .label { text-anchor: end } .plot .tick { text-anchor: middle; fill: var(--dim) }
 .plot line { stroke: var(--ink); stroke-width: 2 } .plot .grid { stroke: var(--line); stroke-width: 1 }
@@ -37,13 +25,10 @@ figure { margin: 0 } figcaption { color: var(--dim); font-size: .9rem }
 .examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(34rem, 100%), 1fr)); gap: 1.2rem }
 .three { display: grid; grid-template-columns: repeat(3, 1fr); gap: .4rem; font-size: .85rem; color: var(--dim) }
 .three img { width: 100%; display: block }
-dt { font-weight: 600; margin-top: .7rem } dd { margin: 0; max-width: 62rem }
-pre { background: var(--soft); padding: .8rem; overflow-x: auto; white-space: pre-wrap; word-break: break-word }
-@media print { body { max-width: none } }
 """
 
 
-def page(facts: Facts, examples: Sequence[Example] = ()) -> str:
+def report_page(facts: Facts, examples: Sequence[Example] = ()) -> str:
     """The whole page."""
     settings = facts.settings
     split = {"both": "both halves"}.get(settings["split"], f"the half '{settings['split']}'")
@@ -52,15 +37,13 @@ def page(facts: Facts, examples: Sequence[Example] = ()) -> str:
         f"images of {split}, model {settings['model']}."
     )
     parts = [
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><title>Evaluation</title>',
-        f"<style>{_STYLE}</style></head><body><main><h1>Evaluation</h1><p>{escape(summary)}</p>",
+        f"<p>{escape(summary)}</p>",
         "<h2>Means</h2>", _means(facts), "<h2>Plots</h2>", _plots(facts), "<h2>Comparisons</h2>", _comparisons(facts),
         _examples(examples), "<h2>How to read this</h2>", _list(wording.sentences(facts)), "<h2>Settings</h2>",
         _list({name: str(value) for name, value in settings.items()}),
-        f"<h2>Command</h2><pre>{escape(facts.command)}</pre>" if facts.command else "", "</main></body></html>\n",
+        f"<h2>Command</h2><pre>{escape(facts.command)}</pre>" if facts.command else "",
     ]  # fmt: skip
-    return "".join(parts)
+    return page("Evaluation", "".join(parts), _STYLE)
 
 
 def _means(facts: Facts) -> str:
@@ -141,16 +124,11 @@ def _examples(examples: Sequence[Example]) -> str:
 def _example(one: Example) -> str:
     names = ("image", *one.methods)
     pictures = "".join(
-        f'<span><img alt="{escape(f"{name}, {one.name}")}" src="data:image/png;base64,{_encoded(picture)}">'
-        f"{escape(name)}</span>"
+        f'<span><img alt="{escape(f"{name}, {one.name}")}" src="{png_url(picture)}">{escape(name)}</span>'
         for name, picture in zip(names, one.pictures, strict=True)
     )
     about = f"{one.name}: {one.about}, gain {wording.number(one.gain)}"
     return f'<figure><div class="three">{pictures}</div><figcaption>{escape(about)}</figcaption></figure>'
-
-
-def _encoded(picture: bytes) -> str:
-    return base64.b64encode(picture).decode("ascii")
 
 
 def _list(entries: dict[str, str]) -> str:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from fga_fast.evaluation import store, wording
 from fga_fast.evaluation.examples import Example
 from fga_fast.evaluation.measures import flat
-from fga_fast.evaluation.page import page
+from fga_fast.evaluation.page import report_page
 from fga_fast.evaluation.statistics import BASELINES, analyse
 from fga_fast.evaluation.wording import COLUMNS, CONTROLS, Facts
 from fga_fast.io.atomic import atomic_write
@@ -48,7 +48,7 @@ def write(
     run = {name: what for name, what in controls.items() if name in settings["methods"]}
     reasons = Counter(error for error in table.column("error").to_pylist() if error is not None)
     facts = Facts(analysis, settings, command, run, reasons)
-    html = atomic_write(out / "report.html", page(facts, examples).encode())
+    html = atomic_write(out / "report.html", report_page(facts, examples).encode())
     return Written(html, atomic_write(out / "report.md", markdown(facts).encode()), facts)
 
 

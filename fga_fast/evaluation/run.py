@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from fga_fast.dataset.items import Item, Loaded, check_items, half_of, load, stable_number
 from fga_fast.evaluation.group import Failure, Plan, failure_of, grid_of, rows_of
-from fga_fast.evaluation.items import Item, Loaded, check_items, half_of, load, stable_number
 from fga_fast.evaluation.measures import Measure, measures
 from fga_fast.evaluation.settings import describe
 from fga_fast.evaluation.store import Store

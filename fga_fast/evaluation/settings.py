@@ -17,8 +17,8 @@ from PIL import Image
 from torch import nn
 
 import fga_fast
+from fga_fast.dataset.items import Item
 from fga_fast.evaluation.group import Plan
-from fga_fast.evaluation.items import Item
 from fga_fast.io.images import Preprocess
 from fga_fast.io.window import Window
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fga_fast.evaluation.extras import need
+from fga_fast.dataset.extras import need
 
 Numbers: TypeAlias = npt.NDArray[np.float64]
 BASELINES = ("transmm", "fga")

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fga_fast.evaluation.extras import need
+from fga_fast.dataset.extras import need
 from fga_fast.io.atomic import atomic_write, check_writable_folder
 from fga_fast.io.json_file import read_json
 

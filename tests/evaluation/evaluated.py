@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fga_fast.evaluation.items import Item
+from fga_fast.dataset.items import Item
 from fga_fast.evaluation.measures import Batch, Measure
 from fga_fast.evaluation.run import evaluate
 from fga_fast.evaluation.subject import Subject

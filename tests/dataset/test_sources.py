@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from fga_fast import Preprocess
-from fga_fast.evaluation import data
-from fga_fast.evaluation.items import Item, load, view_of
+from fga_fast.assets import fashion_items
+from fga_fast.dataset import sources
+from fga_fast.dataset.items import Item, load, view_of
 
 NAMES = ("cat", "dog, hound", "boat")
 PLAIN = Preprocess((8, 8), (0.5,) * 3, (0.5,) * 3)
@@ -36,27 +37,27 @@ def test_folders(save: Callable[..., Path], tmp_path: Path) -> None:
     for name in ("cat/b.png", "cat/a.png", "Hound/a.png", "2/a.png", ".git/a.png"):
         save(name)
     (tmp_path / "2" / "notes.txt").write_text("")
-    found = data.from_folder(tmp_path, NAMES)
+    found = sources.from_folder(tmp_path, NAMES)
     assert [(one.key, one.target) for one in found] == [
         ("2/a.png", 2), ("Hound/a.png", 1), ("cat/a.png", 0), ("cat/b.png", 0),
     ]  # fmt: skip
     with pytest.raises(ValueError, match=r"got 1 that are and 2 that are not, such as Hound \(expected a class number"):
-        data.from_folder(tmp_path)
+        sources.from_folder(tmp_path)
     save("day/c.png")
     with pytest.raises(ValueError, match=r"3 that are and 1 that are not, such as day .*--manifest FILE"):
-        data.from_folder(tmp_path, NAMES)
-    assert [one.target for one in data.from_folder(tmp_path / "day", NAMES)] == [None]
+        sources.from_folder(tmp_path, NAMES)
+    assert [one.target for one in sources.from_folder(tmp_path / "day", NAMES)] == [None]
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"IMAGES: no image in .*empty"):
-        data.from_folder(tmp_path / "empty")
+        sources.from_folder(tmp_path / "empty")
     with pytest.raises(NotADirectoryError, match="IMAGES: expected a folder"):
-        data.from_folder(tmp_path / "gone")
+        sources.from_folder(tmp_path / "gone")
 
 
 def test_sub_folders_that_are_no_classes(save: Callable[..., Path], tmp_path: Path) -> None:
     for name in ("monday/a.png", "tuesday/a.png", "a.png"):
         save(name)
-    found = data.from_folder(tmp_path, NAMES)
+    found = sources.from_folder(tmp_path, NAMES)
     assert [(one.key, one.target) for one in found] == [
         ("a.png", None),
         ("monday/a.png", None),
@@ -72,7 +73,7 @@ def manifest(tmp_path: Path, text: str) -> Path:
 
 def test_a_manifest(tmp_path: Path) -> None:
     text = "image,target,mask,x0,y0,x1,y1\na.png,hound,,1,2,3,4\nb.png,0,m.png,,,,\na.png,,,,,,\n"
-    found = data.from_manifest(manifest(tmp_path, text), NAMES)
+    found = sources.from_manifest(manifest(tmp_path, text), NAMES)
     assert [(one.key, one.unit, one.target, one.box) for one in found] == [
         ("a.png", "a.png", 1, (1, 2, 3, 4)), ("b.png", "b.png", 0, None), ("a.png#2", "a.png", None, None),
     ]  # fmt: skip
@@ -84,7 +85,7 @@ def test_a_parquet_manifest(tmp_path: Path) -> None:
     path = tmp_path / "list.parquet"
     columns = {"image": ["a.png", "b.png"], "target": [2.0, float("nan")], "x0": [0, None], "y0": [0, None]}
     parquet.write_table(arrow.table({**columns, "x1": [1.5, None], "y1": [2, None]}), path)
-    first, second = data.from_manifest(path, NAMES)
+    first, second = sources.from_manifest(path, NAMES)
     assert (first.target, first.box, second.target, second.box) == (2, (0, 0, 1.5, 2), None, None)
 
 
@@ -110,23 +111,23 @@ def test_a_parquet_manifest(tmp_path: Path) -> None:
 )
 def test_mistakes_in_a_manifest(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        data.from_manifest(manifest(tmp_path, text), NAMES)
+        sources.from_manifest(manifest(tmp_path, text), NAMES)
 
 
 def test_names_need_a_model_that_has_them(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="names of the classes are not known, got 'cat'"):
-        data.from_manifest(manifest(tmp_path, "image,target\na.png,cat\n"))
+        sources.from_manifest(manifest(tmp_path, "image,target\na.png,cat\n"))
     (tmp_path / "old.csv").write_bytes("image,target\nfü.png,1\n".encode("cp1252"))
     with pytest.raises(ValueError, match=r"manifest: old\.csv is not UTF-8 .*; save it as UTF-8"):
-        data.from_manifest(tmp_path / "old.csv")
-    spaced = data.from_manifest(manifest(tmp_path, "image, target\na.png, 1\n"), NAMES)
+        sources.from_manifest(tmp_path / "old.csv")
+    spaced = sources.from_manifest(manifest(tmp_path, "image, target\na.png, 1\n"), NAMES)
     assert spaced[0].target == 1
     with pytest.raises(FileNotFoundError, match="manifest: no file"):
-        data.from_manifest(tmp_path / "gone.csv")
+        sources.from_manifest(tmp_path / "gone.csv")
 
 
 def test_the_shipped_scenes() -> None:
-    found = data.from_scenes()
+    found = fashion_items()
     assert len(found) == 16 and len({one.unit for one in found}) == 6
     assert (found[0].key, found[0].target, found[0].box) == ("scene_0.png#Trouser", 1, (37, 27, 48, 56))
     loaded = load(found[0], Preprocess((56, 56)))
@@ -136,7 +137,7 @@ def test_the_shipped_scenes() -> None:
 def test_a_hugging_face_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match="datasets is missing, which is needed here: pip install 'datasets'"):
-        data.from_huggingface("me/pets")
+        sources.from_huggingface("me/pets")
 
     class Label:
         names = ("boat", "cat")
@@ -152,20 +153,20 @@ def test_a_hugging_face_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
     labelled = Data([{"image": picture, "label": 1}, {"image": 3, "label": 0}])
     fake.load_dataset = lambda name, split: labelled  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", fake)
-    first, second = data.from_huggingface("me/pets", NAMES)
+    first, second = sources.from_huggingface("me/pets", NAMES)
     assert (first.key, first.target, second.target) == ("test/0", 0, 2)
-    assert [one.target for one in data.from_huggingface("me/pets")] == [1, 0]  # classes of the model by number
+    assert [one.target for one in sources.from_huggingface("me/pets")] == [1, 0]  # classes of the model by number
     assert load(first, PLAIN).image.shape == (3, 8, 8)
     with pytest.raises(ValueError, match="row 2, column image: expected a picture, got int"):
         load(second, PLAIN)
     unlabelled = Data([{"image": picture, "label": -1}, {"image": picture, "label": None}])
     monkeypatch.setattr(fake, "load_dataset", lambda name, split: unlabelled)
-    assert [one.target for one in data.from_huggingface("me/pets", NAMES)] == [None, None]
+    assert [one.target for one in sources.from_huggingface("me/pets", NAMES)] == [None, None]
     monkeypatch.setattr(fake, "load_dataset", lambda name, split: labelled)
     with pytest.raises(ValueError, match="row 2, column label: 'boat' is not among"):
-        data.from_huggingface("me/pets", ("cat", "dog"))
+        sources.from_huggingface("me/pets", ("cat", "dog"))
     with pytest.raises(ValueError, match="dataset: expected a column photo in me/pets, got image, label"):
-        data.from_huggingface("me/pets", image="photo")
+        sources.from_huggingface("me/pets", image="photo")
 
 
 def test_masks_and_boxes_take_the_way_of_the_image(save: Callable[..., Path], tmp_path: Path) -> None:

@@ -1,9 +1,8 @@
-"""Data sets as items: a folder of images, a CSV or Parquet manifest, a Hugging Face dataset, the shipped scenes."""
+"""Data sets as items: a folder of images, a CSV or Parquet manifest, a Hugging Face dataset."""
 
 from __future__ import annotations
 
 import csv
-import json
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -12,8 +11,8 @@ from typing import Any
 
 from PIL import Image
 
-from fga_fast.evaluation.extras import need
-from fga_fast.evaluation.items import Box, Item
+from fga_fast.dataset.extras import need
+from fga_fast.dataset.items import Box, Item
 from fga_fast.io.images import list_images
 from fga_fast.question.names import class_number
 
@@ -215,22 +214,3 @@ def _cell(data: Any, row: int, column: str) -> Image.Image:
     if not isinstance(picture, Image.Image):
         raise ValueError(f"dataset: row {row + 1}, column {column}: expected a picture, got {type(picture).__name__}")
     return picture
-
-
-def from_scenes() -> list[Item]:
-    """The six scenes that ship with the demo model: one item for each of the sixteen garments, with its box."""
-    from fga_fast.assets import fashion_scenes
-
-    paths = {path.name: path for path in fashion_scenes()}
-    about = json.loads((next(iter(paths.values())).parent / "scenes.json").read_text(encoding="utf-8"))
-    return [
-        Item(
-            f"{scene['file']}#{one['name']}",
-            paths[scene["file"]],
-            one["class"],
-            box=(*one["box"],),
-            group=scene["file"],
-        )
-        for scene in about["scenes"]
-        for one in scene["garments"]
-    ]

@@ -6,9 +6,9 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from fga_fast.io.digest import bytes_of
 from fga_fast.models.checks import is_plain
 
 
@@ -25,8 +25,7 @@ def model_checksum(model: nn.Module) -> str:
     for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
         for part, values in _parts(name, tensor):
             digest.update(f"{part}\0{[*values.shape]}\0{values.dtype}\0".encode())
-            data: Any = values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-            digest.update(memoryview(data))
+            digest.update(bytes_of(values))
     return digest.hexdigest()
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from fga_fast.dataset.ahead import read_ahead
 from fga_fast.dataset.items import Item, check_items, load
 from fga_fast.engine.streams import Edit, edited
 from fga_fast.io.images import Preprocess
@@ -25,7 +23,6 @@ from fga_fast.training.behaviour import Output, sums_of
 from fga_fast.training.sums import CodeSums, Spread, reconstruct
 
 Images: TypeAlias = "Sequence[Item] | Tensor"
-_READERS = 4  # threads; decoders of images release Python's lock
 
 
 class Picture(NamedTuple):
@@ -55,7 +52,7 @@ class Plan:
     readout: Readout
     saes: Mapping[str, tuple[int, SparseAutoencoder]]
     like: Tensor  # a weight of the model
-    read: Callable[[Item], Tensor]
+    read: Callable[[Item], Tensor | Exception]
     output: Output | None
     batch_size: int
 
@@ -118,8 +115,11 @@ def make_plan(
     for block, sae in saes.values():
         checks.check_saes({block: sae}, layout, like)
 
-    def read(item: Item) -> Tensor:
-        return load(item, preprocess, window).image
+    def read(item: Item) -> Tensor | Exception:
+        try:
+            return load(item, preprocess, window).image
+        except Exception as error:
+            return error
 
     return Plan(model, layout, Readout(model, layout=layout), dict(saes), like.detach(), read, output, batch_size)
 
@@ -209,9 +209,11 @@ def each(
     plan: Plan, pictures: Sequence[Picture], add: Callable[[Sequence[Picture], Tensor], None], errors: Errors,
     done: Callable[[int], object],
 ) -> list[Picture]:  # fmt: skip
-    """Gives the images to `add` in batches; those of a batch that fails, one by one. Returns those that did not fail."""
+    """Gives the images to `add` in batches; those of a batch that fails, one by one. Returns those that did well."""
     good: list[Picture] = []
-    for group, read in _ahead(pictures, partial(_read, plan), plan.batch_size):
+    groups = [pictures[start : start + plan.batch_size] for start in range(0, len(pictures), plan.batch_size)]
+    reads = read_ahead(([picture.item for picture in group] for group in groups), plan.read)
+    for group, read in zip(groups, reads, strict=True):
         ready = []
         for picture, image in zip(group, read, strict=True):
             if isinstance(image, Exception):
@@ -241,27 +243,6 @@ def _add(
     else:
         return pictures
     return [picture for one in ready for picture in _add(plan, [one], add, errors)]
-
-
-def _read(plan: Plan, picture: Picture) -> Tensor | Exception:
-    try:
-        return plan.read(picture.item)
-    except Exception as error:
-        return error
-
-
-def _ahead(
-    pictures: Sequence[Picture], read: Callable[[Picture], Tensor | Exception], size: int
-) -> Iterator[tuple[Sequence[Picture], list[Tensor | Exception]]]:
-    """Batches with what was read of them; while one is computed, threads read the next."""
-    groups = [pictures[start : start + size] for start in range(0, len(pictures), size)]
-    with ThreadPoolExecutor(_READERS, thread_name_prefix="fga-fast reads") as pool:
-        coming = deque((group, pool.map(read, group)) for group in groups[:1])
-        for after in (*groups[1:], None):
-            if after is not None:
-                coming.append((after, pool.map(read, after)))
-            group, found = coming.popleft()
-            yield group, list(found)
 
 
 def _truth(pictures: Sequence[Picture], output: Tensor, kind: Output) -> Tensor:

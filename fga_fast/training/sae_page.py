@@ -121,7 +121,8 @@ def _plots(one: Quality) -> str:
         _figure("Active features of a patch", sae_plots.bars(one.l0_histogram, Axis("L0", "patches", True)), of_l0),
         _figure(
             "How often features are active",
-            sae_plots.bars(one.density, Axis("density", "features", reads=", log10 of the share of patches")), of_density,
+            sae_plots.bars(one.density, Axis("density", "features", reads=", log10 of the share of patches")),
+            of_density,
         ),
         _figure(
             "How alike features are",

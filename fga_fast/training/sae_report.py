@@ -41,12 +41,17 @@ def write(out: str | Path, saes: Mapping[str, Quality], facts: Mapping[str, str]
         name: asdict(one) | {"recovered": one.behaviour.recovered, "warnings": warnings(one)}
         for name, one in saes.items()
     }
-    text = json.dumps({"facts": facts, "saes": found}, indent=2, allow_nan=False, ensure_ascii=False)
+    text = json.dumps({"facts": facts, "saes": found}, indent=2, allow_nan=False) + "\n"
     return Written(
-        atomic_write(folder / "sae_report.json", f"{text}\n".encode()),
-        atomic_write(folder / "sae_report.html", report_page(saes, facts).encode()),
-        atomic_write(folder / "sae_report.md", markdown(saes, facts).encode()),
+        _written(folder / "sae_report.json", text),
+        _written(folder / "sae_report.html", report_page(saes, facts)),
+        _written(folder / "sae_report.md", markdown(saes, facts)),
     )
+
+
+def _written(path: Path, text: str) -> Path:
+    # Names of files may hold bytes that are no UTF-8.
+    return atomic_write(path, text.encode("utf-8", "replace"))
 
 
 def markdown(saes: Mapping[str, Quality], facts: Mapping[str, str]) -> str:

@@ -107,12 +107,15 @@ def _source(args: argparse.Namespace) -> str:
 
 def _print(found: dict[str, Quality], written: Written) -> None:
     for name, one in found.items():
-        print(f"{name}, {one.images:,} images, {one.tokens:,} patches")
+        print(f"{name}, {sae_words.count(one.images, 'image')}, {sae_words.count(one.tokens, 'patch')}")
         for what, value in sae_words.summary(one).items():
             print(f"  {what:<20} {value}")
         for text in sae_words.warnings(one):
             print(f"  ! {text}")
         print()
+    first = next(iter(found.values()))
+    for text in sae_words.warnings_of_images(first):
+        print(f"! {text}")
     print(f"wrote {', '.join(path.name for path in written)} into {written.html.parent}")
-    for key, reason in next(iter(found.values())).errors[:5]:
+    for key, reason in first.errors[:5]:
         print(f"fga-fast: {key}: {reason}", file=sys.stderr)

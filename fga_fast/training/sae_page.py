@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import starmap
 
 from fga_fast.result.page import page
 from fga_fast.training import sae_plots
@@ -11,17 +12,30 @@ from fga_fast.training.behaviour import Behaviour
 from fga_fast.training.cosines import Stability
 from fga_fast.training.quality import Quality
 from fga_fast.training.sae_plots import Axis
-from fga_fast.training.sae_words import effects, meanings, number, sae_line, share, summary, value_of, warnings
+from fga_fast.training.sae_words import (
+    count,
+    effects,
+    is_constant,
+    meanings,
+    number,
+    sae_line,
+    share,
+    summary,
+    value_of,
+    warnings,
+    warnings_of_images,
+)
 
 _STYLE = (
     sae_plots.STYLE
     + """
-.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)); gap: 1.6rem 2rem }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)); gap: 1.6rem 2rem;
+  margin-top: 1.6rem }
 .plots h3 { font-size: 1rem; margin: 0 0 .3rem } .plots p { margin: .3rem 0; font-size: .9rem; color: var(--dim) }
 section { border-top: 1px solid var(--line); margin-top: 2.4rem } section > h2 { margin-top: 1rem }
 .look { border-left: 4px solid var(--warm); background: var(--soft); padding: .1rem 1rem; margin: 1rem 0 }
-.look h3 { color: var(--warm); font-size: 1rem; margin: .6rem 0 0 } .fine { color: var(--strong) }
-summary { cursor: pointer; color: var(--dim); font-size: .9rem }
+.look h2, .look h3 { color: var(--warm); font-size: 1rem; margin: .6rem 0 0 } .fine { color: var(--strong) }
+a { color: inherit } summary { cursor: pointer; color: var(--dim); font-size: .9rem }
 td { white-space: nowrap } td.number, th.number { text-align: right }
 th[scope=row] { font-weight: 600; overflow-wrap: anywhere; min-width: 8rem }
 @media print { details { display: none } section { break-inside: avoid } }
@@ -38,38 +52,40 @@ def report_page(saes: Mapping[str, Quality], facts: Mapping[str, str]) -> str:
     """
     first = next(iter(saes.values()))
     said = (
-        f"{len(saes)} sparse autoencoder(s), measured on {first.images:,} image(s) with {first.tokens:,} patches that "
-        "should not be among those it was trained on."
+        f"{count(len(saes), 'sparse autoencoder')}, measured on {count(first.images, 'image')} with "
+        f"{count(first.tokens, 'patch')}. The numbers are fair if it was not trained on these images."
     )
-    parts = [f"<p>{escape(said)}</p>", _table(saes), _plots_of_blocks(saes)]
-    parts += [_section(name, one, number) for number, (name, one) in enumerate(saes.items(), start=1)]
+    parts = [f"<p>{escape(said)}</p>", _look(warnings_of_images(first)), _table(saes), _plots_of_blocks(saes)]
+    parts += [_section(name, one, place) for place, (name, one) in enumerate(saes.items(), start=1)]
     parts += [_errors(first.errors), "<section><h2>What the numbers mean</h2>", _list(meanings(saes)), "</section>"]
     parts += ["<section><h2>How this was made</h2>", _list(facts), "</section>"]
     return page("Quality of sparse autoencoders", "".join(parts), _STYLE)
+
+
+def _look(warnings: Sequence[str], title: str = "What to look at", level: int = 2) -> str:
+    """A box with warnings, if there are any."""
+    listed = "".join(f"<li>{escape(text)}</li>" for text in warnings)
+    return f'<div class="look"><h{level}>{title}</h{level}><ul>{listed}</ul></div>' if warnings else ""
 
 
 def _table(saes: Mapping[str, Quality]) -> str:
     rows = {name: summary(one) for name, one in saes.items()}
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     body = [[name, *(row.get(column, "–") for column in columns)] for name, row in rows.items()]
-    if len(body) > 1:
-        body = [[f"{place}. {first}", *rest] for place, (first, *rest) in enumerate(body, start=1)]
-    return _html_table(["SAE", *columns], body)
+    return _html_table(["SAE", *columns], body, linked=True)
 
 
-def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    heads = "".join(f'<th scope="col"{_right(place)}>{escape(name)}</th>' for place, name in enumerate(head))
-    body = "".join(
-        f'<tr><th scope="row">{escape(first)}</th>'
-        + "".join(f'<td class="number">{escape(cell)}</td>' for cell in rest)
-        + "</tr>"
-        for first, *rest in rows
+def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]], linked: bool = False) -> str:
+    """A table whose first column names its rows; `linked`: they are those of the SAEs, numbered."""
+    heads = "".join(
+        f'<th scope="col"{" class=number" * bool(place)}>{escape(name)}</th>' for place, name in enumerate(head)
     )
-    return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _right(place: int) -> str:
-    return ' class="number"' if place else ""
+    body = []
+    for place, (first, *rest) in enumerate(rows, start=1):
+        name = f'{place}. <a href="#sae-{place}">{escape(first)}</a>' if linked else escape(first)
+        cells = "".join(f'<td class="number">{escape(cell)}</td>' for cell in rest)
+        body.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
+    return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 
 
 def _plots_of_blocks(saes: Mapping[str, Quality]) -> str:
@@ -83,22 +99,22 @@ def _plots_of_blocks(saes: Mapping[str, Quality]) -> str:
         ]
         if len(points) > 1:
             title = f"Explained variance against L0, block {block}"
-            drawn.append(_figure(title, sae_plots.scatter(points, title), "Numbers are those of the table."))
+            drawn.append(
+                _figure(
+                    title,
+                    "The numbers are those of the table. Best is the upper left.",
+                    sae_plots.scatter(points, title),
+                )
+            )
     return f'<div class="plots">{"".join(drawn)}</div>' if drawn else ""
 
 
 def _section(name: str, one: Quality, place: int) -> str:
-    found = warnings(one)
-    looks = "".join(f"<li>{escape(text)}</li>" for text in found)
-    look = (
-        f'<div class="look"><h3>What to look at</h3><ul>{looks}</ul></div>'
-        if found
-        else '<p class="fine">Nothing here is suspicious.</p>'
-    )
+    look = _look(warnings(one), level=3) or '<p class="fine">Nothing here is suspicious.</p>'
     return (
-        f'<section aria-labelledby="sae-{place}"><h2 id="sae-{place}">{escape(name)}</h2><p>{escape(sae_line(one))}</p>'
-        f'{look}<h3>What the model does with it</h3>{_effects(one.behaviour)}<div class="plots">{_plots(one)}</div>'
-        "</section>"
+        f'<section aria-labelledby="sae-{place}"><h2 id="sae-{place}">{place}. {escape(name)}</h2>'
+        f"<p>{escape(sae_line(one))}</p>{look}<h3>What the model does with it</h3>{_effects(one.behaviour)}"
+        f'<div class="plots">{_plots(one)}</div></section>'
     )
 
 
@@ -114,24 +130,30 @@ def _effects(found: Behaviour) -> str:
 def _plots(one: Quality) -> str:
     low, middle, high = one.l0_percentiles
     of_l0 = f"Mean {number(one.l0)}. Half of the patches have at most {middle}, 5 % at most {low}, 95 % at most {high}."
-    alive = sum(one.density.counts)
-    of_density = f"{alive:,} of {one.features:,} features were active at least once; {share(one.dead)} are dead."
-    grid = one.unexplained
-    return "".join([
-        _figure("Active features of a patch", sae_plots.bars(one.l0_histogram, Axis("L0", "patches", True)), of_l0),
-        _figure(
+    known = [value for row in one.unexplained for value in row if value is not None]
+    figures = [
+        ("Active features of a patch", of_l0, sae_plots.bars(one.l0_histogram, Axis("L0", "patches", True))),
+        (
             "How often features are active",
+            f"{sum(one.density.counts):,} of {one.features:,} features were active at least once, {share(one.dead)} "
+            "never (dead).",
             sae_plots.bars(one.density, Axis("density", "features", reads=", log10 of the share of patches")),
-            of_density,
         ),
-        _figure(
+        (
             "How alike features are",
+            f"{share(one.copies)} are near-copies of another one (cosine above 0.9).",
             sae_plots.bars(one.cosines, Axis("cosine", "features", reads=" to the most similar decoder row")),
-            f"{share(one.copies)} are near-copies of another one (above 0.9).",
         ),
-        _figure("Where the error is", sae_plots.positions(grid), "Share of the variance that is not explained."),
-        "" if one.stability is None else _stability(one.stability),
-    ])  # fmt: skip
+        (
+            "Where in the image the error is",
+            f"Share of the variance that is not explained, from {share(min(known))} (pale) to {share(max(known))} "
+            "(full colour).",
+            sae_plots.positions(one.unexplained),
+        ),
+    ]
+    if is_constant(one):  # `sae_line` says it
+        figures = figures[1:]
+    return "".join(starmap(_figure, figures)) + ("" if one.stability is None else _stability(one.stability))
 
 
 def _stability(found: Stability) -> str:
@@ -151,11 +173,12 @@ def _stability(found: Stability) -> str:
     axis = Axis("cosine", "features", reads=" to the most similar row of the second SAE")
     drawn = sae_plots.bars(found.forth.cosines, axis, found.chance.cosines)
     table = _html_table(["", "cosine above 0.9", "mean largest cosine"], rows)
-    return _figure("What a second SAE shares", drawn + legend + table, "")
+    note = f"{share(found.forth.matched)} of the features have a partner with a cosine above 0.9 in it."
+    return _figure("What a second SAE shares", note, legend + drawn + table)
 
 
-def _figure(title: str, drawn: str, note: str) -> str:
-    return f"<div><h3>{escape(title)}</h3>{drawn}{f'<p>{escape(note)}</p>' if note else ''}</div>"
+def _figure(title: str, note: str, drawn: str) -> str:
+    return f"<div><h3>{escape(title)}</h3><p>{escape(note)}</p>{drawn}</div>"
 
 
 def _errors(errors: Sequence[tuple[str, str]]) -> str:

@@ -14,7 +14,7 @@ from fga_fast.result.ticks import ticks
 from fga_fast.training.histogram import Histogram
 from fga_fast.training.sae_words import number, share
 
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 440, 220, 50, 12, 10, 40  # pixels
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 440, 224, 50, 24, 10, 44  # pixels
 STYLE = """
 .plot { width: 100%; height: auto; max-width: 34rem } .plot text { fill: var(--dim); font-size: 12px }
 .plot .x { text-anchor: middle } .plot .y { text-anchor: end } .plot .axis { fill: var(--ink) }
@@ -44,8 +44,6 @@ def bars(shown: Histogram, axis: Axis, chance: Histogram | None = None) -> str:
     total, total_other = sum(counts), max(sum(other), 1)
     if not total:
         return f"<p>{escape(axis.label)}: none.</p>"
-    if axis.whole and edges[-1] - edges[0] == 1:
-        return f"<p>{escape(axis.label)} is {number(edges[0])} for each of {total:,} {escape(axis.items)}.</p>"
     heights = [count / total for count in counts]
     others = [count / total_other for count in other]
     top = max(*heights, *others, 0.0) * 1.05
@@ -53,8 +51,9 @@ def bars(shown: Histogram, axis: Axis, chance: Histogram | None = None) -> str:
     fullest = max(range(len(counts)), key=counts.__getitem__)
     heard = f"{axis.label} of {total:,} {axis.items}, most at {_bin(edges, fullest, axis)}: {share(heights[fullest])}"
     parts = [*_frame(heard, [(y(tick), share_tick(tick)) for tick in ticks(0, top)], axis)]
+    half = (edges[1] - edges[0]) / 2 if axis.whole else 0  # the middle of a bar
     for tick in _x_ticks(edges, axis):
-        parts.append(f'<text class="x" x="{x(tick + 0.5 * axis.whole):.1f}" y="{_HEIGHT - 24}">{number(tick)}</text>')
+        parts.append(f'<text class="x" x="{x(tick + half):.1f}" y="{_HEIGHT - 24}">{number(tick)}</text>')
     for place, height in enumerate(heights):
         if counts[place]:
             left, right = x(edges[place]), x(edges[place + 1])
@@ -98,10 +97,7 @@ def positions(grid: Sequence[Sequence[float | None]]) -> str:
                     f'<rect class="cell" x="{1 + c * side:.1f}" y="{1 + r * side:.1f}" width="{side:.1f}" '
                     f'height="{side:.1f}" fill-opacity="{depth:.2f}"><title>{said}</title></rect>'
                 )
-    parts.append(
-        f'<rect class="edge" x="1" y="1" width="{columns * side:.1f}" height="{rows * side:.1f}"/></svg>'
-        f"<p>From {share(low)} (pale) to {share(high)} (full colour).</p>"
-    )
+    parts.append(f'<rect class="edge" x="1" y="1" width="{columns * side:.1f}" height="{rows * side:.1f}"/></svg>')
     cells = [[f"row {r + 1}", *map(share, row)] for r, row in enumerate(grid)]
     return "".join(parts) + _details(["", *(f"column {c + 1}" for c in range(columns))], cells)
 
@@ -154,9 +150,8 @@ def _roomy(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _x_ticks(edges: Sequence[float], axis: Axis) -> list[float]:
-    """At most about seven of the edges; of whole numbers the starts of bins."""
-    usable = list(edges[:-1] if axis.whole else edges)
-    return usable[:: math.ceil(len(usable) / 7)]
+    """Round numbers, or at most seven of the bins' first whole numbers."""
+    return list(edges[: -1 : math.ceil((len(edges) - 1) / 7)]) if axis.whole else ticks(edges[0], edges[-1])
 
 
 def _bin(edges: Sequence[float], place: int, axis: Axis) -> str:

@@ -11,7 +11,16 @@ from typing import NamedTuple
 from fga_fast.io.atomic import atomic_write, check_writable_folder
 from fga_fast.training.quality import Quality
 from fga_fast.training.sae_page import report_page
-from fga_fast.training.sae_words import effects, meanings, sae_line, summary, value_of, warnings
+from fga_fast.training.sae_words import (
+    count,
+    effects,
+    meanings,
+    sae_line,
+    summary,
+    value_of,
+    warnings,
+    warnings_of_images,
+)
 
 
 class Written(NamedTuple):
@@ -37,11 +46,12 @@ def write(out: str | Path, saes: Mapping[str, Quality], facts: Mapping[str, str]
     if not saes:
         raise ValueError("saes: expected at least one, got none")
     folder, facts = check_writable_folder(out), dict(facts or {})
+    images = warnings_of_images(next(iter(saes.values())))
     found = {
         name: asdict(one) | {"recovered": one.behaviour.recovered, "warnings": warnings(one)}
         for name, one in saes.items()
     }
-    text = json.dumps({"facts": facts, "saes": found}, indent=2, allow_nan=False) + "\n"
+    text = json.dumps({"facts": facts, "warnings": images, "saes": found}, indent=2, allow_nan=False) + "\n"
     return Written(
         _written(folder / "sae_report.json", text),
         _written(folder / "sae_report.html", report_page(saes, facts)),
@@ -59,7 +69,13 @@ def markdown(saes: Mapping[str, Quality], facts: Mapping[str, str]) -> str:
     rows = {name: summary(one) for name, one in saes.items()}
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     first = next(iter(saes.values()))
-    lines = ["# Quality of sparse autoencoders", "", f"{first.images:,} images, {first.tokens:,} patches.", ""]
+    lines = [
+        "# Quality of sparse autoencoders",
+        "",
+        f"{count(first.images, 'image')}, {count(first.tokens, 'patch')}.",
+        "",
+    ]
+    lines += [*(f"- {text}" for text in warnings_of_images(first)), ""]
     lines += _table(["SAE", *columns], [[name, *(row.get(one, "–") for one in columns)] for name, row in rows.items()])
     for name, one in saes.items():
         lines += ["", f"## {_line(name)}", "", sae_line(one), ""]

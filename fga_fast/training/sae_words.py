@@ -35,12 +35,19 @@ def summary(one: Quality) -> dict[str, str]:
     return row if one.stability is None else row | {"shared": share(one.stability.forth.matched)}
 
 
+def is_constant(one: Quality) -> bool:
+    """Whether all patches have the same L0."""
+    edges = one.l0_histogram.edges
+    return edges[-1] - edges[0] == 1
+
+
 def sae_line(one: Quality) -> str:
     """What the SAE is, in a line."""
     expected = "" if one.expected_l0 is None else f", expected L0 {number(one.expected_l0)}"
+    constant = f" Every patch has {number(one.l0)} active features." if is_constant(one) else ""
     return (
         f"After block {one.block}, counted from 0. {one.activation}, {one.features:,} features of width "
-        f"{one.width:,}{expected}."
+        f"{one.width:,}{expected}.{constant}"
     )
 
 
@@ -63,13 +70,32 @@ def value_of(what: str, value: float) -> str:
     return share(value) if what.startswith(("accuracy", "same")) else f"{value:.4g}"
 
 
+def count(number: int, what: str) -> str:
+    """Such as "1 image" or "1,000 images"."""
+    return f"{number:,} {what}{'' if number == 1 else 'es' if what.endswith('ch') else 's'}"
+
+
 def warnings(one: Quality) -> list[str]:
-    """What is suspicious, each with what to do."""
+    """What is suspicious about an SAE, each with what to do."""
     found = [*_of_reconstruction(one), *_of_features(one), *_of_behaviour(one)]
-    if one.stability is not None:
-        found += _of_stability(one.stability)
+    return found if one.stability is None else [*found, *_of_stability(one.stability)]
+
+
+def warnings_of_images(one: Quality) -> list[str]:
+    """What is to be known about the images, which is the same for all SAEs."""
+    found = []
     if one.errors:
-        found.append(f"{len(one.errors)} image(s) could not be measured; their reasons are listed below.")
+        found.append(f"{count(len(one.errors), 'image')} could not be measured; the reasons are listed below.")
+    if one.tokens < _TOKENS:
+        found.append(
+            f"Only {count(one.tokens, 'patch')} were seen. Features that are seldom active look dead; give images with "
+            f"{_TOKENS:,} patches or more before you judge that."
+        )
+    if one.images < _IMAGES:
+        found.append(
+            f"Loss, accuracy and what is recovered are rough, as means over {count(one.images, 'image')}; give "
+            f"{_IMAGES} or more."
+        )
     return found
 
 
@@ -107,12 +133,7 @@ def _of_reconstruction(one: Quality) -> list[str]:
 
 def _of_features(one: Quality) -> list[str]:
     found = []
-    if one.tokens < _TOKENS:
-        found.append(
-            f"Only {one.tokens:,} patches were seen. Features that are seldom active look dead ({share(one.dead)}); "
-            f"give images with at least {_TOKENS:,} patches before you judge that."
-        )
-    elif one.dead > 0.1:
+    if one.dead > 0.1 and one.tokens >= _TOKENS:
         found.append(
             f"{share(one.dead)} of the features are dead: no patch activated them. They cost time and memory and say "
             "nothing. If you train the SAE: fewer features, a smaller learning rate, or a loss that revives them. If "
@@ -127,10 +148,7 @@ def _of_features(one: Quality) -> list[str]:
 
 
 def _of_behaviour(one: Quality) -> list[str]:
-    found, behaviour = [], one.behaviour
-    if one.images < _IMAGES:
-        found.append(f"Loss, accuracy and what is recovered are rough: they are means over {one.images} image(s).")
-    recovered = behaviour.recovered
+    found, recovered = [], one.behaviour.recovered
     if recovered is None:
         found.append(
             f"What is recovered cannot be said: the model does no worse when the mean stands for its patches after "

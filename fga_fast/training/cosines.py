@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fga_fast.dataset.items import stable_number
 from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
 from fga_fast.training.histogram import Histogram, histogram
 
@@ -65,7 +66,9 @@ def stability(sae: SparseAutoencoder, second: SparseAutoencoder, seed: int = 0) 
         )
     one, other = _unit(sae.W_dec), _unit(second.W_dec.to(sae.device)).to(_unit_dtype(sae.W_dec))
     # A cosine does not depend on norms, so random rows of any norm are the control.
-    random = torch.randn(other.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    # A seed of its own, since SAEs may have started from rows that were drawn with the same small number.
+    generator = torch.Generator().manual_seed(stable_number("random rows", seed))
+    random = torch.randn(other.shape, generator=generator, dtype=torch.float64)
     forth, back = _largest(one, other)
     chance, chance_back = _largest(one, _unit(random.to(one)))
     return Stability(*map(_partners, (forth, back, chance, chance_back)))

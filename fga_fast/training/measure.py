@@ -62,25 +62,27 @@ class Plan:
         return sorted({block for block, _ in self.saes.values()})
 
     def run(self, images: Tensor, edits: Mapping[int, Edit]) -> Tensor:
-        """The model's output [B, classes or E] with some streams seen or replaced; refuses NaN and Inf."""
+        """The model's output [B, classes or E] with some streams seen or replaced."""
         with edited(self.layout, edits, len(images)):
-            output = self.readout.run(images)
-        # A dual encoder's own logits need prompts; its features do not.
-        checks.check_finite(output, "the model's output", self.model, images)
-        return output
+            return self.readout.run(images)
+
+    def check(self, values: Tensor, what: str, images: Tensor) -> Tensor:
+        """The values, without NaN and Inf; else ValueError names the cause."""
+        checks.check_finite(values, what, self.model, images)
+        return values
+
+    def with_patches(self, images: Tensor, block: int, patches: Tensor) -> Tensor:  # [B, P, C] or [C]
+        """The model's output with these tokens in the place of the patches' after a block."""
+
+        def put(x: Tensor) -> Tensor:
+            first = x[:, : self.layout.prefix_tokens]
+            return torch.cat([first, patches.to(x.dtype).expand_as(self.patches(x))], 1)
+
+        return self.check(self.run(images, {block: put}), f"the output with other patches after block {block}", images)
 
     def patches(self, x: Tensor) -> Tensor:  # [B, N, C] -> [B, P, C]
         """The tokens of patches."""
         return x[:, self.layout.prefix_tokens :]
-
-    def put(self, patches: Tensor) -> Edit:  # [B, P, C] or [C]
-        """An edit that puts these tokens in the place of the patches'."""
-
-        def edit(x: Tensor) -> Tensor:
-            first = x[:, : self.layout.prefix_tokens]
-            return torch.cat([first, patches.to(x.dtype).expand_as(self.patches(x))], 1)
-
-        return edit
 
     def seen(self, images: Tensor) -> tuple[dict[int, Tensor], Tensor]:
         """The patches' streams [B, P, C] after the SAEs' blocks, and the output, of the model as it is."""
@@ -92,8 +94,8 @@ class Plan:
 
         output = self.run(images, {block: keep(block) for block in self.blocks})
         for block, x in streams.items():
-            checks.check_finite(x, f"the residual stream after block {block}", self.model, images)
-        return streams, output
+            self.check(x, f"the residual stream after block {block}", images)
+        return streams, self.check(output, "the model's output", images)
 
 
 def make_plan(
@@ -160,11 +162,12 @@ class Means:
     def add(self, pictures: Sequence[Picture], images: Tensor) -> None:
         """Adds a batch."""
         streams, output = self.plan.seen(images)
+        if self.plan.output is None:
+            self.output = "softmax" if _has_classes(self.plan.readout, output) else "features"
+        _truth(pictures, output, self.output)  # so that a wrong class is no part of the means either
         self._tokens += len(images) * self.plan.layout.patches
         for block, x in streams.items():
             self._sums[block] = self._sums.get(block, 0) + x.double().sum((0, 1))
-        if self.plan.output is None:
-            self.output = "softmax" if _has_classes(self.plan.readout, output) else "features"
 
     def of(self, block: int) -> Tensor:
         """[C] float64."""
@@ -187,12 +190,12 @@ class Sums:
         plan = self.plan
         streams, plain = plan.seen(images)
         truth = _truth(pictures, plain, self.output)
-        empty = {block: plan.run(images, {block: plan.put(self._means.of(block))}) for block in streams}
+        empty = {block: plan.with_patches(images, block, self._means.of(block)) for block in streams}
         codes, effects = {}, {}
         for name, (block, sae) in plan.saes.items():
             found, codes[name] = reconstruct(sae, streams[block])
-            checks.check_finite(found, f"the reconstruction of {name}", plan.model, images, {block: sae})
-            spliced = plan.run(images, {block: plan.put(found)})
+            plan.check(found, f"the reconstruction of {name}", images)
+            spliced = plan.with_patches(images, block, found)
             effects[name] = sums_of((plain, spliced, empty[block]), self.output, truth)
         spreads = {block: Spread.of(x) for block, x in streams.items()}
         # Nothing below fails.

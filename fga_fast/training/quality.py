@@ -21,10 +21,10 @@ from fga_fast.models.layout import ModelLayout
 from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
 from fga_fast.training.behaviour import Behaviour, Output, behaviour
 from fga_fast.training.cosines import MATCH, Stability, cosine_histogram, nearest_others, stability
-from fga_fast.training.histogram import Histogram, histogram
+from fga_fast.training.histogram import Histogram, histogram, percentiles, whole_histogram
 from fga_fast.training.measure import Errors, Images, Means, Plan, Sums, each, make_plan, pictures_of
 
-_MOST_BINS = 30  # of the histogram of L0
+_VARIES = 1e-12  # of the squared mean; below it, what varies is rounding
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _quality(sums: Sums, name: str, beside: Stability | None, errors: Errors) ->
     block, sae = sums.plan.saes[name]
     codes, total = sums.codes[name], sums.spreads[block].total()  # [P]
     tokens = sums.images * sums.plan.layout.patches
-    if float(total.sum()) == 0.0:
+    if float(total.sum()) <= _VARIES * tokens * float((sums.spreads[block].mean.mean(0) ** 2).sum()):
         raise ValueError(f"images: expected tokens that differ after block {block}, got {tokens} without variance")
     lengths = codes.lengths.cpu()
     near = nearest_others(sae.W_dec)
@@ -152,7 +152,7 @@ def _quality(sums: Sums, name: str, beside: Stability | None, errors: Errors) ->
         explained_variance=1.0 - float(codes.residual.sum() / total.sum()),
         unexplained=_grid(codes.residual, total, sums.plan.layout.grid),
         l0=float((lengths * torch.arange(len(lengths))).sum()) / tokens,
-        l0_percentiles=_percentiles(lengths), l0_histogram=_whole_histogram(lengths),
+        l0_percentiles=percentiles(lengths), l0_histogram=whole_histogram(lengths),
         dead=1.0 - len(fired) / sae.d_sae, density=_density(fired, tokens),
         cosines=cosine_histogram(near), copies=float((near > MATCH).double().mean()),
         behaviour=behaviour(sums.effects[name], sums.output, sums.known, sums.images), stability=beside,
@@ -164,20 +164,6 @@ def _grid(residual: Tensor, total: Tensor, grid: tuple[int, int]) -> tuple[tuple
     """[rows][columns], squared error / squared distance to the mean, from two [P]."""
     shares = [None if t == 0 else r / t for r, t in zip(residual.tolist(), total.tolist(), strict=True)]
     return tuple(tuple(shares[row * grid[1] : (row + 1) * grid[1]]) for row in range(grid[0]))
-
-
-def _percentiles(lengths: Tensor) -> tuple[int, int, int]:  # [F + 1], tokens by L0
-    upto, tokens = lengths.cumsum(0), int(lengths.sum())
-    low, middle, high = (int((upto * 100 >= percent * tokens).int().argmax()) for percent in (5, 50, 95))
-    return low, middle, high
-
-
-def _whole_histogram(lengths: Tensor) -> Histogram:  # [F + 1], tokens by L0
-    """Tokens by L0, in at most `_MOST_BINS` bins of equally many whole numbers."""
-    seen = lengths.nonzero()[:, 0].tolist()
-    step = math.ceil((seen[-1] - seen[0] + 1) / _MOST_BINS)
-    edges = list(range(seen[0], seen[-1] + step + 1, step))
-    return Histogram(tuple(map(float, edges)), tuple(int(lengths[low : low + step].sum()) for low in edges[:-1]))
 
 
 def _density(fired: Tensor, tokens: int) -> Histogram:  # [live features] int64, tokens that activated each

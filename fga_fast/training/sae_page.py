@@ -35,7 +35,7 @@ _STYLE = (
 section { border-top: 1px solid var(--line); margin-top: 2.4rem } section > h2 { margin-top: 1rem }
 .look { border-left: 4px solid var(--warm); background: var(--soft); padding: .1rem 1rem; margin: 1rem 0 }
 .look h2, .look h3 { color: var(--warm); font-size: 1rem; margin: .6rem 0 0 } .fine { color: var(--strong) }
-a { color: inherit } summary { cursor: pointer; color: var(--dim); font-size: .9rem }
+a { color: inherit } details { margin-bottom: .5rem } summary { cursor: pointer; color: var(--dim); font-size: .9rem }
 td { white-space: nowrap } td.number, th.number { text-align: right }
 th[scope=row] { font-weight: 600; overflow-wrap: anywhere; min-width: 8rem }
 @media print { details { display: none } section { break-inside: avoid } }
@@ -53,7 +53,7 @@ def report_page(saes: Mapping[str, Quality], facts: Mapping[str, str]) -> str:
     first = next(iter(saes.values()))
     said = (
         f"{count(len(saes), 'sparse autoencoder')}, measured on {count(first.images, 'image')} with "
-        f"{count(first.tokens, 'patch')}. The numbers are fair if it was not trained on these images."
+        f"{count(first.tokens, 'patch')}. The numbers are fair if nothing was trained on these images."
     )
     parts = [f"<p>{escape(said)}</p>", _look(warnings_of_images(first)), _table(saes), _plots_of_blocks(saes)]
     parts += [_section(name, one, place) for place, (name, one) in enumerate(saes.items(), start=1)]
@@ -146,7 +146,7 @@ def _plots(one: Quality) -> str:
         ),
         (
             "Where in the image the error is",
-            f"Share of the variance that is not explained, from {share(min(known))} (pale) to {share(max(known))} "
+            f"Share of the variance that is not explained, from {share(min(known))} (faint) to {share(max(known))} "
             "(full colour).",
             sae_plots.positions(one.unexplained),
         ),

@@ -20,6 +20,7 @@ from fga_fast.training.histogram import Histogram, histogram
 MATCH = 0.9  # from this cosine on two rows count as the same feature
 _EDGES = [place / 20 for place in range(-20, 21)]
 _TILE = 2048  # rows; a tile of float32 takes 16 MB
+_CHANCE = 2048  # rows of each that the control compares, which say as much as all
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,9 @@ class Stability:
     Attributes:
         forth: rows of the SAE, partners in the second.
         back: rows of the second, partners in the SAE.
-        chance: rows of the SAE, partners among as many random rows as the second has, of the same norms.
-        chance_back: random rows, partners in the SAE.
+        chance: rows of the SAE, partners among as many random rows as the second has, of the same norms. Of 2,048 rows
+            at most, drawn by chance.
+        chance_back: random rows, partners in the SAE. Of 2,048 at most.
     """
 
     forth: Partners
@@ -65,12 +67,13 @@ def stability(sae: SparseAutoencoder, second: SparseAutoencoder, seed: int = 0) 
             f"second: expected an SAE of the width {sae.d_model}, got {second.d_model}; give one of the same block"
         )
     one, other = _unit(sae.W_dec), _unit(second.W_dec.to(sae.device)).to(_unit_dtype(sae.W_dec))
-    # A cosine does not depend on norms, so random rows of any norm are the control.
-    # A seed of its own, since SAEs may have started from rows that were drawn with the same small number.
+    # A cosine does not depend on norms, so random rows of any norm are the control. They have a seed of their own,
+    # since SAEs may have started from rows that were drawn with the same small number.
     generator = torch.Generator().manual_seed(stable_number("random rows", seed))
-    random = torch.randn(other.shape, generator=generator, dtype=torch.float64)
+    random = _unit(torch.randn(other.shape, generator=generator, dtype=torch.float64).to(one))
+    some = torch.randperm(len(one), generator=generator)[:_CHANCE].to(one.device)
     forth, back = _largest(one, other)
-    chance, chance_back = _largest(one, _unit(random.to(one)))
+    chance, chance_back = _largest(one[some], random)[0], _largest(random[:_CHANCE], one)[0]
     return Stability(*map(_partners, (forth, back, chance, chance_back)))
 
 

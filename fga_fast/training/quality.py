@@ -126,8 +126,12 @@ def compare(
         each(plan, good, sums.add, errors, bar.update)
     if not sums.images:
         raise ValueError(f"images: none of {len(pictures)} could be measured; the first: {': '.join(errors.found[0])}")
-    beside = {name: stability(sae, second[block], seed) for name, (block, sae) in plan.saes.items() if block in second}
-    return {name: _quality(sums, name, beside.get(name), errors) for name in plan.saes}
+    found = {}
+    for name in tqdm(plan.saes, unit="SAE", desc="comparing features", disable=not progress):
+        block, sae = plan.saes[name]
+        beside = stability(sae, second[block], seed) if block in second else None
+        found[name] = _quality(sums, name, beside, errors)
+    return found
 
 
 def _check_second(plan: Plan, second: Mapping[int, SparseAutoencoder]) -> None:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import families
 import numpy as np
 import pytest
 import quality_case as case
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from fga_fast.dataset.items import Item
 from fga_fast.io.images import Preprocess
+from fga_fast.models.find import find_layout
 from fga_fast.sae import SparseAutoencoder
 from fga_fast.training import sums
 from fga_fast.training.behaviour import Effect
@@ -130,19 +132,50 @@ def test_a_mean_far_from_zero_costs_no_digits() -> None:
     assert abs(float(naive - want.sum())) > 1e-4 * float(want.sum())
 
 
-def test_the_same_as_self_check(tiny_vit: Any) -> None:
-    """With a model of a library, in float32."""
-    model = tiny_vit()
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_the_same_as_self_check(tiny_vit: Any, dtype: torch.dtype) -> None:
+    """With a model of a library; of 16 bits with an SAE in float32."""
+    model = tiny_vit().to(dtype)
     images = torch.randn(5, 3, 32, 48)
     sae = SparseAutoencoder(torch.randn(16, 40), None, 0.1 * torch.randn(40, 16), torch.randn(16))
     kept: list[Tensor] = []
     hook = model.blocks[1].register_forward_hook(lambda _m, _i, out: kept.append(out[:, 1:].detach()))
-    model(images)
+    model(images.to(dtype))
     hook.remove()
-    want = sae.self_check(kept[0])
-    found = quality(model, {1: sae}, images, batch_size=2, progress=False)[1]
+    want = sae.self_check(kept[0].float())
+    found = quality(model, {1: sae}, images, batch_size=5, progress=False)[1]
     assert (found.explained_variance, found.l0, found.dead) == pytest.approx(want[:3], rel=1e-5)
     assert found.tokens == want.tokens == 30 and found.behaviour.output == "softmax"
+
+
+@pytest.mark.parametrize("kind", ("no head", "dual encoder"))
+def test_models_without_classes(tiny_vit: Any, kind: str) -> None:
+    """Their features are compared."""
+    if kind == "no head":
+        model, images = tiny_vit(num_classes=0), torch.randn(3, 3, 32, 48)
+    else:
+        pytest.importorskip("transformers")
+        dual = next(family for family in families.registry() if family.name == "CLIP with text")
+        model, images = dual.build(), dual.images(3)
+    layout = find_layout(model)
+    width = int(layout.d_model or 0)
+    sae = SparseAutoencoder(torch.randn(width, 40), None, 0.1 * torch.randn(40, width), torch.randn(width))
+    found = quality(model, {0: sae}, images, progress=False)[0].behaviour
+    assert (found.output, found.loss, found.agreement) == ("features", None, None)
+
+    def emptied(_module: Any, _inputs: Any, out: Any) -> Any:
+        x = out[0] if isinstance(out, tuple) else out
+        patches = x[:, layout.prefix_tokens :]
+        new = torch.cat([x[:, : layout.prefix_tokens], patches.mean((0, 1)).expand_as(patches)], 1)
+        return (new, *out[1:]) if isinstance(out, tuple) else new
+
+    with torch.no_grad():
+        plain = families.logits_of(model, images)
+        hook = layout.blocks[0].register_forward_hook(emptied)
+        other = families.logits_of(model, images)
+        hook.remove()
+    want = 1 - torch.nn.functional.cosine_similarity(plain.double(), other.double()).mean()
+    assert found.divergence.mean == pytest.approx(float(want), rel=1e-3) and float(want) > 1e-3
 
 
 def test_an_exact_sae_keeps_everything() -> None:

@@ -52,6 +52,16 @@ def test_stability_against_all_pairs(monkeypatch: pytest.MonkeyPatch, tile: int)
     assert 0 < found.forth.matched < 1 and found.forth.matched != found.back.matched
 
 
+def test_the_control_takes_some_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = sae_of(draw(300, 4, seed=1)), sae_of(draw(200, 4, seed=2))
+    whole = stability(one, other)
+    monkeypatch.setattr(cosines, "_CHANCE", 100)
+    some = stability(one, other)
+    assert (some.forth, some.back) == (whole.forth, whole.back)
+    assert sum(some.chance.cosines.counts) == sum(some.chance_back.cosines.counts) == 100
+    assert some.chance.mean == pytest.approx(whole.chance.mean, abs=0.02)
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 def test_a_permutation_of_its_own_shares_everything(dtype: torch.dtype) -> None:
     rows = draw(200, 16).to(dtype)

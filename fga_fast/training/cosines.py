@@ -1,6 +1,7 @@
 """Cosines between decoder rows: near-copies within an SAE, and features that two SAEs share.
 
-Products are computed tile by tile, so nothing of features x features is kept: 49,152 features of width 768 need 0.5 GB.
+Products are computed tile by tile, so nothing of features x features is kept. Beside the weights there are
+their unit rows, 150 MB for 49,152 float32 features of width 768, and a tile.
 
 Source of the comparison of seeds: Paulo and Belrose, "Sparse autoencoders trained on the same data learn different
 features", 2025, arXiv:2501.16615. They pair features one to one; here a feature's partner may be that of others too.

@@ -11,7 +11,7 @@ from fga_fast.training import sae_plots
 from fga_fast.training.behaviour import Behaviour
 from fga_fast.training.cosines import Stability
 from fga_fast.training.quality import Quality
-from fga_fast.training.sae_plots import Axis
+from fga_fast.training.sae_plots import Axis, table
 from fga_fast.training.sae_words import (
     count,
     effects,
@@ -53,7 +53,7 @@ def report_page(saes: Mapping[str, Quality], facts: Mapping[str, str]) -> str:
     first = next(iter(saes.values()))
     said = (
         f"{count(len(saes), 'sparse autoencoder')}, measured on {count(first.images, 'image')} with "
-        f"{count(first.tokens, 'patch')}. The numbers are fair if nothing was trained on these images."
+        f"{count(first.tokens, 'patch')}. The numbers are fair if no SAE was trained on these images."
     )
     parts = [f"<p>{escape(said)}</p>", _look(warnings_of_images(first)), _table(saes), _plots_of_blocks(saes)]
     parts += [_section(name, one, place) for place, (name, one) in enumerate(saes.items(), start=1)]
@@ -72,20 +72,7 @@ def _table(saes: Mapping[str, Quality]) -> str:
     rows = {name: summary(one) for name, one in saes.items()}
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     body = [[name, *(row.get(column, "–") for column in columns)] for name, row in rows.items()]
-    return _html_table(["SAE", *columns], body, linked=True)
-
-
-def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]], linked: bool = False) -> str:
-    """A table whose first column names its rows; `linked`: they are those of the SAEs, numbered."""
-    heads = "".join(
-        f'<th scope="col"{" class=number" * bool(place)}>{escape(name)}</th>' for place, name in enumerate(head)
-    )
-    body = []
-    for place, (first, *rest) in enumerate(rows, start=1):
-        name = f'{place}. <a href="#sae-{place}">{escape(first)}</a>' if linked else escape(first)
-        cells = "".join(f'<td class="number">{escape(cell)}</td>' for cell in rest)
-        body.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
-    return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+    return table(["SAE", *columns], body, linked=True)
 
 
 def _plots_of_blocks(saes: Mapping[str, Quality]) -> str:
@@ -123,8 +110,8 @@ def _effects(found: Behaviour) -> str:
         [what, *(value_of(what, value) for value in (effect.plain, effect.spliced, effect.mean)), recovered or "–"]
         for what, (effect, recovered) in effects(found).items()
     ]
-    known = f"<p>Loss and accuracy: of {found.known:,} image(s) whose class is known.</p>" if found.known else ""
-    return _html_table(["", "plain model", "with the reconstruction", "with the mean", "recovered"], rows) + known
+    known = f"<p>Loss and accuracy: of {count(found.known, 'image')} with a known class.</p>" if found.known else ""
+    return table(["", "plain model", "with the reconstruction", "with the mean", "recovered"], rows) + known
 
 
 def _plots(one: Quality) -> str:
@@ -172,9 +159,9 @@ def _stability(found: Stability) -> str:
     )
     axis = Axis("cosine", "features", reads=" to the most similar row of the second SAE")
     drawn = sae_plots.bars(found.forth.cosines, axis, found.chance.cosines)
-    table = _html_table(["", "cosine above 0.9", "mean largest cosine"], rows)
+    numbers = table(["", "cosine above 0.9", "mean largest cosine"], rows)
     note = f"{share(found.forth.matched)} of the features have a partner with a cosine above 0.9 in it."
-    return _figure("What a second SAE shares", note, legend + drawn + table)
+    return _figure("What a second SAE shares", note, legend + drawn + numbers)
 
 
 def _figure(title: str, note: str, drawn: str) -> str:

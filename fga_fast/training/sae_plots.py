@@ -172,12 +172,20 @@ def _numbers(edges: Sequence[float], counts: Sequence[int], other: Sequence[int]
 
 def _details(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table that opens by a click or a key."""
-    heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
-    body = "".join(
-        f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in rest)}</tr>'
-        for first, *rest in rows
+    return f"<details><summary>Numbers</summary>{table(head, rows)}</details>"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], linked: bool = False) -> str:
+    """A table whose first column names its rows; `linked`: they are those of the SAEs, numbered."""
+    heads = "".join(
+        f'<th scope="col"{" class=number" * bool(place)}>{escape(name)}</th>' for place, name in enumerate(head)
     )
-    return (
-        f'<details><summary>Numbers</summary><div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{body}'
-        "</tbody></table></div></details>"
+    body = []
+    for place, (first, *rest) in enumerate(rows, start=1):
+        name = f'{place}. <a href="#sae-{place}">{escape(first)}</a>' if linked else escape(first)
+        cells = "".join(f'<td class="number">{escape(cell)}</td>' for cell in rest)
+        body.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
+    return (  # what scrolls can be reached by a key
+        '<div class="wide" tabindex="0" role="region" aria-label="Table"><table>'
+        f"<thead><tr>{heads}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )

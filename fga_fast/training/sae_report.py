@@ -83,7 +83,8 @@ def markdown(saes: Mapping[str, Quality], facts: Mapping[str, str]) -> str:
             [what, *(value_of(what, value) for value in (effect.plain, effect.spliced, effect.mean)), recovered or "–"]
             for what, (effect, recovered) in effects(one.behaviour).items()
         ])  # fmt: skip
-        lines += ["", *(f"- {_line(text)}" for text in warnings(one))]
+        found = warnings(one)
+        lines += ["", *(f"- {_line(text)}" for text in found)] if found else []
     if first.errors:
         lines += ["", "## Images that were left out", ""]
         lines += [f"- {_line(key)}: {_line(reason)}" for key, reason in first.errors]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +249,24 @@ def test_a_bad_image_costs_one_image(tmp_path: Path) -> None:
     check(found, oracle(good, SAES["relu"], 1))
     with pytest.raises(ValueError, match=r"images: none of 2 could be measured; the first: file: "):
         measured(bad[:2], {1: SAES["relu"]})
+
+
+def test_images_are_let_go() -> None:
+    """What was read of at most three batches is there at a time: the one in use, and two that are read ahead."""
+    pixels = [torch.randint(0, 255, (16, 24, 3), generator=torch.Generator().manual_seed(n)).byte() for n in range(24)]
+    alive: weakref.WeakSet[Image.Image] = weakref.WeakSet()
+    most = [0]
+
+    def read(number: int) -> Image.Image:
+        picture = Image.fromarray(pixels[number].numpy())
+        alive.add(picture)
+        most[0] = max(most[0], len(alive))
+        return picture
+
+    given = [Item(str(n), partial(read, n)) for n in range(24)]
+    preprocess = Preprocess((16, 24), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    found = measured(given, {1: SAES["relu"]}, preprocess=preprocess, batch_size=2)[1]
+    assert found.images == 24 and 0 < most[0] <= 6
 
 
 class Frail(nn.Module):

@@ -51,8 +51,8 @@ def test_a_folder_a_bad_image_and_a_half(capsys: pytest.CaptureFixture[str]) -> 
         main([*given, "--split", half, "--out", half])
     halves = [{*Activations(half).keys} for half in ("report", "tune")]
     assert not halves[0] & halves[1] and len(halves[0] | halves[1]) == 8
-    assert main(["harvest", "--blocks", "1", "--out", "two", "--limit", "2", "photos"]) in (0, 1)
-    assert len(Activations("two").keys) + len(Activations("two").about.errors) == 2
+    assert main(["harvest", "--blocks", "1", "--out", "two", "--limit", "2", "photos"]) == 0
+    assert len(Activations("two")) == 2
 
 
 def test_a_manifest_and_a_timm_model() -> None:
@@ -84,7 +84,7 @@ def test_a_hugging_face_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.about.errors == (("train/1", "ValueError: dataset: row 2, column image: expected a picture, got int"),)
 
 
-def test_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page() -> None:
     """The examples of docs/harvest.md, as printed, and what it says about disk space."""
     page = (Path(__file__).parents[2] / "docs" / "harvest.md").read_text(encoding="utf-8")
     first, second = re.findall(r"^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)

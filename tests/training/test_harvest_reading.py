@@ -175,6 +175,7 @@ def test_shards_that_were_damaged(tmp_path: Path, found: Activations) -> None:
             "expected 'fga_fast harvest' of version 1, got 'fga_fast harvest' of version 2",
             lambda m: m.update(version=2),
         ),
+        ("damaged: expected settings by name", lambda m: m.update(settings=[1])),
         ("damaged manifest: KeyError", lambda m: m["settings"].pop("grid")),
         ("damaged manifest: ValueError: impossible sizes", lambda m: m["settings"].update(d_model=-1)),
         ("damaged manifest: ValueError: impossible tokens", lambda m: m["settings"].update(blocks=[2, 2])),
@@ -189,6 +190,14 @@ def test_manifests_that_are_not_trusted(tmp_path: Path, found: Activations, mess
     folder = damaged(tmp_path, found)
     edit(folder / "manifest.json", change)
     with pytest.raises(ValueError, match=message):
+        Activations(folder)
+
+
+def test_numbers_that_are_none(tmp_path: Path, found: Activations) -> None:
+    folder = damaged(tmp_path, found)
+    path = folder / "manifest.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"d_model": 16', '"d_model": 1e999'), encoding="utf-8")
+    with pytest.raises(ValueError, match="damaged manifest: OverflowError"):
         Activations(folder)
 
 

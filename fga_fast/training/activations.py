@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -13,17 +14,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from fga_fast.dataset.items import stable_number
 from fga_fast.io.safetensors_file import SafetensorsFile
 from fga_fast.training.checksum import model_checksum
-from fga_fast.training.harvest_folder import (
-    DTYPES,
-    Listed,
-    Shard,
-    read_listed,
-    read_manifest,
-    shard_of,
-    tensor_name,
-)
+from fga_fast.training.harvest_folder import DTYPES, Listed, Shard, read_listed, read_manifest, shard_of, tensor_name
 
 _MOST_READ = 1 << 20  # bytes of a file that are hashed at once
 
@@ -91,12 +85,15 @@ class Activations:
         try:
             self.about = _about(manifest)
             self.shards = tuple(shard_of(one, number) for number, one in enumerate(manifest["shards"]))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{self.folder}: damaged manifest: {type(error).__name__}: {error}") from error
         if sum(shard.images for shard in self.shards) != self.about.images:
             raise ValueError(f"{self.folder}: damaged manifest: expected {self.about.images} images in its shards")
+        each = len(self.about.blocks) * (self.about.prefix_tokens + self.about.patches) * self.about.d_model
         for shard in self.shards:
-            self._check_file(shard)
+            path, least = self._check_file(shard), shard.images * each * DTYPES[self.about.dtype].itemsize
+            if shard.bytes < least:  # so that nobody allocates more than there is
+                raise ValueError(f"{path}: expected at least {least} bytes by the manifest's sizes, got {shard.bytes}")
 
     def __len__(self) -> int:
         """Number of images I."""
@@ -242,6 +239,10 @@ def _about(manifest: Mapping[str, Any]) -> About:
     return found
 
 
+def _joined(parts: list[dict[int, Tensor]]) -> dict[int, Tensor]:
+    return {block: torch.cat([part[block] for part in parts]) for block in parts[0]}
+
+
 class HarvestTokens:
     """Patch tokens of a harvest in random order, for training; implements `Tokens`.
 
@@ -264,12 +265,12 @@ class HarvestTokens:
             raise ValueError(f"seed, shards: expected at least 0 and 1, got {seed} and {shards}")
         about = activations.about
         self.blocks, self.d_model = about.blocks, about.d_model
-        self.about: Mapping[str, Any] = {
-            **asdict(about), "errors": len(about.errors), "tokens": about.images * about.patches, "seed": seed,
-            "shuffled_shards": shards,
-        }  # fmt: skip
         self._activations, self._seed, self._shards = activations, seed, shards
         self._count = about.images * about.patches
+        checksums = "".join(shard.sha256 for shard in activations.shards)
+        told = asdict(about) | {"errors": len(about.errors), "tokens": self._count, "seed": seed, "shards": shards}
+        told["harvest"] = hashlib.sha256(checksums.encode()).hexdigest()
+        self.about: Mapping[str, Any] = json.loads(json.dumps(told))
 
     def sample(self, count: int) -> dict[int, Tensor]:
         """See `Tokens`; the first tokens of the first epoch, at most all of them."""
@@ -309,19 +310,21 @@ class HarvestTokens:
                 parts.append({block: x[rows].float() for block, x in streams.items()})
                 if len(rows) == missing:
                     left -= 1
-                    batch = {block: torch.cat([part[block] for part in parts]) for block in self.blocks}
+                    yield parts[0] if len(parts) == 1 else _joined(parts)
                     parts.clear()
-                    yield batch
             if not left:
                 return
             del streams  # before the next ones are read
 
     def _windows(self, epoch: int) -> Iterator[tuple[list[int], torch.Generator]]:
         """Shards that are shuffled together, with the generator of their order."""
-        base = self._seed * 1_000_003 + epoch
-        order = torch.randperm(len(self._activations.shards), generator=torch.Generator().manual_seed(base)).tolist()
+
+        def generator(place: int) -> torch.Generator:
+            return torch.Generator().manual_seed(stable_number("order", self._seed, epoch, place))
+
+        order = torch.randperm(len(self._activations.shards), generator=generator(-1)).tolist()
         for place in range(0, len(order), self._shards):
-            yield order[place : place + self._shards], torch.Generator().manual_seed((base << 20) + place + 1)
+            yield order[place : place + self._shards], generator(place)
 
     def _read(self, numbers: list[int], images: int) -> dict[int, Tensor]:
         """Block -> patches [images * P, C] of some shards, in the stored dtype."""

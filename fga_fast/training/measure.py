@@ -163,7 +163,7 @@ class Means:
         """Adds a batch."""
         streams, output = self.plan.seen(images)
         if self.plan.output is None:
-            self.output = "softmax" if _has_classes(self.plan.readout, output) else "features"
+            self.output = "features" if self.plan.readout.predicted(output) is None else "softmax"
         _truth(pictures, output, self.output)  # so that a wrong class is no part of the means either
         self._tokens += len(images) * self.plan.layout.patches
         for block, x in streams.items():
@@ -259,12 +259,3 @@ def _truth(pictures: Sequence[Picture], output: Tensor, kind: Output) -> Tensor:
                 raise ValueError(f"target: expected a class from 0 to {output.shape[1] - 1}, got {number}")
             truth[row, number] = True
     return truth
-
-
-def _has_classes(readout: Readout, output: Tensor) -> bool:
-    """Whether there is a predicted class."""
-    try:
-        readout.answer(None, output)
-    except (TypeError, ValueError):  # no head, or a dual encoder without prompts
-        return False
-    return True

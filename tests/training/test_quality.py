@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,11 @@ from PIL import Image
 from quality_case import constant_sae, draw, exact_sae, items, oracle, random_sae
 from torch import Tensor, nn
 
-from fga_fast.dataset.items import Item
+from fga_fast.dataset.items import Item, Loaded, load
 from fga_fast.io.images import Preprocess
 from fga_fast.models.find import find_layout
 from fga_fast.sae import SparseAutoencoder
-from fga_fast.training import sums
+from fga_fast.training import measure, sums
 from fga_fast.training.behaviour import Effect
 from fga_fast.training.histogram import Histogram, percentiles, whole_histogram
 from fga_fast.training.quality import Quality, compare, quality
@@ -251,22 +250,25 @@ def test_a_bad_image_costs_one_image(tmp_path: Path) -> None:
         measured(bad[:2], {1: SAES["relu"]})
 
 
-def test_images_are_let_go() -> None:
-    """What was read of at most three batches is there at a time: the one in use, and two that are read ahead."""
-    pixels = [torch.randint(0, 255, (16, 24, 3), generator=torch.Generator().manual_seed(n)).byte() for n in range(24)]
-    alive: weakref.WeakSet[Image.Image] = weakref.WeakSet()
-    most = [0]
+def test_images_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was read of three batches is there at a time, whatever the number of images: one in use, two read ahead."""
+    alive, most = 0, 0
 
-    def read(number: int) -> Image.Image:
-        picture = Image.fromarray(pixels[number].numpy())
-        alive.add(picture)
-        most[0] = max(most[0], len(alive))
-        return picture
+    def counted(item: Item, *settings: Any) -> Loaded:
+        nonlocal alive, most
+        found = load(item, *settings)
+        image = found.image.clone()
+        alive, most = alive + 1, max(most, alive + 1)
+        weakref.finalize(image, gone)
+        return found._replace(image=image)
 
-    given = [Item(str(n), partial(read, n)) for n in range(24)]
-    preprocess = Preprocess((16, 24), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    found = measured(given, {1: SAES["relu"]}, preprocess=preprocess, batch_size=2)[1]
-    assert found.images == 24 and 0 < most[0] <= 6
+    def gone() -> None:
+        nonlocal alive
+        alive -= 1
+
+    monkeypatch.setattr(measure, "load", counted)
+    found = measured(items(40), {1: SAES["relu"]}, batch_size=2)[1]
+    assert found.images == 40 and 2 <= most <= 6 and alive <= 6
 
 
 class Frail(nn.Module):

@@ -66,19 +66,25 @@ def load_subject(args: argparse.Namespace) -> Subject:
 
 def _load_saes(args: argparse.Namespace) -> dict[int, SparseAutoencoder]:
     saes: dict[int, SparseAutoencoder] = {}
-    normalize = {None: "as stored", "none": None}.get(args.sae_normalize, args.sae_normalize)
     for spec in args.sae:
-        number, equals, path = spec.partition("=")
-        if not equals or not number.strip().isdecimal() or not path:
-            raise ValueError(f"--sae: expected BLOCK=PATH, e.g. 9=sae_block_9, got {spec!r}")
-        if int(number) in saes:
-            raise ValueError(f"--sae: expected one autoencoder a block, got two for block {int(number)}; drop one")
-        if not Path(path).exists():
-            raise FileNotFoundError(f"--sae: no file or folder {path}; expected a saved SAE after {number}=")
-        saes[int(number)] = SparseAutoencoder.from_pretrained(
-            path, allow_pickled_config=args.allow_pickled_config, normalize=normalize
-        )
+        block, sae = read_sae(spec, args)
+        if block in saes:
+            raise ValueError(f"--sae: expected one autoencoder a block, got two for block {block}; drop one")
+        saes[block] = sae
     return saes
+
+
+def read_sae(spec: str, args: argparse.Namespace, option: str = "--sae") -> tuple[int, SparseAutoencoder]:
+    """Block and SAE that BLOCK=PATH names, on the CPU; `option` is what errors call it."""
+    number, equals, path = spec.partition("=")
+    if not equals or not number.strip().isdecimal() or not path:
+        raise ValueError(f"{option}: expected BLOCK=PATH, e.g. 9=sae_block_9, got {spec!r}")
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{option}: no file or folder {path}; expected a saved SAE after {number}=")
+    normalize = {None: "as stored", "none": None}.get(args.sae_normalize, args.sae_normalize)
+    return int(number), SparseAutoencoder.from_pretrained(
+        path, allow_pickled_config=args.allow_pickled_config, normalize=normalize
+    )
 
 
 def _fashion_subject() -> Subject:

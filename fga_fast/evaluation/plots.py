@@ -8,6 +8,7 @@ from html import escape
 from typing import NamedTuple
 
 from fga_fast.evaluation.wording import number
+from fga_fast.result.ticks import ticks
 
 _LABELS, _PLOT, _ROW, _EDGE = 250, 330, 24, 14  # pixels
 
@@ -47,7 +48,7 @@ def dots(rows: Sequence[Dot], title: str, zero: bool = False) -> str:
         f'<svg role="img" viewBox="0 0 {_LABELS + _PLOT + _EDGE} {height}" class="plot">',
         f"<title>{escape(f'{title}: {heard}')}</title>",
     ]
-    for tick in _ticks(low, high):
+    for tick in ticks(low, high):
         parts.append(f'<line class="grid" x1="{x(tick)}" x2="{x(tick)}" y1="0" y2="{bottom}"/>')
         parts.append(f'<text class="tick" x="{x(tick)}" y="{bottom + 16}">{number(tick)}</text>')
     if zero:
@@ -61,12 +62,3 @@ def dots(rows: Sequence[Dot], title: str, zero: bool = False) -> str:
             parts.append(f'<circle cx="{x(row.mean)}" cy="{y}" r="4"/>')
         parts.append("</g>")
     return "".join([*parts, "</svg>"])
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Some round numbers between two."""
-    rough = (high - low) / 5
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough)
-    first = math.ceil(low / step)
-    return [place * step for place in range(first, math.floor(high / step) + 1)]

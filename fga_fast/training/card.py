@@ -21,16 +21,24 @@ class Example:
     patch: tuple[int, int]  # row, column
     target: str | None = None  # the predicted class, whose logit the next two are about
     predicted: float | None = None  # the feature's contribution to it, by the gradient
-    measured: float | None = None  # what the logit loses with the feature at 0
+    measured: float | None = None  # what it adds in truth: what the logit loses with the feature at 0
     error: str = ""  # why the image could not be read
     picture: bytes = field(default=b"", repr=False)  # a JPEG file, see evidence.py
 
 
-class Share(NamedTuple):
-    """A feature or class by name, and a number."""
+class Push(NamedTuple):
+    """What a feature adds to the logit of a class."""
 
     name: str
     value: float
+
+
+class Class(NamedTuple):
+    """A class among the images in which a feature is active."""
+
+    name: str
+    share: float  # of these images
+    usual: float  # of all images
 
 
 class Company(NamedTuple):
@@ -51,9 +59,10 @@ class Card:
         mean, largest: of its codes where it is active.
         histogram: (from, to, patches) by strength, without empty ends.
         company: features that are active in the same patches, most alike first.
-        classes: share of the images in which it is active that the model took for a class.
-        pushes: what the logits of classes lose without the feature, mean over the examples; the largest losses first,
-            then gains. Above 0: the feature speaks for the class.
+        classes: share of the images in which it is active that the model took for a class; those first that are so
+            much more frequent there than elsewhere.
+        pushes: what the feature adds to the logits of classes, mean over the examples: what they lose without it. The
+            largest first; below 0 the feature speaks against the class.
     """
 
     block: int
@@ -66,8 +75,8 @@ class Card:
     largest: float
     histogram: tuple[tuple[float, float, int], ...]
     company: tuple[Company, ...]
-    classes: tuple[Share, ...]
-    pushes: tuple[Share, ...]
+    classes: tuple[Class, ...]
+    pushes: tuple[Push, ...]
     examples: tuple[Example, ...]
 
 

@@ -28,7 +28,7 @@ from fga_fast.result.explanation import Explanation
 from fga_fast.sae.notes import Note, Notes
 from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
 from fga_fast.training.activations import Activations
-from fga_fast.training.card import Card, Company, Example, Share, agreement_of, to_json
+from fga_fast.training.card import Card, Class, Company, Example, Push, agreement_of, to_json
 from fga_fast.training.cards_page import cards_page
 from fga_fast.training.census import Census, bin_edges, take_census
 from fga_fast.training.effects import Effects, effects
@@ -86,7 +86,7 @@ def feature_cards(
     known = _Known(activations, source, preprocess, window, items, class_names, dict(notes or {}))
     cards: list[Card] = []
     for block, sae in sorted(saes.items()):
-        asked = None if features is None else list(dict.fromkeys(features.get(block, ())))
+        asked = None if features is None else sorted({*features.get(block, ())})
         if asked == []:
             continue
         census, chosen = _counted(activations, block, sae, asked, min_density, limit, examples, progress)
@@ -263,16 +263,21 @@ class _Known:
             if alike[one] > 0
         )
 
-    def _classes(self, counts: Tensor, lit: Tensor) -> tuple[Share, ...]:  # [K], []
-        order = counts.argsort(descending=True, stable=True)[:_CLASSES].tolist()
+    def _classes(self, counts: Tensor, lit: Tensor) -> tuple[Class, ...]:  # [K], []
+        if not len(counts):
+            return ()
+        predicted = self.activations.predicted
+        usual = predicted[predicted >= 0].bincount(minlength=len(counts)).double() / len(predicted)
+        shares = counts.double().cpu() / max(int(lit), 1)
+        order = (shares - usual).argsort(descending=True, stable=True)[:_CLASSES].tolist()
         return tuple(
-            Share(label(one, self.class_names), float(counts[one] / lit.clamp_min(1))) for one in order if counts[one]
+            Class(label(one, self.class_names), float(shares[one]), float(usual[one])) for one in order if shares[one]
         )
 
-    def _pushes(self, lost: Tensor) -> tuple[Share, ...]:  # [classes]
+    def _pushes(self, lost: Tensor) -> tuple[Push, ...]:  # [classes]
         order = lost.argsort(descending=True, stable=True).tolist()
         ends = order if len(order) <= 2 * _CLASSES else [*order[:_CLASSES], *order[-_CLASSES:]]
-        return tuple(Share(label(one, self.class_names), float(lost[one])) for one in ends)
+        return tuple(Push(label(one, self.class_names), float(lost[one])) for one in ends)
 
 
 def _missing() -> Image.Image:

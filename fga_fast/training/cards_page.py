@@ -13,6 +13,8 @@ from fga_fast.result.page import page
 from fga_fast.training.card import Agreement, Card, Example
 from fga_fast.training.evidence import GAP, PANELS, SIDE
 
+_FREQUENT = 1.25  # times as frequent a class must be to be named
+
 _STYLE = """
 main > p { max-width: 62rem }
 a { color: inherit; text-decoration-color: var(--dim); text-underline-offset: .15em }
@@ -36,21 +38,22 @@ a { color: inherit; text-decoration-color: var(--dim); text-underline-offset: .1
 .facts { display: grid; grid-template-columns: minmax(9rem, 1fr) 2fr; gap: .8rem 1.4rem; margin: .8rem 0;
   align-items: start; font-size: .88rem }
 .facts svg { width: 100%; height: auto; display: block } .facts svg rect { fill: var(--strong); opacity: .75 }
-.facts svg text { fill: var(--dim); font-size: 9px }
+.facts svg text { fill: var(--dim); font-size: 13px }
 .facts dl { margin: 0; display: grid; grid-template-columns: auto 1fr; gap: .12rem .7rem }
 .facts dt { margin: 0; font-weight: 400; color: var(--dim) } .facts dd { overflow-wrap: anywhere }
 .for { color: var(--strong) } .against { color: var(--warm) } .for, .against { white-space: nowrap }
 .examples { list-style: none; margin: 0; padding: 0; display: grid; gap: .55rem }
-.examples img { display: block; width: 100%; max-width: 29.2rem; height: auto; border-radius: .3rem;
+.examples img { display: block; width: 100%; height: auto; border-radius: .3rem;
   background: var(--soft) }
 .examples p { margin: .1rem 0 0; font-size: .82rem; color: var(--dim); font-variant-numeric: tabular-nums;
   overflow-wrap: anywhere }
 .examples b { font-weight: 600; color: var(--ink) }
-.legend { display: grid; grid-template-columns: repeat(4, 1fr); max-width: 29.2rem; font-size: .72rem;
+.legend { display: grid; grid-template-columns: repeat(4, 1fr); font-size: .75rem;
   line-height: 1.25; color: var(--dim); margin: 0 0 .3rem; gap: .3rem }
-.agreement { display: grid; grid-template-columns: minmax(14rem, 22rem) 1fr; gap: 1rem 2rem; align-items: center }
+.agreement { display: grid; grid-template-columns: 13rem minmax(0, 44rem); gap: 1rem 2rem; align-items: center;
+  margin: 1.2rem 0 }
 .agreement svg { width: 100%; height: auto } .agreement circle { fill: var(--strong); opacity: .45 }
-.agreement line { stroke: var(--line) } .agreement text { fill: var(--dim); font-size: 11px }
+.agreement line { stroke: var(--line) } .agreement text { fill: var(--dim); font-size: 14px }
 @media (max-width: 40rem) { .facts, .agreement { grid-template-columns: 1fr } body { padding: 1rem } }
 @media print { .tools { display: none !important } .card { content-visibility: visible; break-inside: avoid } }
 """
@@ -143,7 +146,7 @@ def _tools(blocks: Sequence[int]) -> str:
 def _card(card: Card, there: set[tuple[int, int]]) -> str:
     anchor = card_url("", card.block, card.feature)
     effect = max((abs(one.measured) for one in card.examples if one.measured is not None), default=0.0)
-    classes = [share.name for share in (*card.classes, *card.pushes)]
+    classes = [*(one.name for one in card.classes), *(one.name for one in card.pushes)]
     words = " ".join([str(card.feature), card.name, card.note, *dict.fromkeys(classes)])
     name = f'<span class="name">{escape(card.name)}</span>' if card.name else ""
     note = f'<p class="said">{escape(card.note)}</p>' if card.note else ""
@@ -172,7 +175,11 @@ def _facts(card: Card, there: set[tuple[int, int]]) -> str:
     rows = {
         "active in": f"{_percent(card.density)} of patches, {_percent(card.images)} of images",
         "code": f"mean {_number(card.mean)}, largest {_number(card.largest)}",
-        "images seen as": ", ".join(f"{escape(one.name)} {one.value:.0%}" for one in card.classes),
+        "images seen as": ", ".join(
+            f"{escape(one.name)} {one.share:.0%} ({one.usual:.0%})"
+            for one in card.classes
+            if one.share >= _FREQUENT * one.usual
+        ),
         "pushes": ", ".join(pushes),
         "together with": ", ".join(company),
     }
@@ -187,8 +194,7 @@ def _example(card: Card, one: Example) -> str:
     effect = ""
     if one.target is not None and one.predicted is not None and one.measured is not None:
         effect = (
-            f" · <b>{escape(one.target)}</b> loses {_coloured(one.measured)} without it "
-            f"(predicted {_signed(one.predicted)})"
+            f" · adds {_coloured(one.measured)} to <b>{escape(one.target)}</b> (predicted {_signed(one.predicted)})"
         )
     trouble = f'<br><span class="against">cannot be read: {escape(one.error)}</span>' if one.error else ""
     return (
@@ -241,8 +247,8 @@ def _agreement(cards: Sequence[Card], agreement: Agreement | None) -> str:
     )
     text = (
         f"Does the prediction hold? In {agreement.pairs} pairs of a feature and one of its images, the feature's "
-        f"contribution to the predicted class (codes times gradient) and what the logit loses when the feature is "
-        f"switched off have a Pearson correlation of {agreement.pearson:.2f} and a Spearman rank correlation of "
+        f"contribution to the logit of the predicted class by the gradient, and what this logit loses when the feature "
+        f"is switched off, have a Pearson correlation of {agreement.pearson:.2f} and a Spearman rank correlation of "
         f"{agreement.spearman:.2f}. On the dashed line both are equal; its ends are at ±{_number(reach)}."
     )
     return (
@@ -254,14 +260,15 @@ def _agreement(cards: Sequence[Card], agreement: Agreement | None) -> str:
 
 def _reading() -> str:
     entries = {
-        "Four panels": "The image as the model sees it, its strongest patch framed. Patches as bright as the feature "
-        "is active in them. The strongest patch with its neighbours. Pixels as bright as they drive the feature's code at "
-        "that patch: the magnitude of the gradient, summed over channels, smoothed over 3 x 3 pixels.",
+        "Four panels": "The image as the model sees it, its strongest patch framed. Amber where the feature is active. "
+        "The strongest patch with its neighbours. Amber where pixels drive the code at that patch: the magnitude of "
+        "the gradient, summed over channels, smoothed over 3 x 3 pixels.",
         "Bars": "Patches by the strength of the code; four bars double it. Heights are square roots of counts, so that "
         "rare strong codes can be seen.",
-        "images seen as": "Predicted classes of the images in which the feature is active anywhere.",
-        "pushes": "What the logit of each class loses when the feature is switched off at all patches, mean over the "
-        "images shown. Above 0: the feature speaks for the class.",
+        "images seen as": "Predicted classes that are more frequent among the images in which the feature is active "
+        f"than among all images (share in brackets), at least {_FREQUENT:g} times.",
+        "adds, pushes": "What the logit of a class loses when the feature is switched off at all patches: in one "
+        "image, and in the mean over the images shown. Above 0 the feature speaks for the class.",
         "together with": "Features that are active in the same patches: patches with both, as a share of those with "
         "one of them (Jaccard index).",
         "predicted": "By the gradient of the logit: how much of it the feature's part of the stream accounts for. "
@@ -275,7 +282,7 @@ def _coloured(value: float) -> str:
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.2f}" if math.isfinite(value) else "–"
+    return f"{value:+.2f}".replace("-", "−") if math.isfinite(value) else "–"
 
 
 def _percent(share: float) -> str:

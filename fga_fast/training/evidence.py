@@ -1,8 +1,8 @@
 """The pictures of a feature card: where an image makes a feature active, and which pixels drive it there.
 
-Four panels side by side: the image as the model sees it, with the strongest patch framed; the same with patches as
-bright as the feature is active there; the strongest patch with its neighbours, enlarged; and the image with pixels as
-bright as they drive the feature's code at that patch (the gradient's magnitude, summed over channels).
+Four panels side by side: the image as the model sees it, with the strongest patch framed; the same in grey, with amber
+where the feature is active; the strongest patch with its neighbours, enlarged; and the image in grey with amber where
+pixels drive the feature's code at that patch (the gradient's magnitude, summed over channels).
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
-SIDE, GAP = 112, 6  # pixels
+SIDE, GAP = 128, 3  # pixels
 PANELS = ("image, strongest patch framed", "where it is active", "strongest patch and its neighbours", "what drives it")
-_DARK = 0.14  # what is left of the light where a feature is not active
-_FRAME = (255, 176, 0)
+_AMBER = (255, 176, 0)
+_GREY, _MOST = 0.6, 0.75  # light of the grey picture, and of the colour over it
+_SMOOTH = Image.Resampling.BICUBIC
 
 
 def evidence(
@@ -39,34 +40,30 @@ def evidence(
     size = (SIDE, height)
     picture = Image.new("RGB", size, (128, 128, 128)) if view is None else view.convert("RGB").resize(size, _SMOOTH)
     box = _box(grid, patch, size)
-    strip = Image.new("RGB", (4 * SIDE + 3 * GAP, height), (128, 128, 128))
+    strip = Image.new("RGB", (4 * SIDE + 3 * GAP, height))
     light = activity.abs().float().view(1, 1, *grid)
     by_patch = interpolate(light / light.max().clamp_min(1e-12), (height, SIDE), mode="nearest-exact")[0, 0]
     panels = [picture, _lit(picture, by_patch), _crop(view, grid, patch, size), _driven(picture, drive)]
     for number, panel in enumerate(panels):
         if panel is not None:
             strip.paste(panel, (number * (SIDE + GAP), 0))
-    ImageDraw.Draw(strip).rectangle(box, outline=_FRAME, width=2)
+    ImageDraw.Draw(strip).rectangle(box, outline=_AMBER, width=2)
     buffer = io.BytesIO()
     strip.save(buffer, format="JPEG", quality=82, subsampling=0, optimize=True)
     return buffer.getvalue()
 
 
-_SMOOTH = Image.Resampling.BICUBIC
-
-
 def _box(grid: tuple[int, int], patch: int, size: tuple[int, int], around: int = 0) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom (last pixels) of a patch with `around` neighbours on each side, in a picture."""
-    (rows, columns), (width, height) = grid, size
-    row, column = divmod(patch, columns)
-    left, right = max(column - around, 0), min(column + around + 1, columns)
-    top, bottom = max(row - around, 0), min(row + around + 1, rows)
-    return (
-        left * width // columns,
-        top * height // rows,
-        max(right * width // columns, 1) - 1,
-        max(bottom * height // rows, 1) - 1,
-    )
+    """Left, top, right, bottom (last pixels) of a patch with `around` neighbours on each side, in a picture. At an edge
+    there are more on the other side.
+    """
+    ends = []
+    for place, count, pixels in zip(divmod(patch, grid[1]), grid, size[::-1], strict=True):
+        wide = min(2 * around + 1, count)
+        first = min(max(place - around, 0), count - wide)
+        ends.append((first * pixels // count, max((first + wide) * pixels // count, 1) - 1))
+    (top, bottom), (left, right) = ends
+    return left, top, right, bottom
 
 
 def _crop(view: Image.Image | None, grid: tuple[int, int], patch: int, size: tuple[int, int]) -> Image.Image | None:
@@ -88,7 +85,7 @@ def _driven(picture: Image.Image, drive: Tensor | None) -> Image.Image | None:
 
 
 def _lit(picture: Image.Image, light: Tensor) -> Image.Image:  # [H, W]
-    """A picture as bright as `light` says, from 0 to 1."""
-    weight = _DARK + (1 - _DARK) * light.clamp(0, 1)
-    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(*light.shape, 3)
-    return Image.fromarray((pixels * weight.unsqueeze(-1)).round().byte().numpy())
+    """A picture in grey, with as much colour as `light` says, from 0 to 1."""
+    weight = _MOST * light.clamp(0, 1).unsqueeze(-1)
+    grey = torch.frombuffer(bytearray(picture.convert("L").tobytes()), dtype=torch.uint8).view(*light.shape, 1) * _GREY
+    return Image.fromarray(((1 - weight) * grey + weight * torch.tensor(_AMBER)).round().byte().numpy())

@@ -54,7 +54,8 @@ a { color: inherit; text-decoration-color: var(--dim); text-underline-offset: .1
   margin: 1.2rem 0 }
 .agreement svg { width: 100%; height: auto } .agreement circle { fill: var(--strong); opacity: .45 }
 .agreement line { stroke: var(--line) } .agreement text { fill: var(--dim); font-size: 14px }
-@media (max-width: 40rem) { .facts, .agreement { grid-template-columns: 1fr } body { padding: 1rem } }
+@media (max-width: 40rem) { .facts, .agreement { grid-template-columns: 1fr } body { padding: 1rem }
+  .tools { position: static } .facts svg, .agreement svg { max-width: 14rem } }
 @media print { .tools { display: none !important } .card { content-visibility: visible; break-inside: avoid } }
 """
 

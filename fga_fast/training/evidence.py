@@ -49,7 +49,7 @@ def evidence(
             strip.paste(panel, (number * (SIDE + GAP), 0))
     ImageDraw.Draw(strip).rectangle(box, outline=_AMBER, width=2)
     buffer = io.BytesIO()
-    strip.save(buffer, format="JPEG", quality=82, subsampling=0, optimize=True)
+    strip.save(buffer, format="JPEG", quality=78, optimize=True)
     return buffer.getvalue()
 
 

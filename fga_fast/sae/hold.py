@@ -35,15 +35,14 @@ class Hold:
         Returns:
             [..., C], dtype of ``x``; computed in the SAE's dtype.
         """
-        device, dtype = self.sae.device, self.sae.dtype
-        features = torch.tensor([*self.values], device=device)
-        values = torch.tensor([*self.values.values()], dtype=dtype, device=device)
-        rows = self.sae.W_dec[features]  # [S, C]
+        # By numbers and not by tensors of them, which a CUDA graph would have to copy to the device.
+        rows = torch.stack([self.sae.W_dec[feature] for feature in self.values])  # [S, C]
         changes = []
-        with torch.autocast(device.type, enabled=False):
-            for tokens in torch.split(x.reshape(-1, x.shape[-1]).to(dtype), _ROWS):
-                codes = self.sae.encode(tokens)[:, features]  # [T, S]
-                changes.append(rescale((values - codes) @ rows, tokens, self.sae.normalize))
+        with torch.autocast(self.sae.device.type, enabled=False):
+            for tokens in torch.split(x.reshape(-1, x.shape[-1]).to(self.sae.dtype), _ROWS):
+                codes = self.sae.encode(tokens)
+                moved = torch.stack([value - codes[:, feature] for feature, value in self.values.items()], dim=1)
+                changes.append(rescale(moved @ rows, tokens, self.sae.normalize))  # [T, S] [S, C]
         return torch.cat(changes).view(x.shape).to(x.dtype)
 
     def notice(self, block: int) -> str:

@@ -52,8 +52,8 @@ def feature_cards(
 ) -> Path:  # fmt: skip
     """Writes cards.html and cards.json.
 
-    The harvest is read once for each block (twice if all features of a very wide SAE are asked for), then the model
-    runs three times on each example. Memory does not grow with the images.
+    The harvest is read once for each block (twice if all features of a very wide SAE are asked for). Then the model
+    runs twice on each example, with two backward passes. Memory does not grow with the images.
 
     Args:
         model: the model of the harvest, in eval mode. Not changed.

@@ -141,12 +141,18 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         free = shutil.disk_usage(tmp_path)._replace(free=1000)
         patched.setattr(shutil, "disk_usage", lambda _: free)
+        needed = 40 * (2 * PATCHES * WIDTH * 4 + 512)  # a list takes about 512 bytes an image
         message = r"out: 40 images need 0\.1 MB in .*out, 0\.0 MB are free; free some space"
         with pytest.raises(OSError, match=message):
             small(out, given)
         with pytest.raises(OSError, match=message):
             small(tmp_path / "deep" / "out", given)
         assert not (tmp_path / "deep").exists()
+        free = free._replace(free=needed - 1)
+        with pytest.raises(OSError, match="out: 40 images need"):
+            small(out, given)
+        free = free._replace(free=needed)
+        small(tmp_path / "enough", given)
     assert len(small(out, given)) == 40
     small(tmp_path / "whole", given)
     assert files(out) == files(tmp_path / "whole")

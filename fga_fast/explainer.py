@@ -19,9 +19,11 @@ Sources: Chefer, Gur and Wolf, "Generic Attention-model Explainability", ICCV 20
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +39,7 @@ from fga_fast.question.readout import Targets, Tensors
 from fga_fast.result.explanation import Explanation
 from fga_fast.result.notices import value_notices
 from fga_fast.sae import SparseAutoencoder
+from fga_fast.sae.hold import Hold, hold
 from fga_fast.settings import Backend, Backward, Gate, Method, Settings, TargetMode, start_of
 
 if TYPE_CHECKING:
@@ -145,6 +148,29 @@ class Explainer:
             image_size=(images.shape[-2], images.shape[-1]), backend=backend.name, backend_reason=backend.reason,
         )  # fmt: skip
 
+    def ablate(self, features: Mapping[int, Sequence[int] | Mapping[int, float]]) -> Explainer:
+        """An explainer of the same model with SAE features switched off, or held at values: what changes without them?
+
+        Right after each named block, x' = x + decode(f', x) - decode(f, x) at every patch; f' are the codes f of x with
+        the features replaced. What the SAE does not reconstruct stays, and so do prefix tokens. What is added is a
+        constant of the backward pass. So logits, relevance, scores and gates are those of the edited model. Its scores
+        encode x' anew, where a feature that is held at 0 may come back a little if others point its way.
+
+        The model and this explainer do not change. Features that this explainer holds already stay held.
+
+        Args:
+            features: block -> feature numbers to hold at 0, or feature number -> value, in the SAE's own scale.
+
+        Raises:
+            TypeError, ValueError: no features, a block without an SAE, no such feature, or a value that is not finite.
+        """
+        held: dict[int, Hold] = {**self.plan.held, **hold(features, self.saes, self.plan.held)}
+        other = copy.copy(self)
+        other.plan = replace(self.plan, held=held)
+        other._ungated = None if self._ungated is None else replace(self._ungated, held=held)
+        other._said = self._said | {one.notice(block) for block, one in held.items()}  # the caller knows
+        return other
+
     @outside_graphs
     def compile(
         self, example: Tensor, *, target_mode: TargetMode = "predicted", mode: str | None = None,
@@ -200,7 +226,9 @@ class Explainer:
     def __repr__(self) -> str:
         saes = ", ".join(f"{block}: {sae.d_sae} features" for block, sae in self.saes.items())
         name, blocks, grid = type(self.layout.tower or self.model).__name__, len(self.layout.blocks), self.layout.grid
-        return f"Explainer({name}, {blocks} blocks, grid {grid}, saes {{{saes}}}, {self.settings}, on {self.backend})"
+        held = "".join(f"; {one.notice(block)}" for block, one in sorted(self.plan.held.items()))
+        settings = f"{self.settings}, on {self.backend}{held}"
+        return f"Explainer({name}, {blocks} blocks, grid {grid}, saes {{{saes}}}, {settings})"
 
 
 def _tensors(plan: Plan, layout: ModelLayout, images: Tensor, targets: Targets, first: bool = False) -> Tensors:
@@ -210,8 +238,9 @@ def _tensors(plan: Plan, layout: ModelLayout, images: Tensor, targets: Targets, 
     from fga_fast import reference
 
     return reference.explain(
-        plan.model, images, targets, plan.saes, plan.settings, layout=layout, readout=readout, first=first
-    )
+        plan.model, images, targets, plan.saes, plan.settings,
+        layout=layout, readout=readout, held=plan.held, first=first,
+    )  # fmt: skip
 
 
 def explain(

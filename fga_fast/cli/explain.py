@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from fga_fast.cli import arguments, files, report, ways
 from fga_fast.cli.drawing import Drawing
+from fga_fast.cli.notes import add_notes
 from fga_fast.cli.ways import Way
 from fga_fast.io.atomic import check_writable_folder
 from fga_fast.io.images import load_image
@@ -58,6 +59,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--top-features", type=int, default=5, metavar="K", help="features listed (default: %(default)s)"
     )
+    add_notes(parser)
+    parser.add_argument(
+        "--cards", metavar="PAGE", help="the page of `fga-fast features`, which listed features then link to"
+    )
     parser.add_argument("--batch-size", type=int, default=8, metavar="B", help="images at once (default: %(default)s)")
     parser.set_defaults(run=run, default_of=parser.get_default)
 
@@ -73,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     window = arguments.window(args)
     with Drawing(len(paths) if many else 1) as drawing:
         way = ways.by_model(args) if args.package is None else ways.by_package(args)
-        writer = report.Writer(args.out, way, drawing, many)
+        writer = report.Writer(args.out, way, drawing, many, args.cards)
         milliseconds: dict[str, float | None] = {}
         noted = failed if many else None
         for pictures in _batches(way, paths, window, noted):
@@ -135,12 +140,14 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--top-features: expected at least 0, got {args.top_features}")
     if args.package is None:
         return
-    takes = {"images", "package", "target", "window", "out", "run", "default_of", "traceback", "argv"}
+    takes = {"images", "package", "target", "window", "out", "notes", "cards"}
+    takes |= {"run", "default_of", "traceback", "argv"}
     other = [name for name in vars(args) if name not in takes and getattr(args, name) != args.default_of(name)]
     if other:
         listed = ", ".join("--" + name.replace("_", "-") for name in other)
         raise ValueError(
-            f"{listed}: the package has its own; give only IMAGE, --target, --window and --out with --package"
+            f"{listed}: the package has its own; give only IMAGE, --target, --window, --notes, --cards and --out with "
+            "--package"
         )
 
 

@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from fga_fast import __version__
-from fga_fast.cli import evaluate, explain, export, harvest, sae_report
+from fga_fast.cli import evaluate, explain, export, features, harvest, sae_report
 
 USER_ERROR, INTERRUPTED = 2, 130
+_COMMANDS = (explain, harvest, sae_report, features, evaluate, export)  # in the order of use
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -19,11 +20,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    explain.add_parser(commands)
-    evaluate.add_parser(commands)
-    export.add_parser(commands)
-    harvest.add_parser(commands)
-    sae_report.add_parser(commands)
+    for command in _COMMANDS:
+        command.add_parser(commands)
     return parser
 
 

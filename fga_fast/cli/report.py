@@ -16,6 +16,7 @@ from fga_fast.cli.ways import Way
 from fga_fast.io.atomic import atomic_write
 from fga_fast.io.window import READ
 from fga_fast.result.explanation import Explanation
+from fga_fast.result.features import FeatureContribution, card_url
 
 SHEET_IMAGES = 24
 _SHEET, _MARGIN = "contact_sheet.png", 10  # pixels
@@ -31,10 +32,11 @@ class Writer:
     Args:
         drawing: draws the figures.
         many: whether each image gets a folder.
+        cards: the page of feature cards to link to.
     """
 
-    def __init__(self, out: Path, way: Way, drawing: Drawing, many: bool) -> None:
-        self.out, self.way, self.many = out, way, many
+    def __init__(self, out: Path, way: Way, drawing: Drawing, many: bool, cards: str | None = None) -> None:
+        self.out, self.way, self.many, self.cards = out, way, many, cards
         self._drawing = drawing
         self._sheet: list[Image.Image] = []
         self._count = 0
@@ -119,9 +121,17 @@ class Writer:
             "probability": None if chances is None else float(chances[target]),
             "strongest_patch": divmod(int(explanation.shown.flatten(0, -2)[k].argmax()), explanation.grid[1]),
             "top_features": {
-                str(block): [pair._asdict() for pair in listed.get(block, [])] for block in sorted(explanation.gates)
+                str(block): [self._feature(block, pair) for pair in listed.get(block, [])]
+                for block in sorted(explanation.gates)
             },
         }
+
+    def _feature(self, block: int, pair: FeatureContribution) -> dict[str, Any]:
+        """A listed feature, with what a person said about it and its card, where there is one."""
+        entry: dict[str, Any] = pair._asdict()
+        if (block, pair.feature) in self.way.notes:
+            entry |= self.way.notes[block, pair.feature]._asdict()
+        return entry if self.cards is None else entry | {"card": card_url(self.cards, block, pair.feature)}
 
     def _contact_sheet(self) -> Image.Image:
         columns = 2 if len(self._sheet) > 3 else 1
@@ -157,8 +167,12 @@ def _print_image(facts: dict[str, Any]) -> None:
         print(f"  {named}: logit {_short(row['logit'])}, {chance}strongest patch {patch}")
         for block, features in row["top_features"].items():
             if features:
-                listed = "  ".join(f"{one['feature']} ({one['contribution']:+.3g})" for one in features)
+                listed = "  ".join(f"{_called(one)} ({one['contribution']:+.3g})" for one in features)
                 print(f"    block {block} top features: {listed}")
+
+
+def _called(feature: dict[str, Any]) -> str:
+    return f"{feature['feature']} {feature['name']}" if "name" in feature else str(feature["feature"])
 
 
 def _caption(row: dict[str, Any]) -> str:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fga_fast.cli import arguments
+from fga_fast.cli.notes import notes_of
 from fga_fast.cli.subject import load_subject, target_number
 from fga_fast.io.images import Preprocess
 from fga_fast.result.explanation import Explanation
+from fga_fast.sae.notes import Notes
 
 if TYPE_CHECKING:
     from fga_fast.graph.package.metadata import Metadata
@@ -33,10 +35,12 @@ class Way:
     timed: Callable[[Tensor], object]  # explains one image and one target, without the ungated explanation beside it
     forward: Callable[[Tensor], object] | None  # the model's forward pass alone; None where there is none
     weights: dict[str, Any] | None = None  # where a checkpoint's weights were found, see `Subject`
+    notes: Notes = field(default_factory=dict)  # names that people gave to features
 
 
 def by_model(args: argparse.Namespace) -> Way:
     """Explains with the model and the autoencoders that the arguments name."""
+    notes = notes_of(args)
     subject = load_subject(args)
     listed = args.top_features if subject.saes else 0
     explainer = arguments.explainer(subject, args, top_features=listed, ungated=True)
@@ -60,7 +64,7 @@ def by_model(args: argparse.Namespace) -> Way:
 
     return Way(
         subject.name, subject.preprocess, subject.multi_label, explainer.settings.gate.base, args.batch_size, blank,
-        explain, lambda image: timed(image, one), forward, subject.weights,
+        explain, lambda image: timed(image, one), forward, subject.weights, notes,
     )  # fmt: skip
 
 
@@ -83,7 +87,7 @@ def by_package(args: argparse.Namespace) -> Way:
 
     return Way(
         f"the package {args.package.name}", package.preprocess, None, about.gate.get("base"), about.batch,
-        torch.empty(0, dtype=DTYPES[about.dtype], device=about.device), explain, explain, None,
+        torch.empty(0, dtype=DTYPES[about.dtype], device=about.device), explain, explain, None, notes=notes_of(args),
     )  # fmt: skip
 
 

@@ -98,6 +98,7 @@ class FunctionMode(TorchFunctionMode, ABC):
             with followed_by(self), torch.enable_grad(), torch._C._EnableTorchFunction(), self:
                 yield
             self._check_added()
+            self.passed.check_held()
         finally:
             for handle in handles:
                 handle.remove()
@@ -144,6 +145,10 @@ class FunctionMode(TorchFunctionMode, ABC):
         """What the model goes on with in place of a block's output."""
         self._unadded = self._replaced = None
         x = self.passed.leave(index, output)
+        if index in self.passed.held:
+            with torch._C.DisableTorchFunction():  # what is computed here is no part of the model
+                output = self.passed.hold(index, output)
+            x = None if x is None else self.passed.stream
         if x is None:
             return output
         tapped = self.tap_output(index, x)

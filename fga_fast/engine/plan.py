@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict
 
 import torch
@@ -16,6 +16,7 @@ from fga_fast.models.find import find_layout
 from fga_fast.models.layout import ModelLayout
 from fga_fast.question.readout import Readout
 from fga_fast.sae import SparseAutoencoder
+from fga_fast.sae.hold import Hold
 from fga_fast.settings import Backend, Backward, Gate, Method, Settings
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class Plan:
     saes: dict[int, SparseAutoencoder]  # block -> SAE for its output, in ascending order
     settings: Settings
     permutations: dict[int, Tensor | None]  # block -> [F], for the control with shuffled decoder rows
+    held: Mapping[int, Hold] = field(default_factory=dict)  # block -> features that are held; also without gates
 
     @property
     def parameter(self) -> nn.Parameter:

@@ -132,7 +132,7 @@ def _tape(plan: Plan, layout: ModelLayout) -> Tape:
         shuffled = plan.permutations[block]
         permutation = None if shuffled is None else shuffled.to(sae.device)
         records[block] = Gating(sae, settings.gate, permutation, layout.prefix_tokens, settings.top_features, stages)
-    return Tape(layout, records, stages.attention, settings)
+    return Tape(layout, records, stages.attention, settings, plan.held)
 
 
 def _nothing(plan: Plan, layout: ModelLayout, images: Tensor, answer: Callable[[Tensor], Answer]) -> Tensors:

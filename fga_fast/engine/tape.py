@@ -32,6 +32,7 @@ from fga_fast.models.layout import ModelLayout
 from fga_fast.models.maps import check_maps, check_paths
 from fga_fast.models.reads import Reads, find_reads
 from fga_fast.precision import relevance_dtype
+from fga_fast.sae.hold import Hold
 from fga_fast.settings import Settings
 
 Attention = Callable[..., tuple[Tensor, Tensor | None, Tensor, Tensor]]  # see `ops.attention`
@@ -56,6 +57,7 @@ class Tape(FunctionMode):
         records: for each block with an SAE, what turns (x_l, g_l) into gates.
         attention: the backend's tapped attention.
         settings: method, backward pass, sign, start_block and per_block.
+        held: block -> SAE features that are held in the stream after it.
 
     Use:
         with tape.attached(images): values = ... model(images) ...
@@ -64,10 +66,11 @@ class Tape(FunctionMode):
 
     def __init__(
         self, layout: ModelLayout, records: Mapping[int, Record], attention: Attention = ops.attention,
-        settings: Settings | None = None,
+        settings: Settings | None = None, held: Mapping[int, Hold] | None = None,
     ) -> None:  # fmt: skip
         self._settings = Settings() if settings is None else settings
-        super().__init__(ForwardPass(layout, 0, self._settings.start_block))  # attached() says of how many images
+        # attached() says of how many images
+        super().__init__(ForwardPass(layout, 0, self._settings.start_block, {} if held is None else held))
         self._layout, self._records, self._attention = layout, records, attention
         self._rollout = self._settings.method == "rollout"
         self._conservative = Conservative(self.passed) if self._settings.backward == "conservative" else None

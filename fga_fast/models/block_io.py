@@ -6,16 +6,18 @@ words.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.nn.functional import pad
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fga_fast.models.layout import ModelLayout
+from fga_fast.sae.hold import Hold
 
 
 class TapeError(ValueError):
@@ -113,6 +115,7 @@ class ForwardPass:
     layout: ModelLayout
     images: int  # B
     start: int = 0  # first block that is to be explained; those before it only run
+    held: Mapping[int, Hold] = field(default_factory=dict)  # block -> SAE features that are held in the stream after it
     live: bool = True  # gradients are on where the pass is: in the block that runs, or after the blocks
     first: int = field(init=False)  # first block that can be explained; `find_reads` sets it
     cuts: list[int] = field(init=False)  # blocks before which gradients end; ascending
@@ -194,6 +197,23 @@ class ForwardPass:
             )
         self._differentiated = True
         return self.stream
+
+    def hold(self, index: int, output: Any) -> Any:
+        """A block's output with its features held, if there are any; a constant is added to the patches."""
+        if index not in self.held:
+            return output
+        x = stream_of(output, self.name(index))
+        self.check_stream(index, x)
+        patches = (x.transpose(0, 1) if self.layout.tokens_first else x)[:, self.layout.prefix_tokens :]
+        change = pad(self.held[index].change(patches.detach()), (0, 0, self.layout.prefix_tokens, 0))  # [B, N, C]
+        self.stream = x + (change.transpose(0, 1) if self.layout.tokens_first else change)
+        return with_stream(output, self.stream)
+
+    def check_held(self) -> None:
+        """Refuses features of a block that did not run."""
+        for index in self.held:
+            if index not in self.ran:
+                raise TapeError(f"model: {self.name(index)} did not run, so its features cannot be held; ablate others")
 
     def put_in(self, arguments: Any) -> None:
         """Notes what the running block is called with in place of what entered it."""

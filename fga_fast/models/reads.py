@@ -202,7 +202,8 @@ def _check_first(passed: ForwardPass, method: Method, saes: Iterable[int]) -> No
 
 
 def _notices(passed: ForwardPass, method: Method, blocks: tuple[int, ...], pool: bool, mixed: bool) -> tuple[str, ...]:
-    found, count = [], len(passed.layout.blocks)
+    count = len(passed.layout.blocks)
+    found = [hold.notice(block) for block, hold in sorted(passed.held.items())]
     if passed.first > passed.start:
         found.append(
             f"{_named(range(passed.start, passed.first))} ran without gradients (torch.no_grad() or detach()): "

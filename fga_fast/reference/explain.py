@@ -43,6 +43,7 @@ from fga_fast.reference.rollout import gate_columns, rollout
 from fga_fast.reference.score import contributions, score, top_features
 from fga_fast.reference.starts import start_rows
 from fga_fast.sae.features import TopFeatures
+from fga_fast.sae.hold import Hold
 from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
 from fga_fast.settings import Settings
 
@@ -63,6 +64,7 @@ def explain(
     layout: ModelLayout | None = None,
     readout: Readout | None = None,
     given_gates: Mapping[int, Tensor] | None = None,  # block -> [B, P] or [B, K, P]
+    held: Mapping[int, Hold] | None = None,
     first: bool = True,
 ) -> Tensors:
     """Explain one or K targets an image with full attention maps, by the equations of this module.
@@ -78,6 +80,7 @@ def explain(
         readout: how the model's output answers the targets; None: `Readout(model)`.
         given_gates: gates in place of those computed from the scores, at blocks that have an autoencoder; for checking
             another implementation's rollout apart from its scores.
+        held: block -> SAE features that are held in the residual stream after it, see `Explainer.ablate`.
         first: check that the model's blocks read each other, and its values the maps, as a rollout supposes.
 
     Returns:
@@ -93,7 +96,8 @@ def explain(
     saes = dict(sorted(saes.items()))
     wanted = () if settings.method == "rollout" else range(settings.start_block, len(layout.blocks))
     with torch.inference_mode(False), torch.enable_grad():
-        with recording(layout, images, settings.backward == "conservative", settings.start_block, wanted) as record:
+        conservative, start = settings.backward == "conservative", settings.start_block
+        with recording(layout, images, conservative, start, wanted, held) as record:
             with running(record.passed):
                 output = readout.run(images.detach())
             checks.check_finite(output.detach(), "the logits", readout.model, images)

@@ -7,7 +7,7 @@ are what its softmax returns.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -21,6 +21,7 @@ from fga_fast.models.layout import ModelLayout
 from fga_fast.precision import relevance_dtype
 from fga_fast.reference.attention import attention
 from fga_fast.reference.conservative import Conservative
+from fga_fast.sae.hold import Hold
 
 
 @dataclass
@@ -106,8 +107,9 @@ class _Mode(FunctionMode):
 
 @contextmanager
 def recording(
-    layout: ModelLayout, images: Tensor, conservative: bool = False, start: int = 0, wanted: Container[int] = ()
-) -> Iterator[Recording]:
+    layout: ModelLayout, images: Tensor, conservative: bool = False, start: int = 0, wanted: Container[int] = (),
+    held: Mapping[int, Hold] | None = None,
+) -> Iterator[Recording]:  # fmt: skip
     """Follows one forward pass of the calling thread; hooks and modes are gone afterwards, whatever happens.
 
     Args:
@@ -116,10 +118,12 @@ def recording(
         conservative: the backward pass of what is recorded is the conservative one (reference/conservative.py).
         start: first block that is recorded; its map is, or its input if that is wanted, where the graph begins.
         wanted: blocks whose inputs are recorded too.
+        held: block -> SAE features that are held in the stream after it.
 
     Raises:
         TapeError: the pass is not what the layout promises, or holds what cannot be explained.
     """
-    record = Recording(ForwardPass(layout, len(images), start), relevance_dtype(images.dtype), conservative, wanted)
+    passed = ForwardPass(layout, len(images), start, {} if held is None else held)
+    record = Recording(passed, relevance_dtype(images.dtype), conservative, wanted)
     with _Mode(record).following():
         yield record

@@ -8,6 +8,11 @@ from typing import Any, NamedTuple
 from fga_fast.sae.features import TopFeatures
 
 
+def card_url(page: str, block: int, feature: int) -> str:
+    """Where a feature's card is on the page that `training.cards.feature_cards` wrote; "" for the page itself."""
+    return f"{page}#block-{block}-feature-{feature}"
+
+
 class FeatureContribution(NamedTuple):
     """One SAE feature and what it contributes to the score."""
 

@@ -62,12 +62,27 @@ def denormalise(
     Raises:
         ValueError: ``kind`` is not known.
     """
+    y = rescale(y, x, kind)
+    return y + x.mean(dim=-1, keepdim=True) if kind == "layer_norm" else y
+
+
+def rescale(
+    change: Tensor,  # [..., C]
+    x: Tensor,  # [..., C]
+    kind: str | None,
+) -> Tensor:
+    """What a change of a reconstruction in the normalised space is at the scale of ``x``: `denormalise` is this and the
+    mean.
+
+    Raises:
+        ValueError: ``kind`` is not known.
+    """
     check_normalisation(kind)
     if kind is None:
-        return y
+        return change
     if kind == "layer_norm":
-        return y * x.std(dim=-1, keepdim=True, unbiased=True) + x.mean(dim=-1, keepdim=True)
-    return y * _constant_norm_scale(x)
+        return change * x.std(dim=-1, keepdim=True, unbiased=True)
+    return change * _constant_norm_scale(x)
 
 
 def check_normalisation(kind: object) -> None:

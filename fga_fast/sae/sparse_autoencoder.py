@@ -23,7 +23,7 @@ from fga_fast.sae.checks import (
     check_weights,
 )
 from fga_fast.sae.folding import derived_tensors
-from fga_fast.sae.formats import load, locate, native
+from fga_fast.sae.formats import WRITERS, load, locate
 from fga_fast.sae.formats.options import Options
 from fga_fast.sae.normalise import denormalise, normalise
 from fga_fast.sae.self_check import SelfCheck, self_check
@@ -284,22 +284,26 @@ class SparseAutoencoder(nn.Module):
         x = check_activations("x", x, self.d_model, self._W_enc_t)
         return self_check(self.encode, self.decode, x, self.d_sae)
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the folder ``path`` with ``sae.safetensors`` and ``config.json``; nothing half-written is left behind.
+    def save(self, path: str | os.PathLike[str], format: str = "fga_fast") -> Path:
+        """Write the SAE; nothing half-written is left behind.
 
         Args:
-            path: folder; its parent must exist. Files of an earlier save are replaced.
+            path: for "saev" a file, else a folder; its parent must exist. Files of an earlier save are replaced.
+            format: "fga_fast" (`sae.safetensors` and `config.json`), "saelens" (`sae_weights.safetensors` and
+                `cfg.json`) or "saev" (one file), see docs/sae_formats.md.
 
         Returns:
-            The folder.
+            The path.
 
         Raises:
-            OSError: the folder cannot be written (FileNotFoundError: its parent is missing).
-            TypeError, ValueError: an ``expected_l0`` was assigned that the constructor refuses.
+            OSError: it cannot be written (FileNotFoundError: its parent is missing).
+            TypeError, ValueError: an unknown format, an SAE that the format cannot express, or an ``expected_l0`` was
+                assigned that the constructor refuses.
         """
         check_expected_l0(self.expected_l0, self.d_sae)  # which may have been assigned
-        tensors = {name: getattr(self, name) for name in native.TENSORS}
-        return native.save(path, tensors, {name: getattr(self, name) for name in native.SETTINGS})
+        if format not in WRITERS:
+            raise ValueError(f"format: expected one of {', '.join(map(repr, WRITERS))}, got {format!r}")
+        return WRITERS[format](self, path)
 
     @staticmethod
     def from_pretrained(

@@ -116,7 +116,10 @@ def load(found: Checkpoint, options: Options) -> Loaded:
     tensors = found.require(NAME, (*_COMMON, *_NEEDS[architecture]), (*_SCALES, *unused))
     parameters = _parameters(config, tensors, architecture, where)
     metadata = describe(NAME, found.weights.name, hook, layer, config.get("model_name"))
-    return folded(replace(parameters, normalize=normalize, metadata=metadata), options, where)
+    loaded = folded(replace(parameters, normalize=normalize, metadata=metadata), options, where)
+    l0 = config.get("l0")  # of the end of its training
+    known = isinstance(l0, int | float) and not isinstance(l0, bool) and 0 < l0 <= len(parameters.W_dec)
+    return Loaded({**loaded.arguments, "expected_l0": l0 if known else None}, where)
 
 
 def _current(stored: dict[str, Any]) -> dict[str, Any]:

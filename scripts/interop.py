@@ -1,12 +1,11 @@
 """Compares fga_fast with the libraries whose SAE files it reads and writes, one library a run, in its environment.
 
     python scripts/interop.py saelens          # or saev, overcomplete, sparsify, visaebench, dictionary_learning
-    python scripts/interop.py saelens --markdown
 
-"theirs -> ours": the library trains a small SAE on synthetic tokens with its own trainer or loss, writes it with its own
-function, and both read the file. "ours -> theirs": fga_fast writes an SAE, and the library reads it. Each row holds the
-largest difference of the codes, and of the reconstructions, of 100 float32 tokens, divided by the largest value. A run
-fails if one is above 1e-6. docs/interop.md holds the results.
+"theirs -> ours": the library trains a small SAE on synthetic tokens with its own trainer or loss, writes it with its
+own function, and both read the file. "ours -> theirs": fga_fast writes an SAE, and the library reads it. Each row holds
+the largest difference of the codes, and of the reconstructions, of 100 float32 tokens, divided by the largest value. A
+run fails if one is above 1e-6. docs/interop.md holds the results.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fga_fast.sae import SparseAutoencoder  # noqa: E402
-from fga_fast.sae.formats import saev as saev_format  # noqa: E402
+from fga_fast.sae import SparseAutoencoder
+from fga_fast.sae.formats import saev as saev_format
 
 C, F, K = 24, 64, 6
 TOKENS, BATCH, STEPS = 100, 256, 60
@@ -171,10 +170,9 @@ def _ours_for_saelens() -> dict[str, SparseAutoencoder]:
 
 def saev(folder: Path) -> Iterator[Row]:
     """saev 0.1.0: its loss and its file. It knows relu only; its trainer needs recorded images."""
-    import saev as library
-    from saev import config, nn as theirs_nn
+    from saev import config
+    from saev import nn as theirs_nn
 
-    del library
     x = tokens(TOKENS, seed=12_345)
     theirs = theirs_nn.SparseAutoencoder(config.SparseAutoencoder(d_vit=C, exp_factor=3, n_reinit_samples=BATCH))
     theirs.init_b_dec(tokens(BATCH, seed=1))
@@ -282,12 +280,10 @@ def visaebench(folder: Path) -> Iterator[Row]:
 
 def dictionary_learning(folder: Path) -> Iterator[Row]:
     """dictionary_learning: its trainers and the files they leave."""
-    from dictionary_learning import trainers as kinds
     from dictionary_learning.dictionary import AutoEncoder, AutoEncoderNew, GatedAutoEncoder, JumpReluAutoEncoder
     from dictionary_learning.trainers import batch_top_k, gdm, jumprelu, matryoshka_batch_top_k, standard, top_k
     from dictionary_learning.training import trainSAE
 
-    del kinds
     x = tokens(TOKENS, seed=12_345)
     common = {"activation_dim": C, "dict_size": F, "steps": STEPS, "warmup_steps": 5, "layer": 9, "lm_name": "some-vit"}
     common |= {"lr": 3e-3, "device": "cpu", "submodule_name": "resid_post"}

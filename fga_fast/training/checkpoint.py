@@ -16,8 +16,9 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fga_fast.io.atomic import atomic_file, atomic_write, check_writable_folder, remove_unfinished
+from fga_fast.io.atomic import atomic_file, atomic_write, check_writable_folder
 from fga_fast.io.json_file import parse_json, read_json
+from fga_fast.io.resume import check_same, remove_leftovers
 from fga_fast.io.safetensors_file import SafetensorsFile
 
 SETTINGS, CHECKPOINT, COURSE = "settings.json", "checkpoint.safetensors", "training.json"
@@ -38,15 +39,14 @@ class Folder:
 
     def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:
         self.path = check_writable_folder(folder)
-        given = json.loads(json.dumps(settings))  # as they come back from the file
         if (self.path / SETTINGS).exists():
-            _check_same(read_json(self.path / SETTINGS, _MOST_SETTINGS), given, self.path)
+            check_same(read_json(self.path / SETTINGS, _MOST_SETTINGS), settings, self.path)
         elif (self.path / CHECKPOINT).exists() or self.complete:
             raise ValueError(f"out: {self.path} holds a run without {SETTINGS}; name another folder")
         else:
-            _write_json(self.path / SETTINGS, given)
+            _write_json(self.path / SETTINGS, settings)
         for name in (SETTINGS, CHECKPOINT, COURSE):
-            remove_unfinished(self.path, name)
+            remove_leftovers(self.path, name)
 
     @property
     def complete(self) -> bool:
@@ -108,16 +108,3 @@ class Folder:
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     atomic_write(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
-
-
-def _check_same(there: Mapping[str, Any], given: Mapping[str, Any], folder: Path) -> None:
-    other = [
-        f"{name} ({json.dumps(there.get(name))} there, {json.dumps(given.get(name))} now)"
-        for name in sorted({*there, *given})
-        if there.get(name) != given.get(name)
-    ]
-    if other:
-        raise ValueError(
-            f"out: {folder} holds a run with other settings: {'; '.join(other)}; name another folder, or run with the "
-            "settings of that one"
-        )

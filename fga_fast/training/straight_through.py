@@ -1,7 +1,7 @@
 """A step and a jump whose thresholds have gradients, estimated over a window (Rajamanoharan et al. 2024).
 
-The derivative of a step is zero nearly everywhere. In the mean over many tokens it is not: a threshold that moves passes
-tokens over. The rectangle of height 1 / bandwidth around the threshold estimates how many (arXiv:2407.14435, eq. 11-12).
+The derivative of a step is zero nearly everywhere, but not that of its mean over many tokens: where a threshold moves,
+it passes tokens. The rectangle of height 1 / bandwidth around it estimates how many (arXiv:2407.14435, eq. 11 and 12).
 """
 
 from __future__ import annotations

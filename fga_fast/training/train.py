@@ -71,7 +71,7 @@ def train(
     settings = {
         "steps": steps, "batch_size": batch_size, "lr": lr, "warmup": warmup, "decay": decay, "seed": seed,
         "autocast": autocast, "blocks": list(tokens.blocks), "d_model": tokens.d_model, "tokens": dict(tokens.about),
-        **{f"recipe {name}": dataclasses.asdict(recipe) for name, recipe in recipes.items()},
+        **{f"recipes.{name}": dataclasses.asdict(recipe) for name, recipe in recipes.items()},
     }  # fmt: skip
     folder = Folder(out, settings)
     keys = [(name, block) for name in recipes for block in tokens.blocks]

@@ -52,7 +52,7 @@ class Scale:
         x: Tensor,  # [T, C]
     ) -> Tensor:
         """``(x - mean) / scale`` [T, C]."""
-        return (x - self.mean) / self.scale
+        return (x - self.mean).div_(self.scale)
 
 
 class Trainee(nn.Module):

@@ -41,7 +41,7 @@ class Recipe:
     l1: float | None = None
     prefixes: tuple[int, ...] = ()
     l0: float = 1.0
-    bandwidth: float = 0.1
+    bandwidth: float = 0.5
     aux: float = 1 / 32
     dead_after: int = 400_000
 

@@ -26,6 +26,7 @@ SAMPLE = 16_384  # tokens that centre and scale are taken from
 _LOOK_EVERY = 16  # steps between two looks at the losses, which on a device make the host wait
 _POINTS = 50  # of the course that training.json keeps
 _PRESSED = 0.1  # share of the steps in which a sparsity penalty rises
+_THETA_RATE = 10.0  # of the learning rate, for thresholds: they cross their whole range and not a small part of it
 _TOLD = ("steps", "batch_size", "lr", "seed", "tokens")  # settings that an SAE keeps
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -137,7 +138,9 @@ class _Run:
         found = {}
         for key, trainee in self._trainees.items():
             adam = self._adam[key]
-            adam.param_groups[0]["lr"] = (self._settings["lr"] or trainee.recipe.rate) * min(rising, falling)
+            rate = (self._settings["lr"] or trainee.recipe.rate) * min(rising, falling)
+            for group in adam.param_groups:
+                group["lr"] = rate * group["times"]
             adam.zero_grad(set_to_none=True)
             loss, found[key] = self._loss[key](batch[key[1]], _pressure(step, steps), cast)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -212,7 +215,11 @@ class _Run:
 
 def _adam(trainee: Trainee) -> torch.optim.Adam:
     """Adam with its state made at once, so that a checkpoint can be read into it."""
-    adam = torch.optim.Adam(trainee.parameters(), betas=(0.9, 0.999), eps=1e-8, fused=True)
+    groups = [
+        {"params": [parameter], "times": _THETA_RATE if name == "log_theta" else 1.0}
+        for name, parameter in trainee.named_parameters()
+    ]
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
     for parameter in trainee.parameters():
         moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
         adam.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}

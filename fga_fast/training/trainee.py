@@ -15,9 +15,9 @@ from fga_fast.training.recipe import Recipe
 from fga_fast.training.select import above, top, top_of_batch
 from fga_fast.training.straight_through import jump, step
 
-_MEMORY = 0.99  # of running means over steps
+_MEMORY = 0.95  # of running means over steps
 _FEW = 8  # fewer dead features than this are left alone
-_FIRST_THRESHOLD = 0.1  # of jumprelu, in units of a token's elements
+_FIRST_L0 = 2  # of jumprelu, in units of its k
 
 
 class Scale:
@@ -81,7 +81,7 @@ class Trainee(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(recipe.features, device=device))
         self.b_dec = nn.Parameter(torch.zeros(width, device=device))
         if recipe.kind == "jumprelu":
-            self.log_theta = nn.Parameter(torch.full((recipe.features,), _FIRST_THRESHOLD, device=device).log())
+            self.log_theta = nn.Parameter(_first_theta(recipe).log().to(device))
         self.register_buffer("silent", torch.zeros(recipe.features, device=device))
         self.register_buffer("threshold", torch.zeros((), device=device))
         self.register_buffer("active", torch.zeros((), device=device))
@@ -196,3 +196,10 @@ class Trainee(nn.Module):
             activation=activation, k=None if recipe.kind == "jumprelu" else recipe.k, threshold=threshold,
             metadata=metadata, expected_l0=active if active > 0 else None,
         )  # fmt: skip
+
+
+def _first_theta(recipe: Recipe) -> Tensor:
+    """Thresholds [F] with about `_FIRST_L0` k features a token, where pre-activations are normal as they are at first."""
+    assert recipe.k is not None
+    share = torch.full((recipe.features,), min(0.4, _FIRST_L0 * recipe.k / recipe.features))
+    return 2**0.5 * torch.erfinv(1 - 2 * share)

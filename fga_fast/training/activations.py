@@ -85,7 +85,7 @@ class Activations:
         try:
             self.about = _about(manifest)
             self.shards = tuple(shard_of(one, number) for number, one in enumerate(manifest["shards"]))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{self.folder}: damaged manifest: {type(error).__name__}: {error}") from error
         if sum(shard.images for shard in self.shards) != self.about.images:
             raise ValueError(f"{self.folder}: damaged manifest: expected {self.about.images} images in its shards")
@@ -239,6 +239,10 @@ def _about(manifest: Mapping[str, Any]) -> About:
     return found
 
 
+def _joined(parts: list[dict[int, Tensor]]) -> dict[int, Tensor]:
+    return {block: torch.cat([part[block] for part in parts]) for block in parts[0]}
+
+
 class HarvestTokens:
     """Patch tokens of a harvest in random order, for training; implements `Tokens`.
 
@@ -306,9 +310,8 @@ class HarvestTokens:
                 parts.append({block: x[rows].float() for block, x in streams.items()})
                 if len(rows) == missing:
                     left -= 1
-                    batch = {block: torch.cat([part[block] for part in parts]) for block in self.blocks}
+                    yield parts[0] if len(parts) == 1 else _joined(parts)
                     parts.clear()
-                    yield batch
             if not left:
                 return
             del streams  # before the next ones are read

@@ -185,7 +185,7 @@ class _Run:
                 raise ValueError(f"out: {self.folder} holds shards without {files.MANIFEST}; name another folder")
             return False
         manifest = files.read_manifest(self.folder)
-        check_same(manifest.get("settings", {}), self.settings, self.folder)
+        check_same(manifest["settings"], self.settings, self.folder)
         if manifest.get("complete") is True:
             return True
         for number in range(len(self.shards)):

@@ -90,7 +90,7 @@ def read_listed(folder: Path, number: int) -> tuple[Shard, Listed]:
             predicted=[int(one) for one in found["predicted"]],
             errors=[(str(key), str(reason)) for key, reason in found["errors"]],
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path}: damaged: {type(error).__name__}: {error}") from error
     lengths = {len(one) for one in (listed.keys, listed.paths, listed.targets, listed.predicted)}
     if lengths != {shard.images}:
@@ -120,4 +120,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     kind = found.get("format"), found.get("version")
     if kind != (FORMAT, VERSION):
         raise ValueError(f"{path}: expected {FORMAT!r} of version {VERSION}, got {kind[0]!r} of version {kind[1]!r}")
+    if not isinstance(found.get("settings"), dict):
+        raise ValueError(f"{path}: damaged: expected settings by name")
     return found

@@ -14,6 +14,23 @@ from fga_fast.settings import Backend, Backward, Gate, Method
 
 def add_subject(parser: argparse.ArgumentParser) -> None:
     """Adds what `load_subject` reads, except for the model's name."""
+    add_weights(parser)
+    parser.add_argument(
+        "--sae", action="extend", nargs="+", default=[], metavar="BLOCK=PATH", help="a sparse autoencoder after a block"
+    )
+    parser.add_argument(
+        "--allow-pickled-config", action="store_true",
+        help="also read SAE files with a pickled configuration, as plain settings only",
+    )  # fmt: skip
+    parser.add_argument(
+        "--sae-normalize", choices=("none", "layer_norm", "constant_norm"),
+        help="how the SAE's input is normalised, for files that do not say",
+    )  # fmt: skip
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """Adds what `load_subject` reads for a model without autoencoders, except for its name."""
+    parser.set_defaults(sae=[], sae_normalize=None, allow_pickled_config=False)
     parser.add_argument(
         "--checkpoint", metavar="FILE", type=Path, help="weights of --model: safetensors, or .pt (tensors only)"
     )
@@ -23,18 +40,7 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--pretrained", action="store_true", help="let timm use its cache or download the weights")
     parser.add_argument("--random-weights", action="store_true", help="no weights, for timing; explains nothing")
-    parser.add_argument(
-        "--sae", action="extend", nargs="+", default=[], metavar="BLOCK=PATH", help="a sparse autoencoder after a block"
-    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
-    parser.add_argument(
-        "--allow-pickled-config", action="store_true",
-        help="also read SAE files with a pickled configuration, as plain settings only",
-    )  # fmt: skip
-    parser.add_argument(
-        "--sae-normalize", choices=("none", "layer_norm", "constant_norm"),
-        help="how the SAE's input is normalised, for files that do not say",
-    )  # fmt: skip
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:

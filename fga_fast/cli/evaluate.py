@@ -9,18 +9,15 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from fga_fast.assets import fashion_items
-from fga_fast.cli import arguments
-from fga_fast.cli.subject import Subject as Loaded
+from fga_fast.cli import arguments, items
 from fga_fast.cli.subject import load_subject
-from fga_fast.dataset import sources
-from fga_fast.dataset.items import Item
+from fga_fast.dataset.items import Item, Split, choose
 from fga_fast.evaluation import report, store, wording
 from fga_fast.evaluation.examples import examples
 from fga_fast.evaluation.measures import MEASURES, flat
 from fga_fast.evaluation.methods import METHODS, NEEDS_SAES
 from fga_fast.evaluation.report import Written
-from fga_fast.evaluation.run import Split, choose, evaluate
+from fga_fast.evaluation.run import evaluate
 from fga_fast.evaluation.statistics import BASELINES
 from fga_fast.evaluation.subject import Method, Subject
 from fga_fast.question.names import label
@@ -38,14 +35,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Writes values.parquet, report.html and report.md. A run that was stopped goes on when the same "
         "command is given again. Without images: the scenes of the shipped fashion demo.",
     )
-    parser.add_argument(
-        "images", nargs="*", metavar="IMAGES", help="a folder of images; sub-folders may be named by class"
-    )
-    parser.add_argument(
-        "--manifest", type=Path, metavar="FILE",
-        help="CSV or Parquet instead, with the columns image and, if you like, target, mask, x0, y0, x1, y1",
-    )  # fmt: skip
-    parser.add_argument("--dataset", metavar="HF_NAME", help="a Hugging Face dataset instead, NAME or NAME:SPLIT")
+    items.add_items(parser)
     parser.add_argument("--model", metavar="TIMM_NAME", help="a timm model (default: the shipped fashion demo model)")
     arguments.add_subject(parser)
     arguments.add_window(parser)
@@ -91,15 +81,15 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     """Evaluates what the arguments name; returns the exit code (1: some images, methods or metrics failed)."""
     loaded = load_subject(args)
-    items = _items(args, loaded)
-    split: Split = args.split or ("both" if _is_demo(args) else "report")
-    chosen = choose(items, split, args.limit)
+    found = items.items_of(args, loaded.class_names)
+    split: Split = args.split or ("both" if items.are_scenes(args) else "report")
+    chosen = choose(found, split, args.limit)
     methods = _methods(args, bool(loaded.saes))
     subject = Subject(loaded.model, loaded.saes)
     window = arguments.window(args)
     preprocess = loaded.preprocess
     path = evaluate(
-        subject, items, methods, _metrics(args, chosen), out=args.out, batch_size=args.batch_size, split=split,
+        subject, found, methods, _metrics(args, chosen), out=args.out, batch_size=args.batch_size, split=split,
         seed=args.seed or 0, limit=args.limit, variant=args.variant, preprocess=preprocess,
         window=window, probability=args.probability or ("sigmoid" if args.model is None else "softmax"),
     )  # fmt: skip
@@ -113,30 +103,6 @@ def run(args: argparse.Namespace) -> int:
     written = report.write(args.out, baselines=baselines, command=shlex.join(["fga-fast", *args.argv]), examples=shown)
     _print(written, loaded.name, path)
     return 1 if written.facts.errors else 0
-
-
-def _is_demo(args: argparse.Namespace) -> bool:
-    return not (args.images or args.manifest or args.dataset)
-
-
-def _items(args: argparse.Namespace, loaded: Loaded) -> list[Item]:
-    names = loaded.class_names
-    given = [bool(args.images), args.manifest is not None, args.dataset is not None]
-    if sum(given) > 1 or len(args.images) > 1:
-        raise ValueError("IMAGES, --manifest, --dataset: expected one folder, file or dataset, got several; choose one")
-    if args.manifest is not None:
-        return sources.from_manifest(args.manifest, names)
-    if args.dataset is not None:
-        name, _, part = args.dataset.partition(":")
-        return sources.from_huggingface(name, names, split=part or "test")
-    if args.images:
-        return sources.from_folder(args.images[0], names)
-    if args.model is not None:
-        raise ValueError(
-            "IMAGES: expected a folder of images, --manifest FILE or --dataset NAME to evaluate with --model, got "
-            "none; IMAGES comes first, before options that take several words"
-        )
-    return fashion_items()
 
 
 def _methods(args: argparse.Namespace, saes: bool) -> dict[str, Method]:

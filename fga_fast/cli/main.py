@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from fga_fast import __version__
-from fga_fast.cli import evaluate, explain, export
+from fga_fast.cli import evaluate, explain, export, harvest
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -22,6 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     explain.add_parser(commands)
     evaluate.add_parser(commands)
     export.add_parser(commands)
+    harvest.add_parser(commands)
     return parser
 
 

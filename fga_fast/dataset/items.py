@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,10 +14,12 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from fga_fast.io.digest import bytes_of
 from fga_fast.io.images import Preprocess, load_image
 from fga_fast.io.window import Window
 
 Half = Literal["tune", "report"]
+Split = Literal["report", "tune", "both"]
 Source: TypeAlias = "Path | Image.Image | Tensor | Callable[[], Image.Image]"
 Box: TypeAlias = tuple[float, float, float, float]
 
@@ -78,6 +80,42 @@ def check_items(items: list[Item]) -> None:
             what = f"{item.key!r} twice" if item.key else "an empty one"
             raise ValueError(f"items: expected a key of its own for each item, got {what}; number the items")
         seen.add(item.key)
+
+
+def choose(items: Sequence[Item], split: Split = "report", limit: int | None = None) -> list[Item]:
+    """The items of a half, in their order; of more than `limit` images those whose names are drawn first.
+
+    Raises:
+        ValueError: nothing is left, or an argument is out of its range.
+    """
+    items = list(items)
+    check_items(items)
+    if split not in ("report", "tune", "both"):
+        raise ValueError(f"split: expected report, tune or both, got {split!r}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit: expected at least 1 image, got {limit}")
+    units = {item.unit for item in items if split == "both" or half_of(item.unit) == split}
+    if limit is not None:
+        units = {*sorted(units, key=lambda unit: stable_number(unit, "limit"))[:limit]}
+    if not units:
+        raise ValueError(f"split: none of the {len(items)} items is in the half {split!r}; take both, or more images")
+    return [item for item in items if item.unit in units]
+
+
+def digest_of(items: Sequence[Item]) -> str:
+    """A digest of which items there are, and what is asked about them; of files it knows size and time."""
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(repr((item.key, item.unit, item.target, item.box)).encode())
+        for source in (item.image, item.mask):
+            if isinstance(source, Path) and source.is_file():
+                state = source.stat()
+                digest.update(f"{state.st_size} {state.st_mtime_ns}".encode())
+            elif isinstance(source, torch.Tensor):
+                digest.update(bytes_of(source))
+            elif isinstance(source, Image.Image):
+                digest.update(source.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def load(item: Item, preprocess: Preprocess | None, window: Window | None = None) -> Loaded:

@@ -7,16 +7,15 @@ methods. What fails is tried again image by image, so a bad image costs a row wi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from fga_fast.dataset.items import Item, Loaded, check_items, half_of, load, stable_number
+from fga_fast.dataset.ahead import read_ahead
+from fga_fast.dataset.items import Item, Loaded, Split, choose, load
 from fga_fast.evaluation.group import Failure, Plan, failure_of, grid_of, rows_of
 from fga_fast.evaluation.measures import Measure, measures
 from fga_fast.evaluation.settings import describe
@@ -26,9 +25,6 @@ from fga_fast.io.images import Preprocess
 from fga_fast.io.window import Window
 from fga_fast.metrics.checks import Variant
 from fga_fast.metrics.perturb import Probability
-
-Split = Literal["report", "tune", "both"]
-_READERS = 4  # threads; decoders of images release Python's lock
 
 
 def evaluate(
@@ -74,31 +70,18 @@ def evaluate(
     groups = [chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size)]
     missing = [number for number in range(len(groups)) if not store.has(number)]
     total, done = len(chosen), len(chosen) - sum(len(groups[number]) for number in missing)
+
+    def read(item: Item) -> Loaded | Failure:
+        try:
+            return load(item, preprocess, window)
+        except Exception as error:
+            return failure_of(error)
+
     with tqdm(total=total, initial=done, unit="image", desc="evaluating", disable=not progress) as bar:
-        for number, loaded in _read_ahead(missing, groups, lambda item: load(item, preprocess, window)):
+        for number, loaded in zip(missing, read_ahead((groups[one] for one in missing), read), strict=True):
             store.write(number, rows_of(plan, groups[number], loaded))
             bar.update(len(loaded))
     return store.finish(len(groups))
-
-
-def choose(items: Sequence[Item], split: Split = "report", limit: int | None = None) -> list[Item]:
-    """The items of a half, in their order; of more than `limit` images those whose names are drawn first.
-
-    Raises:
-        ValueError: nothing is left, or an argument is out of its range.
-    """
-    items = list(items)
-    check_items(items)
-    if split not in ("report", "tune", "both"):
-        raise ValueError(f"split: expected report, tune or both, got {split!r}")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit: expected at least 1 image, got {limit}")
-    units = {item.unit for item in items if split == "both" or half_of(item.unit) == split}
-    if limit is not None:
-        units = {*sorted(units, key=lambda unit: stable_number(unit, "limit"))[:limit]}
-    if not units:
-        raise ValueError(f"split: none of the {len(items)} items is in the half {split!r}; take both, or more images")
-    return [item for item in items if item.unit in units]
 
 
 def _plan(
@@ -133,21 +116,3 @@ def _check_masks(plan: Plan, chosen: Sequence[Item]) -> None:
             f"metrics: {', '.join(names)} needs images with a mask or a box, and none of the {len(chosen)} has one; "
             "give a manifest with the columns mask or x0, y0, x1, y1, or leave the metric out"
         )
-
-
-def _read_ahead(
-    numbers: Sequence[int], groups: Sequence[Sequence[Item]], read: Callable[[Item], Loaded]
-) -> Iterator[tuple[int, list[Loaded | Failure]]]:
-    """Groups with what was read of them; while one is computed, threads read the next."""
-
-    def one(item: Item) -> Loaded | Failure:
-        try:
-            return read(item)
-        except Exception as error:
-            return failure_of(error)
-
-    with ThreadPoolExecutor(_READERS, thread_name_prefix="fga-fast reads") as pool:
-        coming = [pool.map(one, groups[number]) for number in numbers[:1]]
-        for place, number in enumerate(numbers):
-            coming += [pool.map(one, groups[after]) for after in numbers[place + 1 : place + 2]]
-            yield number, list(coming.pop(0))

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import nn
 
 import fga_fast
-from fga_fast.dataset.items import Item
+from fga_fast.dataset.items import Item, digest_of
 from fga_fast.evaluation.group import Plan
+from fga_fast.io.digest import bytes_of
 from fga_fast.io.images import Preprocess
 from fga_fast.io.window import Window
 
@@ -43,7 +43,7 @@ def describe(
         "window": window,
         "items": len(items),
         "images": len({item.unit for item in items}),
-        "data": _data(items),
+        "data": digest_of(items),
         "split": split,
         "limit": limit,
         "batch_size": batch_size,
@@ -67,7 +67,7 @@ def weights_of(module: nn.Module) -> str:
     for name, tensor in module.state_dict().items():
         digest.update(name.encode())
         if isinstance(tensor, torch.Tensor):
-            digest.update(_bytes(tensor))
+            digest.update(bytes_of(tensor))
     return digest.hexdigest()[:16]
 
 
@@ -104,24 +104,3 @@ def _made_of(value: Any, seen: set[int]) -> Iterator[str]:
         with suppress(ValueError):  # empty
             yield from _made_of(cell.cell_contents, seen)
     yield from _made_of((getattr(value, "__defaults__", None), getattr(value, "__dict__", None)), seen)
-
-
-def _data(items: Sequence[Item]) -> str:
-    """A digest of which items there are, and what is asked about them; of files it knows size and time."""
-    digest = hashlib.sha256()
-    for item in items:
-        digest.update(repr((item.key, item.unit, item.target, item.box)).encode())
-        for source in (item.image, item.mask):
-            if isinstance(source, Path) and source.is_file():
-                state = source.stat()
-                digest.update(f"{state.st_size} {state.st_mtime_ns}".encode())
-            elif isinstance(source, torch.Tensor):
-                digest.update(_bytes(source))
-            elif isinstance(source, Image.Image):
-                digest.update(source.tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    data: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return memoryview(data)

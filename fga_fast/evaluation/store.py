@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 from fga_fast.dataset.extras import need
 from fga_fast.io.atomic import atomic_write, check_writable_folder
 from fga_fast.io.json_file import read_json
+from fga_fast.io.resume import check_same, remove_leftovers
 
 SETTINGS, VALUES, _PARTS = "settings.json", "values.parquet", "parts"
 _MOST_SETTINGS = 16 * 2**20  # bytes
@@ -54,7 +54,7 @@ class Store:
         self._parts = self.folder / _PARTS
         given = json.loads(json.dumps(settings))  # as they come back from the file
         if (self.folder / SETTINGS).exists():
-            _check_same(read_json(self.folder / SETTINGS, _MOST_SETTINGS), given, self.folder)
+            check_same(read_json(self.folder / SETTINGS, _MOST_SETTINGS), given, self.folder)
         elif (self.folder / VALUES).exists() or self._parts.exists():
             raise ValueError(f"out: {self.folder} holds values without {SETTINGS}; name another folder")
         else:
@@ -90,48 +90,13 @@ class Store:
 
     def _tidy(self) -> None:
         """Deletes what a killed run left half-written, and parts that the one file holds."""
-        own = (f".{SETTINGS}.*.tmp", f".{VALUES}.*.tmp")
-        for left in (*(path for name in own for path in self.folder.glob(name)), *self._parts.glob(".*.parquet.*.tmp")):
-            if not _is_running(left):
-                left.unlink(missing_ok=True)
+        for folder, name in ((self.folder, SETTINGS), (self.folder, VALUES), (self._parts, "*.parquet")):
+            remove_leftovers(folder, name)
         if self.complete and self._parts.exists():
             for part in self._parts.glob("*.parquet"):
                 part.unlink(missing_ok=True)
             with suppress(OSError):  # something of others is in it
                 self._parts.rmdir()
-
-
-def _is_running(temporary: Path) -> bool:
-    """Whether the process that writes this file, `.NAME.PID.RANDOM.tmp`, is there."""
-    number = temporary.name.split(".")[-3]
-    return number.isdecimal() and number != str(os.getpid()) and Path("/proc", number).exists()
-
-
-def _check_same(there: Mapping[str, Any], given: Mapping[str, Any], folder: Path) -> None:
-    old, new = _flat(there), _flat(given)
-    other = [
-        f"{name} ({_short(old.get(name))} there, {_short(new.get(name))} now)"
-        for name in sorted({*old, *new})
-        if old.get(name) != new.get(name)
-    ]
-    if other:
-        raise ValueError(
-            f"out: {folder} holds a run with other settings: {'; '.join(other)}; name another folder, or run with the "
-            "settings of that one"
-        )
-
-
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with those of a group named one by one, such as methods.fga."""
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        found |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
-    return found
-
-
-def _short(value: Any) -> str:
-    text = "none" if value is None else json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def read(path: str | Path) -> Any:

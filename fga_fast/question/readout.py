@@ -77,6 +77,12 @@ class Readout:
         """What classes are predicted from: the model's logits, or a dual encoder's for its class names."""
         return output if self.dual is None else self._columns((None,), output)[0]
 
+    def predicted(self, output: Tensor) -> Tensor | None:  # [B, classes] or [B, E] -> [B]
+        """The likeliest class [B] int64 of each image, from `run`'s last output; None for a model without classes."""
+        if self._headless or (self.dual is not None and self._names is None):
+            return None
+        return self.logits(output).argmax(1)
+
     def answer(self, targets: Targets, output: Tensor) -> Answer:  # [B, classes] or [B, E]
         """The numbers that `targets` ask for, from the model's output.
 

@@ -19,10 +19,10 @@ from PIL import Image
 from torch import Tensor
 
 from fga_fast import Preprocess
-from fga_fast.dataset.items import Item, half_of
+from fga_fast.dataset.items import Item, choose, half_of
 from fga_fast.evaluation import store
 from fga_fast.evaluation.measures import Batch, Measure, measures
-from fga_fast.evaluation.run import choose, evaluate
+from fga_fast.evaluation.run import evaluate
 from fga_fast.evaluation.settings import source_of
 
 pytest.importorskip("pyarrow")

@@ -1,0 +1,63 @@
+"""What runs share that go on after a break: settings that must be the same, and what a killed process left."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def check_same(there: Mapping[str, Any], given: Mapping[str, Any], folder: Path) -> None:
+    """Refuses to go on in a folder whose run has other settings.
+
+    Args:
+        there: settings of the run in `folder`, as read from JSON.
+        given: those of this call; tuples and lists are alike.
+
+    Raises:
+        ValueError: naming each setting that differs, and both values.
+    """
+    old, new = _flat(there), _flat(json.loads(json.dumps(given)))
+    other = [
+        f"{name} ({_short(old.get(name))} there, {_short(new.get(name))} now)"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
+    ]
+    if other:
+        raise ValueError(
+            f"out: {folder} holds a run with other settings: {'; '.join(other)}; name another folder, or run with the "
+            "settings of that one"
+        )
+
+
+def remove_leftovers(folder: Path, name: str) -> None:
+    """Deletes half-written files of a killed `atomic_write`.
+
+    Args:
+        folder: where it wrote; it may be missing.
+        name: what the files would be called, a pattern.
+    """
+    for left in folder.glob(f".{name}.*.tmp"):
+        if not _is_running(left):
+            left.unlink(missing_ok=True)
+
+
+def _is_running(temporary: Path) -> bool:
+    """Whether the process that writes this file, `.NAME.PID.RANDOM.tmp`, is there."""
+    number = temporary.name.split(".")[-3]
+    return number.isdecimal() and number != str(os.getpid()) and Path("/proc", number).exists()
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with those of a group named one by one, such as methods.fga."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
+    return found
+
+
+def _short(value: Any) -> str:
+    text = "none" if value is None else json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

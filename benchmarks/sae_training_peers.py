@@ -232,7 +232,9 @@ def main() -> None:
     runs = {"fga_fast": fga_fast, options.peer: peer}
     versions = {name: importlib.metadata.version(package) for name in (options.peer,)}
     for seed in range(options.repeats):
-        task = Task((tokens - mean) / scale, options.features, options.k, options.steps, options.batch, options.lr, seed)
+        task = Task(
+            (tokens - mean) / scale, options.features, options.k, options.steps, options.batch, options.lr, seed
+        )
         for name, trainer in runs.items():
             torch.manual_seed(seed)
             clock = Clock(task)

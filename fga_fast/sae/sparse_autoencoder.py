@@ -328,8 +328,8 @@ class SparseAutoencoder(nn.Module):
         stream's own space. Follow it with `self_check` on a few activations.
 
         Args:
-            path: a file or folder: the one `save` wrote, or one of ViT-Prisma, SAELens, saev, overcomplete, sparsify
-                or visaebench. With ``download`` also a repository on the Hugging Face hub, "organisation/name".
+            path: a file or folder: the one `save` wrote, or one of ViT-Prisma, SAELens, saev, overcomplete, sparsify,
+                visaebench or dictionary_learning. With ``download`` also a repository on the Hugging Face hub, "organisation/name".
             download: fetch ``path`` from the hub if it is not on this machine (needs huggingface_hub). Only weights
                 and settings of one folder are fetched. Without it nothing is ever downloaded.
             revision: branch, tag or commit on the hub; a commit never changes.
@@ -338,7 +338,7 @@ class SparseAutoencoder(nn.Module):
                 configuration class becomes a plain record and every other object is refused.
             normalize: "as stored", or the normalisation of a ViT-Prisma file that does not say which one it needs.
             activation, k: overcomplete's state dicts do not say them: "relu", "topk" with k, or "batch_topk" with
-                threshold.
+                threshold. A file of dictionary_learning without settings needs activation "topk" or "batch_topk".
             threshold: the value from which codes are kept, where the file has none (overcomplete, visaebench, saev).
             decoder_norm: overcomplete's dictionary normalisation, where it was not the default "l2": "max_l2", "l1",
                 "max_l1" or "identity".

@@ -1,6 +1,6 @@
 """Trains the same top-k SAE with fga_fast and with another library: explained variance and speed.
 
-    python benchmarks/sae_training_peers.py dictionary_learning      # or saelens, overcomplete; in an environment with it
+    python benchmarks/sae_training_peers.py dictionary_learning      # or saelens, overcomplete, where it is installed
 
 The tokens are the residual stream of the patches of the demo model's scenes, centred and divided by their scale once,
 so that every trainer sees the same numbers in the same order. Learning rate, batch, number of steps, warm-up and decay

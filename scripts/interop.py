@@ -112,7 +112,7 @@ def fit(parameters: Iterator[nn.Parameter], loss: Callable[[Tensor], Tensor], af
 
 
 def saelens(folder: Path) -> Iterator[Row]:
-    """SAELens: its trainer, its inference files and its training checkpoints."""
+    """SAELens: its trainer, the files of its `save_inference_model`, and of its `save_model`."""
     import sae_lens as lens
 
     x = tokens(TOKENS, seed=12_345)

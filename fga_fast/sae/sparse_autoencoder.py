@@ -329,7 +329,8 @@ class SparseAutoencoder(nn.Module):
 
         Args:
             path: a file or folder: the one `save` wrote, or one of ViT-Prisma, SAELens, saev, overcomplete, sparsify,
-                visaebench or dictionary_learning. With ``download`` also a repository on the Hugging Face hub, "organisation/name".
+                visaebench or dictionary_learning. With ``download`` also a repository on the Hugging Face hub,
+                "organisation/name".
             download: fetch ``path`` from the hub if it is not on this machine (needs huggingface_hub). Only weights
                 and settings of one folder are fetched. Without it nothing is ever downloaded.
             revision: branch, tag or commit on the hub; a commit never changes.

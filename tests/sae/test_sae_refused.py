@@ -247,9 +247,8 @@ def test_dictionary_learning(tmp_path: Path) -> None:
     for k in (torch.tensor([3, 4]), torch.tensor(3.0), 3):
         refused(folder(state | {"k": k}, settings()), "k: expected one whole number, got")  # type: ignore[dict-item]
     refused(folder(state | {"k": torch.tensor(0)}, settings()), "k: expected 1 <= k <= 10")
-    refused(
-        folder(state | {"b_dec": torch.ones(C).long()}, settings()), "b_dec: expected a dense floating-point tensor"
-    )
+    whole = {"b_dec": torch.ones(C).long()}
+    refused(folder(state | whole, settings()), "b_dec: expected a dense floating-point tensor")
     turned = {"encoder.weight": draw(F, C + 1, seed=1)}
     refused(folder(state | turned, settings()), "encoder: expected shape [10, 6] or [6, 10]")
 

@@ -163,7 +163,7 @@ def _threshold(tensors: dict[str, Tensor], options: Options, activation: str, wh
         return stored
     if options.threshold is None:
         raise ValueError(
-            f"{where}: activation: BatchTopK without {_THRESHOLD} chose its codes by whole batches; pass threshold=, "
-            "the value above which codes are kept"
+            f"{where}: activation: BatchTopK without {_THRESHOLD} is of an early version, which chose its codes by "
+            "whole batches, or token by token; pass threshold=, the value above which codes are kept"
         )
     return options.threshold

@@ -94,7 +94,7 @@ SAEV_HEADERS: list[tuple[Change, str]] = [
     (lambda h: h["cfg"]["activation"].update(cls="TopK", params={"top_k": 99}), "k: expected 1 <= k <= 10"),
     (
         lambda h: h["cfg"]["activation"].update(cls="BatchTopK"),
-        "BatchTopK without activation.threshold chose its codes by",
+        "BatchTopK without activation.threshold is of an early version",
     ),
     (lambda h: h["cfg"].update(d_model=768), "d_model: the weights have 6, got 768"),
     (lambda h: h["cfg"].update(d_sae=11), "d_sae: the weights have 10, got 11"),

@@ -110,7 +110,7 @@ class Trainee(nn.Module):
         unexplained = left.square().mean() / self._variance
         self._remember(values, places, len(x))
         loss = unexplained + pressure * penalty
-        if self.recipe.aux:
+        if self.recipe.aux and self.recipe.kind != "relu":  # whose dead features have no pre-activation above 0
             loss = loss + self.recipe.aux * self._spare(x, pre, bias, left[-1].detach())
         return loss, unexplained.detach()
 

@@ -68,7 +68,7 @@ def run(out: Path, tokens: type[TensorTokens] = TensorTokens) -> None:
     torch.set_num_threads(1)
     x = made(600)[0]
     recipes = {name: Recipe(one.kind, 32, one.k, one.l1, dead_after=100) for name, one in RECIPES.items()}
-    train(tokens({0: x, 2: x.flip(0) ** 2}), recipes, out=out, steps=12, batch_size=64, checkpoint_every=1,
+    train(tokens({0: x, 2: x.flip(0) ** 2}), recipes, out=out, steps=8, batch_size=64, checkpoint_every=1,
           progress=False)  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from fga_fast import __version__
-from fga_fast.cli import evaluate, explain, export, harvest
+from fga_fast.cli import evaluate, explain, export, harvest, train_sae
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -23,6 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_parser(commands)
     export.add_parser(commands)
     harvest.add_parser(commands)
+    train_sae.add_parser(commands)
     return parser
 
 

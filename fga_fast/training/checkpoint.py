@@ -73,11 +73,15 @@ class Folder:
                 "if any, is unharmed: make room and give the same command again"
             ) from error
 
-    def read(self, like: Mapping[str, Tensor]) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
+    def read(
+        self, steps: int, like: Mapping[str, Tensor], course: Mapping[str, Any]
+    ) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
         """Step, tensors and course of the checkpoint; None if there is none.
 
         Args:
+            steps: of the whole run.
             like: the tensors that it must have, of these shapes and dtypes.
+            course: what the course must have.
 
         Raises:
             ValueError: it is damaged, or of another run.
@@ -85,20 +89,20 @@ class Folder:
         path = self.path / CHECKPOINT
         if not path.exists():
             return None
-        advice = "delete it to start anew"
         try:
             file = SafetensorsFile(path, max_header=_MOST_SETTINGS)
-            expected = {name: tuple(tensor.shape) for name, tensor in like.items()}
-            if file.shapes != expected:
-                raise ValueError(f"{path}: expected {len(expected)} tensors of this run, got others")
+            if file.shapes != {name: tuple(tensor.shape) for name, tensor in like.items()}:
+                raise ValueError(f"{path}: expected the {len(like)} tensors of this run, got others")
             tensors = file.tensors()
-            wrong = [name for name, tensor in tensors.items() if tensor.dtype != like[name].dtype]
+            if any(tensor.dtype != like[name].dtype for name, tensor in tensors.items()):
+                raise ValueError(f"{path}: expected float32")
             step = int(file.metadata.get("step", ""))
-            if wrong or step < 1:
-                raise ValueError(f"{path}: expected a step and tensors of this run, got step {step}, {wrong[:3]}")
-            return step, tensors, parse_json(file.metadata.get("course", ""), str(path))
+            found = parse_json(file.metadata.get("course", ""), str(path))
+            if not 1 <= step <= steps or found.keys() != course.keys():
+                raise ValueError(f"{path}: expected a step from 1 to {steps} and its course, got step {step}")
         except ValueError as error:
-            raise ValueError(f"out: the checkpoint cannot be read: {error}; {advice}") from error
+            raise ValueError(f"out: the checkpoint cannot be read: {error}; delete it to start anew") from error
+        return step, tensors, found
 
     def finish(self, course: Mapping[str, Any]) -> None:
         """Marks the run as complete and deletes its checkpoint."""

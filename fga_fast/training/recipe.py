@@ -28,7 +28,8 @@ class Recipe:
         prefixes: sizes of the nested dictionaries of "matryoshka", rising up to F; empty: F/16, F/8, F/4, F/2, F.
         l0: weight of (L0 / k - 1)^2 beside the unexplained share, for "jumprelu".
         bandwidth: width of the window in which a threshold has a gradient, for "jumprelu".
-        aux: weight of the loss that makes dead features explain what is left (AuxK of Gao et al.); 0: none.
+        aux: weight of the loss that makes dead features explain what is left (AuxK of Gao et al.); 0: none. "relu" has
+            none: nothing of its dead features is above 0.
         dead_after: tokens without a code after which a feature counts as dead.
 
     Raises:

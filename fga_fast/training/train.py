@@ -188,7 +188,7 @@ class _Run:
     def _restore(self) -> int:
         """Goes back to the checkpoint; returns its step, or 0."""
         state = self._state()
-        found = self._folder.read(state)
+        found = self._folder.read(self._settings["steps"], state, self._course)
         if found is None:
             return 0
         step, tensors, self._course = found

@@ -110,7 +110,7 @@ class Trainee(nn.Module):
         unexplained = left.square().mean() / self._variance
         self._remember(values, places, len(x))
         loss = unexplained + pressure * penalty
-        if self.recipe.aux:
+        if self.recipe.aux and self.recipe.kind != "relu":  # whose dead features have no pre-activation above 0
             loss = loss + self.recipe.aux * self._spare(x, pre, bias, left[-1].detach())
         return loss, unexplained.detach()
 
@@ -199,7 +199,7 @@ class Trainee(nn.Module):
 
 
 def _first_theta(recipe: Recipe) -> Tensor:
-    """Thresholds [F] with about `_FIRST_L0` k features a token, where pre-activations are normal as they are at first."""
+    """Thresholds [F] with about `_FIRST_L0` k features a token: pre-activations are about normal at first."""
     assert recipe.k is not None
     share = torch.full((recipe.features,), min(0.4, _FIRST_L0 * recipe.k / recipe.features))
     return 2**0.5 * torch.erfinv(1 - 2 * share)

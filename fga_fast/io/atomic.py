@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -22,21 +23,32 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> Path:
         FileNotFoundError, NotADirectoryError: the folder does not exist, or its name is a file's.
         PermissionError, OSError: the folder or the disk does not take the file.
     """
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        file.write(data)
+    return Path(path)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives the name of a file to write; it takes the place of `path` when the block ends without an error.
+
+    Raises:
+        OSError: as `atomic_write`.
+    """
     path = Path(path)
     # In the same folder, because os.replace is atomic only within one file system. Opened by us rather than by
     # tempfile, whose files are readable by their owner alone whatever the umask says.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
+        temporary.open("xb").close()
+        yield temporary
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
-    return path
 
 
 def check_writable_folder(folder: str | os.PathLike[str]) -> Path:

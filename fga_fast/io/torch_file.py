@@ -26,7 +26,10 @@ from torch import Tensor
 MAX_PICKLE_BYTES = 4 << 20
 MAX_ENTRIES = 1000
 
-_OF_TORCH = "FloatStorage DoubleStorage HalfStorage BFloat16Storage LongStorage float32 float64 float16 bfloat16 device"
+_OF_TORCH = (
+    "FloatStorage DoubleStorage HalfStorage BFloat16Storage LongStorage IntStorage float32 float64 float16 bfloat16 "
+    "device"
+)
 _TENSOR_NAMES = {
     "collections OrderedDict",
     "torch._utils _rebuild_tensor_v2",

@@ -23,7 +23,7 @@ from fga_fast.sae.checks import (
     check_weights,
 )
 from fga_fast.sae.folding import derived_tensors
-from fga_fast.sae.formats import load, locate, native
+from fga_fast.sae.formats import WRITERS, load, locate
 from fga_fast.sae.formats.options import Options
 from fga_fast.sae.normalise import denormalise, normalise
 from fga_fast.sae.self_check import SelfCheck, self_check
@@ -284,22 +284,26 @@ class SparseAutoencoder(nn.Module):
         x = check_activations("x", x, self.d_model, self._W_enc_t)
         return self_check(self.encode, self.decode, x, self.d_sae)
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the folder ``path`` with ``sae.safetensors`` and ``config.json``; nothing half-written is left behind.
+    def save(self, path: str | os.PathLike[str], format: str = "fga_fast") -> Path:
+        """Write the SAE; nothing half-written is left behind.
 
         Args:
-            path: folder; its parent must exist. Files of an earlier save are replaced.
+            path: for "saev" a file, else a folder; its parent must exist. Files of an earlier save are replaced.
+            format: "fga_fast" (`sae.safetensors` and `config.json`), "saelens" (`sae_weights.safetensors` and
+                `cfg.json`) or "saev" (one file), see docs/sae_formats.md.
 
         Returns:
-            The folder.
+            The path.
 
         Raises:
-            OSError: the folder cannot be written (FileNotFoundError: its parent is missing).
-            TypeError, ValueError: an ``expected_l0`` was assigned that the constructor refuses.
+            OSError: it cannot be written (FileNotFoundError: its parent is missing).
+            TypeError, ValueError: an unknown format, an SAE that the format cannot express, or an ``expected_l0`` was
+                assigned that the constructor refuses.
         """
         check_expected_l0(self.expected_l0, self.d_sae)  # which may have been assigned
-        tensors = {name: getattr(self, name) for name in native.TENSORS}
-        return native.save(path, tensors, {name: getattr(self, name) for name in native.SETTINGS})
+        if format not in WRITERS:
+            raise ValueError(f"format: expected one of {', '.join(map(repr, WRITERS))}, got {format!r}")
+        return WRITERS[format](self, path)
 
     @staticmethod
     def from_pretrained(
@@ -324,8 +328,9 @@ class SparseAutoencoder(nn.Module):
         stream's own space. Follow it with `self_check` on a few activations.
 
         Args:
-            path: a file or folder: the one `save` wrote, or one of ViT-Prisma, SAELens, saev, overcomplete, sparsify
-                or visaebench. With ``download`` also a repository on the Hugging Face hub, "organisation/name".
+            path: a file or folder: the one `save` wrote, or one of ViT-Prisma, SAELens, saev, overcomplete, sparsify,
+                visaebench or dictionary_learning. With ``download`` also a repository on the Hugging Face hub,
+                "organisation/name".
             download: fetch ``path`` from the hub if it is not on this machine (needs huggingface_hub). Only weights
                 and settings of one folder are fetched. Without it nothing is ever downloaded.
             revision: branch, tag or commit on the hub; a commit never changes.
@@ -334,7 +339,7 @@ class SparseAutoencoder(nn.Module):
                 configuration class becomes a plain record and every other object is refused.
             normalize: "as stored", or the normalisation of a ViT-Prisma file that does not say which one it needs.
             activation, k: overcomplete's state dicts do not say them: "relu", "topk" with k, or "batch_topk" with
-                threshold.
+                threshold. A file of dictionary_learning without settings needs activation "topk" or "batch_topk".
             threshold: the value from which codes are kept, where the file has none (overcomplete, visaebench, saev).
             decoder_norm: overcomplete's dictionary normalisation, where it was not the default "l2": "max_l2", "l1",
                 "max_l1" or "identity".

@@ -255,20 +255,30 @@ class HarvestTokens:
         activations: a complete harvest.
         seed: of the order.
         shards: how many shards are shuffled together.
+        images: take the first so many images only, and so hold back the others; None: all.
 
     Raises:
         ValueError: an argument out of its range.
     """
 
-    def __init__(self, activations: Activations, seed: int = 0, *, shards: int = 8) -> None:
+    def __init__(
+        self, activations: Activations, seed: int = 0, *, shards: int = 8, images: int | None = None
+    ) -> None:  # fmt: skip
         if seed < 0 or shards < 1:
             raise ValueError(f"seed, shards: expected at least 0 and 1, got {seed} and {shards}")
         about = activations.about
+        images = about.images if images is None else images
+        if not 1 <= images <= about.images:
+            raise ValueError(f"images: expected 1 to {about.images}, as many as the harvest has, got {images}")
+        self._images: list[int] = []  # taken of each shard
+        for shard in activations.shards:
+            self._images.append(min(shard.images, images - sum(self._images)))
         self.blocks, self.d_model = about.blocks, about.d_model
         self._activations, self._seed, self._shards = activations, seed, shards
-        self._count = about.images * about.patches
+        self._count = images * about.patches
         checksums = "".join(shard.sha256 for shard in activations.shards)
         told = asdict(about) | {"errors": len(about.errors), "tokens": self._count, "seed": seed, "shards": shards}
+        told["images"] = images
         told["harvest"] = hashlib.sha256(checksums.encode()).hexdigest()
         self.about: Mapping[str, Any] = json.loads(json.dumps(told))
 
@@ -296,7 +306,7 @@ class HarvestTokens:
         skip, left = first * size, stop - first
         parts: list[dict[int, Tensor]] = []  # of the batch that is begun
         for numbers, generator in self._windows(epoch):
-            images = sum(self._activations.shards[number].images for number in numbers)
+            images = sum(self._images[number] for number in numbers)
             count = images * self._activations.about.patches
             if skip >= count:
                 skip -= count
@@ -333,8 +343,8 @@ class HarvestTokens:
         found = {block: torch.empty(shape, dtype=dtype) for block in self.blocks}
         row = 0
         for number in numbers:
-            count = self._activations.shards[number].images
+            count = self._images[number]
             for block, x in self._activations.shard(number).items():
-                found[block][row : row + count] = x[:, about.prefix_tokens :]
+                found[block][row : row + count] = x[:count, about.prefix_tokens :]
             row += count
         return {block: x.flatten(0, 1) for block, x in found.items()}

@@ -9,7 +9,7 @@ from typing import Any
 
 import formats_overcomplete
 import torch
-from formats_case import C, Case, F, changed, draw
+from formats_case import C, Case, F, changed, draw, largest
 from torch import Tensor
 
 THRESHOLD = 0.7
@@ -70,16 +70,18 @@ def own(
     config: Any = "default",
     bias: bool = True,
     flipped: bool = False,
+    k: int | None = None,
     **more: Tensor,
 ) -> Case:
-    """The names of visaebench; ``more`` are further tensors."""
+    """The names of visaebench; ``k``: a top-k; ``more`` are further tensors."""
     state = tensors(bias)
     config = settings() if config == "default" else config
-    threshold = more.get("_running_threshold", more.get("jump_thresholds", THRESHOLD))
+    stated = config.get("threshold") if isinstance(config, dict) else THRESHOLD
+    threshold = next(iter(more.values()), None) if stated is None else stated
 
     def codes(x: Tensor) -> Tensor:
         f = torch.relu(x @ state["encoder.weight"].t() + state["encoder.bias"])
-        return torch.where(f >= threshold, f, 0.0)
+        return torch.where(f >= threshold if k is None else largest(f, k), f, 0.0)
 
     stored = {n: t.t() if flipped and n == "decoder.weight" else t for n, t in state.items()} | more
     shift = state.get("decoder.bias", torch.zeros(C, dtype=torch.float64))
@@ -93,7 +95,8 @@ def own(
 
 
 def borrowed(folder: Path, threshold_name: str | None) -> Case:
-    """The names of overcomplete with a threshold among the tensors or in the settings, compared as it is stored."""
+    """The names of overcomplete with a threshold among the tensors or in the settings, compared as it is stored, and
+    with the rows of the dictionary as they are stored."""
     made = formats_overcomplete.case(folder)
     state = torch.load(made.path, weights_only=True)
     value = draw(F, seed=55).abs() if threshold_name == "jump_thresholds" else torch.tensor(THRESHOLD).double()
@@ -105,6 +108,7 @@ def borrowed(folder: Path, threshold_name: str | None) -> Case:
         torch.relu(formats_overcomplete.pre_codes(x, state)),
         0.0,
     )
+    made.decoder = state["dictionary._weights"] * state["dictionary.multiplier"].exp()
     made.reconstruct = lambda x: made.codes(x) @ made.decoder
     made.metadata = {"source_format": "visaebench", "source_file": "sae.pt", "layer": "11", "model_name": "some-vit"}
     made.options = {}
@@ -122,6 +126,14 @@ CASES: dict[str, Callable[[Path], Case]] = {
     "own names, jump": lambda f: own(
         f, config=settings(threshold=..., architecture="jumprelu"), jump_thresholds=draw(F, seed=56).abs()
     ),
+    "own names, jump by another name": lambda f: own(
+        f, config=settings(threshold=..., activation="jumprelu"), thresholds=draw(F, seed=56).abs()
+    ),
+    "own names, the settings' threshold before the stored one": lambda f: own(
+        f, config=settings(sae_type="batchtopk", architecture="jumprelu"), _running_threshold=torch.tensor(0.4).double()
+    ),
+    "own names, top-k": lambda f: own(f, config=settings(threshold=..., activation="topk"), k=4),
+    "own names, k alone": lambda f: own(f, config=settings(threshold=..., architecture=...), k=4),
     "overcomplete's names": lambda f: borrowed(f, "_running_threshold"),
     "overcomplete's names, jump": lambda f: borrowed(f, "jump_thresholds"),
     "overcomplete's names, threshold in the settings": lambda f: borrowed(f, None),

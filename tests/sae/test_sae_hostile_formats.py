@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import formats_dictionary_learning as dictionary_learning
 import formats_overcomplete as overcomplete
 import formats_saelens as saelens
 import formats_saev as saev
@@ -41,16 +42,20 @@ def write_pickled(name: str, folder: Path, state: Any) -> Path:
         return saev.write(folder / "sae.pt", state, saev.header(5)).parent
     if name == "overcomplete":
         return overcomplete.write(folder / "sae.pt", state).parent
+    if name == "dictionary_learning":
+        return dictionary_learning.write(folder, state, dictionary_learning.settings())
     return visaebench.write(folder / "sae.pt", state, visaebench.settings())
 
 
 def state_of(name: str) -> dict[str, Any]:
     if name == "overcomplete":
         return overcomplete.encoder() | overcomplete.dictionary()[0]
+    if name == "dictionary_learning":
+        return dictionary_learning.tensors("AutoEncoder")
     return {"saev": saev.tensors, "visaebench": visaebench.tensors, "vit-prisma": state_dict}[name]()
 
 
-PICKLED = ("saev", "overcomplete", "visaebench", "vit-prisma")
+PICKLED = ("saev", "overcomplete", "visaebench", "vit-prisma", "dictionary_learning")
 STORED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "saelens": (lambda f: saelens.case(f).path, "sae_weights.safetensors"),
     "sparsify": (lambda f: sparsify.case(f).path, "sae.safetensors"),
@@ -250,6 +255,7 @@ def test_settings_of_any_type_are_read_or_refused(tmp_path: Path, value: Any) ->
         ("saelens", saelens.settings()),
         ("sparsify", sparsify.settings()),
         ("visaebench", visaebench.settings()),
+        ("dictionary_learning", dictionary_learning.settings()["trainer"]),
     ):
         known = {"k", "hook_name", "hook", "activation_fn", "activation_fn_kwargs", "hook_head_index", "normalize"}
         for setting in {*default, *known, "rescale_acts_by_decoder_norm", "tokens", "model", "metadata", "sae"}:
@@ -259,6 +265,8 @@ def test_settings_of_any_type_are_read_or_refused(tmp_path: Path, value: Any) ->
                 saelens.write(folder, saelens.tensors(), config)
             elif name == "sparsify":
                 sparsify.write(folder, sparsify.tensors(), config)
+            elif name == "dictionary_learning":
+                dictionary_learning.write(folder, dictionary_learning.tensors(), {"trainer": config})
             else:
                 visaebench.write(folder / "sae.pt", visaebench.tensors(), config)
             outcomes.append(attempt(folder))

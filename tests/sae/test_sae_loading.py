@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import formats_dictionary_learning
 import formats_overcomplete
 import formats_saelens
 import formats_saev
@@ -25,6 +26,7 @@ MAKERS = {
     "overcomplete": formats_overcomplete,
     "sparsify": formats_sparsify,
     "visaebench": formats_visaebench,
+    "dictionary_learning": formats_dictionary_learning,
 }
 CASES: list[tuple[str, str]] = [(name, case) for name, maker in MAKERS.items() for case in maker.CASES]
 
@@ -105,7 +107,8 @@ def test_a_file_is_as_good_as_its_folder(tmp_path: Path, name: str, case: str) -
 
 
 def test_thresholds_are_reached_or_passed_as_each_format_says(tmp_path: Path) -> None:
-    """A code that equals its threshold: overcomplete and visaebench keep it, SAELens and saev do not."""
+    """A code that equals its threshold: overcomplete and visaebench keep it; visaebench's jumprelu, SAELens, saev and
+    dictionary_learning do not."""
     eye, zero = torch.eye(2, 3, dtype=torch.float32), torch.zeros(3)
     x = torch.tensor([[1.0, 0.75]])
     encoder = {"encoder.weight": eye.t(), "encoder.bias": zero}
@@ -115,6 +118,18 @@ def test_thresholds_are_reached_or_passed_as_each_format_says(tmp_path: Path) ->
         "visaebench": formats_visaebench.write(
             tmp_path / "v" / "sae.pt", encoder | {"decoder.weight": decoder}, {"threshold": 0.75, "layer": 1}
         ),
+        "visaebench, jump": formats_visaebench.write(
+            tmp_path / "j" / "sae.pt",
+            encoder | {"decoder.weight": decoder, "jump_thresholds": zero + 0.75},
+            {"activation": "jumprelu", "layer": 1},
+        ),
+        "dictionary_learning": formats_dictionary_learning.write(
+            tmp_path / "d",
+            encoder
+            | {"decoder.weight": decoder.t().contiguous(), "b_dec": torch.zeros(2), "k": torch.tensor(1)}
+            | {"threshold": torch.tensor(0.75)},
+            formats_dictionary_learning.settings("BatchTopKSAE", activation_dim=2, dict_size=3),
+        ),
         "saelens": formats_saelens.write(
             tmp_path / "l",
             {"W_enc": eye, "b_enc": zero, "W_dec": decoder, "b_dec": torch.zeros(2), "threshold": zero + 0.75},
@@ -122,7 +137,8 @@ def test_thresholds_are_reached_or_passed_as_each_format_says(tmp_path: Path) ->
         ),
     }
     kept = {name: SparseAutoencoder.from_pretrained(path).encode(x).tolist()[0] for name, path in cases.items()}
-    assert kept == {"visaebench": [1.0, 0.75, 0.0], "saelens": [1.0, 0.0, 0.0]}
+    assert kept.pop("visaebench") == [1.0, 0.75, 0.0]
+    assert list(kept.values()) == 3 * [[1.0, 0.0, 0.0]]
     state = encoder | {"dictionary._weights": decoder}
     path = formats_overcomplete.write(tmp_path / "o" / "sae.pt", state)
     options = {"activation": "batch_topk", "threshold": 0.75}

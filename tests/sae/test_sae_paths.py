@@ -12,6 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import formats_dictionary_learning as dictionary_learning
 import formats_saelens as saelens
 import formats_saev as saev
 import formats_sparsify as sparsify
@@ -38,6 +39,10 @@ FOLDERS: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
     "saev": (lambda f: saev.case(f).path.parent, ("sae.pt",)),
     "sparsify": (lambda f: sparsify.case(f.parent, f.name).path, ("sae.safetensors", "cfg.json")),
     "visaebench": (lambda f: visaebench.own(f).path, ("sae.pt", "config.json")),
+    "dictionary_learning": (
+        lambda f: dictionary_learning.case(f, "AutoEncoderTopK").path,
+        ("ae.pt", "config.json"),
+    ),
     "visaebench yaml": (lambda f: visaebench.own(f, config=visaebench.YAML).path, ("sae.pt", "config.yaml")),
 }
 LINKED = [(name, file) for name, (_, files) in FOLDERS.items() for file in files]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import formats_dictionary_learning as dictionary_learning
 import formats_overcomplete as overcomplete
 import formats_saelens as saelens
 import formats_saev as saev
@@ -93,7 +94,7 @@ SAEV_HEADERS: list[tuple[Change, str]] = [
     (lambda h: h["cfg"]["activation"].update(cls="TopK", params={"top_k": 99}), "k: expected 1 <= k <= 10"),
     (
         lambda h: h["cfg"]["activation"].update(cls="BatchTopK"),
-        "BatchTopK without activation.threshold chose its codes by",
+        "BatchTopK without activation.threshold is of an early version",
     ),
     (lambda h: h["cfg"].update(d_model=768), "d_model: the weights have 6, got 768"),
     (lambda h: h["cfg"].update(d_sae=11), "d_sae: the weights have 10, got 11"),
@@ -226,8 +227,30 @@ def test_transcoder_weights_are_refused_by_their_names(tmp_path: Path) -> None:
 
 def test_formats_that_look_alike(tmp_path: Path) -> None:
     """Weights of another library with names that overlap are refused, and its names are told."""
-    state = visaebench.tensors(bias=False) | {"b_dec": draw(C, seed=1), "k": torch.tensor(3)}
+    state = visaebench.tensors(bias=False) | {"b_dec": draw(C, seed=1), "k": torch.tensor(3)}  # and no threshold
     refused(visaebench.write(tmp_path / "ae.pt", state, None), "not known: b_dec, k; an SAE of visaebench holds")
+
+
+def test_dictionary_learning(tmp_path: Path) -> None:
+    """Two classes of the same names, k that is none, and settings of another SAE."""
+    state = dictionary_learning.tensors()
+
+    def folder(state: dict[str, Tensor], config: dict[str, Any] | None) -> Path:
+        return dictionary_learning.write(tmp_path / "sae", state, config)
+
+    message = refused(folder(state, None), "pass activation='topk' or 'batch_topk', got None")
+    assert "AutoEncoderTopK and of BatchTopKSAE" in message
+    refused(folder(state, None), "pass activation='topk' or 'batch_topk', got 'relu'", activation="relu")
+    settings = dictionary_learning.settings
+    refused(folder(state, settings(dict_size=7)), "dict_size: the weights have 10, got 7")
+    refused(folder(state, settings(submodule_name="mlp_out_layer_8")), "expected the residual stream after a block")
+    for k in (torch.tensor([3, 4]), torch.tensor(3.0), 3):
+        refused(folder(state | {"k": k}, settings()), "k: expected one whole number, got")  # type: ignore[dict-item]
+    refused(folder(state | {"k": torch.tensor(0)}, settings()), "k: expected 1 <= k <= 10")
+    whole = {"b_dec": torch.ones(C).long()}
+    refused(folder(state | whole, settings()), "b_dec: expected a dense floating-point tensor")
+    turned = {"encoder.weight": draw(F, C + 1, seed=1)}
+    refused(folder(state | turned, settings()), "encoder: expected shape [10, 6] or [6, 10]")
 
 
 def test_square_weights_are_ambiguous(tmp_path: Path) -> None:

@@ -6,22 +6,40 @@ No format runs code from a file, follows a file name found in one, or allocates 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
-from fga_fast.sae.formats import hub, native, overcomplete, prisma, saelens, saev, sparsify, visaebench
+from fga_fast.sae.formats import (
+    dictionary_learning,
+    hub,
+    native,
+    overcomplete,
+    prisma,
+    saelens,
+    saev,
+    sparsify,
+    visaebench,
+)
 from fga_fast.sae.formats.checkpoint import open_checkpoint
 from fga_fast.sae.formats.options import Options
 from fga_fast.sae.formats.parameters import Loaded
 from fga_fast.sae.formats.paths import check_subfolder, inside
+from fga_fast.sae.formats.writing import Written
 
-__all__ = ["FORMATS", "load", "locate"]
+__all__ = ["FORMATS", "WRITERS", "load", "locate"]
 
-# In the order they are asked: visaebench before overcomplete, whose names it may use.
-FORMATS = (native, saev, sparsify, visaebench, overcomplete, saelens, prisma)
+# In the order they are asked: dictionary_learning, which asks for all of its names, before those that ask for some;
+# visaebench before overcomplete, whose names it may use.
+FORMATS = (native, saev, dictionary_learning, sparsify, visaebench, overcomplete, saelens, prisma)
+WRITERS: dict[str, Callable[[Written, str | os.PathLike[str]], Path]] = {
+    "fga_fast": native.save,
+    "saelens": saelens.save,
+    "saev": saev.save,
+}
 
 _READABLE = (
     "a folder with sae.safetensors and config.json (SparseAutoencoder.save), or a file or folder of ViT-Prisma, "
-    "SAELens, saev, overcomplete, sparsify or visaebench"
+    "SAELens, saev, overcomplete, sparsify, visaebench or dictionary_learning"
 )
 
 

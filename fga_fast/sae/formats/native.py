@@ -13,21 +13,18 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fga_fast.io.json_file import parse_json
 from fga_fast.sae.checks import check_metadata
-from fga_fast.sae.formats.checkpoint import MAX_SETTINGS_BYTES, Checkpoint
+from fga_fast.sae.formats.checkpoint import Checkpoint
 from fga_fast.sae.formats.options import Options
 from fga_fast.sae.formats.parameters import Loaded
 from fga_fast.sae.formats.paths import inside
+from fga_fast.sae.formats.writing import Written, dtype_name, plain, write_folder
 
 FORMAT = "fga_fast.sae"
 FORMAT_VERSION = 1
@@ -38,7 +35,6 @@ TAKES: tuple[str, ...] = ()
 
 _REQUIRED = ("W_enc", "W_dec", "b_dec")
 _OPTIONAL = ("b_enc", "b_gate", "r_mag", "b_mag", "threshold")
-TENSORS = (*_REQUIRED, *_OPTIONAL)
 SETTINGS = ("activation", "k", "normalize", "expected_l0", "metadata")
 # What the safetensors header repeats.
 _REPEATED = ("format", "format_version", "activation", "k", "normalize", "d_model", "d_sae", "dtype")
@@ -52,33 +48,13 @@ def matches(found: Checkpoint) -> bool:
     return found.weights.name == WEIGHTS and not (found.folder / "cfg.json").exists()
 
 
-def save(path: str | os.PathLike[str], tensors: Mapping[str, Tensor | None], settings: Mapping[str, Any]) -> Path:
-    """Write ``tensors`` (`TENSORS`) and ``settings`` (`SETTINGS`) to a folder; see `SparseAutoencoder.save`."""
-    folder = Path(path).absolute()
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder}: expected a folder to save the SAE in, got a file")
-    if not folder.parent.is_dir():
-        raise FileNotFoundError(f"{folder.parent}: no such folder; make it before saving the SAE in {folder.name}")
-    stored = {name: value.contiguous() for name, value in tensors.items() if value is not None}
+def save(sae: Written, path: str | os.PathLike[str]) -> Path:
+    """Write an SAE to a folder of this format; see `SparseAutoencoder.save`."""
+    stored = plain(sae, *_REQUIRED, *_OPTIONAL)
+    settings = {name: getattr(sae, name) for name in SETTINGS}
     config = {"format": FORMAT, "format_version": FORMAT_VERSION, **_sizes(stored["W_enc"]), **settings}
-    text = json.dumps(config, indent=2) + "\n"
-    if len(text.encode()) > MAX_SETTINGS_BYTES:
-        raise ValueError(f"metadata: expected at most {MAX_SETTINGS_BYTES} bytes of settings, got {len(text.encode())}")
-    fresh = not folder.exists()
-    name = f".{folder.name}.{secrets.token_hex(8)}.tmp"
-    staging = (folder.parent if fresh else folder) / name  # same file system, so that renaming is atomic
-    try:
-        staging.mkdir()
-        save_file(stored, staging / WEIGHTS, metadata={"fga_fast": json.dumps(_repeated(config))})
-        (staging / CONFIG).write_text(text, encoding="utf-8")
-        if fresh:
-            staging.replace(folder)
-        else:
-            for file in (WEIGHTS, CONFIG):
-                (staging / file).replace(folder / file)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return Path(path)
+    header = {"fga_fast": json.dumps(_repeated(config))}
+    return write_folder(path, WEIGHTS, stored, header, CONFIG, config)
 
 
 def load(found: Checkpoint, options: Options) -> Loaded:
@@ -117,7 +93,7 @@ def _sizes(
     W_enc: Tensor,  # [C, F]
 ) -> dict[str, Any]:
     d_model, d_sae = W_enc.shape if W_enc.ndim == 2 else (0, 0)
-    return {"d_model": d_model, "d_sae": d_sae, "dtype": str(W_enc.dtype).removeprefix("torch.")}
+    return {"d_model": d_model, "d_sae": d_sae, "dtype": dtype_name(W_enc)}
 
 
 def _repeated(config: dict[str, Any]) -> dict[str, Any]:

@@ -100,8 +100,8 @@ def unit_decoder(p: Parameters) -> Parameters:
     )
 
 
-def reached(threshold: object, dtype: torch.dtype) -> Tensor:
-    """The threshold t' with ``z > t'`` exactly where ``z >= threshold``: the next smaller number of ``dtype``.
+def passed(threshold: object, dtype: torch.dtype) -> Tensor:
+    """The threshold as a tensor.
 
     Raises:
         ValueError: not a number or a tensor of numbers, or NaN or Inf.
@@ -112,6 +112,12 @@ def reached(threshold: object, dtype: torch.dtype) -> Tensor:
         raise ValueError("threshold: expected a number of a usual size, got a larger one")
     value = torch.as_tensor(threshold, dtype=dtype, device="cpu")
     check_finite("threshold", value)
+    return value
+
+
+def reached(threshold: object, dtype: torch.dtype) -> Tensor:
+    """The threshold t' with ``z > t'`` exactly where ``z >= threshold``: the next smaller number; see `passed`."""
+    value = passed(threshold, dtype)
     return torch.nextafter(value, torch.full_like(value, -torch.inf))
 
 

@@ -12,18 +12,23 @@ Settings of versions before 6.0 have other names; both are read.
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fga_fast.sae.formats.checkpoint import Checkpoint
 from fga_fast.sae.formats.options import Options
 from fga_fast.sae.formats.parameters import Loaded, Parameters, check_sizes, folded, oriented, unit_decoder, widened
 from fga_fast.sae.formats.scope import check_scope, describe, trained_on
+from fga_fast.sae.formats.writing import Written, dtype_name, plain, write_folder
 
 NAME = "saelens"
 TAKES = ("pre_mean", "pre_scale")
+WEIGHTS = "sae_weights.safetensors"
 CONFIG = "cfg.json"
 
 _COMMON = ("W_enc", "W_dec", "b_dec")
@@ -41,11 +46,63 @@ _BEFORE_6 = {
     "activation_fn_str": "activation_fn",
 }
 _NORMALISATIONS = {"none": None, "layer_norm": "layer_norm", "constant_norm_rescale": "constant_norm"}
+_ARCHITECTURES = {
+    "relu": "standard",
+    "topk": "topk",
+    "jumprelu": "jumprelu",
+    "batch_topk": "jumprelu",  # which is what SAELens makes of its own batch top-k
+    "gated": "gated",
+}
+# The layout's version, without which SAELens takes the settings as older ones.
+_LAYOUT = "6.0.0"
 
 
 def matches(found: Checkpoint) -> bool:
     """Whether the tensors are those of SAELens (ViT-Prisma's have the same names, but are written by torch.save)."""
     return found.kind == "safetensors" and not found.names.isdisjoint(("W_enc", "W_dec"))
+
+
+def save(sae: Written, path: str | os.PathLike[str]) -> Path:
+    """Write an SAE to a folder that `sae_lens.SAE.load_from_disk` reads; "batch_topk" becomes its "jumprelu".
+
+    Args:
+        sae: the SAE. Of its metadata "hook" (or "layer") and "model_name" become SAELens's own; all of it is kept as
+            well, under "fga_fast".
+        path: folder; its parent must exist. Files of an earlier save are replaced.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: activation "topk_signed", as SAELens has no negative codes.
+        OSError: the folder cannot be written.
+    """
+    if sae.activation not in _ARCHITECTURES:
+        raise ValueError(
+            f"activation: SAELens has no {sae.activation!r}, only {', '.join(map(repr, _ARCHITECTURES))}; save the SAE "
+            'with format="fga_fast" or "saev"'
+        )
+    architecture = _ARCHITECTURES[sae.activation]
+    tensors = plain(sae, *_COMMON, *_NEEDS[architecture])
+    if architecture != "gated":
+        tensors.setdefault("b_enc", torch.zeros_like(tensors["W_dec"][:, 0]))
+    if "threshold" in tensors:
+        tensors["threshold"] = tensors["threshold"].expand(sae.d_sae).contiguous()
+    settings = {
+        "architecture": architecture, "d_in": sae.d_model, "d_sae": sae.d_sae, "dtype": dtype_name(sae.W_dec),
+        "device": "cpu", "apply_b_dec_to_input": True, "reshape_activations": "none", "metadata": _metadata(sae),
+        "normalize_activations": next(name for name, kind in _NORMALISATIONS.items() if kind == sae.normalize),
+    }  # fmt: skip
+    if architecture == "topk":
+        settings |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
+    return write_folder(path, WEIGHTS, tensors, None, CONFIG, settings)
+
+
+def _metadata(sae: Written) -> dict[str, Any]:
+    layer = sae.metadata.get("layer")
+    hook = sae.metadata.get("hook", None if layer is None else f"blocks.{layer}.hook_resid_post")
+    told = {"hook_name": hook, "model_name": sae.metadata.get("model_name"), "l0": sae.expected_l0}
+    return {"sae_lens_version": _LAYOUT, **told, "fga_fast": sae.metadata}
 
 
 def load(found: Checkpoint, options: Options) -> Loaded:
@@ -59,7 +116,10 @@ def load(found: Checkpoint, options: Options) -> Loaded:
     tensors = found.require(NAME, (*_COMMON, *_NEEDS[architecture]), (*_SCALES, *unused))
     parameters = _parameters(config, tensors, architecture, where)
     metadata = describe(NAME, found.weights.name, hook, layer, config.get("model_name"))
-    return folded(replace(parameters, normalize=normalize, metadata=metadata), options, where)
+    loaded = folded(replace(parameters, normalize=normalize, metadata=metadata), options, where)
+    l0 = config.get("l0")  # of the end of its training
+    known = isinstance(l0, int | float) and not isinstance(l0, bool) and 0 < l0 <= len(parameters.W_dec)
+    return Loaded({**loaded.arguments, "expected_l0": l0 if known else None}, where)
 
 
 def _current(stored: dict[str, Any]) -> dict[str, Any]:

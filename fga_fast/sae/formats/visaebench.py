@@ -2,13 +2,16 @@
 
 Tensors: encoder.weight [F, C], encoder.bias [F], decoder.weight [F, C] (a row a feature, unlike torch.nn.Linear's) and
 perhaps decoder.bias [C]; or the names of overcomplete. The threshold is _running_threshold [] or jump_thresholds [F]
-among the tensors (stored as they are compared, not as logs), or "threshold" in the settings.
+among the tensors (stored as they are compared, not as logs), or "threshold" in the settings, which comes first.
 
-    z = x E^T + e;    f = relu(z) where relu(z) >= threshold
+    z = x E^T + e;    f = relu(z) where relu(z) >= threshold (jumprelu: > threshold), or the k largest of relu(z)
+
+The rows of overcomplete's dictionary are used as they are stored, not normalised, times exp(multiplier).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +20,7 @@ from torch import Tensor
 from fga_fast.sae.formats.checkpoint import Checkpoint
 from fga_fast.sae.formats.options import Options
 from fga_fast.sae.formats.overcomplete import dictionary, linear_encoder
-from fga_fast.sae.formats.parameters import Loaded, Parameters, check_sizes, folded, oriented, reached
+from fga_fast.sae.formats.parameters import Loaded, Parameters, check_sizes, folded, oriented, passed, reached
 from fga_fast.sae.formats.scope import check_scope, describe, trained_on
 
 NAME = "visaebench"
@@ -25,6 +28,7 @@ TAKES = ("threshold", "decoder_norm", "pre_mean", "pre_scale")
 CONFIGS = ("config.json", "config.yaml", "config.yml")
 
 _THRESHOLDS = ("_running_threshold", "running_threshold", "jump_thresholds")
+_OWN_THRESHOLDS = (*_THRESHOLDS, "thresholds")  # which among overcomplete's names are logs
 _SECTIONS = ("sae", "sae_config", "model", "training", "data", "cfg", "config")
 _HOOKS = ("hook", "hook_name", "hook_point", "layer_name")
 _BLOCKS = ("layer", "hook_layer", "layer_idx", "layer_index", "block")
@@ -58,10 +62,11 @@ def load(found: Checkpoint, options: Options) -> Loaded:
         W_enc_t, W_dec, b_enc, b_dec = _own_names(found, where)
     else:
         W_enc_t, b_enc = linear_encoder(found, _THRESHOLDS)
-        W_dec = dictionary(found, options, W_enc_t)
+        W_dec = dictionary(found, replace(options, decoder_norm=options.decoder_norm or "identity"), W_enc_t)
         b_dec = W_dec.new_zeros(W_dec.shape[1])
     d_sae, d_model = W_dec.shape
-    check_sizes(config, {"d_in": d_model, "d_model": d_model, "d_sae": d_sae, "n_features": d_sae}, where)
+    widths, features = ("d_in", "d_model", "input_dim"), ("d_sae", "n_features", "hidden_dim")
+    check_sizes(config, dict.fromkeys(widths, d_model) | dict.fromkeys(features, d_sae), where)
     activation, k, threshold = _activation(found, config, options, W_enc_t.dtype, where)
     parameters = Parameters(
         W_enc=W_enc_t.t(),
@@ -95,7 +100,7 @@ def _settings(found: Checkpoint) -> tuple[dict[str, Any], str]:
 
 def _own_names(found: Checkpoint, where: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     required = ("encoder.weight", "encoder.bias", "decoder.weight")
-    tensors = found.require(NAME, required, ("decoder.bias", *_THRESHOLDS))
+    tensors = found.require(NAME, required, ("decoder.bias", *_OWN_THRESHOLDS))
     encoder, bias = tensors["encoder.weight"], tensors["encoder.bias"]
     features = bias.numel()
     width = encoder.numel() // max(features, 1)
@@ -111,27 +116,31 @@ def _first(config: dict[str, Any], *names: str) -> Any:
 def _activation(
     found: Checkpoint, config: dict[str, Any], options: Options, dtype: torch.dtype, where: str
 ) -> tuple[str, int | None, Tensor | None]:
-    stated = next((config[n] for n in ("architecture", "sae_type", "activation") if isinstance(config.get(n), str)), "")
-    kind = stated.lower().replace("_", "").replace("-", "").removesuffix("sae") or "batchtopk"
+    stated = next((config[n] for n in ("activation", "sae_type", "architecture") if isinstance(config.get(n), str)), "")
+    k = _first(config, "k", "top_k", "topk")
+    unsaid = "batchtopk" if k is None else "topk"
+    kind = stated.lower().replace("_", "").replace("-", "").removesuffix("sae") or unsaid
     if kind not in _KINDS:
         raise ValueError(f"{where}: architecture: expected one of {', '.join(_KINDS)}, got {stated!r}")
     activation = _KINDS[kind]
-    k = _first(config, "k", "top_k", "topk")
     k = k if type(k) is int and activation in ("topk", "batch_topk") else None
-    stored = next(iter(found.tensors(_THRESHOLDS).values()), None)
-    given = [value for value in (stored, config.get("threshold"), options.threshold) if value is not None]
+    stored = next(iter(found.tensors(_OWN_THRESHOLDS).values()), None)
     if activation in ("relu", "topk"):
         if stored is not None or options.threshold is not None:
-            raise ValueError(f"{where}: threshold: {stated!r} has none")
+            raise ValueError(f"{where}: threshold: {kind!r} has none")
         return activation, k, None
-    if not given:
+    own = [value for value in (config.get("threshold"), stored) if value is not None]
+    if activation == "jumprelu":
+        own.reverse()
+    if not own and options.threshold is None:
         raise ValueError(
             f"{where}: threshold: expected one among the tensors ({', '.join(_THRESHOLDS)}) or the settings; pass "
             "threshold=, the value from which codes are kept"
         )
-    if options.threshold is not None and len(given) > 1:
+    if own and options.threshold is not None:
         raise ValueError(f"threshold: {where}: the checkpoint stores its own; leave it out")
+    kept = passed if activation == "jumprelu" else reached
     try:
-        return activation, k, reached(given[0], dtype)
+        return activation, k, kept(own[0] if own else options.threshold, dtype)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error

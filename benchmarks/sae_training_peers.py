@@ -32,9 +32,9 @@ from benchmarks.rows import cpu_name
 from examples.fashion.data import load_garments, make_scenes
 from fga_fast.assets import fashion_config, fashion_model
 from fga_fast.engine.streams import streams_of
+from fga_fast.harvest.tokens import TensorTokens
 from fga_fast.models.find import find_layout
 from fga_fast.training.recipe import Recipe
-from fga_fast.training.tokens import TensorTokens
 from fga_fast.training.train import train
 
 WARMUP, DECAY = 0.05, 0.3  # shares of the steps

@@ -6,15 +6,15 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
+from fga_fast.cards.run import JSON, feature_cards, features_of
 from fga_fast.cli import arguments
 from fga_fast.cli.notes import add_notes, notes_of
 from fga_fast.cli.subject import Subject, load_subject
 from fga_fast.explainer import Explainer
+from fga_fast.harvest.activations import Activations
 from fga_fast.io.images import load_image
 from fga_fast.sae.notes import Note, Notes, beside, read_notes, write_notes
 from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
-from fga_fast.training.activations import Activations
-from fga_fast.training.cards import JSON, feature_cards, features_of
 
 _OUT = Path("fga-fast-features")
 

@@ -11,9 +11,9 @@ from fga_fast.cli import arguments
 from fga_fast.cli.items import add_items, are_scenes, items_of
 from fga_fast.cli.subject import load_subject
 from fga_fast.dataset.items import Item, choose
-from fga_fast.training.activations import Activations
-from fga_fast.training.harvest import harvest
-from fga_fast.training.harvest_folder import DTYPES
+from fga_fast.harvest.activations import Activations
+from fga_fast.harvest.folder import DTYPES
+from fga_fast.harvest.run import harvest
 
 _SHOWN = 5  # errors
 

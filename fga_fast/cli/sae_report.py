@@ -11,10 +11,10 @@ from fga_fast.cli import arguments, items
 from fga_fast.cli.subject import Subject, load_subject, read_sae
 from fga_fast.dataset.items import Split, choose
 from fga_fast.io.atomic import check_writable_folder
+from fga_fast.quality import words
+from fga_fast.quality.report import Written, write
+from fga_fast.quality.run import Quality, compare
 from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
-from fga_fast.training import sae_words
-from fga_fast.training.quality import Quality, compare
-from fga_fast.training.sae_report import Written, write
 
 _OUT = Path("fga-fast-sae-report")
 
@@ -107,14 +107,14 @@ def _source(args: argparse.Namespace) -> str:
 
 def _print(found: dict[str, Quality], written: Written) -> None:
     for name, one in found.items():
-        print(f"{name}, {sae_words.count(one.images, 'image')}, {sae_words.count(one.tokens, 'patch')}")
-        for what, value in sae_words.summary(one).items():
+        print(f"{name}, {words.count(one.images, 'image')}, {words.count(one.tokens, 'patch')}")
+        for what, value in words.summary(one).items():
             print(f"  {what:<20} {value}")
-        for text in sae_words.warnings(one):
+        for text in words.warnings(one):
             print(f"  ! {text}")
         print()
     first = next(iter(found.values()))
-    for text in sae_words.warnings_of_images(first):
+    for text in words.warnings_of_images(first):
         print(f"! {text}")
     print(f"wrote {', '.join(path.name for path in written)} into {written.html.parent}")
     for key, reason in first.errors[:5]:

@@ -15,12 +15,12 @@ from fga_fast.cli import arguments
 from fga_fast.cli.items import add_items, items_of
 from fga_fast.cli.subject import load_subject
 from fga_fast.dataset.items import Item, digest_of, stable_number
+from fga_fast.harvest.activations import Activations, HarvestTokens
+from fga_fast.harvest.live import ImageBatches, LiveTokens
+from fga_fast.harvest.tokens import Tokens
 from fga_fast.models.find import find_layout
 from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
-from fga_fast.training.activations import Activations, HarvestTokens
-from fga_fast.training.live import ImageBatches, LiveTokens
 from fga_fast.training.recipe import Kind, Recipe
-from fga_fast.training.tokens import Tokens
 from fga_fast.training.train import train
 
 _SHARE, _MOST = 10, 512  # one image in so many is held back, at most so many images

@@ -1,1 +1,1 @@
-"""Sparse autoencoders for a model: its residual streams are kept, SAEs are trained on them, measured and described."""
+"""Trains sparse autoencoders on the tokens of a model: `train.train`, with a `recipe.Recipe` for each."""

@@ -15,10 +15,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fga_fast.dataset.items import stable_number
+from fga_fast.harvest.tokens import Tokens
 from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
 from fga_fast.training.checkpoint import Folder
 from fga_fast.training.recipe import Recipe
-from fga_fast.training.tokens import Tokens
 from fga_fast.training.trainee import Scale, Trainee
 
 LOG = logging.getLogger(__name__)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fga_fast.harvest.tokens import TensorTokens
 from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
 from fga_fast.training.recipe import Recipe
-from fga_fast.training.tokens import TensorTokens
 from fga_fast.training.train import train
 from fga_fast.training.trainee import Scale, Trainee
 

@@ -20,11 +20,11 @@ from learning import RECIPES, WIDTH, files, made, run, trained, trainee
 from safetensors.torch import load, load_file, save_file
 from torch.nn import functional as F
 
+from fga_fast.harvest.tokens import TensorTokens
 from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
 from fga_fast.training import train as module
 from fga_fast.training.checkpoint import CHECKPOINT
 from fga_fast.training.recipe import Recipe
-from fga_fast.training.tokens import TensorTokens
 from fga_fast.training.train import train
 
 # At least these: the mean over the true features of the largest cosine with a learned one, and the explained variance.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from fga_fast.training.behaviour import Behaviour, Effect
-from fga_fast.training.cosines import Stability
-from fga_fast.training.quality import Quality
+from fga_fast.quality.behaviour import Behaviour, Effect
+from fga_fast.quality.cosines import Stability
+from fga_fast.quality.run import Quality
 
 _TOKENS = 10_000  # below which features that are seldom active look dead
 _IMAGES = 100  # below which loss and accuracy are rough

@@ -15,9 +15,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from fga_fast.dataset.items import stable_number
+from fga_fast.harvest.checksum import model_checksum
+from fga_fast.harvest.folder import DTYPES, Listed, Shard, read_listed, read_manifest, shard_of, tensor_name
 from fga_fast.io.safetensors_file import SafetensorsFile
-from fga_fast.training.checksum import model_checksum
-from fga_fast.training.harvest_folder import DTYPES, Listed, Shard, read_listed, read_manifest, shard_of, tensor_name
 
 _MOST_READ = 1 << 20  # bytes of a file that are hashed at once
 

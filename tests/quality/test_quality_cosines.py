@@ -11,11 +11,11 @@ from own_vit import own_vit
 from quality_case import draw, items, nearest, random_sae
 
 from fga_fast.dataset.items import stable_number
+from fga_fast.quality import cosines
+from fga_fast.quality.cosines import nearest_others, stability
+from fga_fast.quality.histogram import histogram
+from fga_fast.quality.run import quality
 from fga_fast.sae import SparseAutoencoder
-from fga_fast.training import cosines
-from fga_fast.training.cosines import nearest_others, stability
-from fga_fast.training.histogram import histogram
-from fga_fast.training.quality import quality
 
 
 def sae_of(rows: torch.Tensor) -> SparseAutoencoder:  # [F, C]

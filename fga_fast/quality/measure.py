@@ -17,10 +17,10 @@ from fga_fast.io.window import Window
 from fga_fast.models import checks
 from fga_fast.models.find import find_layout
 from fga_fast.models.layout import ModelLayout
+from fga_fast.quality.behaviour import Output, sums_of
+from fga_fast.quality.sums import CodeSums, Spread, reconstruct
 from fga_fast.question.readout import Readout
 from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
-from fga_fast.training.behaviour import Output, sums_of
-from fga_fast.training.sums import CodeSums, Spread, reconstruct
 
 Images: TypeAlias = "Sequence[Item] | Tensor"
 

@@ -17,8 +17,15 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fga_fast.cards.card import Card, Class, Company, Example, Push, agreement_of, to_json
+from fga_fast.cards.census import Census, bin_edges, take_census
+from fga_fast.cards.effects import Effects, effects
+from fga_fast.cards.evidence import evidence
+from fga_fast.cards.page import cards_page
 from fga_fast.dataset.ahead import read_ahead
 from fga_fast.dataset.items import Item, load, view_of
+from fga_fast.harvest.activations import Activations
+from fga_fast.harvest.source import Source, source_of
 from fga_fast.io.atomic import atomic_write, check_writable_folder
 from fga_fast.io.images import Preprocess
 from fga_fast.io.window import Window
@@ -27,13 +34,6 @@ from fga_fast.question.names import label
 from fga_fast.result.explanation import Explanation
 from fga_fast.sae.notes import Note, Notes
 from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
-from fga_fast.training.activations import Activations
-from fga_fast.training.card import Card, Class, Company, Example, Push, agreement_of, to_json
-from fga_fast.training.cards_page import cards_page
-from fga_fast.training.census import Census, bin_edges, take_census
-from fga_fast.training.effects import Effects, effects
-from fga_fast.training.evidence import evidence
-from fga_fast.training.source import Source, source_of
 
 logger = logging.getLogger(__name__)
 

@@ -14,12 +14,12 @@ from torch.nn.functional import pad
 
 from fga_fast import Explainer
 from fga_fast.assets import fashion_config, fashion_model, fashion_saes, fashion_scenes
+from fga_fast.cards.effects import effects
 from fga_fast.engine.streams import edited
+from fga_fast.harvest.source import source_of
 from fga_fast.io.images import Preprocess, load_image
 from fga_fast.metrics.correlation import pearson, spearman
 from fga_fast.sae.hold import Hold
-from fga_fast.training.effects import effects
-from fga_fast.training.source import source_of
 
 FEATURES, PATCHES = [8, 11, 5], [0, 4, 3]
 

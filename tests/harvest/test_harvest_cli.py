@@ -15,7 +15,7 @@ from harvesting import picture
 from fga_fast import Preprocess
 from fga_fast.assets import fashion_model, fashion_scenes
 from fga_fast.cli.main import main
-from fga_fast.training.activations import Activations
+from fga_fast.harvest.activations import Activations
 
 pytest.importorskip("timm")
 TEST_VIT = ("--model", "test_vit", "--random-weights")

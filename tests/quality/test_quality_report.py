@@ -14,13 +14,13 @@ import pytest
 from own_vit import own_vit
 from quality_case import exact_sae, items, random_sae
 
-from fga_fast.training import sae_plots, sae_words
-from fga_fast.training.behaviour import Effect
-from fga_fast.training.histogram import Histogram
-from fga_fast.training.quality import Quality, compare
-from fga_fast.training.sae_plots import Axis
-from fga_fast.training.sae_report import Written, write
-from fga_fast.training.sae_words import number, share, warnings, warnings_of_images
+from fga_fast.quality import plots, words
+from fga_fast.quality.behaviour import Effect
+from fga_fast.quality.histogram import Histogram
+from fga_fast.quality.plots import Axis
+from fga_fast.quality.report import Written, write
+from fga_fast.quality.run import Quality, compare
+from fga_fast.quality.words import number, share, warnings, warnings_of_images
 
 HOSTILE = "<b>\"odd' | name</b>&\n# \udce9 `x` [a](b)"
 VOID = {"meta", "line", "circle", "rect", "path"}
@@ -99,7 +99,7 @@ def test_all_three_say_the_same(written: Written, found: dict[str, Quality]) -> 
         assert kept["l0_histogram"]["counts"] == list(one.l0_histogram.counts)
         assert kept["behaviour"]["loss"]["mean"] == one.behaviour.loss.mean  # type: ignore[union-attr]
         assert kept["warnings"] == warnings(one)
-        for value in (*sae_words.summary(one).values(), *warnings(one), number(one.l0), share(one.dead)):
+        for value in (*words.summary(one).values(), *warnings(one), number(one.l0), share(one.dead)):
             assert value in page and value in markdown
     assert stored["warnings"] == warnings_of_images(one)
     assert all(text in page and text in markdown for text in stored["warnings"])
@@ -169,21 +169,21 @@ def test_what_is_suspicious_of_the_model_and_the_images(found: dict[str, Quality
 
 def test_plots_of_odd_numbers() -> None:
     axis = Axis("<label>", "things")
-    assert sae_plots.bars(Histogram((0, 1, 2), (0, 0)), axis) == "<p>&lt;label&gt;: none.</p>"
+    assert plots.bars(Histogram((0, 1, 2), (0, 0)), axis) == "<p>&lt;label&gt;: none.</p>"
     for edges, counts, other in (
         ((0, 1), (5,), None), ((0, 1, 2), (0, 10**9), (1, 0)), ((-1, 0, 1), (1, 0), (0, 0)),
     ):  # fmt: skip
         chance = None if other is None else Histogram(edges, other)
         for whole in (False, True):
-            drawn = sae_plots.bars(Histogram(edges, counts), axis._replace(whole=whole), chance)
+            drawn = plots.bars(Histogram(edges, counts), axis._replace(whole=whole), chance)
             Page(drawn)
             assert "nan" not in drawn and "<label>" not in drawn and "&lt;label&gt;" in drawn
-    assert sae_plots.positions([[None, None]]) == "<p>No position varies.</p>"
-    drawn = sae_plots.positions([[0.5, None], [0.5, 0.5]])
+    assert plots.positions([[None, None]]) == "<p>No position varies.</p>"
+    drawn = plots.positions([[0.5, None], [0.5, 0.5]])
     Page(drawn)
     assert drawn.count('class="cell"') == 3 and "nan" not in drawn
     for points in ([("1", 16.0, 0.9), ("2", 16.0, 0.9)], [("<1>", 0.0, -3.0), ("2", 900.0, 0.99)]):
-        drawn = sae_plots.scatter(points, "title")
+        drawn = plots.scatter(points, "title")
         Page(drawn)
         assert drawn.count("<circle") == 2 and "nan" not in drawn and "<1>" not in drawn
 
@@ -197,7 +197,7 @@ def test_numbers_to_read() -> None:
         "–",
         "–",
     ]
-    assert [sae_words.count(n, what) for n, what in ((1, "patch"), (0, "patch"), (1000, "image"))] == [
+    assert [words.count(n, what) for n, what in ((1, "patch"), (0, "patch"), (1000, "image"))] == [
         "1 patch", "0 patches", "1,000 images",
     ]  # fmt: skip
     assert Effect(0.1, 0.2, 0.3).recovered == pytest.approx(0.5)

@@ -25,9 +25,9 @@ from own_vit import WIDTH
 from pair_vit import PairViT, plainly
 
 from fga_fast.dataset.items import Item
-from fga_fast.training import harvest as module
-from fga_fast.training.activations import Activations
-from fga_fast.training.harvest import harvest
+from fga_fast.harvest import run as module
+from fga_fast.harvest.activations import Activations
+from fga_fast.harvest.run import harvest
 
 
 @pytest.fixture

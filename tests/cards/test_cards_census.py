@@ -12,11 +12,11 @@ from harvesting import PATCHES, SHARD, items, small
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fga_fast import SparseAutoencoder
+from fga_fast.cards import census as module
+from fga_fast.cards.census import BINS, bin_edges, take_census
 from fga_fast.dataset.items import Item
-from fga_fast.training import census as module
-from fga_fast.training import harvest as harvesting
-from fga_fast.training.activations import Activations
-from fga_fast.training.census import BINS, bin_edges, take_census
+from fga_fast.harvest import run as harvesting
+from fga_fast.harvest.activations import Activations
 
 SETTINGS: tuple[dict[str, Any], ...] = (
     {},

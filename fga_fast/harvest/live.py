@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fga_fast.dataset.items import Item, check_items, load, stable_number
+from fga_fast.harvest.checksum import model_checksum
+from fga_fast.harvest.source import source_of
 from fga_fast.io.images import Preprocess
 from fga_fast.io.window import Window
 from fga_fast.models.layout import ModelLayout
-from fga_fast.training.checksum import model_checksum
-from fga_fast.training.source import source_of
 
 logger = logging.getLogger(__name__)
 

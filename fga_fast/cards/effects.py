@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fga_fast.engine.streams import edited
+from fga_fast.harvest.source import Source
 from fga_fast.sae.hold import Hold
 from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
-from fga_fast.training.source import Source
 
 
 class Effects(NamedTuple):

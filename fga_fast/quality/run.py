@@ -18,11 +18,11 @@ from fga_fast.io.images import Preprocess
 from fga_fast.io.window import Window
 from fga_fast.models import checks
 from fga_fast.models.layout import ModelLayout
+from fga_fast.quality.behaviour import Behaviour, Output, behaviour
+from fga_fast.quality.cosines import MATCH, Stability, cosine_histogram, nearest_others, stability
+from fga_fast.quality.histogram import Histogram, histogram, percentiles, whole_histogram
+from fga_fast.quality.measure import Errors, Images, Means, Plan, Sums, each, make_plan, pictures_of
 from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
-from fga_fast.training.behaviour import Behaviour, Output, behaviour
-from fga_fast.training.cosines import MATCH, Stability, cosine_histogram, nearest_others, stability
-from fga_fast.training.histogram import Histogram, histogram, percentiles, whole_histogram
-from fga_fast.training.measure import Errors, Images, Means, Plan, Sums, each, make_plan, pictures_of
 
 _VARIES = 1e-12  # of the squared mean; below it, what varies is rounding
 

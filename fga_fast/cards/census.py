@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fga_fast.harvest.activations import Activations
 from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
-from fga_fast.training.activations import Activations
 
 BINS_AN_OCTAVE, _LOWEST, _OCTAVES = 4, -12, 24
 BINS = BINS_AN_OCTAVE * _OCTAVES

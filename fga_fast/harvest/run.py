@@ -23,15 +23,15 @@ from tqdm import tqdm
 import fga_fast
 from fga_fast.dataset.ahead import read_ahead
 from fga_fast.dataset.items import Item, choose, digest_of, load, stable_number
+from fga_fast.harvest import folder as files
+from fga_fast.harvest.checksum import model_checksum
+from fga_fast.harvest.folder import Listed, Shard
+from fga_fast.harvest.source import Source, source_of
 from fga_fast.io.atomic import atomic_write, check_writable_folder
 from fga_fast.io.images import Preprocess
 from fga_fast.io.resume import check_same, remove_leftovers
 from fga_fast.io.window import Window, check_window
 from fga_fast.models.layout import ModelLayout
-from fga_fast.training import harvest_folder as files
-from fga_fast.training.checksum import model_checksum
-from fga_fast.training.harvest_folder import Listed, Shard
-from fga_fast.training.source import Source, source_of
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import NamedTuple
 
+from fga_fast.quality.histogram import Histogram
+from fga_fast.quality.words import number, share
 from fga_fast.result.ticks import ticks
-from fga_fast.training.histogram import Histogram
-from fga_fast.training.sae_words import number, share
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 440, 224, 50, 24, 10, 44  # pixels
 STYLE = """

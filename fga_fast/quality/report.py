@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fga_fast.io.atomic import atomic_write, check_writable_folder
-from fga_fast.training.quality import Quality
-from fga_fast.training.sae_page import report_page
-from fga_fast.training.sae_words import (
+from fga_fast.quality.page import report_page
+from fga_fast.quality.run import Quality
+from fga_fast.quality.words import (
     count,
     effects,
     meanings,

@@ -19,14 +19,14 @@ from own_vit import GRID
 from PIL import Image
 
 from fga_fast import Explainer
+from fga_fast.cards import run as module
+from fga_fast.cards.census import take_census
+from fga_fast.cards.evidence import GAP, SIDE, evidence
+from fga_fast.cards.run import feature_cards, features_of
 from fga_fast.dataset.items import Item
+from fga_fast.harvest.activations import Activations
 from fga_fast.result.features import card_url
 from fga_fast.sae.notes import Note
-from fga_fast.training import cards as module
-from fga_fast.training.activations import Activations
-from fga_fast.training.cards import feature_cards, features_of
-from fga_fast.training.census import take_census
-from fga_fast.training.evidence import GAP, SIDE, evidence
 
 HOSTILE = '"><script>alert(1)</script>&amp;'
 NAMES = ("bag", "boot", "<i>coat</i>", "dress", "sandal")

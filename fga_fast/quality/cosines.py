@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fga_fast.dataset.items import stable_number
+from fga_fast.quality.histogram import Histogram, histogram
 from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
-from fga_fast.training.histogram import Histogram, histogram
 
 MATCH = 0.9  # from this cosine on two rows count as the same feature
 _EDGES = [place / 20 for place in range(-20, 21)]

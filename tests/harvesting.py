@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from fga_fast import Preprocess
 from fga_fast.dataset.items import Item
-from fga_fast.training import harvest as module
-from fga_fast.training.activations import Activations
-from fga_fast.training.harvest import harvest
+from fga_fast.harvest import run as module
+from fga_fast.harvest.activations import Activations
+from fga_fast.harvest.run import harvest
 
 PATCHES = GRID[0] * GRID[1]
 SIZE = (16, 24)

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from fga_fast.cards.card import Agreement, Card, Example
+from fga_fast.cards.evidence import GAP, PANELS, SIDE
 from fga_fast.result.features import card_url
 from fga_fast.result.page import page
-from fga_fast.training.card import Agreement, Card, Example
-from fga_fast.training.evidence import GAP, PANELS, SIDE
 
 _FREQUENT = 1.25  # times as frequent a class must be to be named
 

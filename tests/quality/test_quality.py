@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from fga_fast.dataset.items import Item, Loaded, load
 from fga_fast.io.images import Preprocess
 from fga_fast.models.find import find_layout
+from fga_fast.quality import measure, sums
+from fga_fast.quality.behaviour import Effect
+from fga_fast.quality.histogram import Histogram, percentiles, whole_histogram
+from fga_fast.quality.run import Quality, compare, quality
 from fga_fast.sae import SparseAutoencoder
-from fga_fast.training import measure, sums
-from fga_fast.training.behaviour import Effect
-from fga_fast.training.histogram import Histogram, percentiles, whole_histogram
-from fga_fast.training.quality import Quality, compare, quality
 
 SAES = {
     "relu": random_sae(),

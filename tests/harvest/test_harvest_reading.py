@@ -17,11 +17,11 @@ from own_vit import WIDTH
 from torch import Tensor, nn
 
 from fga_fast.dataset.items import Item
-from fga_fast.training import harvest as module
-from fga_fast.training.activations import Activations, HarvestTokens
-from fga_fast.training.checksum import model_checksum
-from fga_fast.training.live import ImageBatches, LiveTokens
-from fga_fast.training.tokens import Tokens
+from fga_fast.harvest import run as module
+from fga_fast.harvest.activations import Activations, HarvestTokens
+from fga_fast.harvest.checksum import model_checksum
+from fga_fast.harvest.live import ImageBatches, LiveTokens
+from fga_fast.harvest.tokens import Tokens
 
 COUNT = 13  # images
 TOKENS = COUNT * PATCHES

@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import starmap
 
-from fga_fast.result.page import page
-from fga_fast.training import sae_plots
-from fga_fast.training.behaviour import Behaviour
-from fga_fast.training.cosines import Stability
-from fga_fast.training.quality import Quality
-from fga_fast.training.sae_plots import Axis, table
-from fga_fast.training.sae_words import (
+from fga_fast.quality import plots
+from fga_fast.quality.behaviour import Behaviour
+from fga_fast.quality.cosines import Stability
+from fga_fast.quality.plots import Axis, table
+from fga_fast.quality.run import Quality
+from fga_fast.quality.words import (
     count,
     effects,
     is_constant,
@@ -25,9 +24,10 @@ from fga_fast.training.sae_words import (
     warnings,
     warnings_of_images,
 )
+from fga_fast.result.page import page
 
 _STYLE = (
-    sae_plots.STYLE
+    plots.STYLE
     + """
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)); gap: 1.6rem 2rem;
   margin-top: 1.6rem }
@@ -90,7 +90,7 @@ def _plots_of_blocks(saes: Mapping[str, Quality]) -> str:
                 _figure(
                     title,
                     "The numbers are those of the table. Best is the upper left.",
-                    sae_plots.scatter(points, title),
+                    plots.scatter(points, title),
                 )
             )
     return f'<div class="plots">{"".join(drawn)}</div>' if drawn else ""
@@ -119,23 +119,23 @@ def _plots(one: Quality) -> str:
     of_l0 = f"Mean {number(one.l0)}. Half of the patches have at most {middle}, 5 % at most {low}, 95 % at most {high}."
     known = [value for row in one.unexplained for value in row if value is not None]
     figures = [
-        ("Active features of a patch", of_l0, sae_plots.bars(one.l0_histogram, Axis("L0", "patches", True))),
+        ("Active features of a patch", of_l0, plots.bars(one.l0_histogram, Axis("L0", "patches", True))),
         (
             "How often features are active",
             f"{sum(one.density.counts):,} of {one.features:,} features were active at least once, {share(one.dead)} "
             "never (dead).",
-            sae_plots.bars(one.density, Axis("density", "features", reads=", log10 of the share of patches")),
+            plots.bars(one.density, Axis("density", "features", reads=", log10 of the share of patches")),
         ),
         (
             "How alike features are",
             f"{share(one.copies)} are near-copies of another one (cosine above 0.9).",
-            sae_plots.bars(one.cosines, Axis("cosine", "features", reads=" to the most similar decoder row")),
+            plots.bars(one.cosines, Axis("cosine", "features", reads=" to the most similar decoder row")),
         ),
         (
             "Where in the image the error is",
             f"Share of the variance that is not explained, from {share(min(known))} (faint) to {share(max(known))} "
             "(full colour).",
-            sae_plots.positions(one.unexplained),
+            plots.positions(one.unexplained),
         ),
     ]
     if is_constant(one):  # `sae_line` says it
@@ -158,7 +158,7 @@ def _stability(found: Stability) -> str:
         '<span class="key chance" aria-hidden="true"></span>random rows (dashed line)</p>'
     )
     axis = Axis("cosine", "features", reads=" to the most similar row of the second SAE")
-    drawn = sae_plots.bars(found.forth.cosines, axis, found.chance.cosines)
+    drawn = plots.bars(found.forth.cosines, axis, found.chance.cosines)
     numbers = table(["", "cosine above 0.9", "mean largest cosine"], rows)
     note = f"{share(found.forth.matched)} of the features have a partner with a cosine above 0.9 in it."
     return _figure("What a second SAE shares", note, legend + drawn + numbers)

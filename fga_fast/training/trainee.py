@@ -89,7 +89,7 @@ class Trainee(nn.Module):
     def loss(
         self,
         x: Tensor,  # [T, C]
-        pressure: float,
+        pressure: Tensor,  # []
         cast: AbstractContextManager[object] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """What is minimised, and the unexplained share of the variance, both [].

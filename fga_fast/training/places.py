@@ -74,7 +74,7 @@ class Sparse:
     ) -> Tensor:
         """The values [n] of ``pre = x W_enc^T + bias`` at the places, with gradients of ``W_enc`` and ``bias``."""
         at = self._token * self.features + self.feature
-        z: Tensor = _Product.apply(pre.flatten()[at], x, W_enc, bias, self)  # type: ignore[no-untyped-call]
+        z: Tensor = _Product.apply(pre.flatten().index_select(0, at), x, W_enc, bias, self)  # type: ignore[no-untyped-call]
         return z
 
     def times(
@@ -97,9 +97,9 @@ class Sparse:
     ) -> Tensor:
         """Codes' transpose times a table [F, C], without a gradient."""
         order, starts, by_token = self._by_feature
-        row = by_token if len(table) == self._tokens else self._row[order]
+        row = by_token if len(table) == self._tokens else self._row.index_select(0, order)
         return F.embedding_bag(
-            row, table, starts, mode="sum", per_sample_weights=values[order], include_last_offset=True
+            row, table, starts, mode="sum", per_sample_weights=values.index_select(0, order), include_last_offset=True
         )
 
     def sums(
@@ -124,7 +124,7 @@ class Sparse:
     @cached_property
     def _by_feature(self) -> tuple[Tensor, Tensor, Tensor]:
         feature, order = self.feature.sort(stable=True)
-        return order, _starts(feature, self.features), self._token[order]
+        return order, _starts(feature, self.features), self._token.index_select(0, order)
 
 
 def _starts(rising: Tensor, count: int) -> Tensor:
@@ -154,7 +154,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, one_each: Tensor, places: Sparse) -> Tensor:
         ctx.places = places
-        return one_each[places.feature]
+        return one_each.index_select(0, places.feature)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -40,8 +40,7 @@ def top_of_batch(
     if len(at) < wanted:
         at = (flat > 0).nonzero()[:, 0]
     if len(at) > wanted:
-        at = at[flat[at].topk(wanted, sorted=False).indices]
-        at = at.sort().values
+        at = at.index_select(0, flat.index_select(0, at).topk(wanted, sorted=False).indices).sort().values
     row, feature = at // features, at % features
     if len(prefixes) > 1:
         group = torch.bucketize(feature, torch.tensor(prefixes, device=pre.device), right=True)

@@ -135,6 +135,7 @@ class _Run:
         rising = min(1.0, (step + 1) / max(1.0, warmup * steps))
         falling = min(1.0, (steps - step) / max(1.0, decay * steps))
         cast = torch.autocast(self._device.type, torch.bfloat16) if self._settings["autocast"] else None
+        pressure = torch.tensor(_pressure(step, steps), device=self._device)
         found = {}
         for key, trainee in self._trainees.items():
             adam = self._adam[key]
@@ -142,7 +143,7 @@ class _Run:
             for group in adam.param_groups:
                 group["lr"] = rate * group["times"]
             adam.zero_grad(set_to_none=True)
-            loss, found[key] = self._loss[key](batch[key[1]], _pressure(step, steps), cast)
+            loss, found[key] = self._loss[key](batch[key[1]], pressure, cast)
             loss.backward()  # type: ignore[no-untyped-call]
             trainee.turn_gradient()
             adam.step()

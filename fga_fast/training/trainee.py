@@ -89,7 +89,7 @@ class Trainee(nn.Module):
     def loss(
         self,
         x: Tensor,  # [T, C]
-        pressure: float,
+        pressure: Tensor,  # []
         cast: AbstractContextManager[object] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """What is minimised, and the unexplained share of the variance, both [].
@@ -106,7 +106,7 @@ class Trainee(nn.Module):
         z = places.product(pre, x, self.W_enc, bias)
         values, penalty = self._codes(z, places, x)
         parts = places.times(values, self.W_dec).view(-1, *x.shape)  # [groups, T, C]
-        left = x - self.b_dec - parts.cumsum(0)
+        left = x - self.b_dec - (parts if len(parts) == 1 else parts.cumsum(0))
         unexplained = left.square().mean() / self._variance
         self._remember(values, places, len(x))
         loss = unexplained + pressure * penalty

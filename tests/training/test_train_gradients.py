@@ -64,7 +64,7 @@ def test_loss_and_gradients_are_those_of_the_textbook(name: str) -> None:
     gradients = torch.autograd.grad(expected, [*own.parameters()])
     own.threshold.fill_(0.6)  # a guess
     own.silent.fill_(1e9)  # all that do not fire now are dead
-    loss, unexplained = own.loss(x, 0.7)
+    loss, unexplained = own.loss(x, torch.tensor(0.7))
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     assert 0 < unexplained < loss
     loss.backward()
@@ -192,7 +192,7 @@ def test_step_and_jump_by_their_formula() -> None:
 def test_the_decoder_turns_and_keeps_its_length() -> None:
     x = made(64)[0]
     scale, own = trainee(Recipe("topk", 32, 2), x)
-    own.loss(scale(x), 0.0)[0].backward()
+    own.loss(scale(x), torch.zeros(()))[0].backward()
     assert own.W_dec.grad is not None
     whole = own.W_dec.grad.clone()
     own.turn_gradient()

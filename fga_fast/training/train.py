@@ -145,7 +145,7 @@ class _Run:
             adam.zero_grad(set_to_none=True)
             loss, found[key] = self._loss[key](batch[key[1]], pressure, cast)
             loss.backward()  # type: ignore[no-untyped-call]
-            trainee.turn_gradient()
+            trainee.level_gradient()
             adam.step()
             trainee.unit_decoder()
         if step % max(1, steps // _POINTS) == 0 or step + 1 == steps:

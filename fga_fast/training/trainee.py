@@ -169,11 +169,19 @@ class Trainee(nn.Module):
         return (left - spare).square().mean() / self._variance
 
     @torch.no_grad()
-    def turn_gradient(self) -> None:
-        """Removes the part of each decoder row's gradient that would only change its length."""
+    def level_gradient(self) -> None:
+        """Removes the part of each decoder row's gradient that would only change its length, and scales the gradient
+        of all weights to length 1.
+
+        The first gradients are many times larger than the later ones. Adam divides by a mean that remembers them for
+        some 1,000 steps, which makes the steps in between too small.
+        """
         gradient = self.W_dec.grad
         if gradient is not None:
             gradient.addcmul_((gradient * self.W_dec).sum(1, keepdim=True), self.W_dec, value=-1)
+        found = [one.grad for one in self.parameters() if one.grad is not None]
+        length = torch.stack(torch._foreach_norm(found)).norm()
+        torch._foreach_div_(found, length.clamp(min=1e-30))
 
     @torch.no_grad()
     def unit_decoder(self) -> None:

@@ -195,7 +195,10 @@ def test_the_decoder_turns_and_keeps_its_length() -> None:
     own.loss(scale(x), torch.zeros(()))[0].backward()
     assert own.W_dec.grad is not None
     whole = own.W_dec.grad.clone()
-    own.turn_gradient()
+    others = [one.grad.square().sum() for one in own.parameters() if one.grad is not None and one is not own.W_dec]
     rows = torch.nn.functional.normalize(own.W_dec.detach(), dim=1)
-    torch.testing.assert_close(own.W_dec.grad, whole - (whole * rows).sum(1, keepdim=True) * rows, rtol=1e-4, atol=1e-6)
-    assert ((whole * rows).sum(1).abs() > 1e-3).any()
+    turned = whole - (whole * rows).sum(1, keepdim=True) * rows
+    length = (torch.stack(others).sum() + turned.square().sum()).sqrt()
+    own.level_gradient()
+    torch.testing.assert_close(own.W_dec.grad, turned / length, rtol=1e-4, atol=1e-6)
+    assert ((whole * rows).sum(1).abs() > 1e-3).any() and abs(length - 1) > 0.1

@@ -82,10 +82,10 @@ def test_dead_features_come_back_with_the_auxiliary_loss_only(tmp_path: Path) ->
         with torch.no_grad():
             own.b_enc[20:] = -2.5
         adam, seen = torch.optim.Adam(own.parameters(), 1e-2), scale(x)
-        for _ in range(60):
+        for _ in range(120):
             adam.zero_grad()
             own.loss(seen, torch.ones(()))[0].backward()
-            own.turn_gradient()
+            own.level_gradient()
             adam.step()
             own.unit_decoder()
         return int((own.frozen(scale, {}).encode(x)[:, 20:] > 0).any(0).logical_not().sum())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -216,7 +216,7 @@ class _Run:
         if not (self.folder / files.MANIFEST).exists():
             self._manifest(complete=False)
 
-    def go_on(self, read: Any, workers: int, progress: bool) -> None:
+    def go_on(self, read: Callable[[Item], Tensor | str], workers: int, progress: bool) -> None:
         """Writes the shards that are missing."""
         missing = [number for number in range(len(self.shards)) if number not in self.done]
         size = self.settings["batch_size"]

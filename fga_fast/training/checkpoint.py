@@ -20,8 +20,11 @@ from fga_fast.io.atomic import atomic_file, atomic_write, check_writable_folder
 from fga_fast.io.json_file import parse_json, read_json
 from fga_fast.io.resume import check_same, remove_leftovers
 from fga_fast.io.safetensors_file import SafetensorsFile
+from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
 
 SETTINGS, CHECKPOINT, COURSE = "settings.json", "checkpoint.safetensors", "training.json"
+FILES = (SETTINGS, CHECKPOINT, COURSE)
+_ADVICE = "the last checkpoint, if any, is unharmed: make room and give the same command again"
 _MOST_SETTINGS = 16 * 2**20  # bytes
 
 
@@ -45,7 +48,7 @@ class Folder:
             raise ValueError(f"out: {self.path} holds a run without {SETTINGS}; name another folder")
         else:
             _write_json(self.path / SETTINGS, settings)
-        for name in (SETTINGS, CHECKPOINT, COURSE):
+        for name in FILES:
             remove_leftovers(self.path, name)
 
     @property
@@ -56,6 +59,19 @@ class Folder:
     def sae(self, recipe: str, block: int) -> Path:
         """The folder of one autoencoder."""
         return self.path / recipe / f"block_{block}"
+
+    def keep(self, recipe: str, block: int, sae: SparseAutoencoder) -> None:
+        """Writes an autoencoder.
+
+        Raises:
+            OSError: the disk does not take it; the checkpoint is still there.
+        """
+        path = self.sae(recipe, block)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            sae.save(path)
+        except Exception as error:
+            raise OSError(f"out: cannot write {path}: {error}; {_ADVICE}") from error
 
     def write(self, step: int, tensors: Mapping[str, Tensor], course: Mapping[str, Any]) -> None:
         """Replaces the checkpoint.
@@ -68,10 +84,8 @@ class Folder:
             with atomic_file(self.path / CHECKPOINT) as temporary:
                 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, header)
         except Exception as error:  # safetensors has its own kinds for a full disk
-            raise OSError(
-                f"out: cannot write the checkpoint of step {step} into {self.path}: {error}; the checkpoint before it, "
-                "if any, is unharmed: make room and give the same command again"
-            ) from error
+            what = f"the checkpoint of step {step} into {self.path}"
+            raise OSError(f"out: cannot write {what}: {error}; {_ADVICE}") from error
 
     def read(
         self, steps: int, like: Mapping[str, Tensor], course: Mapping[str, Any]

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from fga_fast.dataset.items import stable_number
 from fga_fast.harvest.tokens import Tokens
 from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
-from fga_fast.training.checkpoint import Folder
+from fga_fast.training.checkpoint import FILES, Folder
 from fga_fast.training.recipe import Recipe
 from fga_fast.training.trainee import Scale, Trainee
 
@@ -74,10 +74,13 @@ def train(
         "autocast": autocast, "blocks": list(tokens.blocks), "d_model": tokens.d_model, "tokens": dict(tokens.about),
         **{f"recipes.{name}": dataclasses.asdict(recipe) for name, recipe in recipes.items()},
     }  # fmt: skip
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: got {device}, but torch sees no CUDA device; leave it out to use the CPU")
     folder = Folder(out, settings)
     keys = [(name, block) for name in recipes for block in tokens.blocks]
     if not folder.complete:
-        run = _Run(tokens, recipes, settings, folder, torch.device(device), compile)
+        run = _Run(tokens, recipes, settings, folder, device, compile)
         run.go(checkpoint_every, progress)
     return {key: SparseAutoencoder.from_pretrained(folder.sae(*key)) for key in keys}
 
@@ -117,7 +120,8 @@ class _Run:
                 save = last or (checkpoint_every > 0 and (step + 1) % checkpoint_every == 0)
                 if save or (step + 1) % _LOOK_EVERY == 0:
                     self._look(unseen)
-                    bar.set_postfix(unexplained=f"{unseen[-1][2].item():.4f}", refresh=False)
+                    latest = torch.stack([loss for _, _, loss in unseen[-len(self._trainees) :]]).mean()
+                    bar.set_postfix(unexplained=f"{latest.item():.4f}", refresh=False)  # mean of all SAEs
                     unseen.clear()
                 if save:
                     self._folder.write(step + 1, self._state(), self._course)
@@ -208,9 +212,7 @@ class _Run:
                 "recipe": json.dumps({"name": name, **dataclasses.asdict(trainee.recipe)}),
                 "training": json.dumps({key: self._settings[key] for key in _TOLD}),
             }
-            path = self._folder.sae(name, block)
-            path.parent.mkdir(exist_ok=True)
-            trainee.frozen(self._scales[block], metadata).save(path)
+            self._folder.keep(name, block, trainee.frozen(self._scales[block], metadata))
         self._folder.finish(self._course)
 
 
@@ -243,7 +245,7 @@ def _check(
     if not recipes:
         raise ValueError("recipes: expected at least one, got none")
     for name, recipe in recipes.items():
-        if not _NAME.fullmatch(name):
+        if not _NAME.fullmatch(name) or name in FILES:
             raise ValueError(f"recipes: expected names of letters, digits, '.', '_' and '-', got {name!r}")
         if not isinstance(recipe, Recipe):
             raise TypeError(f"recipes: expected a Recipe for {name!r}, got {type(recipe).__name__}")

@@ -199,11 +199,16 @@ def _largest_file(size: int) -> Iterator[None]:
 def test_a_full_disk(tmp_path: Path) -> None:
     tokens = _stopped(tmp_path, 5)
     before = files(tmp_path)
-    message = r"out: cannot write the checkpoint of step 6 into .*; the checkpoint before it, if any, is unharmed"
+    message = r"out: cannot write the checkpoint of step 6 into .*; the last checkpoint, if any, is unharmed"
     one: dict[str, Any] = {"steps": 10, "batch_size": 64, "checkpoint_every": 3, "progress": False, "out": tmp_path}
     with _largest_file(4096), pytest.raises(OSError, match=message):
         train(tokens, {"one": RECIPES["topk"]}, **one)
     assert files(tmp_path) == before
+    (tmp_path / "one").write_bytes(b"")  # so that autoencoders cannot be written
+    with pytest.raises(OSError, match=r"out: cannot write .*block_1: .*; the last checkpoint, if any, is unharmed"):
+        train(tokens, {"one": RECIPES["topk"]}, **one)
+    assert (tmp_path / CHECKPOINT).exists()
+    (tmp_path / "one").unlink()
     train(tokens, {"one": RECIPES["topk"]}, **one)
 
 
@@ -330,6 +335,7 @@ def test_recipes_that_do_not_fit(given: dict[str, Any], error: type[Exception], 
     [
         ({"recipes": {}}, "recipes: expected at least one"),
         ({"recipes": {"../up": RECIPES["topk"]}}, "recipes: expected names of letters"),
+        ({"recipes": {"training.json": RECIPES["topk"]}}, "recipes: expected names of letters"),
         ({"steps": 0}, "steps: expected a whole number of at least 1"),
         ({"batch_size": 1.5}, "batch_size: expected a whole number"),
         ({"lr": 0.0}, "lr: expected a finite number above 0"),

@@ -10,8 +10,8 @@ import torch
 from harvesting import items, small
 
 from fga_fast.cli.main import build_parser, main
+from fga_fast.harvest.activations import HarvestTokens
 from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
-from fga_fast.training.activations import HarvestTokens
 
 SHORT = ("--features", "24", "--steps", "3", "--batch-size", "32")
 

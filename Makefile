@@ -45,7 +45,7 @@ test: lint check
 
 # One process a core, each with one thread: the tests' tensors are too small for more.
 check: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder --durations 40
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .

@@ -65,9 +65,9 @@ def _folder_classes(folders: list[str], names: Names) -> dict[str, int]:
 def from_manifest(file: str | Path, class_names: Names = None) -> list[Item]:
     """The rows of a CSV or Parquet file with the columns image, and if you like target, mask, and x0, y0, x1, y1.
 
-    Paths are relative to the file's folder. A target is a class number or a name in `class_names`; where it is empty
-    the predicted class is explained. Rows of the same image are different questions about it: they stay in the same
-    half, and count as one image in tests.
+    Names of columns may have capitals. Paths are relative to the file's folder. A target is a class number or a name in
+    `class_names`; where it is empty the predicted class is explained. Rows of the same image are different questions
+    about it: they stay in the same half, and count as one image in tests.
 
     Raises:
         FileNotFoundError, ValueError: no such file, no column `image`, or a value that does not fit; the message names
@@ -77,7 +77,7 @@ def from_manifest(file: str | Path, class_names: Names = None) -> list[Item]:
     file = Path(file)
     if not file.is_file():
         raise FileNotFoundError(f"manifest: no file {file}; expected a CSV or Parquet file with a column image")
-    rows = _rows(file)
+    rows = [{str(name).strip().lower(): value for name, value in row.items()} for row in _rows(file)]
     if not rows:
         raise ValueError(f"manifest: expected at least one row in {file}, got none")
     if "image" not in rows[0]:
@@ -108,7 +108,6 @@ def _rows(file: Path) -> list[dict[str, Any]]:
     try:
         with file.open(newline="", encoding="utf-8-sig") as text:
             reader = csv.DictReader(text)
-            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
             read = list(reader)
     except UnicodeDecodeError as error:
         raise ValueError(f"manifest: {file.name} is not UTF-8 ({error.reason}); save it as UTF-8") from error

@@ -22,6 +22,7 @@ from fga_fast.evaluation.settings import describe
 from fga_fast.evaluation.store import Store
 from fga_fast.evaluation.subject import Method, Subject
 from fga_fast.io.images import Preprocess
+from fga_fast.io.resume import only_writer
 from fga_fast.io.window import Window
 from fga_fast.metrics.checks import Variant
 from fga_fast.metrics.perturb import Probability
@@ -60,7 +61,7 @@ def evaluate(
         The path of values.parquet.
 
     Raises:
-        TypeError, ValueError: an argument does not fit, or `out` holds a run with other settings.
+        TypeError, ValueError: an argument does not fit, or `out` holds a run with other settings, or one that runs now.
         ImportError: pyarrow is missing.
     """
     plan = _plan(subject, methods, metrics, seed, variant, probability, perturbed, batch_size)
@@ -77,11 +78,12 @@ def evaluate(
         except Exception as error:
             return failure_of(error)
 
-    with tqdm(total=total, initial=done, unit="image", desc="evaluating", disable=not progress) as bar:
-        for number, loaded in zip(missing, read_ahead((groups[one] for one in missing), read), strict=True):
-            store.write(number, rows_of(plan, groups[number], loaded))
-            bar.update(len(loaded))
-    return store.finish(len(groups))
+    with only_writer(store.folder):
+        with tqdm(total=total, initial=done, unit="image", desc="evaluating", disable=not progress) as bar:
+            for number, loaded in zip(missing, read_ahead((groups[one] for one in missing), read), strict=True):
+                store.write(number, rows_of(plan, groups[number], loaded))
+                bar.update(len(loaded))
+        return store.finish(len(groups))
 
 
 def _plan(

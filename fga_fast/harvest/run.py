@@ -29,7 +29,7 @@ from fga_fast.harvest.folder import Listed, Shard
 from fga_fast.harvest.source import Source, source_of
 from fga_fast.io.atomic import atomic_write, check_writable_folder
 from fga_fast.io.images import Preprocess
-from fga_fast.io.resume import check_same, remove_leftovers
+from fga_fast.io.resume import check_same, only_writer, remove_leftovers
 from fga_fast.io.window import Window, check_window
 from fga_fast.models.layout import ModelLayout
 
@@ -92,8 +92,9 @@ def harvest(
     run = _Run(Path(out), settings, source, [chosen[at : at + per_shard] for at in range(0, len(chosen), per_shard)])
     if not run.complete():
         run.begin()
-        run.go_on(partial(_read, source=source, preprocess=preprocess, window=window), workers, progress)
-        run.finish()
+        with only_writer(run.folder):
+            run.go_on(partial(_read, source=source, preprocess=preprocess, window=window), workers, progress)
+            run.finish()
     return run.folder
 
 

@@ -1,10 +1,11 @@
-"""What runs share that go on after a break: settings that must be the same, and what a killed process left."""
+"""What runs share that go on after a break: settings that must be the same, what a killed process left, one writer."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,35 @@ def check_same(there: Mapping[str, Any], given: Mapping[str, Any], folder: Path)
             f"out: {folder} holds a run with other settings: {'; '.join(other)}; name another folder, or run with the "
             "settings of that one"
         )
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Keeps other processes, and other calls in this one, out of a folder that is there. Nothing is left in it.
+
+    The system lets go of the folder when the process ends, however it ends.
+
+    Raises:
+        ValueError: another run writes into the folder.
+    """
+    try:
+        import fcntl
+    except ImportError:  # no such lock on this system
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"out: another run writes into {folder}; wait for its end, or name another folder"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 def remove_leftovers(folder: Path, name: str) -> None:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from fga_fast.dataset.items import stable_number
 from fga_fast.harvest.tokens import Tokens
+from fga_fast.io.resume import only_writer
 from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
 from fga_fast.training.checkpoint import FILES, Folder
 from fga_fast.training.recipe import Recipe
@@ -80,8 +81,9 @@ def train(
     folder = Folder(out, settings)
     keys = [(name, block) for name in recipes for block in tokens.blocks]
     if not folder.complete:
-        run = _Run(tokens, recipes, settings, folder, device, compile)
-        run.go(checkpoint_every, progress)
+        with only_writer(folder.path):
+            run = _Run(tokens, recipes, settings, folder, device, compile)
+            run.go(checkpoint_every, progress)
     return {key: SparseAutoencoder.from_pretrained(folder.sae(*key)) for key in keys}
 
 

@@ -72,7 +72,7 @@ def manifest(tmp_path: Path, text: str) -> Path:
 
 
 def test_a_manifest(tmp_path: Path) -> None:
-    text = "image,target,mask,x0,y0,x1,y1\na.png,hound,,1,2,3,4\nb.png,0,m.png,,,,\na.png,,,,,,\n"
+    text = "Image, target,mask,X0,y0,x1,y1\na.png,hound,,1,2,3,4\nb.png,0,m.png,,,,\na.png,,,,,,\n"
     found = sources.from_manifest(manifest(tmp_path, text), NAMES)
     assert [(one.key, one.unit, one.target, one.box) for one in found] == [
         ("a.png", "a.png", 1, (1, 2, 3, 4)), ("b.png", "b.png", 0, None), ("a.png#2", "a.png", None, None),

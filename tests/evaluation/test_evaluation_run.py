@@ -24,6 +24,7 @@ from fga_fast.evaluation import store
 from fga_fast.evaluation.measures import Batch, Measure, measures
 from fga_fast.evaluation.run import evaluate
 from fga_fast.evaluation.settings import source_of
+from fga_fast.io.resume import only_writer
 
 pytest.importorskip("pyarrow")
 GREY = Preprocess((8, 8), (0.5,) * 3, (0.5,) * 3)
@@ -84,6 +85,12 @@ def test_a_killed_run_goes_on_without_a_trace(tmp_path: Path) -> None:
     run(killed)
     assert (killed / store.VALUES).read_bytes() == (whole / store.VALUES).read_bytes()
     assert sorted(path.name for path in killed.iterdir()) == ["settings.json", "values.parquet"]
+
+
+def test_another_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    with only_writer(tmp_path), pytest.raises(ValueError, match="another run writes into"):
+        small(tmp_path, items(4))
+    assert len(small(tmp_path, items(4))) == 8
 
 
 def test_a_run_that_died_at_its_very_end_is_tidied(tmp_path: Path) -> None:

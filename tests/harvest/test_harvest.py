@@ -28,12 +28,19 @@ from fga_fast.dataset.items import Item
 from fga_fast.harvest import run as module
 from fga_fast.harvest.activations import Activations
 from fga_fast.harvest.run import harvest
+from fga_fast.io.resume import only_writer
 
 
 @pytest.fixture
 def short_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four images of one block a shard."""
     monkeypatch.setattr(module, "SHARD_BYTES", SHARD)
+
+
+def test_another_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    with only_writer(tmp_path), pytest.raises(ValueError, match="another run writes into"):
+        run(tmp_path)
+    run(tmp_path)
 
 
 @pytest.mark.usefixtures("short_shards")

@@ -21,6 +21,7 @@ from safetensors.torch import load, load_file, save_file
 from torch.nn import functional as F
 
 from fga_fast.harvest.tokens import TensorTokens
+from fga_fast.io.resume import only_writer
 from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
 from fga_fast.training import train as module
 from fga_fast.training.checkpoint import CHECKPOINT
@@ -92,6 +93,12 @@ def test_dead_features_come_back_with_the_auxiliary_loss_only(tmp_path: Path) ->
 
     assert dead(0.0) > 20
     assert dead(1 / 4) < 14
+
+
+def test_another_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    with only_writer(tmp_path), pytest.raises(ValueError, match="another run writes into"):
+        run(tmp_path)
+    run(tmp_path)
 
 
 def test_a_killed_run_goes_on_without_a_trace(tmp_path: Path) -> None:

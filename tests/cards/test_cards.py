@@ -20,8 +20,10 @@ from PIL import Image
 
 from fga_fast import Explainer
 from fga_fast.cards import run as module
+from fga_fast.cards.card import Card, Example, agreement_of, to_json
 from fga_fast.cards.census import take_census
 from fga_fast.cards.evidence import GAP, SIDE, evidence
+from fga_fast.cards.page import cards_page
 from fga_fast.cards.run import feature_cards, features_of
 from fga_fast.dataset.items import Item
 from fga_fast.harvest.activations import Activations
@@ -170,7 +172,7 @@ def test_a_broken_image_still_gives_a_card(tmp_path: Path) -> None:
     (tmp_path / "photos" / strongest).write_bytes(b"<b>no picture")
     page, told = cards(found, own, tmp_path / "out", features={1: [8]})
     first, *others = told["features"][0]["examples"]
-    assert first["error"].startswith("ImageFileError: ") and first["code"] == whole["features"][0]["largest"]
+    assert first["error"].startswith("cannot be read: ImageFileError: ") and first["code"] == whole["features"][0]["largest"]
     assert first["measured"] is first["predicted"] is first["target"] is None
     assert [one["measured"] for one in others] == pytest.approx(
         [one["measured"] for one in whole["features"][0]["examples"][1:]], rel=1e-4, abs=1e-6
@@ -180,7 +182,102 @@ def test_a_broken_image_still_gives_a_card(tmp_path: Path) -> None:
         path.unlink()
     _, told = cards(found, own, tmp_path / "none", features={1: [8]})
     assert told["agreement"] is None and told["features"][0]["pushes"] == []
-    assert all(one["error"].startswith("FileNotFoundError") for one in told["features"][0]["examples"])
+    assert all(one["error"].startswith("cannot be read: FileNotFoundError") for one in told["features"][0]["examples"])
+
+
+def test_an_image_that_is_another_one_now(tmp_path: Path) -> None:
+    """Its effect is not that of the code on the card, so that it has none."""
+    (tmp_path / "photos").mkdir()
+    own, given = model(), photos(tmp_path / "photos")
+    found = small(tmp_path / "harvest", given, (1,))
+    _, whole = cards(found, own, tmp_path / "whole", features={1: [8]})
+    before = whole["features"][0]
+    strongest = before["examples"][0]["key"]
+    picture(99).save(tmp_path / "photos" / strongest)
+    page, told = cards(found, own, tmp_path / "out", features={1: [8]})
+    first, *others = told["features"][0]["examples"]
+    assert first["error"].startswith("not the image of the harvest (file changed, or another --window)")
+    assert "cannot be read" not in "".join(page.text) and first["error"] in "".join(page.text)
+    assert first["target"] is first["target_number"] is first["predicted"] is first["measured"] is None
+    assert first["code"] == before["examples"][0]["code"] and not any(one["error"] for one in others)
+    explainer = Explainer(own, {1: sae()}, layout=own.layout())
+    ablated, lost = explainer.ablate({1: [8]}), torch.zeros(5)
+    for one in others:
+        image = PREPROCESS(Image.open(tmp_path / "photos" / one["key"]))[None]
+        lost += (explainer(image).logits - ablated(image).logits)[0] / len(others)
+    for push in told["features"][0]["pushes"]:
+        assert push["value"] == pytest.approx(float(lost[push["number"]]), rel=1e-3, abs=1e-5)
+    for item in given:
+        picture(90).save(item.image)  # type: ignore[arg-type]
+    _, told = cards(found, own, tmp_path / "none", features={1: [8]})
+    assert told["agreement"] is None and told["features"][0]["pushes"] == []
+
+
+def test_a_harvest_in_bfloat16_is_near_enough(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    found = small(tmp_path / "harvest", photos(tmp_path / "photos"), (1,), dtype="bfloat16")
+    _, told = cards(found, model(), tmp_path / "out", min_density=0.1)
+    assert {example["error"] for one in told["features"] for example in one["examples"]} == {""}
+
+
+def test_a_model_that_lets_no_gradient_through(tmp_path: Path) -> None:
+    """Measured all the same."""
+    (tmp_path / "photos").mkdir()
+    own = model(call=torch.no_grad()(lambda block, x, _: block(x)))
+    found = small(tmp_path / "harvest", photos(tmp_path / "photos"), (1,), model=own)
+    page, told = cards(found, own, tmp_path / "out", features={1: [8]})
+    (card,) = told["features"]
+    assert all(one["predicted"] is None and one["measured"] and not one["error"] for one in card["examples"])
+    assert card["pushes"] and told["agreement"] is None and "adds" in "".join(page.text)
+
+
+def test_classes_are_known_by_number_and_whole_name(folder: Path, tmp_path: Path) -> None:
+    names = [f"{'a very long name of a class, ' * 2}number {number}" for number in range(5)]
+    own, found = model(), Activations(folder / "harvest")
+    page, told = cards(found, own, tmp_path / "out", features={1: [8]}, class_names=names)
+    (card,) = told["features"]
+    assert len(card["pushes"]) == 5 and card["classes"]
+    for one in (*card["pushes"], *card["classes"]):
+        assert one["name"] == names[one["number"]]
+        assert f"class {one['number']} {one['name']}" in page.found["article"][0]["data-words"]
+    for example in card["examples"]:
+        assert example["target"] == names[example["target_number"]]
+    assert names[0] not in "".join(page.text) and names[0][:23] + "…" in "".join(page.text)
+
+
+def card_with(pairs: list[tuple[float, float]], block: int = 1) -> Card:
+    examples = [Example("image", 1.0, (0, 0), "bag", 0, *pair) for pair in pairs]
+    return Card(block, 0, "", "", 0.1, 0.5, 1.0, 2.0, (), (), (), (), tuple(examples))
+
+
+def test_no_correlation_of_equal_or_infinite_numbers() -> None:
+    assert agreement_of([card_with([(1.0, 2.0)] * 4)]) is None
+    odd = card_with([(1.0, 2.0), (2.0, 3.0), (3.0, 5.0), (float("inf"), 1.0), (1.0, float("nan"))])
+    agreement = agreement_of([odd])
+    assert agreement is not None and agreement.pairs == 3 and agreement.spearman == pytest.approx(1)
+    told = json.loads(to_json([odd], agreement, {}))
+    assert [one["predicted"] for one in told["features"][0]["examples"]] == [1, 2, 3, None, 1]
+    assert "nan" not in cards_page("t", [odd], agreement, {"images": 1, "model_checksum": "a"}).replace("nan;", "")
+
+
+def test_all_blocks_are_in_the_plot() -> None:
+    """Also where there are more pairs than dots."""
+    made = [card_with([(block - 2.0, block + number / 1000) for number in range(1000)], block) for block in (1, 2, 3)]
+    agreement = agreement_of(made)
+    page = Page(cards_page("t", made, agreement, {"images": 1, "model_checksum": "a"}))
+    dots = page.found["circle"]
+    assert len({one["cx"] for one in dots}) == 3 and len(dots) == 1500
+    assert "In 3000 pairs" in "".join(page.text) and "1,500 of the pairs are drawn" in "".join(page.text)
+    few = cards_page("t", made[:2], agreement_of(made[:2]), {"images": 1, "model_checksum": "a"})
+    assert few.count("<circle") == 2000 and "pairs are drawn" not in few
+
+
+def test_a_grid_that_is_finer_than_the_picture() -> None:
+    activity = torch.zeros(200 * 300)
+    activity[-1] = 1
+    for patch in (0, 131, len(activity) - 1):
+        strip = Image.open(io.BytesIO(evidence(Image.new("RGB", (600, 400)), activity, (200, 300), patch, None)))
+        assert strip.size == (4 * SIDE + 3 * GAP, 85)
 
 
 def test_images_that_are_no_files(tmp_path: Path) -> None:
@@ -223,6 +320,7 @@ def test_what_does_not_fit(folder: Path, tmp_path: Path) -> None:
     own, found, out = model(), Activations(folder / "harvest"), tmp_path / "out"
     for settings, words in (
         ({"saes": {2: sae()}}, r"saes: expected blocks of the harvest \(0, 1\), got 2"),
+        ({"saes": {1: sae(dtype=torch.float64)}}, r"saes\[1\]: is torch.float64 for a model of torch.float32"),
         ({"features": {1: [FEATURES]}}, r"features\[1\]: expected 0 to 23, got 24"),
         ({"features": {0: [0]}}, r"features: expected blocks with an SAE \(1\), got 0"),
         ({"features": {}}, "features: expected at least one feature"),

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import base64
+import io
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from PIL import Image
+
 from fga_fast.cards.card import Agreement, Card, Example, pairs_of
-from fga_fast.cards.evidence import GAP, PANELS, SIDE
+from fga_fast.cards.evidence import PANELS
 from fga_fast.question.names import short
 from fga_fast.result.features import card_url
-from fga_fast.result.page import page
+from fga_fast.result.page import definitions, page
 
 _FREQUENT = 1.25  # times as frequent a class must be to be named
 _DRAWN = 2000  # dots at most
@@ -98,6 +101,7 @@ _SCRIPT = """
     const card = document.getElementById(location.hash.slice(1));
     if (card && card.hidden) { search.value = block.value = ''; show(); card.scrollIntoView(); }
   });
+  sort();
   show();
 })();
 """
@@ -123,7 +127,7 @@ def cards_page(title: str, cards: Sequence[Card], agreement: Agreement | None, t
         f"<p>{escape(intro)}</p>",
         _agreement(cards, agreement),
         _tools(blocks),
-        '<div class="cards">',
+        '<h2>Features</h2><div class="cards">',
         *(_card(card, there) for card in cards),
         f"</div><h2>How to read this</h2>{_reading()}<script>{_SCRIPT}</script>",
     ]
@@ -192,15 +196,15 @@ def _facts(card: Card, there: set[tuple[int, int]]) -> str:
 def _example(card: Card, one: Example) -> str:
     row, column = one.patch
     url = f"data:image/jpeg;base64,{base64.b64encode(one.picture).decode('ascii')}"
-    alt = f"{one.key}: feature {card.feature} is strongest at row {row}, column {column}"
-    width = 4 * SIDE + 3 * GAP
+    alt = f"{one.key}: feature {card.feature} is strongest at row {row + 1}, column {column + 1}"
+    width, height = Image.open(io.BytesIO(one.picture)).size
     effect = ""
     if one.target is not None and one.measured is not None:
         predicted = "" if one.predicted is None else f" (predicted {_signed(one.predicted)})"
         effect = f" · adds {_coloured(one.measured)} to <b>{escape(short(one.target))}</b>{predicted}"
     trouble = f'<br><span class="against">{escape(one.error)}</span>' if one.error else ""
     return (
-        f'<li><img loading="lazy" decoding="async" width="{width}" height="{SIDE}" src="{url}" alt="{escape(alt)}">'
+        f'<li><img loading="lazy" decoding="async" width="{width}" height="{height}" src="{url}" alt="{escape(alt)}">'
         f"<p>{escape(one.key)} · code <b>{_number(one.code)}</b>{effect}{trouble}</p></li>"
     )
 
@@ -274,7 +278,7 @@ def _reading() -> str:
         "predicted": "By the gradient of the logit: how much of it the feature's part of the stream accounts for. "
         "Measured is what happens; where the two differ, the model is not linear there.",
     }
-    return f"<dl>{''.join(f'<dt>{escape(key)}</dt><dd>{escape(text)}</dd>' for key, text in entries.items())}</dl>"
+    return definitions(entries)
 
 
 def _coloured(value: float) -> str:

@@ -7,7 +7,6 @@ import io
 import json
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 import torch
 from carding import FEATURES, sae
 from harvesting import PREPROCESS, items, model, picture, small
+from html_page import Page
 from own_vit import GRID
 from PIL import Image
 
@@ -32,22 +32,6 @@ from fga_fast.sae.notes import Note
 
 HOSTILE = '"><script>alert(1)</script>&amp;'
 NAMES = ("bag", "boot", "<i>coat</i>", "dress", "sandal")
-
-
-class Page(HTMLParser):
-    """Elements of a page by tag, and its text."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.found: dict[str, list[dict[str, str]]] = {}
-        self.text: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.setdefault(tag, []).append({name: value or "" for name, value in attrs})
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
 
 
 def photos(folder: Path, count: int = 7) -> list[Item]:
@@ -129,8 +113,9 @@ def test_the_page(folder: Path, tmp_path: Path) -> None:
     assert len(links) >= 4 and all(link.startswith("#") and link[1:] in ids for link in links)
     labels = {one["for"] for one in page.found["label"]}
     assert labels == {"search", "block", "order"} and labels < ids
+    assert page.headings == [1, 2, 3, 3, 2]  # that cards are closed, Page asserts
     assert len(page.found["script"]) == 1 and "link" not in page.found
-    text = "".join(page.text)
+    text = page.text
     assert text.count(HOSTILE) == 3 and "twin" in text  # as a name, as a note, and as its twin's company
     assert HOSTILE in page.found["article"][0]["data-words"] and "<i>coat</i>" in "".join(NAMES)
     assert "i" not in page.found  # neither from the names of classes nor of files
@@ -140,7 +125,13 @@ def test_the_page(folder: Path, tmp_path: Path) -> None:
         head, _, data = one["src"].partition(",")
         assert head == "data:image/jpeg;base64"
         strip = Image.open(io.BytesIO(base64.b64decode(data)))
-        assert strip.size == (4 * 128 + 3 * 3, 85)
+        assert strip.size == (4 * 128 + 3 * 3, 85) == (int(one["width"]), int(one["height"]))
+    first = told["features"][0]["examples"][0]
+    row, column = first["patch"]
+    alt = f"{first['key']}: feature 8 is strongest at row {row + 1}, column {column + 1}"
+    assert page.found["img"][0]["alt"] == alt
+    # A browser may have kept the chosen order over a reload.
+    assert re.search(r"\n  sort\(\);\n  show\(\);\n\}\)\(\);", page.text)
     assert not re.search(r"https?://", (tmp_path / "out" / "cards.html").read_text())
 
 
@@ -177,7 +168,7 @@ def test_a_broken_image_still_gives_a_card(tmp_path: Path) -> None:
     assert [one["measured"] for one in others] == pytest.approx(
         [one["measured"] for one in whole["features"][0]["examples"][1:]], rel=1e-4, abs=1e-6
     )
-    assert len(page.found["img"]) == 3 and "cannot be read: ImageFileError" in "".join(page.text)
+    assert len(page.found["img"]) == 3 and "cannot be read: ImageFileError" in page.text
     for path in (tmp_path / "photos").iterdir():
         path.unlink()
     _, told = cards(found, own, tmp_path / "none", features={1: [8]})
@@ -197,7 +188,7 @@ def test_an_image_that_is_another_one_now(tmp_path: Path) -> None:
     page, told = cards(found, own, tmp_path / "out", features={1: [8]})
     first, *others = told["features"][0]["examples"]
     assert first["error"].startswith("not the image of the harvest (file changed, or another --window)")
-    assert "cannot be read" not in "".join(page.text) and first["error"] in "".join(page.text)
+    assert "cannot be read" not in page.text and first["error"] in page.text
     assert first["target"] is first["target_number"] is first["predicted"] is first["measured"] is None
     assert first["code"] == before["examples"][0]["code"] and not any(one["error"] for one in others)
     explainer = Explainer(own, {1: sae()}, layout=own.layout())
@@ -228,7 +219,7 @@ def test_a_model_that_lets_no_gradient_through(tmp_path: Path) -> None:
     page, told = cards(found, own, tmp_path / "out", features={1: [8]})
     (card,) = told["features"]
     assert all(one["predicted"] is None and one["measured"] and not one["error"] for one in card["examples"])
-    assert card["pushes"] and told["agreement"] is None and "adds" in "".join(page.text)
+    assert card["pushes"] and told["agreement"] is None and "adds" in page.text
 
 
 def test_classes_are_known_by_number_and_whole_name(folder: Path, tmp_path: Path) -> None:
@@ -242,11 +233,12 @@ def test_classes_are_known_by_number_and_whole_name(folder: Path, tmp_path: Path
         assert f"class {one['number']} {one['name']}" in page.found["article"][0]["data-words"]
     for example in card["examples"]:
         assert example["target"] == names[example["target_number"]]
-    assert names[0] not in "".join(page.text) and names[0][:23] + "…" in "".join(page.text)
+    assert names[0] not in page.text and names[0][:23] + "…" in page.text
 
 
 def card_with(pairs: list[tuple[float, float]], block: int = 1) -> Card:
-    examples = [Example("image", 1.0, (0, 0), "bag", 0, *pair) for pair in pairs]
+    strip = evidence(None, torch.ones(6), GRID, 0, None)
+    examples = [Example("image", 1.0, (0, 0), "bag", 0, *pair, picture=strip) for pair in pairs]
     return Card(block, 0, "", "", 0.1, 0.5, 1.0, 2.0, (), (), (), (), tuple(examples))
 
 
@@ -267,7 +259,7 @@ def test_all_blocks_are_in_the_plot() -> None:
     page = Page(cards_page("t", made, agreement, {"images": 1, "model_checksum": "a"}))
     dots = page.found["circle"]
     assert len({one["cx"] for one in dots}) == 3 and len(dots) == 1500
-    assert "In 3000 pairs" in "".join(page.text) and "1,500 of the pairs are drawn" in "".join(page.text)
+    assert "In 3000 pairs" in page.text and "1,500 of the pairs are drawn" in page.text
     few = cards_page("t", made[:2], agreement_of(made[:2]), {"images": 1, "model_checksum": "a"})
     assert few.count("<circle") == 2000 and "pairs are drawn" not in few
 

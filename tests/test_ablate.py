@@ -127,8 +127,8 @@ def test_a_block_that_is_not_explained(backend: Any) -> None:
     edited, its_layout = edits_itself(model, model.layout(), saes, {1: {4: 1.0}})
     got = Explainer(model, saes, layout=model.layout(), backend=backend, start_block=1).ablate({1: {4: 1.0}})
     check(got, Explainer(edited, saes, layout=its_layout, backend=backend, start_block=1), images)
-    # `start_block` after an SAE, and an SAE that is held but not explained by, are what Explainer refuses: a plan of one's
-    # own, to see that backends find the edit before the blocks that they record.
+    # Explainer refuses this state: `ablate` holds features of its own SAEs alone, which lie at `start_block` or after.
+    # The plan is set by hand, to see that backends edit before the blocks that they explain.
     late = Explainer(model, layout=model.layout(), backend=backend, start_block=2)
     late.plan = replace(late.plan, held={1: Hold(saes[1], {4: 1.0})})
     check(late, Explainer(edited, layout=its_layout, backend=backend, start_block=2), images)

@@ -175,9 +175,9 @@ def _facts(card: Card, there: set[tuple[int, int]]) -> str:
         place, known = card_url("", card.block, one.feature), (card.block, one.feature) in there
         company.append((f'<a href="{place}">{escape(text)}</a>' if known else escape(text)) + f" ({one.jaccard:.0%})")
     pushes = [
-        f'<span class="{"for" if share.value > 0 else "against"}">{escape(short(share.name))} {_signed(share.value)}</span>'
-        for share in card.pushes
-        if abs(share.value) >= 0.005
+        f'<span class="{"for" if one.value > 0 else "against"}">{escape(short(one.name))} {_signed(one.value)}</span>'
+        for one in card.pushes
+        if abs(one.value) >= 0.005
     ]
     rows = {
         "active in": f"{_percent(card.density)} of patches, {_percent(card.images)} of images",

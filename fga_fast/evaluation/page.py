@@ -60,9 +60,7 @@ def _means(facts: Facts) -> str:
     )
     if facts.analysis.baselines:
         note += f" p is against {facts.analysis.baselines[0]}: Wilcoxon's test, corrected by Holm over the whole table."
-    table = (
-        f'<table><thead><tr><th scope="col">method</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
-    )
+    table = f'<table><thead><tr><th scope="col">method</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
     return f"{wide(table, 'Means')}<p>{escape(note)}</p>"
 
 

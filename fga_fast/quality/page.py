@@ -58,7 +58,12 @@ def report_page(saes: Mapping[str, Quality], facts: Mapping[str, str]) -> str:
     )
     parts = [f"<p>{escape(said)}</p>", _look(warnings_of_images(first)), _table(saes), _plots_of_blocks(saes)]
     parts += [_section(name, one, place) for place, (name, one) in enumerate(saes.items(), start=1)]
-    parts += [_errors(first.errors), "<section><h2>What the numbers mean</h2>", definitions(meanings(saes)), "</section>"]
+    parts += [
+        _errors(first.errors),
+        "<section><h2>What the numbers mean</h2>",
+        definitions(meanings(saes)),
+        "</section>",
+    ]
     parts += ["<section><h2>How this was made</h2>", definitions(facts), "</section>"]
     return page("Quality of sparse autoencoders", "".join(parts), _STYLE)
 

@@ -163,7 +163,10 @@ def test_a_broken_image_still_gives_a_card(tmp_path: Path) -> None:
     (tmp_path / "photos" / strongest).write_bytes(b"<b>no picture")
     page, told = cards(found, own, tmp_path / "out", features={1: [8]})
     first, *others = told["features"][0]["examples"]
-    assert first["error"].startswith("cannot be read: ImageFileError: ") and first["code"] == whole["features"][0]["largest"]
+    assert (
+        first["error"].startswith("cannot be read: ImageFileError: ")
+        and first["code"] == whole["features"][0]["largest"]
+    )
     assert first["measured"] is first["predicted"] is first["target"] is None
     assert [one["measured"] for one in others] == pytest.approx(
         [one["measured"] for one in whole["features"][0]["examples"][1:]], rel=1e-4, abs=1e-6

@@ -24,6 +24,7 @@ from fga_fast.quality.words import number, share, warnings, warnings_of_images
 
 HOSTILE = "<b>\"odd' | name</b>&\n# \udce9 `x` [a](b)"
 
+
 @pytest.fixture(scope="module")
 def found() -> dict[str, Quality]:
     model = own_vit()

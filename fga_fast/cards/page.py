@@ -153,8 +153,15 @@ def _tools(blocks: Sequence[int]) -> str:
 def _card(card: Card, there: set[tuple[int, int]]) -> str:
     anchor = card_url("", card.block, card.feature)
     effect = max((abs(one.measured) for one in card.examples if one.measured is not None), default=0.0)
-    classes = [f"class {one.number} {one.name}" for one in (*card.classes, *card.pushes)]
-    words = " ".join([str(card.feature), card.name, card.note, *dict.fromkeys(classes)])
+    classes = [(one.number, one.name) for one in card.classes] + [(one.number, one.name) for one in card.pushes]
+    words = " ".join(
+        [
+            str(card.feature),
+            card.name,
+            card.note,
+            *(f"class {number} {known}" for number, known in dict.fromkeys(classes)),
+        ]
+    )
     name = f'<span class="name">{escape(card.name)}</span>' if card.name else ""
     note = f'<p class="said">{escape(card.note)}</p>' if card.note else ""
     shown = "".join(_example(card, one) for one in card.examples)

@@ -40,6 +40,7 @@ def features(streams: Path, *given: object) -> list[dict[str, Any]]:
 def test_the_demo(streams: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = features(streams, "--features", "3:17", "2:100", "--features", "3:5")
     assert [(one["block"], one["feature"]) for one in found] == [(2, 100), (3, 5), (3, 17)]
+    assert all(example["measured"] is not None and not example["error"] for one in found for example in one["examples"])
     said = capsys.readouterr()
     assert "model    the fashion demo model, 6 images\nwrote cards.html and cards.json into out" in said.out
     assert "block 3: 100%" in said.err and "cards of block 3: 100%" in said.err

@@ -270,7 +270,7 @@ def test_all_blocks_are_in_the_plot() -> None:
 def test_a_grid_that_is_finer_than_the_picture() -> None:
     activity = torch.zeros(200 * 300)
     activity[-1] = 1
-    for patch in (0, 131, len(activity) - 1):
+    for patch in (0, 3, 131, 300 * 3, len(activity) - 1):
         strip = Image.open(io.BytesIO(evidence(Image.new("RGB", (600, 400)), activity, (200, 300), patch, None)))
         assert strip.size == (4 * SIDE + 3 * GAP, 85)
 

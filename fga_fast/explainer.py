@@ -156,7 +156,8 @@ class Explainer:
         constant of the backward pass. So logits, relevance, scores and gates are those of the edited model. Its scores
         encode x' anew, where a feature that is held at 0 may come back a little if others point its way.
 
-        The model and this explainer do not change. Features that this explainer holds already stay held.
+        The model and this explainer do not change. Features that this explainer holds already stay held; a
+        feature named again takes the new value.
 
         Args:
             features: block -> feature numbers to hold at 0, or feature number -> value, in the SAE's own scale.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -20,15 +21,17 @@ class Example:
     code: float  # at the strongest patch
     patch: tuple[int, int]  # row, column
     target: str | None = None  # the predicted class, whose logit the next two are about
-    predicted: float | None = None  # the feature's contribution to it, by the gradient
+    target_number: int | None = None
+    predicted: float | None = None  # the feature's contribution to it, by the gradient; None: it has none
     measured: float | None = None  # what it adds in truth: what the logit loses with the feature at 0
-    error: str = ""  # why the image could not be read
+    error: str = ""  # why the image cannot be read, or has no effect here
     picture: bytes = field(default=b"", repr=False)  # a JPEG file, see evidence.py
 
 
 class Push(NamedTuple):
     """What a feature adds to the logit of a class."""
 
+    number: int
     name: str
     value: float
 
@@ -36,6 +39,7 @@ class Push(NamedTuple):
 class Class(NamedTuple):
     """A class among the images in which a feature is active."""
 
+    number: int
     name: str
     share: float  # of these images
     usual: float  # of all images
@@ -59,8 +63,8 @@ class Card:
         mean, largest: of its codes where it is active.
         histogram: (from, to, patches) by strength, without empty ends.
         company: features that are active in the same patches, most alike first.
-        classes: share of the images in which it is active that the model took for a class; those first that are so
-            much more frequent there than elsewhere.
+        classes: of the images in which it is active, the share that the model predicts as each class. First those with
+            the largest difference from all images.
         pushes: what the feature adds to the logits of classes, mean over the examples: what they lose without it. The
             largest first; below 0 the feature speaks against the class.
     """
@@ -88,18 +92,27 @@ class Agreement(NamedTuple):
     spearman: float
 
 
-def agreement_of(cards: Sequence[Card]) -> Agreement | None:
-    """The correlations of contributions and measurements over all examples; None for fewer than three."""
+def pairs_of(cards: Sequence[Card]) -> list[tuple[float, float]]:
+    """Contribution and measurement of all examples that have both, as finite numbers."""
     pairs = [
         (one.predicted, one.measured)
         for card in cards
         for one in card.examples
         if one.predicted is not None and one.measured is not None
     ]
+    return [pair for pair in pairs if all(map(math.isfinite, pair))]
+
+
+def agreement_of(cards: Sequence[Card]) -> Agreement | None:
+    """The correlations of contributions and measurements over all examples; None for fewer than three, and where one
+    of them is the same everywhere.
+    """
+    pairs = pairs_of(cards)
     if len(pairs) < 3:
         return None
     a, b = torch.tensor(pairs, dtype=torch.float64).unbind(1)
-    return Agreement(len(pairs), float(pearson(a, b)), float(spearman(a, b)))
+    found = Agreement(len(pairs), float(pearson(a, b)), float(spearman(a, b)))
+    return found if all(map(math.isfinite, found)) else None
 
 
 def to_json(cards: Sequence[Card], agreement: Agreement | None, told: Mapping[str, Any]) -> bytes:
@@ -116,9 +129,9 @@ def to_json(cards: Sequence[Card], agreement: Agreement | None, told: Mapping[st
 
 
 def _finite(value: Any) -> Any:
-    """JSON knows no NaN."""
+    """JSON knows neither NaN nor Inf."""
     if isinstance(value, dict):
         return {key: _finite(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
         return [_finite(one) for one in value]
-    return None if isinstance(value, float) and value != value else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

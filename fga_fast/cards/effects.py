@@ -16,10 +16,12 @@ from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
 
 
 class Effects(NamedTuple):
-    """Of n pairs of an image and a feature, on the CPU. The last four are None for a model without classes."""
+    """Of n pairs of an image and a feature, on the CPU. The last four are None for a model without classes; what needs
+    a gradient is None where the model lets none through, such as blocks under `torch.no_grad`.
+    """
 
     code: Tensor  # [n], the feature's code at the given patch
-    drive: Tensor  # [n, H, W] at least 0: |d code / d pixel|, summed over channels
+    drive: Tensor | None  # [n, H, W] at least 0: |d code / d pixel|, summed over channels
     target: Tensor | None  # [n] int64, the class whose logit is explained
     predicted: Tensor | None  # [n], the feature's share of that logit by the gradient: minus g . change, over patches
     measured: Tensor | None  # [n], how much of that logit is lost with the feature at 0
@@ -61,19 +63,27 @@ def effects(
         (x,) = streams
         tokens = torch.stack([x[row, prefix + patch] for row, patch in zip(rows, patches, strict=True)])
         code = sae.encode(tokens.to(sae.dtype))[rows, list(features)]
-        (drive,) = torch.autograd.grad(code.sum(), pixels, retain_graph=True)
-        seen = code.detach().cpu(), drive.abs().sum(1).float().cpu()
+        drive = _gradient(code.sum(), pixels)
+        seen = code.detach().cpu(), None if drive is None else drive.float().abs().sum(1).cpu()
         target = source.readout.predicted(output)
         if target is None:
             return Effects(*seen, None, None, None, None)
         logits = source.readout.logits(output)
-        (g,) = torch.autograd.grad(logits.gather(1, target.unsqueeze(1)).sum(), x)
+        g = _gradient(logits.gather(1, target.unsqueeze(1)).sum(), x)
     with torch.no_grad():
         stream = x.detach()[:, prefix:]
         change = torch.stack([hold.change(one) for hold, one in zip(holds, stream, strict=True)])  # [n, P, C]
         with edited(layout, {block: lambda x: x + pad(change, (0, 0, prefix, 0))}, len(images)):
             after = source.readout.logits(source.readout.run(pixels.detach()))
         lost = (logits.detach() - after).float().cpu()
-        predicted = -(g[:, prefix:] * change).float().sum((1, 2)).cpu()
+        # In float64, since a product of small numbers may be 0 in the model's own dtype.
+        predicted = None if g is None else -(g[:, prefix:].double() * change.double()).sum((1, 2)).float().cpu()
     target = target.cpu()
     return Effects(*seen, target, predicted, lost.gather(1, target.unsqueeze(1)).squeeze(1), lost)
+
+
+def _gradient(of: Tensor, by: Tensor) -> Tensor | None:
+    """None where one does not depend on the other."""
+    if not (of.requires_grad and by.requires_grad):
+        return None
+    return torch.autograd.grad(of, by, retain_graph=True, allow_unused=True)[0]

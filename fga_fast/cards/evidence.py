@@ -61,7 +61,8 @@ def _box(grid: tuple[int, int], patch: int, size: tuple[int, int], around: int =
     for place, count, pixels in zip(divmod(patch, grid[1]), grid, size[::-1], strict=True):
         wide = min(2 * around + 1, count)
         first = min(max(place - around, 0), count - wide)
-        ends.append((first * pixels // count, max((first + wide) * pixels // count, 1) - 1))
+        low = first * pixels // count
+        ends.append((low, max((first + wide) * pixels // count - 1, low)))
     (top, bottom), (left, right) = ends
     return left, top, right, bottom
 

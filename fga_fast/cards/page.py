@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import base64
+import io
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from fga_fast.cards.card import Agreement, Card, Example
-from fga_fast.cards.evidence import GAP, PANELS, SIDE
+from PIL import Image
+
+from fga_fast.cards.card import Agreement, Card, Example, pairs_of
+from fga_fast.cards.evidence import PANELS
+from fga_fast.question.names import short
 from fga_fast.result.features import card_url
-from fga_fast.result.page import page
+from fga_fast.result.page import definitions, page
 
 _FREQUENT = 1.25  # times as frequent a class must be to be named
+_DRAWN = 2000  # dots at most
 
 _STYLE = """
 main > p { max-width: 62rem }
@@ -96,6 +101,7 @@ _SCRIPT = """
     const card = document.getElementById(location.hash.slice(1));
     if (card && card.hidden) { search.value = block.value = ''; show(); card.scrollIntoView(); }
   });
+  sort();
   show();
 })();
 """
@@ -121,7 +127,7 @@ def cards_page(title: str, cards: Sequence[Card], agreement: Agreement | None, t
         f"<p>{escape(intro)}</p>",
         _agreement(cards, agreement),
         _tools(blocks),
-        '<div class="cards">',
+        '<h2>Features</h2><div class="cards">',
         *(_card(card, there) for card in cards),
         f"</div><h2>How to read this</h2>{_reading()}<script>{_SCRIPT}</script>",
     ]
@@ -147,8 +153,15 @@ def _tools(blocks: Sequence[int]) -> str:
 def _card(card: Card, there: set[tuple[int, int]]) -> str:
     anchor = card_url("", card.block, card.feature)
     effect = max((abs(one.measured) for one in card.examples if one.measured is not None), default=0.0)
-    classes = [*(one.name for one in card.classes), *(one.name for one in card.pushes)]
-    words = " ".join([str(card.feature), card.name, card.note, *dict.fromkeys(classes)])
+    classes = [(one.number, one.name) for one in card.classes] + [(one.number, one.name) for one in card.pushes]
+    words = " ".join(
+        [
+            str(card.feature),
+            card.name,
+            card.note,
+            *(f"class {number} {known}" for number, known in dict.fromkeys(classes)),
+        ]
+    )
     name = f'<span class="name">{escape(card.name)}</span>' if card.name else ""
     note = f'<p class="said">{escape(card.note)}</p>' if card.note else ""
     shown = "".join(_example(card, one) for one in card.examples)
@@ -169,15 +182,15 @@ def _facts(card: Card, there: set[tuple[int, int]]) -> str:
         place, known = card_url("", card.block, one.feature), (card.block, one.feature) in there
         company.append((f'<a href="{place}">{escape(text)}</a>' if known else escape(text)) + f" ({one.jaccard:.0%})")
     pushes = [
-        f'<span class="{"for" if share.value > 0 else "against"}">{escape(share.name)} {_signed(share.value)}</span>'
-        for share in card.pushes
-        if abs(share.value) >= 0.005
+        f'<span class="{"for" if one.value > 0 else "against"}">{escape(short(one.name))} {_signed(one.value)}</span>'
+        for one in card.pushes
+        if abs(one.value) >= 0.005
     ]
     rows = {
         "active in": f"{_percent(card.density)} of patches, {_percent(card.images)} of images",
         "code": f"mean {_number(card.mean)}, largest {_number(card.largest)}",
         "images seen as": ", ".join(
-            f"{escape(one.name)} {one.share:.0%} ({one.usual:.0%})"
+            f"{escape(short(one.name))} {one.share:.0%} ({one.usual:.0%})"
             for one in card.classes
             if one.share >= _FREQUENT * one.usual
         ),
@@ -190,16 +203,15 @@ def _facts(card: Card, there: set[tuple[int, int]]) -> str:
 def _example(card: Card, one: Example) -> str:
     row, column = one.patch
     url = f"data:image/jpeg;base64,{base64.b64encode(one.picture).decode('ascii')}"
-    alt = f"{one.key}: feature {card.feature} is strongest at row {row}, column {column}"
-    width = 4 * SIDE + 3 * GAP
+    alt = f"{one.key}: feature {card.feature} is strongest at row {row + 1}, column {column + 1}"
+    width, height = Image.open(io.BytesIO(one.picture)).size
     effect = ""
-    if one.target is not None and one.predicted is not None and one.measured is not None:
-        effect = (
-            f" · adds {_coloured(one.measured)} to <b>{escape(one.target)}</b> (predicted {_signed(one.predicted)})"
-        )
-    trouble = f'<br><span class="against">cannot be read: {escape(one.error)}</span>' if one.error else ""
+    if one.target is not None and one.measured is not None:
+        predicted = "" if one.predicted is None else f" (predicted {_signed(one.predicted)})"
+        effect = f" · adds {_coloured(one.measured)} to <b>{escape(short(one.target))}</b>{predicted}"
+    trouble = f'<br><span class="against">{escape(one.error)}</span>' if one.error else ""
     return (
-        f'<li><img loading="lazy" decoding="async" width="{width}" height="{SIDE}" src="{url}" alt="{escape(alt)}">'
+        f'<li><img loading="lazy" decoding="async" width="{width}" height="{height}" src="{url}" alt="{escape(alt)}">'
         f"<p>{escape(one.key)} · code <b>{_number(one.code)}</b>{effect}{trouble}</p></li>"
     )
 
@@ -229,19 +241,15 @@ def _agreement(cards: Sequence[Card], agreement: Agreement | None) -> str:
     """Predicted against measured, all examples."""
     if agreement is None:
         return ""
-    pairs = [
-        (one.predicted, one.measured)
-        for card in cards
-        for one in card.examples
-        if one.predicted is not None and one.measured is not None
-    ]
+    pairs = pairs_of(cards)
+    shown = pairs[:: -(-len(pairs) // _DRAWN)]
     reach = max(max(abs(a), abs(b)) for a, b in pairs) or 1.0
     size = 240
 
     def at(value: float) -> float:
         return (value / reach + 1.05) / 2.1 * size
 
-    dots = "".join(f'<circle cx="{at(a):.1f}" cy="{size - at(b):.1f}" r="2.2"/>' for a, b in pairs[:2000])
+    dots = "".join(f'<circle cx="{at(a):.1f}" cy="{size - at(b):.1f}" r="2.2"/>' for a, b in shown)
     lines = (
         f'<line x1="0" x2="{size}" y1="{size / 2}" y2="{size / 2}"/><line x1="{size / 2}" x2="{size / 2}" y1="0" '
         f'y2="{size}"/><line x1="0" x2="{size}" y1="{size}" y2="0" stroke-dasharray="4 4"/>'
@@ -252,6 +260,8 @@ def _agreement(cards: Sequence[Card], agreement: Agreement | None) -> str:
         f"is switched off, have a Pearson correlation of {agreement.pearson:.2f} and a Spearman rank correlation of "
         f"{agreement.spearman:.2f}. On the dashed line both are equal; its ends are at ±{_number(reach)}."
     )
+    if len(shown) < len(pairs):
+        text += f" {len(shown):,} of the pairs are drawn."
     return (
         f'<section class="agreement"><svg role="img" viewBox="0 0 {size} {size}"><title>Predicted and measured effect'
         f"</title>{lines}{dots}<text x='{size - 4}' y='{size / 2 - 5}' text-anchor='end'>predicted →</text>"
@@ -275,7 +285,7 @@ def _reading() -> str:
         "predicted": "By the gradient of the logit: how much of it the feature's part of the stream accounts for. "
         "Measured is what happens; where the two differ, the model is not linear there.",
     }
-    return f"<dl>{''.join(f'<dt>{escape(key)}</dt><dd>{escape(text)}</dd>' for key, text in entries.items())}</dl>"
+    return definitions(entries)
 
 
 def _coloured(value: float) -> str:

@@ -29,8 +29,9 @@ from fga_fast.harvest.source import Source, source_of
 from fga_fast.io.atomic import atomic_write, check_writable_folder
 from fga_fast.io.images import Preprocess
 from fga_fast.io.window import Window
+from fga_fast.models import checks
 from fga_fast.models.layout import ModelLayout
-from fga_fast.question.names import label
+from fga_fast.question.names import whole_label
 from fga_fast.result.explanation import Explanation
 from fga_fast.sae.notes import Note, Notes
 from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
@@ -38,9 +39,11 @@ from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
 logger = logging.getLogger(__name__)
 
 PAGE, JSON = "cards.html", "cards.json"
-_MOST_TABLE = 2**26  # entries of the table of company that is made for all features at once
+_MOST_TABLE = 2**20  # entries of the table of company that is made for all features at once
 _COMPANY = 5
 _CLASSES = 4
+_NEAR, _NEAR_LOW = 0.02, 0.1  # difference of codes of the same image, relative; in 16 bits
+_OTHER = "not the image of the harvest (file changed, or another --window); its effect is left out"
 
 
 def feature_cards(
@@ -82,6 +85,7 @@ def feature_cards(
     activations.check_model(model)
     preprocess = None if about.preprocess is None else _preprocess(about.preprocess)
     source = source_of(model, list(saes), layout, about.image_size, preprocess)
+    checks.check_saes(saes, source.layout, source.like)
     out = check_writable_folder(out)
     known = _Known(activations, source, preprocess, window, items, class_names, dict(notes or {}))
     cards: list[Card] = []
@@ -203,7 +207,7 @@ class _Known:
                 view_of(item, self.preprocess, self.window), load(item, self.preprocess, self.window).image, ""
             )
         except Exception as error:  # whatever a file, or a user's function, does
-            return _Read(None, None, f"{type(error).__name__}: {error}")
+            return _Read(None, None, f"cannot be read: {type(error).__name__}: {error}")
 
     def _examples(
         self, block: int, sae: SparseAutoencoder, census: Census, feature: int, numbers: list[int],
@@ -212,30 +216,43 @@ class _Known:
         """Examples, strongest first, and what the logits lose without the feature, [n, classes]."""
         grid = self.activations.about.grid
         patches = census.patch[: len(numbers), feature].tolist()
+        stored = census.code[: len(numbers), feature].cpu()
         good = [place for place, one in enumerate(read) if one.image is not None]
         found: Effects | None = None
+        same = torch.zeros(0, dtype=torch.bool)
         if good:
             images = torch.stack([image for one in read if (image := one.image) is not None])
             found = effects(self.source, sae, block, images, [feature] * len(good), [patches[one] for one in good])
+            same = (found.code - stored[good]).abs() <= self._near() * stored[good].abs()
         made = []
         for place, number in enumerate(numbers):
-            row = good.index(place) if place in good else None
-            drive = None if found is None or row is None else found.drive[row]
+            row, error = good.index(place) if place in good else None, read[place].error
+            if row is not None and not same[row]:
+                row, error = None, _OTHER
+            drive = None if found is None or row is None or found.drive is None else found.drive[row]
             with torch.no_grad():
                 x = self.activations.read(block, number, number + 1)[0].to(sae.device, sae.dtype)
                 activity = sae.encode(x)[:, feature].cpu()
             picture = evidence(read[place].view, activity, grid, patches[place], drive)
             at = (patches[place] // grid[1], patches[place] % grid[1])
-            told = (None, None, None) if found is None or row is None else self._told(found, row)
-            code = float(census.code[place, feature])
-            made.append(Example(keys[number], code, at, *told, read[place].error, picture))
-        return made, None if found is None else found.lost
+            told = {} if found is None or row is None else self._told(found, row)
+            made.append(Example(keys[number], float(stored[place]), at, **told, error=error, picture=picture))
+        return made, None if found is None or found.lost is None or not same.any() else found.lost[same]
 
-    def _told(self, found: Effects, row: int) -> tuple[str | None, float | None, float | None]:
-        if found.target is None or found.predicted is None or found.measured is None:
-            return None, None, None
-        name = label(int(found.target[row]), self.class_names)
-        return name, float(found.predicted[row]), float(found.measured[row])
+    def _near(self) -> float:
+        low = self.activations.about.dtype == "bfloat16" or self.source.like.dtype.itemsize == 2
+        return _NEAR_LOW if low else _NEAR
+
+    def _told(self, found: Effects, row: int) -> dict[str, Any]:
+        if found.target is None or found.measured is None:
+            return {}
+        number = int(found.target[row])
+        return {
+            "target": whole_label(number, self.class_names),
+            "target_number": number,
+            "predicted": None if found.predicted is None else float(found.predicted[row]),
+            "measured": float(found.measured[row]),
+        }
 
     def _card(
         self, block: int, census: Census, feature: int, place: int, examples: list[Example], lost: Tensor | None
@@ -271,13 +288,15 @@ class _Known:
         shares = counts.double().cpu() / max(int(lit), 1)
         order = (shares - usual).argsort(descending=True, stable=True)[:_CLASSES].tolist()
         return tuple(
-            Class(label(one, self.class_names), float(shares[one]), float(usual[one])) for one in order if shares[one]
+            Class(one, whole_label(one, self.class_names), float(shares[one]), float(usual[one]))
+            for one in order
+            if shares[one]
         )
 
     def _pushes(self, lost: Tensor) -> tuple[Push, ...]:  # [classes]
         order = lost.argsort(descending=True, stable=True).tolist()
         ends = order if len(order) <= 2 * _CLASSES else [*order[:_CLASSES], *order[-_CLASSES:]]
-        return tuple(Push(label(one, self.class_names), float(lost[one])) for one in ends)
+        return tuple(Push(one, whole_label(one, self.class_names), float(lost[one])) for one in ends)
 
 
 def _missing() -> Image.Image:

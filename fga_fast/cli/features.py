@@ -39,7 +39,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="features that get a card (default: all that are active often enough)",
     )  # fmt: skip
     parser.add_argument("--image", type=Path, metavar="FILE", help="cards of the features that matter for this image")
-    parser.add_argument("--top", type=int, default=10, metavar="K", help="so many of them (default: %(default)s)")
+    parser.add_argument("--top", type=int, default=10, metavar="K", help="how many of them (default: %(default)s)")
     parser.add_argument(
         "--min-density", type=float, default=0.001, metavar="SHARE",
         help="of the patches in which a feature is active, to get a card (default: %(default)s)",
@@ -50,12 +50,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--examples", type=int, default=6, metavar="N", help="images a card (default: %(default)s)")
     parser.add_argument(
         "--name", action="append", default=[], metavar="[BLOCK:]N=NAME",
-        help="name a feature; it is kept in --notes, or beside the SAE; an empty name is forgotten; may be repeated",
+        help="name a feature; it is kept in --notes, or beside the SAE; an empty name is forgotten; may be "
+        "repeated; without --features and --image, cards that are in --out stay as they are",
     )  # fmt: skip
     add_notes(parser)
-    parser.add_argument(
-        "--out", type=Path, default=Path("fga-fast-features"), metavar="DIR", help="default: %(default)s"
-    )
+    parser.add_argument("--out", type=Path, default=_OUT, metavar="DIR", help="default: %(default)s")
     parser.set_defaults(run=run)
 
 
@@ -75,6 +74,9 @@ def run(args: argparse.Namespace) -> int:
             "--sae BLOCK=PATH"
         )
     notes = _named(args, saes) if args.name else notes_of(args)
+    if args.name and not args.features and args.image is None and (args.out / JSON).exists():
+        print(f"kept the names; the cards in {args.out} are as they were: run it without --name to make them anew")
+        return 0
     page = feature_cards(
         subject.model, saes, activations, out=args.out, features=_features(args, subject, saes),
         min_density=args.min_density, limit=args.limit, examples=args.examples, class_names=subject.class_names,
@@ -92,7 +94,10 @@ def _features(
     if args.image is not None:
         explainer = Explainer(subject.model, saes, top_features=min(args.top, *(sae.d_sae for sae in saes.values())))
         picture = subject.preprocess(load_image(args.image, arguments.window(args)))
-        return features_of(explainer(picture[None].to(args.device)))
+        listed = features_of(explainer(picture[None].to(args.device)))
+        if not any(listed.values()):
+            raise ValueError("--image: no feature of these autoencoders contributes; take another image")
+        return listed
     chosen: dict[int, list[int]] = {}
     for word in args.features:
         block, feature = _feature(word, saes, "--features")

@@ -9,7 +9,7 @@ from fga_fast.evaluation import wording
 from fga_fast.evaluation.examples import Example
 from fga_fast.evaluation.plots import Dot, dots
 from fga_fast.evaluation.wording import COLUMNS, Facts
-from fga_fast.result.page import page, png_url
+from fga_fast.result.page import definitions, page, png_url, wide
 
 _STYLE = """
 td small { display: block; color: var(--dim); white-space: nowrap }
@@ -39,8 +39,8 @@ def report_page(facts: Facts, examples: Sequence[Example] = ()) -> str:
     parts = [
         f"<p>{escape(summary)}</p>",
         "<h2>Means</h2>", _means(facts), "<h2>Plots</h2>", _plots(facts), "<h2>Comparisons</h2>", _comparisons(facts),
-        _examples(examples), "<h2>How to read this</h2>", _list(wording.sentences(facts)), "<h2>Settings</h2>",
-        _list({name: str(value) for name, value in settings.items()}),
+        _examples(examples), "<h2>How to read this</h2>", definitions(wording.sentences(facts)), "<h2>Settings</h2>",
+        definitions({name: str(value) for name, value in settings.items()}),
         f"<h2>Command</h2><pre>{escape(facts.command)}</pre>" if facts.command else "",
     ]  # fmt: skip
     return page("Evaluation", "".join(parts), _STYLE)
@@ -60,10 +60,8 @@ def _means(facts: Facts) -> str:
     )
     if facts.analysis.baselines:
         note += f" p is against {facts.analysis.baselines[0]}: Wilcoxon's test, corrected by Holm over the whole table."
-    return (
-        f'<div class="wide"><table><thead><tr><th scope="col">method</th>{head}</tr></thead><tbody>{"".join(rows)}'
-        f"</tbody></table></div><p>{escape(note)}</p>"
-    )
+    table = f'<table><thead><tr><th scope="col">method</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    return f"{wide(table, 'Means')}<p>{escape(note)}</p>"
 
 
 def _cell(cell: wording.Cell | None) -> str:
@@ -98,7 +96,7 @@ def _comparisons(facts: Facts) -> str:
         f"<tr>{''.join(f'<td{_kind(word)}>{escape(word)}</td>' for word in wording.row(one))}</tr>"
         for one in facts.analysis.comparisons
     )
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    return wide(f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>", "Comparisons")
 
 
 def _kind(word: str) -> str:
@@ -129,7 +127,3 @@ def _example(one: Example) -> str:
     )
     about = f"{one.name}: {one.about}, gain {wording.number(one.gain)}"
     return f'<figure><div class="three">{pictures}</div><figcaption>{escape(about)}</figcaption></figure>'
-
-
-def _list(entries: dict[str, str]) -> str:
-    return f"<dl>{''.join(f'<dt>{escape(name)}</dt><dd>{escape(text)}</dd>' for name, text in entries.items())}</dl>"

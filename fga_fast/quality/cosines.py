@@ -1,7 +1,7 @@
 """Cosines between decoder rows: near-copies within an SAE, and features that two SAEs share.
 
-Products are computed tile by tile, so nothing of features x features is kept. Beside the weights there are
-their unit rows, 150 MB for 49,152 float32 features of width 768, and a tile.
+Products are computed tile by tile, so nothing of features x features is kept. Beside the weights there are their unit
+rows, 150 MB for 49,152 float32 features of width 768 (for a comparison, three times that), and a tile.
 
 Source of the comparison of seeds: Paulo and Belrose, "Sparse autoencoders trained on the same data learn different
 features", 2025, arXiv:2501.16615. They pair features one to one; here a feature's partner may be that of others too.
@@ -18,7 +18,7 @@ from fga_fast.dataset.items import stable_number
 from fga_fast.quality.histogram import Histogram, histogram
 from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
 
-MATCH = 0.9  # from this cosine on two rows count as the same feature
+MATCH = 0.9  # above this cosine two rows count as the same feature
 _EDGES = [place / 20 for place in range(-20, 21)]
 _TILE = 2048  # rows; a tile of float32 takes 16 MB
 _CHANCE = 2048  # rows of each that the control compares, which say as much as all
@@ -46,8 +46,8 @@ class Stability:
     Attributes:
         forth: rows of the SAE, partners in the second.
         back: rows of the second, partners in the SAE.
-        chance: rows of the SAE, partners among as many random rows as the second has, of the same norms. Of 2,048 rows
-            at most, drawn by chance.
+        chance: rows of the SAE, partners among as many random rows as the second has. Of 2,048 rows at most, drawn by
+            chance.
         chance_back: random rows, partners in the SAE. Of 2,048 at most.
     """
 
@@ -71,7 +71,7 @@ def stability(sae: SparseAutoencoder, second: SparseAutoencoder, seed: int = 0) 
     # A cosine does not depend on norms, so random rows of any norm are the control. They have a seed of their own,
     # since SAEs may have started from rows that were drawn with the same small number.
     generator = torch.Generator().manual_seed(stable_number("random rows", seed))
-    random = _unit(torch.randn(other.shape, generator=generator, dtype=torch.float64).to(one))
+    random = _unit(torch.randn(other.shape, generator=generator, dtype=one.dtype).to(one.device))
     some = torch.randperm(len(one), generator=generator)[:_CHANCE].to(one.device)
     forth, back = _largest(one, other)
     chance, chance_back = _largest(one[some], random)[0], _largest(random[:_CHANCE], one)[0]

@@ -1,4 +1,4 @@
-"""Runs a model and SAEs on images, twice, and adds up what `quality.py` makes numbers of."""
+"""Runs a model and SAEs on images, twice, and adds up what `run.py` makes numbers of."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def make_plan(
     model: nn.Module, saes: Mapping[str, tuple[int, SparseAutoencoder]], layout: ModelLayout | None,
     preprocess: Preprocess | None, window: Window | None, output: Output | None, batch_size: int,
 ) -> Plan:  # fmt: skip
-    """A plan, after checking that its parts fit each other; `quality.compare` says what the arguments are."""
+    """A plan, after checking that its parts fit each other; `quality.run.compare` says what the arguments are."""
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     if output not in (None, "softmax", "sigmoid", "features"):
@@ -150,6 +150,10 @@ def pictures_of(images: Images) -> list[Picture]:
     return list(found.values())
 
 
+class OutputError(ValueError):
+    """The outputs are not what the caller said, whatever the image."""
+
+
 class Means:
     """First pass: the mean of the patches' tokens after each block, and what the model's outputs are."""
 
@@ -162,8 +166,11 @@ class Means:
     def add(self, pictures: Sequence[Picture], images: Tensor) -> None:
         """Adds a batch."""
         streams, output = self.plan.seen(images)
+        classes = self.plan.readout.predicted(output) is not None
         if self.plan.output is None:
-            self.output = "features" if self.plan.readout.predicted(output) is None else "softmax"
+            self.output = "softmax" if classes else "features"
+        elif self.output != "features" and not classes:
+            raise OutputError(f"output: expected features for a model without classes, got {self.output}")
         _truth(pictures, output, self.output)  # so that a wrong class is no part of the means either
         self._tokens += len(images) * self.plan.layout.patches
         for block, x in streams.items():
@@ -239,6 +246,8 @@ def _add(
         images = torch.stack([image for _, image in ready]).to(plan.like)
         checks.check_images(images, plan.layout.in_chans, plan.layout.image_size, plan.like)
         add(pictures, checks.plain(images))
+    except OutputError:
+        raise
     except Exception as error:  # models raise what they like
         if len(ready) == 1:
             errors.add(pictures[0], error)

@@ -24,8 +24,9 @@ from fga_fast.quality.words import (
     warnings,
     warnings_of_images,
 )
-from fga_fast.result.page import page
+from fga_fast.result.page import definitions, page
 
+_WITH, _SHARED = "What the model does with it", "What a second SAE shares"
 _STYLE = (
     plots.STYLE
     + """
@@ -57,8 +58,13 @@ def report_page(saes: Mapping[str, Quality], facts: Mapping[str, str]) -> str:
     )
     parts = [f"<p>{escape(said)}</p>", _look(warnings_of_images(first)), _table(saes), _plots_of_blocks(saes)]
     parts += [_section(name, one, place) for place, (name, one) in enumerate(saes.items(), start=1)]
-    parts += [_errors(first.errors), "<section><h2>What the numbers mean</h2>", _list(meanings(saes)), "</section>"]
-    parts += ["<section><h2>How this was made</h2>", _list(facts), "</section>"]
+    parts += [
+        _errors(first.errors),
+        "<section><h2>What the numbers mean</h2>",
+        definitions(meanings(saes)),
+        "</section>",
+    ]
+    parts += ["<section><h2>How this was made</h2>", definitions(facts), "</section>"]
     return page("Quality of sparse autoencoders", "".join(parts), _STYLE)
 
 
@@ -72,7 +78,7 @@ def _table(saes: Mapping[str, Quality]) -> str:
     rows = {name: summary(one) for name, one in saes.items()}
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     body = [[name, *(row.get(column, "–") for column in columns)] for name, row in rows.items()]
-    return table(["SAE", *columns], body, linked=True)
+    return table(["SAE", *columns], body, "All autoencoders", linked=True)
 
 
 def _plots_of_blocks(saes: Mapping[str, Quality]) -> str:
@@ -100,7 +106,7 @@ def _section(name: str, one: Quality, place: int) -> str:
     look = _look(warnings(one), level=3) or '<p class="fine">Nothing here is suspicious.</p>'
     return (
         f'<section aria-labelledby="sae-{place}"><h2 id="sae-{place}">{place}. {escape(name)}</h2>'
-        f"<p>{escape(sae_line(one))}</p>{look}<h3>What the model does with it</h3>{_effects(one.behaviour)}"
+        f"<p>{escape(sae_line(one))}</p>{look}<h3>{_WITH}</h3>{_effects(one.behaviour)}"
         f'<div class="plots">{_plots(one)}</div></section>'
     )
 
@@ -111,7 +117,7 @@ def _effects(found: Behaviour) -> str:
         for what, (effect, recovered) in effects(found).items()
     ]
     known = f"<p>Loss and accuracy: of {count(found.known, 'image')} with a known class.</p>" if found.known else ""
-    return table(["", "plain model", "with the reconstruction", "with the mean", "recovered"], rows) + known
+    return table(["", "plain model", "with the reconstruction", "with the mean", "recovered"], rows, _WITH) + known
 
 
 def _plots(one: Quality) -> str:
@@ -159,9 +165,9 @@ def _stability(found: Stability) -> str:
     )
     axis = Axis("cosine", "features", reads=" to the most similar row of the second SAE")
     drawn = plots.bars(found.forth.cosines, axis, found.chance.cosines)
-    numbers = table(["", "cosine above 0.9", "mean largest cosine"], rows)
+    numbers = table(["", "cosine above 0.9", "mean largest cosine"], rows, _SHARED)
     note = f"{share(found.forth.matched)} of the features have a partner with a cosine above 0.9 in it."
-    return _figure("What a second SAE shares", note, legend + drawn + numbers)
+    return _figure(_SHARED, note, legend + drawn + numbers)
 
 
 def _figure(title: str, note: str, drawn: str) -> str:
@@ -173,7 +179,3 @@ def _errors(errors: Sequence[tuple[str, str]]) -> str:
         return ""
     listed = "".join(f"<li><strong>{escape(key)}</strong>: {escape(reason)}</li>" for key, reason in errors)
     return f"<section><h2>Images that were left out</h2><ul>{listed}</ul></section>"
-
-
-def _list(entries: Mapping[str, str]) -> str:
-    return f"<dl>{''.join(f'<dt>{escape(name)}</dt><dd>{escape(text)}</dd>' for name, text in entries.items())}</dl>"

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from fga_fast.quality.histogram import Histogram
 from fga_fast.quality.words import number, share
+from fga_fast.result.page import wide
 from fga_fast.result.ticks import ticks
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 440, 224, 50, 24, 10, 44  # pixels
@@ -99,7 +100,7 @@ def positions(grid: Sequence[Sequence[float | None]]) -> str:
                 )
     parts.append(f'<rect class="edge" x="1" y="1" width="{columns * side:.1f}" height="{rows * side:.1f}"/></svg>')
     cells = [[f"row {r + 1}", *map(share, row)] for r, row in enumerate(grid)]
-    return "".join(parts) + _details(["", *(f"column {c + 1}" for c in range(columns))], cells)
+    return "".join(parts) + _details(["", *(f"column {c + 1}" for c in range(columns))], cells, "Error by position")
 
 
 def scatter(points: Sequence[tuple[str, float, float]], title: str) -> str:
@@ -163,20 +164,31 @@ def _bin(edges: Sequence[float], place: int, axis: Axis) -> str:
 
 
 def _numbers(edges: Sequence[float], counts: Sequence[int], other: Sequence[int], axis: Axis) -> str:
+    # Shares too, since the two histograms need not count equally many.
+    total, total_other = max(sum(counts), 1), max(sum(other), 1)
     rows = [
-        [_bin(edges, place, axis), f"{count:,}", *(f"{one:,}" for one in other[place : place + 1])]
+        [
+            _bin(edges, place, axis),
+            f"{count:,} ({share(count / total)})",
+            *(share(one / total_other) for one in other[place : place + 1]),
+        ]
         for place, count in enumerate(counts)
     ]
-    return _details([axis.label, axis.items, *(["by chance"] if other else [])], rows)
+    return _details([axis.label, axis.items, *(["by chance"] if other else [])], rows, axis.label + axis.reads)
 
 
-def _details(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _details(head: Sequence[str], rows: Sequence[Sequence[str]], label: str) -> str:
     """A table that opens by a click or a key."""
-    return f"<details><summary>Numbers</summary>{table(head, rows)}</details>"
+    return f"<details><summary>Numbers</summary>{table(head, rows, label)}</details>"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], linked: bool = False) -> str:
-    """A table whose first column names its rows; `linked`: they are those of the SAEs, numbered."""
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], label: str, linked: bool = False) -> str:
+    """A table whose first column names its rows.
+
+    Args:
+        label: what it shows, in plain text.
+        linked: rows are those of the SAEs, numbered.
+    """
     heads = "".join(
         f'<th scope="col"{" class=number" * bool(place)}>{escape(name)}</th>' for place, name in enumerate(head)
     )
@@ -185,7 +197,4 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], linked: bool = Fal
         name = f'{place}. <a href="#sae-{place}">{escape(first)}</a>' if linked else escape(first)
         cells = "".join(f'<td class="number">{escape(cell)}</td>' for cell in rest)
         body.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
-    return (  # what scrolls can be reached by a key
-        '<div class="wide" tabindex="0" role="region" aria-label="Table"><table>'
-        f"<thead><tr>{heads}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-    )
+    return wide(f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(body)}</tbody></table>", label)

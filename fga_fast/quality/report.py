@@ -36,7 +36,7 @@ def write(out: str | Path, saes: Mapping[str, Quality], facts: Mapping[str, str]
 
     Args:
         out: folder, made if it is missing.
-        saes: name -> what `quality.compare` measured. Names are shown as they are.
+        saes: name -> what `quality.run.compare` measured. Names are shown as they are.
         facts: name -> value, what the run was made with, such as the model and the command.
 
     Raises:

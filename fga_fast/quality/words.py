@@ -91,10 +91,14 @@ def warnings_of_images(one: Quality) -> list[str]:
             f"Only {count(one.tokens, 'patch')} were seen. Features that are seldom active look dead; give images with "
             f"{_TOKENS:,} patches or more before you judge that."
         )
-    if one.images < _IMAGES:
+    if one.behaviour.loss is None and one.images < _IMAGES:
         found.append(
-            f"Loss, accuracy and what is recovered are rough, as means over {count(one.images, 'image')}; give "
-            f"{_IMAGES} or more."
+            f"What is recovered is rough, as a mean over {count(one.images, 'image')}; give {_IMAGES} or more."
+        )
+    elif one.behaviour.loss is not None and one.behaviour.known < _IMAGES:
+        found.append(
+            f"Loss, accuracy and what is recovered are rough, as means over {count(one.behaviour.known, 'image')} with "
+            f"a known class; give {_IMAGES} or more."
         )
     return found
 
@@ -181,7 +185,7 @@ def meanings(saes: Mapping[str, Quality]) -> dict[str, str]:
         "variance only at a similar L0.",
         "Dead": "share of the features that no patch activated. Depends on the number of patches that were seen.",
         "Density": "share of the patches that activate a feature, as a power of ten: -3 is one patch in a thousand. "
-        "A heap at the right end are features that are nearly always on and seldom mean much.",
+        "A heap at the right end: features that are nearly always on. They seldom mean much.",
         "Copies": "share of the features whose decoder row has a cosine above 0.9 with another one.",
         "Recovered": "(loss with the mean - loss with the reconstruction) / (loss with the mean - loss of the plain "
         "model). The reconstruction, or the mean of all patches, stands in the place of the stream at the patches; "

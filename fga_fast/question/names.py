@@ -45,13 +45,22 @@ def _advice(wanted: str, names: Sequence[str]) -> str:
 
 def label(target: int, *names: Sequence[str] | Mapping[int, str] | None) -> str:
     """What a column of `logits` is called, in at most 24 characters; the first of `names` that knows it wins."""
+    return short(whole_label(target, *names))
+
+
+def short(name: str) -> str:
+    """A name in at most 24 characters."""
+    return name if len(name) <= 24 else name[:23] + "…"
+
+
+def whole_label(target: int, *names: Sequence[str] | Mapping[int, str] | None) -> str:
+    """As `label`, however long it is."""
     if target < 0:
         return "function"
     for known in names:
         try:
             if known is not None:
-                name = known[target]
-                return name if len(name) <= 24 else name[:23] + "…"
+                return known[target]
         except (IndexError, KeyError):  # these names leave it out
             continue
     return f"class {target}"

@@ -9,7 +9,7 @@ from fga_fast.sae.features import TopFeatures
 
 
 def card_url(page: str, block: int, feature: int) -> str:
-    """Where a feature's card is on the page that `training.cards.feature_cards` wrote; "" for the page itself."""
+    """Where a feature's card is on the page that `cards.run.feature_cards` wrote; "" for the page itself."""
     return f"{page}#block-{block}-feature-{feature}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Mapping
 from html import escape
 
 _STYLE = """
@@ -38,6 +39,21 @@ def page(title: str, body: str, style: str = "") -> str:
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
         f"<style>{_STYLE}{style}</style></head><body><main><h1>{escape(title)}</h1>{body}</main></body></html>\n"
     )
+
+
+def wide(table: str, label: str) -> str:
+    """HTML of a table that scrolls sideways where it must, also by keys.
+
+    Args:
+        table: HTML.
+        label: what it shows, in plain text, for readers who hear the page.
+    """
+    return f'<div class="wide" tabindex="0" role="region" aria-label="{escape(label)}">{table}</div>'
+
+
+def definitions(entries: Mapping[str, str]) -> str:
+    """A list of terms and what they mean, both plain text."""
+    return f"<dl>{''.join(f'<dt>{escape(name)}</dt><dd>{escape(text)}</dd>' for name, text in entries.items())}</dl>"
 
 
 def png_url(data: bytes) -> str:

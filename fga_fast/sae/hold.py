@@ -47,9 +47,13 @@ class Hold:
 
     def notice(self, block: int) -> str:
         """What a reader of an explanation must know."""
-        shown = [f"feature {feature} at {value:g}" for feature, value in self.values.items()]
+        # "is held" once, with the first.
+        shown = [
+            f"feature {feature} {'at' if place else 'is held at'} {value:g}"
+            for place, (feature, value) in enumerate(self.values.items())
+        ]
         more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
-        return f"explains the model with its SAE's {', '.join(shown[:_SHOWN])}{more} after block {block}"
+        return f"explains an edited model: after block {block}, {', '.join(shown[:_SHOWN])}{more}"
 
 
 def hold(

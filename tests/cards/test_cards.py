@@ -7,7 +7,6 @@ import io
 import json
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,16 @@ import pytest
 import torch
 from carding import FEATURES, sae
 from harvesting import PREPROCESS, items, model, picture, small
+from html_page import Page
 from own_vit import GRID
 from PIL import Image
 
 from fga_fast import Explainer
 from fga_fast.cards import run as module
+from fga_fast.cards.card import Card, Example, agreement_of, to_json
 from fga_fast.cards.census import take_census
 from fga_fast.cards.evidence import GAP, SIDE, evidence
+from fga_fast.cards.page import cards_page
 from fga_fast.cards.run import feature_cards, features_of
 from fga_fast.dataset.items import Item
 from fga_fast.harvest.activations import Activations
@@ -30,22 +32,6 @@ from fga_fast.sae.notes import Note
 
 HOSTILE = '"><script>alert(1)</script>&amp;'
 NAMES = ("bag", "boot", "<i>coat</i>", "dress", "sandal")
-
-
-class Page(HTMLParser):
-    """Elements of a page by tag, and its text."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.found: dict[str, list[dict[str, str]]] = {}
-        self.text: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.setdefault(tag, []).append({name: value or "" for name, value in attrs})
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
 
 
 def photos(folder: Path, count: int = 7) -> list[Item]:
@@ -127,8 +113,9 @@ def test_the_page(folder: Path, tmp_path: Path) -> None:
     assert len(links) >= 4 and all(link.startswith("#") and link[1:] in ids for link in links)
     labels = {one["for"] for one in page.found["label"]}
     assert labels == {"search", "block", "order"} and labels < ids
+    assert page.headings == [1, 2, 3, 3, 2]  # that cards are closed, Page asserts
     assert len(page.found["script"]) == 1 and "link" not in page.found
-    text = "".join(page.text)
+    text = page.text
     assert text.count(HOSTILE) == 3 and "twin" in text  # as a name, as a note, and as its twin's company
     assert HOSTILE in page.found["article"][0]["data-words"] and "<i>coat</i>" in "".join(NAMES)
     assert "i" not in page.found  # neither from the names of classes nor of files
@@ -138,7 +125,13 @@ def test_the_page(folder: Path, tmp_path: Path) -> None:
         head, _, data = one["src"].partition(",")
         assert head == "data:image/jpeg;base64"
         strip = Image.open(io.BytesIO(base64.b64decode(data)))
-        assert strip.size == (4 * 128 + 3 * 3, 85)
+        assert strip.size == (4 * 128 + 3 * 3, 85) == (int(one["width"]), int(one["height"]))
+    first = told["features"][0]["examples"][0]
+    row, column = first["patch"]
+    alt = f"{first['key']}: feature 8 is strongest at row {row + 1}, column {column + 1}"
+    assert page.found["img"][0]["alt"] == alt
+    # A browser may have kept the chosen order over a reload.
+    assert re.search(r"\n  sort\(\);\n  show\(\);\n\}\)\(\);", page.text)
     assert not re.search(r"https?://", (tmp_path / "out" / "cards.html").read_text())
 
 
@@ -170,17 +163,116 @@ def test_a_broken_image_still_gives_a_card(tmp_path: Path) -> None:
     (tmp_path / "photos" / strongest).write_bytes(b"<b>no picture")
     page, told = cards(found, own, tmp_path / "out", features={1: [8]})
     first, *others = told["features"][0]["examples"]
-    assert first["error"].startswith("ImageFileError: ") and first["code"] == whole["features"][0]["largest"]
+    assert (
+        first["error"].startswith("cannot be read: ImageFileError: ")
+        and first["code"] == whole["features"][0]["largest"]
+    )
     assert first["measured"] is first["predicted"] is first["target"] is None
     assert [one["measured"] for one in others] == pytest.approx(
         [one["measured"] for one in whole["features"][0]["examples"][1:]], rel=1e-4, abs=1e-6
     )
-    assert len(page.found["img"]) == 3 and "cannot be read: ImageFileError" in "".join(page.text)
+    assert len(page.found["img"]) == 3 and "cannot be read: ImageFileError" in page.text
     for path in (tmp_path / "photos").iterdir():
         path.unlink()
     _, told = cards(found, own, tmp_path / "none", features={1: [8]})
     assert told["agreement"] is None and told["features"][0]["pushes"] == []
-    assert all(one["error"].startswith("FileNotFoundError") for one in told["features"][0]["examples"])
+    assert all(one["error"].startswith("cannot be read: FileNotFoundError") for one in told["features"][0]["examples"])
+
+
+def test_an_image_that_is_another_one_now(tmp_path: Path) -> None:
+    """Its effect is not that of the code on the card, so that it has none."""
+    (tmp_path / "photos").mkdir()
+    own, given = model(), photos(tmp_path / "photos")
+    found = small(tmp_path / "harvest", given, (1,))
+    _, whole = cards(found, own, tmp_path / "whole", features={1: [8]})
+    before = whole["features"][0]
+    strongest = before["examples"][0]["key"]
+    picture(99).save(tmp_path / "photos" / strongest)
+    page, told = cards(found, own, tmp_path / "out", features={1: [8]})
+    first, *others = told["features"][0]["examples"]
+    assert first["error"].startswith("not the image of the harvest (file changed, or another --window)")
+    assert "cannot be read" not in page.text and first["error"] in page.text
+    assert first["target"] is first["target_number"] is first["predicted"] is first["measured"] is None
+    assert first["code"] == before["examples"][0]["code"] and not any(one["error"] for one in others)
+    explainer = Explainer(own, {1: sae()}, layout=own.layout())
+    ablated, lost = explainer.ablate({1: [8]}), torch.zeros(5)
+    for one in others:
+        image = PREPROCESS(Image.open(tmp_path / "photos" / one["key"]))[None]
+        lost += (explainer(image).logits - ablated(image).logits)[0] / len(others)
+    for push in told["features"][0]["pushes"]:
+        assert push["value"] == pytest.approx(float(lost[push["number"]]), rel=1e-3, abs=1e-5)
+    for item in given:
+        picture(90).save(item.image)  # type: ignore[arg-type]
+    _, told = cards(found, own, tmp_path / "none", features={1: [8]})
+    assert told["agreement"] is None and told["features"][0]["pushes"] == []
+
+
+def test_a_harvest_in_bfloat16_is_near_enough(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    found = small(tmp_path / "harvest", photos(tmp_path / "photos"), (1,), dtype="bfloat16")
+    _, told = cards(found, model(), tmp_path / "out", min_density=0.1)
+    assert {example["error"] for one in told["features"] for example in one["examples"]} == {""}
+
+
+def test_a_model_that_lets_no_gradient_through(tmp_path: Path) -> None:
+    """Measured all the same."""
+    (tmp_path / "photos").mkdir()
+    own = model(call=torch.no_grad()(lambda block, x, _: block(x)))
+    found = small(tmp_path / "harvest", photos(tmp_path / "photos"), (1,), model=own)
+    page, told = cards(found, own, tmp_path / "out", features={1: [8]})
+    (card,) = told["features"]
+    assert all(one["predicted"] is None and one["measured"] and not one["error"] for one in card["examples"])
+    assert card["pushes"] and told["agreement"] is None and "adds" in page.text
+
+
+def test_classes_are_known_by_number_and_whole_name(folder: Path, tmp_path: Path) -> None:
+    names = [f"{'a very long name of a class, ' * 2}number {number}" for number in range(5)]
+    own, found = model(), Activations(folder / "harvest")
+    page, told = cards(found, own, tmp_path / "out", features={1: [8]}, class_names=names)
+    (card,) = told["features"]
+    assert len(card["pushes"]) == 5 and card["classes"]
+    for one in (*card["pushes"], *card["classes"]):
+        assert one["name"] == names[one["number"]]
+        assert f"class {one['number']} {one['name']}" in page.found["article"][0]["data-words"]
+    for example in card["examples"]:
+        assert example["target"] == names[example["target_number"]]
+    assert names[0] not in page.text and names[0][:23] + "…" in page.text
+
+
+def card_with(pairs: list[tuple[float, float]], block: int = 1) -> Card:
+    strip = evidence(None, torch.ones(6), GRID, 0, None)
+    examples = [Example("image", 1.0, (0, 0), "bag", 0, *pair, picture=strip) for pair in pairs]
+    return Card(block, 0, "", "", 0.1, 0.5, 1.0, 2.0, (), (), (), (), tuple(examples))
+
+
+def test_no_correlation_of_equal_or_infinite_numbers() -> None:
+    assert agreement_of([card_with([(1.0, 2.0)] * 4)]) is None
+    odd = card_with([(1.0, 2.0), (2.0, 3.0), (3.0, 5.0), (float("inf"), 1.0), (1.0, float("nan"))])
+    agreement = agreement_of([odd])
+    assert agreement is not None and agreement.pairs == 3 and agreement.spearman == pytest.approx(1)
+    told = json.loads(to_json([odd], agreement, {}))
+    assert [one["predicted"] for one in told["features"][0]["examples"]] == [1, 2, 3, None, 1]
+    assert "nan" not in cards_page("t", [odd], agreement, {"images": 1, "model_checksum": "a"}).replace("nan;", "")
+
+
+def test_all_blocks_are_in_the_plot() -> None:
+    """Also where there are more pairs than dots."""
+    made = [card_with([(block - 2.0, block + number / 1000) for number in range(1000)], block) for block in (1, 2, 3)]
+    agreement = agreement_of(made)
+    page = Page(cards_page("t", made, agreement, {"images": 1, "model_checksum": "a"}))
+    dots = page.found["circle"]
+    assert len({one["cx"] for one in dots}) == 3 and len(dots) == 1500
+    assert "In 3000 pairs" in page.text and "1,500 of the pairs are drawn" in page.text
+    few = cards_page("t", made[:2], agreement_of(made[:2]), {"images": 1, "model_checksum": "a"})
+    assert few.count("<circle") == 2000 and "pairs are drawn" not in few
+
+
+def test_a_grid_that_is_finer_than_the_picture() -> None:
+    activity = torch.zeros(200 * 300)
+    activity[-1] = 1
+    for patch in (0, 3, 131, 300 * 3, len(activity) - 1):
+        strip = Image.open(io.BytesIO(evidence(Image.new("RGB", (600, 400)), activity, (200, 300), patch, None)))
+        assert strip.size == (4 * SIDE + 3 * GAP, 85)
 
 
 def test_images_that_are_no_files(tmp_path: Path) -> None:
@@ -223,6 +315,7 @@ def test_what_does_not_fit(folder: Path, tmp_path: Path) -> None:
     own, found, out = model(), Activations(folder / "harvest"), tmp_path / "out"
     for settings, words in (
         ({"saes": {2: sae()}}, r"saes: expected blocks of the harvest \(0, 1\), got 2"),
+        ({"saes": {1: sae(dtype=torch.float64)}}, r"saes\[1\]: is torch.float64 for a model of torch.float32"),
         ({"features": {1: [FEATURES]}}, r"features\[1\]: expected 0 to 23, got 24"),
         ({"features": {0: [0]}}, r"features: expected blocks with an SAE \(1\), got 0"),
         ({"features": {}}, "features: expected at least one feature"),

@@ -66,6 +66,7 @@ def test_pixels_that_drive_a_code() -> None:
     source = source_of(model, [1], model.layout(), IMAGES[2:])
     image, feature, patch = images()[:1], 8, 2
     found = effects(source, own, 1, image, [feature], [patch])
+    assert found.drive is not None
     assert found.drive.shape == (1, *IMAGES[2:]) and bool((found.drive >= 0).all()) and float(found.drive.max()) > 0
     for row, column in ((0, 0), (5, 11), (15, 23)):
         slopes = []
@@ -77,6 +78,23 @@ def test_pixels_that_drive_a_code() -> None:
                 codes.append(explainer_code(inner, own, moved[0], feature, patch))
             slopes.append(abs(codes[0] - codes[1]) / 2e-5)
         assert float(found.drive[0, row, column]) == pytest.approx(sum(slopes), rel=1e-3, abs=1e-7)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_sixteen_bits_do_not_lose_small_effects(dtype: torch.dtype) -> None:
+    """Gradients and changes of 1e-4 have a product that float16 does not know."""
+    low, own = own_vit().to(dtype), sae(dtype=dtype)
+    with torch.no_grad():
+        low.head.weight *= 2.0**-11
+        own.W_dec.mul_(2.0**-11)
+    found = effects(source_of(low, [1], low.layout(), IMAGES[2:]), own, 1, images(), FEATURES, PATCHES)
+    high, wide = own_vit().float(), own.to(torch.float32)
+    high.load_state_dict(low.state_dict())
+    assert found.target is not None and found.predicted is not None
+    want = effects(source_of(high, [1], high.layout(), IMAGES[2:]), wide, 1, images(), FEATURES, PATCHES)
+    assert want.predicted is not None and want.target is not None and torch.equal(found.target, want.target)
+    assert 0 < float(want.predicted[:2].abs().max()) < 1e-5
+    torch.testing.assert_close(found.predicted, want.predicted, rtol=0.1, atol=0.02 * float(want.predicted.abs().max()))
 
 
 class Headless(nn.Module):
@@ -97,7 +115,7 @@ def test_a_model_without_classes() -> None:
     model = Headless().eval()
     source = source_of(model, [1], model.inner.layout(), IMAGES[2:])
     found = effects(source, sae(dtype=torch.float64), 1, images(), FEATURES, PATCHES)
-    assert found[2:] == (None, None, None, None) and float(found.drive.abs().sum()) > 0
+    assert found[2:] == (None, None, None, None) and found.drive is not None and float(found.drive.abs().sum()) > 0
 
 
 def test_an_sae_with_normalisation_predicts_at_the_scale_of_the_stream() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fga_fast import Preprocess, assets
 from fga_fast.cli.main import main
@@ -39,6 +40,7 @@ def features(streams: Path, *given: object) -> list[dict[str, Any]]:
 def test_the_demo(streams: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = features(streams, "--features", "3:17", "2:100", "--features", "3:5")
     assert [(one["block"], one["feature"]) for one in found] == [(2, 100), (3, 5), (3, 17)]
+    assert all(example["measured"] is not None and not example["error"] for one in found for example in one["examples"])
     said = capsys.readouterr()
     assert "model    the fashion demo model, 6 images\nwrote cards.html and cards.json into out" in said.out
     assert "block 3: 100%" in said.err and "cards of block 3: 100%" in said.err
@@ -75,6 +77,30 @@ def test_names_are_kept_beside_the_sae_and_shown(streams: Path) -> None:
     assert listed[0] == listed[0] | {"feature": first, "name": "sleeve = cuff", "note": ""}
     features(streams, "--sae", "3=sae_3", "--features", first, "--name", f"{first}=")
     assert read_notes(path) == {(3, second): Note("heel")}
+
+
+def test_a_name_alone_leaves_the_cards(streams: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--sae", f"3={Path(assets.__file__).parent / 'fashion' / 'sae_3'}", "--notes", "mine.json"]
+    features(streams, *given, "--limit", "1", "--name", "17=sleeve")  # no cards before
+    before = {path: path.read_bytes() for path in Path("out").iterdir()}
+    capsys.readouterr()
+    features(streams, *given, "--name", "18=heel")
+    assert "kept the names; the cards in out are as they were" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in Path("out").iterdir()} == before and len(before) == 2
+    assert read_notes("mine.json") == {(3, 17): Note("sleeve"), (3, 18): Note("heel")}
+    (card,) = features(streams, *given, "--features", "18", "--name", "18=sole")
+    assert card["name"] == "sole"
+
+
+def test_an_image_without_features(streams: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sae = SparseAutoencoder.from_pretrained(Path(assets.__file__).parent / "fashion" / "sae_3")
+    zeros = torch.zeros(4, sae.d_model)
+    SparseAutoencoder(zeros.t(), torch.full((4,), -1.0), zeros, zeros[0]).save("dead")
+    (image, *_) = assets.fashion_scenes()
+    assert main(["features", "--harvest", str(streams), "--out", "out", "--sae", "3=dead", "--image", str(image)]) == 2
+    said = capsys.readouterr().err
+    assert "--image: no feature of these autoencoders contributes; take another image" in said
+    assert not Path("out").exists()
 
 
 def test_a_file_of_names_for_several_blocks(streams: Path, capsys: pytest.CaptureFixture[str]) -> None:

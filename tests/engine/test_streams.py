@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import families
 import pytest
 import torch
@@ -79,5 +81,9 @@ def test_other_threads_and_errors_inside() -> None:
 
     with pytest.raises(RuntimeError, match="mine"), edited(model.layout(), {0: edit}, len(images)):
         model(images)
-    model(images)
+    plain = model(images)
+    with torch.no_grad(), edited(model.layout(), {0: torch.zeros_like}, len(images)):
+        with ThreadPoolExecutor(1) as pool:
+            assert torch.equal(pool.submit(model, images).result(), plain)
+        assert not torch.allclose(model(images), plain)
     assert len(seen) == 1 and not any(module._forward_hooks for module in model.modules())

@@ -6,12 +6,12 @@ import base64
 import io
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 from evaluated import LARGEST, exact, items, seeded, subject
+from html_page import Page
 from PIL import Image
 
 from fga_fast.evaluation import report, store
@@ -24,33 +24,7 @@ from fga_fast.evaluation.wording import best_of, number, probability
 pytest.importorskip("pyarrow")
 pytest.importorskip("scipy")
 HIGHER = {"largest": True, "smallest": False}
-VOID = {"meta", "img", "line", "circle", "br"}
 COMMAND = "fga-fast evaluate 'my <images>' --out here"
-
-
-class Page(HTMLParser):
-    """The page's tags and what they refer to; fails on what is not closed."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: set[str] = set()
-        self.attributes: list[tuple[str, str, str]] = []
-        self.text = ""
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.tags.add(tag)
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert tag in VOID or self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +42,16 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
 def test_the_page_asks_for_nothing(written: Written) -> None:
     text = written.html.read_text(encoding="utf-8")
     page = Page(text)
-    assert not page.tags & {"script", "link", "iframe", "object", "embed", "base", "form", "audio", "video", "use"}
-    for tag, name, value in page.attributes:
+    assert not {*page.found} & {"script", "link", "iframe", "object", "embed", "base", "form", "audio", "video", "use"}
+    for tag, name, value in ((tag, *pair) for tag, attributes in page.tags for pair in attributes.items()):
         if name in ("src", "href", "srcset", "xlink:href", "action", "data", "poster"):
             assert (tag, name) == ("img", "src") and value.startswith("data:image/png;base64,")
         assert not name.startswith("on") and "://" not in value
     assert not re.search(r"url\(|@import|https?:|//[a-z]", re.sub(r"base64,[^\"]*", "", text))
+    wide = [one for one in page.found["div"] if one.get("class") == "wide"]
+    assert [(one["aria-label"], one["role"], one["tabindex"]) for one in wide] == [
+        ("Means", "region", "0"), ("Comparisons", "region", "0")
+    ]  # fmt: skip
     assert "prefers-color-scheme: dark" in text and "color-scheme: light dark" in text
 
 

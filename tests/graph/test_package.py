@@ -90,6 +90,17 @@ def test_given_targets_that_are_none(given_package: Path) -> None:
 
 
 @pytest.mark.slow
+def test_held_features(tmp_path: Path) -> None:
+    plain = explainer(torch.float32, class_names=NAMES)
+    ablated, three = plain.ablate({1: {3: 1.5}, 0: [2]}), images(3, torch.float32)
+    package = load_package(ablated.export(tmp_path / "held.pt2", images(2, torch.float32)))
+    found, want = package(three), ablated(three)
+    agree(found, want, 1e-5)
+    assert found.notices == want.notices and any("feature 3 is held at 1.5" in notice for notice in found.notices)
+    assert not torch.allclose(found.logits, plain(three).logits, atol=1e-3)
+
+
+@pytest.mark.slow
 def test_bfloat16_in_place_of_another_package(tmp_path: Path) -> None:
     path, example = tmp_path / "low.pt2", images(2, torch.bfloat16)
     path.write_bytes(b"old")

@@ -179,6 +179,18 @@ def test_models_without_classes(tiny_vit: Any, kind: str) -> None:
     assert found.divergence.mean == pytest.approx(float(want), rel=1e-3) and float(want) > 1e-3
 
 
+@pytest.mark.parametrize("output", ("softmax", "sigmoid"))
+def test_classes_of_a_model_without_any_are_refused(output: Any) -> None:
+    model = own_vit()
+    model.head, model.num_classes = nn.Identity(), 0  # type: ignore[assignment]
+    calls: list[int] = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    message = f"^output: expected features for a model without classes, got {output}$"
+    with pytest.raises(ValueError, match=message):
+        measured(items(3), {1: SAES["relu"]}, model=model, output=output, batch_size=3)
+    assert len(calls) == 1
+
+
 def test_an_exact_sae_keeps_everything() -> None:
     found = measured(items(4, classes=(1, 2)), {1: exact_sae()})[1]
     assert found.explained_variance == pytest.approx(1, abs=1e-12) and found.l0 == WIDTH

@@ -75,6 +75,21 @@ def test_a_permutation_of_its_own_shares_everything(dtype: torch.dtype) -> None:
     assert stability(sae_of(rows), sae_of(scaled), seed=1).chance != found.chance
 
 
+def test_random_rows_take_no_more_memory_than_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[torch.dtype] = []
+    randn = torch.randn
+
+    def watched(*shape: Any, **settings: Any) -> torch.Tensor:
+        found = randn(*shape, **settings)
+        drawn.append(found.dtype)
+        return found
+
+    one, other = sae_of(draw(9, 3).float()), sae_of(draw(9, 3, seed=1).float())
+    monkeypatch.setattr(torch, "randn", watched)
+    stability(one, other)
+    assert drawn == [torch.float32]
+
+
 def test_a_second_sae_beside_the_first() -> None:
     model = own_vit()
     saes: Any = {1: random_sae(), 0: random_sae(seed=7)}

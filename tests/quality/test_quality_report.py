@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from html_page import Page
 from own_vit import own_vit
 from quality_case import exact_sae, items, random_sae
 
@@ -23,30 +23,6 @@ from fga_fast.quality.run import Quality, compare
 from fga_fast.quality.words import number, share, warnings, warnings_of_images
 
 HOSTILE = "<b>\"odd' | name</b>&\n# \udce9 `x` [a](b)"
-VOID = {"meta", "line", "circle", "rect", "path"}
-
-
-class Page(HTMLParser):
-    """The page's tags and what they refer to; fails on what is not closed."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str]]] = []
-        self.text = ""
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.tags.append((tag, {name: value or "" for name, value in attrs}))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert tag in VOID or self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +60,9 @@ def test_the_page_asks_for_nothing_and_can_be_heard(written: Written) -> None:
     assert text.count('<svg role="img"') == len(re.findall(r'<svg role="img"[^>]*><title>[^<]{20,}</title>', text)) > 8
     assert text.count("<details><summary>") == text.count("</details>") >= 8
     assert len(re.findall(r'<th scope="(?:row|col)"', text)) == text.count("<th ") and "<th>" not in text
-    headings = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h\d", tag)]
-    assert headings[0] == 1 and all(b - a <= 1 for a, b in pairwise(headings))
+    assert page.headings[0] == 1 and all(b - a <= 1 for a, b in pairwise(page.headings))
+    labels = [attributes["aria-label"] for _, attributes in page.tags if attributes.get("role") == "region"]
+    assert "Table" not in labels and {"All autoencoders", "What a second SAE shares", "Error by position"} < {*labels}
 
 
 def test_all_three_say_the_same(written: Written, found: dict[str, Quality]) -> None:
@@ -121,7 +98,7 @@ def test_nothing_half_written(tmp_path: Path, found: dict[str, Quality]) -> None
 
 def good(found: dict[str, Quality]) -> Quality:
     """A measurement without anything suspicious."""
-    behaviour = replace(found["block 1: exact"].behaviour, loss_recovered=0.9)
+    behaviour = replace(found["block 1: exact"].behaviour, loss_recovered=0.9, known=1000)
     return replace(
         found["block 1: exact"], images=1000, tokens=100_000, features=1000, explained_variance=0.9, l0=20.0,
         expected_l0=20, dead=0.02, copies=0.0, errors=(), behaviour=behaviour, stability=None,
@@ -164,7 +141,25 @@ def test_what_is_suspicious_of_the_model_and_the_images(found: dict[str, Quality
     assert "10.0 % of the features have a partner" in warnings(replace(one, stability=few))[0]
     assert warnings(replace(one, stability=beside)) == []
     said = " ".join(warnings_of_images(replace(one, images=1, tokens=6, errors=(("a", "b"),))))
-    assert "1 image could not be measured" in said and "Only 6 patches were seen" in said and "over 1 image;" in said
+    assert "1 image could not be measured" in said and "Only 6 patches were seen" in said
+
+
+def test_few_images_with_a_known_class_are_said(found: dict[str, Quality]) -> None:
+    """What is recovered is theirs, however many images there are without."""
+    one = good(found)
+    (said,) = warnings_of_images(replace(one, behaviour=replace(one.behaviour, known=1)))
+    assert "Loss, accuracy and what is recovered are rough, as means over 1 image with a known class; give 100" in said
+    assert not warnings_of_images(replace(one, behaviour=replace(one.behaviour, known=100)))
+    none = replace(one.behaviour, known=0, loss=None, loss_recovered=None)
+    assert not warnings_of_images(replace(one, behaviour=none))
+    (said,) = warnings_of_images(replace(one, images=99, behaviour=none))
+    assert said == "What is recovered is rough, as a mean over 99 images; give 100 or more."
+
+
+def test_histograms_of_different_totals_are_compared_by_shares() -> None:
+    edges = (0.0, 1.0, 2.0)
+    page = Page(plots.bars(Histogram(edges, (3000, 1000)), Axis("cosine", "features"), Histogram(edges, (10, 30))))
+    assert "3,000 (75.0 %)25.0 %" in page.text and "1,000 (25.0 %)75.0 %" in page.text
 
 
 def test_plots_of_odd_numbers() -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
+import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -20,8 +24,10 @@ from learning import RECIPES, WIDTH, files, made, run, trained, trainee
 from safetensors.torch import load, load_file, save_file
 from torch.nn import functional as F
 
+import fga_fast
 from fga_fast.harvest.tokens import TensorTokens
 from fga_fast.io.resume import only_writer
+from fga_fast.io.safetensors_file import SafetensorsFile
 from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
 from fga_fast.training import train as module
 from fga_fast.training.checkpoint import CHECKPOINT
@@ -98,6 +104,7 @@ def test_dead_features_come_back_with_the_auxiliary_loss_only(tmp_path: Path) ->
 def test_another_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     with only_writer(tmp_path), pytest.raises(ValueError, match="another run writes into"):
         run(tmp_path)
+    assert files(tmp_path) == {}
     run(tmp_path)
 
 
@@ -154,7 +161,7 @@ def _stopped(out: Path, end: int, recipe: Recipe = RECIPES["topk"], **settings: 
     return TensorTokens({1: made(512)[0]})
 
 
-def test_other_settings(tmp_path: Path) -> None:
+def test_other_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = _stopped(tmp_path, 5)
     one: dict[str, Any] = {"steps": 10, "batch_size": 64, "progress": False, "out": tmp_path}
     before = files(tmp_path)
@@ -164,12 +171,85 @@ def test_other_settings(tmp_path: Path) -> None:
         ({"recipes": {"one": Recipe("topk", 32, 3)}}, r"recipes.one.k \(2 there, 3 now\)"),
         ({"recipes": {"two": RECIPES["topk"]}}, r"recipes.one.aux .*; recipes.two.aux"),
         ({"tokens": TensorTokens({1: made(512)[0]}, seed=1)}, r"tokens.seed \(0 there, 1 now\)"),
+        ({"tokens": TensorTokens({1: made(512, seed=1)[0]})}, r"tokens.sha256 \("),
+        ({"compile": True}, r"compile \(false there, true now\)"),
         ({"tokens": TensorTokens({2: made(512)[0]})}, r"blocks \(\[1\] there, \[2\] now\)"),
     ):
         call: dict[str, Any] = {"tokens": tokens, "recipes": {"one": RECIPES["topk"]}, **one, **given}
         with pytest.raises(ValueError, match=message):
             train(call.pop("tokens"), call.pop("recipes"), **call)
+    for version, message in (
+        ("fga_fast.__version__", r'fga_fast \(".*" there, "0.0" now\)'),
+        ("torch.__version__", r'torch \(".*" there, "0.0" now\)'),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=message):
+            patch.setattr(version, "0.0")
+            train(tokens, {"one": RECIPES["topk"]}, **one)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"algorithm \(2 there, 3 now\)"):
+        patch.setattr(module, "ALGORITHM", 3)
+        train(tokens, {"one": RECIPES["topk"]}, **one)
     assert files(tmp_path) == before
+
+
+def test_settings_count_once_there_is_something_to_protect(tmp_path: Path) -> None:
+    """What ends before its first checkpoint can be given again in another way."""
+    tokens = _stopped(tmp_path, 2)
+    assert sorted(files(tmp_path)) == ["settings.json"]
+    one: dict[str, Any] = {"steps": 3, "batch_size": 64, "progress": False, "out": tmp_path}
+    train(tokens, {"one": RECIPES["topk"]}, lr=1e-3, **one)
+    assert json.loads((tmp_path / "settings.json").read_text())["lr"] == 1e-3
+    with pytest.raises(ValueError, match=r"lr \(0.001 there, none now\)"):
+        train(tokens, {"one": RECIPES["topk"]}, **one)
+
+
+def test_what_a_killed_end_leaves(tmp_path: Path) -> None:
+    tokens = _stopped(tmp_path, 5)
+    one: dict[str, Any] = {"steps": 10, "batch_size": 64, "progress": False, "out": tmp_path}
+    for left in ("one/.block_1.0a1b.tmp", "one/block_1/.block_1.0a1b.tmp"):
+        (tmp_path / left).mkdir(parents=True)
+        (tmp_path / left / "sae.safetensors").write_bytes(b"cut")
+    checkpoint = (tmp_path / CHECKPOINT).read_bytes()
+    train(tokens, {"one": RECIPES["topk"]}, **one)
+    whole = files(tmp_path)
+    assert [*whole] == ["one/block_1/config.json", "one/block_1/sae.safetensors", "settings.json", "training.json"]
+    (tmp_path / CHECKPOINT).write_bytes(checkpoint)
+    train(tokens, {"one": RECIPES["topk"]}, **one)
+    assert files(tmp_path) == whole
+
+
+def test_results_are_on_the_disk_before_the_checkpoint_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+    fsync, replace, unlink = os.fsync, Path.replace, Path.unlink
+
+    def note(what: str, path: Path) -> None:
+        happened.append(f"{what} {re.sub(r'[.][0-9a-f.]+[.]tmp', '.tmp', str(path.relative_to(tmp_path)))}")
+
+    def fsynced(handle: int) -> None:
+        note("sync", Path(os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    def replaced(self: Path, target: Path) -> Path:
+        note("name", target)
+        return replace(self, target)
+
+    def unlinked(self: Path, missing_ok: bool = False) -> None:
+        note("delete", self)
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr(os, "fsync", fsynced)
+    monkeypatch.setattr(Path, "replace", replaced)
+    monkeypatch.setattr(Path, "unlink", unlinked)
+    tokens = TensorTokens({1: made(512)[0]})
+    for again in (False, True):  # into a new folder, and over an autoencoder that is there
+        happened.clear()
+        train(tokens, {"one": RECIPES["topk"]}, out=tmp_path, steps=1, batch_size=64, progress=False)
+        staging = "one/block_1/.block_1.tmp" if again else "one/.block_1.tmp"
+        written = [f"sync {staging}/sae.safetensors", f"sync {staging}/config.json", f"sync {staging}"]
+        names = [f"name one/block_1/{name}" for name in ("sae.safetensors", "config.json")]
+        kept = [*names, "sync one/block_1"] if again else ["name one/block_1", "sync one"]
+        end = ["sync .", "sync .training.json.tmp", "name training.json", "sync .", f"delete {CHECKPOINT}"]
+        assert happened[-len(written + kept + end) :] == written + kept + end
+        (tmp_path / "training.json").unlink()
 
 
 def test_damaged_checkpoints(tmp_path: Path) -> None:
@@ -254,10 +334,81 @@ def test_a_rate_that_is_too_high(tmp_path: Path) -> None:
     assert not (tmp_path / CHECKPOINT).exists()
 
 
+def test_no_checkpoint_holds_nan(tmp_path: Path) -> None:
+    """Weights become NaN in the step after the last loss that was looked at."""
+    recipe = Recipe("jumprelu", 32, 2, dead_after=100)
+    poisoned = torch.optim.Adam.step
+
+    def step(self: torch.optim.Adam) -> None:
+        poisoned(self)
+        state = next(iter(self.state.values()))
+        if state["step"] == 5:
+            self.param_groups[0]["params"][0].data[3, 2] = float("nan")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.Adam, "step", step)
+        with pytest.raises(FloatingPointError, match=r"step 5: weights became NaN or Inf \(one/block_1/W_.*; take a lo"):
+            trained(tmp_path / "poisoned", recipe, checkpoint_every=1)
+    left = SafetensorsFile(tmp_path / "poisoned" / CHECKPOINT, max_header=2**20)
+    assert left.metadata["step"] == "4" and all(bool(x.isfinite().all()) for x in left.tensors().values())
+    sae = trained(tmp_path / "wild", recipe, lr=10, checkpoint_every=1)  # thresholds stay in their range
+    assert sae.threshold is not None and bool(torch.isfinite(sae.threshold).all())
+    assert sae.threshold.min() >= 0.99 * math.exp(-10) and sae.threshold.max() <= 1.01 * math.exp(10)
+
+
+def test_tokens_that_end(tmp_path: Path) -> None:
+    class Short(TensorTokens):
+        def batches(self, size: int, start: int = 0) -> Iterator[dict[int, torch.Tensor]]:
+            return itertools.islice(super().batches(size, start), 3)
+
+    with pytest.raises(ValueError, match="tokens: expected batches without end, got none for step 4 of 9"):
+        train(Short({1: made(512)[0]}), {"one": RECIPES["topk"]}, out=tmp_path, steps=9, batch_size=9, progress=False)
+
+
+@pytest.mark.parametrize("steps", [8, 99, 120])
+def test_the_course_has_few_points(steps: int, tmp_path: Path) -> None:
+    train(TensorTokens({1: made(64)[0]}), {"one": Recipe("topk", 8, 1)}, out=tmp_path, steps=steps, batch_size=4,
+          progress=False)  # fmt: skip
+    found = json.loads((tmp_path / "training.json").read_text())["step"]
+    assert found[0] == 1 and found[-1] == steps and min(steps, 40) <= len(found) <= 51
+
+
+def test_each_step_takes_a_gradient_of_length_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that turns decoder rows without changing their lengths; for each autoencoder by itself."""
+    seen: list[int] = []
+    plain = torch.optim.Adam.step
+
+    def step(self: torch.optim.Adam) -> None:
+        parameters = [one for group in self.param_groups for one in group["params"]]
+        gradients = [one.grad for one in parameters if one.grad is not None]
+        assert torch.cat([one.flatten() for one in gradients]).norm().item() == pytest.approx(1, abs=1e-5)
+        W_dec = parameters[0]
+        assert W_dec.shape == (32, WIDTH) and W_dec.grad is not None and W_dec.grad.norm() > 1e-3
+        assert (W_dec.grad * W_dec).sum(1).abs().max() < 1e-6
+        seen.append(id(self))
+        plain(self)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    x = made(512)[0]
+    train(TensorTokens({0: x, 2: 9 * x}), RECIPES, out=tmp_path, steps=3, batch_size=64, progress=False)
+    assert len(seen) == 3 * 2 * len(RECIPES) and len({*seen}) == 2 * len(RECIPES)
+
+
+def test_a_threshold_stays_where_no_code_comes() -> None:
+    x = made(16)[0]
+    scale, own = trainee(RECIPES["batch_topk"], x)
+    own.threshold.fill_(0.6)
+    own.silent.fill_(3)
+    own.b_enc.data.fill_(-100)
+    own.loss(scale(x), torch.ones(()))
+    assert own.threshold == torch.tensor(0.6) and bool((own.silent == 19).all()) and own.active == 0
+
+
 def test_a_sweep_gives_what_single_runs_give(tmp_path: Path) -> None:
     x = made(600)[0]
     streams = {0: x, 2: x.flip(0) ** 2}
-    recipes = {"small": Recipe("topk", 24, 2), **RECIPES}
+    recipes = {"small": Recipe("topk", 24, 2, dead_after=100)}  # so that dead features take part
+    recipes |= {name: dataclasses.replace(one, dead_after=100) for name, one in RECIPES.items()}
     one: dict[str, Any] = {"steps": 6, "batch_size": 100, "progress": False}
     together = train(TensorTokens(streams), recipes, out=tmp_path / "all", **one)
     assert [*together] == [(name, block) for name in recipes for block in (0, 2)]
@@ -274,11 +425,14 @@ def test_what_is_written(tmp_path: Path) -> None:
     made_of = train(tokens, {"mine-1": RECIPES["matryoshka"]}, out=tmp_path, steps=4, batch_size=64, progress=False)
     sae = SparseAutoencoder.from_pretrained(tmp_path / "mine-1" / "block_3")
     assert sae.activation == "batch_topk" and sae.k == 2 and sae.expected_l0 == pytest.approx(2, abs=0.1)
-    assert sae.metadata["layer"] == "3" and sae.metadata["model"] == "vit" and sae.metadata["model_checksum"] == "abc"
+    assert sae.metadata["layer"] == "3" and sae.metadata["model_name"] == "vit" and sae.metadata["model_checksum"] == "abc"
     recipe = json.loads(sae.metadata["recipe"])
     assert recipe["name"] == "mine-1" and recipe["kind"] == "matryoshka" and recipe["prefixes"] == [16, 24, 32]
     told = json.loads(sae.metadata["training"])
     assert told["steps"] == 4 and told["tokens"]["preprocess"] == {"mean": [0.5]} and told["tokens"]["tokens"] == 512
+    assert told["lr"] == RECIPES["matryoshka"].rate and told["fga_fast"] == fga_fast.__version__
+    sae.save(tmp_path / "theirs", format="saelens")
+    assert json.loads((tmp_path / "theirs" / "cfg.json").read_text())["metadata"]["model_name"] == "vit"
     assert torch.equal(made_of["mine-1", 3].W_dec, sae.W_dec) and not (tmp_path / CHECKPOINT).exists()
 
 

@@ -72,7 +72,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="steps after which the state is written, 0: at the end (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--autocast", action="store_true", help="compute pre-activations in bfloat16")
-    parser.add_argument("--compile", action="store_true", help="compile the losses with torch.compile")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the losses with torch.compile (tested for topk only)"
+    )
     parser.set_defaults(run=run)
 
 
@@ -114,7 +116,9 @@ def _recipes(args: argparse.Namespace, widths: list[int]) -> dict[str, Recipe]:
 def _harvested(args: argparse.Namespace) -> _Source:
     own = ("manifest", "dataset", "model", "checkpoint", "checkpoint_key", "window", "split")  # None unless given
     given = [f"--{name.replace('_', '-')}" for name in own if getattr(args, name) is not None]
-    given += [f"--{name.replace('_', '-')}" for name in ("blocks", "pretrained", "random_weights") if getattr(args, name)]
+    given += [
+        f"--{name.replace('_', '-')}" for name in ("blocks", "pretrained", "random_weights") if getattr(args, name)
+    ]
     if args.images or given:
         got = ", ".join([*(["IMAGES"] if args.images else []), *given])
         raise ValueError(

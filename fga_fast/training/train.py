@@ -59,7 +59,7 @@ def train(
         seed: of the starting points. The order of the tokens has its own, in `tokens`.
         checkpoint_every: steps after which the state is written; 0: at the end only.
         device: where it is computed.
-        compile: compile the losses with `torch.compile`.
+        compile: compile the losses with `torch.compile`; tested for "topk" only.
         autocast: compute pre-activations in bfloat16; weights and everything else stay float32.
         progress: show a bar.
 
@@ -69,7 +69,8 @@ def train(
     Raises:
         TypeError, ValueError: an argument does not fit, `out` holds a run with other settings or a damaged checkpoint,
             or tokens that are NaN, Inf or all equal.
-        FloatingPointError: a loss or a weight became NaN or Inf; the message says at which step, and the last checkpoint is kept.
+        FloatingPointError: a loss or a weight became NaN or Inf; the message says at which step, and the last
+            checkpoint is kept.
         OSError: the disk does not take a file; the last checkpoint is kept.
     """
     _check(tokens, recipes, steps, batch_size, lr, warmup, decay, checkpoint_every)

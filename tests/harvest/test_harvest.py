@@ -47,19 +47,23 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
 def test_what_another_run_wrote_meanwhile_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the first look and the lock."""
     check = module.check_writable_folder
-    out = tmp_path / "out"
+    written: list[dict[Path, int]] = []
+
+    def times(folder: Path) -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
     def late(folder: Path) -> Path:
         monkeypatch.setattr(module, "check_writable_folder", check)
-        small(out, items(4))
+        small(folder, items(4))
+        written.append(times(folder))
         return check(folder)
 
     monkeypatch.setattr(module, "check_writable_folder", late)
     with pytest.raises(ValueError, match=r"blocks \(\[0, 2\] there, \[1\] now\)"):
-        small(out, items(4), [1])
+        small(tmp_path / "other", items(4), [1])
     monkeypatch.setattr(module, "check_writable_folder", late)
-    made = small(tmp_path / "same", items(4))
-    assert len(made) == 4
+    small(tmp_path / "same", items(4))
+    assert times(tmp_path / "same") == written[1] and len(written[1]) == 3
 
 
 def test_a_run_killed_as_it_begins_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,11 +57,7 @@ def test_the_demo_model_on_its_scenes(capsys: pytest.CaptureFixture[str]) -> Non
     assert "that were trained on, as the images are too few to hold some back" in said
     assert said.splitlines()[-2] == "next: fga-fast sae-report --sae 3=out/relu-24-l1-0.2/block_3"
     sae = SparseAutoencoder.from_pretrained(Path("out", "relu-24-l1-0.2", "block_3"))
-    assert (
-        sae.activation == "relu"
-        and sae.d_model == 128
-        and sae.metadata["model_name"] == "the fashion demo model"
-    )
+    assert sae.activation == "relu" and sae.d_model == 128 and sae.metadata["model_name"] == "the fashion demo model"
 
 
 def photos(count: int) -> None:
@@ -75,9 +71,7 @@ def said_by(given: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
-def test_the_half_that_is_not_trained_on(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_half_that_is_not_trained_on(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("timm")
     photos(24)
     loaded: set[str] = set()
@@ -125,8 +119,10 @@ def test_held_images_are_measured_once_and_after_training(
     [
         ((), "--blocks: expected the numbers of some blocks"),
         (("--harvest", "h", "--blocks", "1"), "which images, model or blocks, got --blocks;"),
-        (("a", "--harvest", "h", "--checkpoint", "f", "--pretrained", "--window", "auto", "--split", "tune"),
-         "got IMAGES, --checkpoint, --window, --split, --pretrained; leave it out"),
+        (
+            ("a", "--harvest", "h", "--checkpoint", "f", "--pretrained", "--window", "auto", "--split", "tune"),
+            "got IMAGES, --checkpoint, --window, --split, --pretrained; leave it out",
+        ),
         (("--blocks", "1", "--features", "0"), "features: expected a whole number of at least 2, got 0"),
         (("--harvest", "nowhere"), "nowhere"),
         (("--blocks", "77"), "blocks: expected some of 0 to 4, got [77]"),

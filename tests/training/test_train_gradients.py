@@ -19,7 +19,10 @@ def unexplained_by(own: Trainee, x: Tensor, codes: Tensor, variance: Tensor) -> 
 
 
 def textbook(own: Trainee, x: Tensor, variance: Tensor, pressure: float) -> tuple[Tensor, Tensor]:
-    """The loss and the share that the whole SAE does not explain, dense and by autograd alone; thresholds get their gradient by the formula of the paper."""
+    """The loss and the share that the whole SAE does not explain, dense and by autograd alone.
+
+    Thresholds get their gradient by the formula of the paper.
+    """
     recipe, k = own.recipe, own.recipe.k
     pre = (x - own.b_dec) @ own.W_enc.t() + own.b_enc
     penalty = torch.zeros(())

@@ -225,7 +225,7 @@ def test_results_are_on_the_disk_before_the_checkpoint_goes(tmp_path: Path, monk
         happened.append(f"{what} {re.sub(r'[.][0-9a-f.]+[.]tmp', '.tmp', str(path.relative_to(tmp_path)))}")
 
     def fsynced(handle: int) -> None:
-        note("sync", Path(os.readlink(f"/proc/self/fd/{handle}")))
+        note("sync", Path(f"/proc/self/fd/{handle}").readlink())
         fsync(handle)
 
     def replaced(self: Path, target: Path) -> Path:
@@ -347,7 +347,9 @@ def test_no_checkpoint_holds_nan(tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim.Adam, "step", step)
-        with pytest.raises(FloatingPointError, match=r"step 5: weights became NaN or Inf \(one/block_1/W_.*; take a lo"):
+        with pytest.raises(
+            FloatingPointError, match=r"step 5: weights became NaN or Inf \(one/block_1/W_.*; take a lo"
+        ):
             trained(tmp_path / "poisoned", recipe, checkpoint_every=1)
     left = SafetensorsFile(tmp_path / "poisoned" / CHECKPOINT, max_header=2**20)
     assert left.metadata["step"] == "4" and all(bool(x.isfinite().all()) for x in left.tensors().values())
@@ -425,7 +427,9 @@ def test_what_is_written(tmp_path: Path) -> None:
     made_of = train(tokens, {"mine-1": RECIPES["matryoshka"]}, out=tmp_path, steps=4, batch_size=64, progress=False)
     sae = SparseAutoencoder.from_pretrained(tmp_path / "mine-1" / "block_3")
     assert sae.activation == "batch_topk" and sae.k == 2 and sae.expected_l0 == pytest.approx(2, abs=0.1)
-    assert sae.metadata["layer"] == "3" and sae.metadata["model_name"] == "vit" and sae.metadata["model_checksum"] == "abc"
+    assert (
+        sae.metadata["layer"] == "3" and sae.metadata["model_name"] == "vit" and sae.metadata["model_checksum"] == "abc"
+    )
     recipe = json.loads(sae.metadata["recipe"])
     assert recipe["name"] == "mine-1" and recipe["kind"] == "matryoshka" and recipe["prefixes"] == [16, 24, 32]
     told = json.loads(sae.metadata["training"])

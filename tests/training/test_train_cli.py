@@ -67,7 +67,7 @@ def photos(count: int) -> None:
 
 
 def said_by(given: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
-    assert main(["train-sae", *given, *SHORT, "--k", "2"]) == 0
+    assert main(["train-sae", given[0], *SHORT, "--k", "2", *given[1:]]) == 0
     return capsys.readouterr().out.splitlines()
 
 
@@ -108,7 +108,7 @@ def test_held_images_are_measured_once_and_after_training(
     train, batches = module.train, module.LiveTokens.batches
     monkeypatch.setattr(module, "train", lambda *a, **k: (train(*a, **k), order.append("trained"))[0])
     monkeypatch.setattr(module.LiveTokens, "batches", lambda *a: (order.append("read"), batches(*a))[1])
-    lines = said_by(["photos", "--blocks", "1", "--out", "out"], capsys)
+    lines = said_by(["photos", "--blocks", "1", "--out", "out", "--batch-size", "128"], capsys)
     assert f"measured on {64 * images} tokens held back; dead: features that none of them activates" in lines
     assert len(measured) == 1 and len(measured[0].unique(dim=0)) == len(measured[0]) == 64 * images
     assert order[-2:] == ["trained", "read"]

@@ -1,4 +1,4 @@
-"""Libraries that only an evaluation needs, imported when it starts."""
+"""Libraries that only some data sets and evaluations need, imported where they are used."""
 
 from __future__ import annotations
 

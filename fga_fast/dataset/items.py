@@ -103,7 +103,9 @@ def choose(items: Sequence[Item], split: Split = "report", limit: int | None = N
 
 
 def digest_of(items: Sequence[Item]) -> str:
-    """A digest of which items there are, and what is asked about them; of files it knows size and time."""
+    """A digest of which items there are, and what is asked about them; of files it knows size and time, of functions
+    what their attribute `state` says.
+    """
     digest = hashlib.sha256()
     for item in items:
         digest.update(repr((item.key, item.unit, item.target, item.box)).encode())
@@ -115,6 +117,8 @@ def digest_of(items: Sequence[Item]) -> str:
                 digest.update(bytes_of(source))
             elif isinstance(source, Image.Image):
                 digest.update(source.tobytes())
+            elif callable(source):
+                digest.update(str(getattr(source, "state", "")).encode())
     return digest.hexdigest()[:16]
 
 

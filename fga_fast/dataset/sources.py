@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -103,11 +103,13 @@ def from_manifest(file: str | Path, class_names: Names = None) -> list[Item]:
 def _rows(file: Path) -> list[dict[str, Any]]:
     if file.suffix.lower() in (".parquet", ".pq"):
         table: Any = need("pyarrow.parquet").read_table(file)
+        _check_columns(file, table.column_names)
         rows: list[dict[str, Any]] = table.to_pylist()
         return rows
     try:
         with file.open(newline="", encoding="utf-8-sig") as text:
             reader = csv.DictReader(text)
+            _check_columns(file, reader.fieldnames or [])
             read = list(reader)
     except UnicodeDecodeError as error:
         raise ValueError(f"manifest: {file.name} is not UTF-8 ({error.reason}); save it as UTF-8") from error
@@ -120,6 +122,13 @@ def _rows(file: Path) -> list[dict[str, Any]]:
                 "commas in quotes"
             )
     return read
+
+
+def _check_columns(file: Path, names: Sequence[str]) -> None:
+    counts = Counter(str(name).strip().lower() for name in names)
+    for name in ("image", "target", "mask", *_BOX):
+        if counts[name] > 1:
+            raise ValueError(f"manifest: expected one column {name} in {file}, got {counts[name]}; rename the others")
 
 
 def _text(value: Any) -> str:
@@ -180,8 +189,8 @@ def from_huggingface(
 ) -> list[Item]:
     """The rows of a dataset that the library `datasets` loads, from its cache or from the Hugging Face hub.
 
-    Labels with names that the model knows are found by name, others are class numbers. Rows that have the same number
-    in two versions of a dataset are taken for the same image.
+    Labels with names that the model knows are found by name, others are class numbers. Which version of the dataset it
+    is, its fingerprint says, which `items.digest_of` takes in.
 
     Args:
         split: part of the dataset.
@@ -205,11 +214,29 @@ def from_huggingface(
                 targets[row] = _class(text, class_names)
             except ValueError as error:
                 raise ValueError(f"dataset: {name}, row {row + 1}, column {label}: {error}") from None
-    return [Item(f"{split}/{row}", partial(_cell, data, row, image), target) for row, target in enumerate(targets)]
+    return [Item(f"{split}/{row}", Cell(data, row, image), target) for row, target in enumerate(targets)]
 
 
-def _cell(data: Any, row: int, column: str) -> Image.Image:
-    picture = data[row][column]
-    if not isinstance(picture, Image.Image):
-        raise ValueError(f"dataset: row {row + 1}, column {column}: expected a picture, got {type(picture).__name__}")
-    return picture
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """A picture of a Hugging Face dataset, read when it is called.
+
+    Raises:
+        ValueError: there is no picture.
+    """
+
+    data: Any
+    row: int
+    column: str
+
+    def __call__(self) -> Image.Image:
+        picture = self.data[self.row][self.column]
+        if not isinstance(picture, Image.Image):
+            kind = type(picture).__name__
+            raise ValueError(f"dataset: row {self.row + 1}, column {self.column}: expected a picture, got {kind}")
+        return picture
+
+    @property
+    def state(self) -> str:
+        """The dataset's fingerprint, which changes with its rows."""
+        return str(getattr(self.data, "_fingerprint", ""))

@@ -21,6 +21,7 @@ from fga_fast.evaluation.measures import Measure, measures
 from fga_fast.evaluation.settings import describe
 from fga_fast.evaluation.store import Store
 from fga_fast.evaluation.subject import Method, Subject
+from fga_fast.io.atomic import check_writable_folder
 from fga_fast.io.images import Preprocess
 from fga_fast.io.resume import only_writer
 from fga_fast.io.window import Window
@@ -67,10 +68,8 @@ def evaluate(
     plan = _plan(subject, methods, metrics, seed, variant, probability, perturbed, batch_size)
     chosen = choose(items, split, limit)
     _check_masks(plan, chosen)
-    store = Store(out, describe(plan, chosen, preprocess, batch_size, split, limit, window))
+    settings = describe(plan, chosen, preprocess, batch_size, split, limit, window)
     groups = [chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size)]
-    missing = [number for number in range(len(groups)) if not store.has(number)]
-    total, done = len(chosen), len(chosen) - sum(len(groups[number]) for number in missing)
 
     def read(item: Item) -> Loaded | Failure:
         try:
@@ -78,7 +77,10 @@ def evaluate(
         except Exception as error:
             return failure_of(error)
 
-    with only_writer(store.folder):
+    with only_writer(check_writable_folder(out)):
+        store = Store(out, settings)
+        missing = [number for number in range(len(groups)) if not store.has(number)]
+        total, done = len(chosen), len(chosen) - sum(len(groups[number]) for number in missing)
         with tqdm(total=total, initial=done, unit="image", desc="evaluating", disable=not progress) as bar:
             for number, loaded in zip(missing, read_ahead((groups[one] for one in missing), read), strict=True):
                 store.write(number, rows_of(plan, groups[number], loaded))

@@ -31,7 +31,8 @@ class LiveTokens:
         layout: where its blocks and tokens are; None: `find_layout(model)`.
         blocks: numbers of the blocks, from 0.
         images: step -> [B, channels, H, W] as the model takes them, the same in every call, such as `ImageBatches`.
-        about: what else the tokens depend on, as JSON can hold it: which images, their transform and order.
+        about: what else the tokens depend on, as JSON can hold it: which images, their transform and order. "model"
+            is the model's name for the reader, by default that of its class.
 
     Raises:
         TypeError, ValueError: the model, its mode, the layout or a block does not fit; the message says what to do.
@@ -48,8 +49,8 @@ class LiveTokens:
         self._source, self._images = source_of(model, blocks, layout, (first.shape[2], first.shape[3])), images
         self.blocks, self.d_model = self._source.blocks, self._source.d_model
         self.about: Mapping[str, Any] = {
-            **(about or {}),
             "model": type(model).__name__,
+            **(about or {}),
             "model_checksum": model_checksum(model),
             "blocks": [*self.blocks],
         }

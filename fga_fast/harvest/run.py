@@ -91,10 +91,13 @@ def harvest(
     settings |= {"batch_size": batch_size, "shard_images": per_shard, "window": window}
     run = _Run(Path(out), settings, source, [chosen[at : at + per_shard] for at in range(0, len(chosen), per_shard)])
     if not run.complete():
-        run.begin()
+        run.check_space()
+        check_writable_folder(run.folder)
         with only_writer(run.folder):
-            run.go_on(partial(_read, source=source, preprocess=preprocess, window=window), workers, progress)
-            run.finish()
+            if not run.complete():  # which another run may have changed
+                run.begin()
+                run.go_on(partial(_read, source=source, preprocess=preprocess, window=window), workers, progress)
+                run.finish()
     return run.folder
 
 
@@ -197,8 +200,8 @@ class _Run:
                     self.done[number] = shard, listed
         return False
 
-    def begin(self) -> None:
-        """Checks the space, and makes the folder."""
+    def check_space(self) -> None:
+        """Refuses to begin what the disk has no room for; makes nothing."""
         there = self.folder.absolute()
         while not there.exists():
             there = there.parent
@@ -210,12 +213,14 @@ class _Run:
                 "name a folder on another disk, store bfloat16, or take fewer images or blocks"
             )
         logger.info("harvest: %d images, %s of %s free in %s", images, _size(needed), _size(free), self.folder)
-        check_writable_folder(self.folder)
-        (self.folder / files.SHARDS).mkdir(exist_ok=True)
+
+    def begin(self) -> None:
+        """Makes what a harvest begins with, and deletes what a killed one left half-written."""
         remove_leftovers(self.folder, files.MANIFEST)
         remove_leftovers(self.folder / files.SHARDS, "[0-9]*")
         if not (self.folder / files.MANIFEST).exists():
             self._manifest(complete=False)
+        (self.folder / files.SHARDS).mkdir(exist_ok=True)  # after it: without a manifest they are refused
 
     def go_on(self, read: Callable[[Item], Tensor | str], workers: int, progress: bool) -> None:
         """Writes the shards that are missing."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from fga_fast.io.digest import bytes_of
 
 
 class Tokens(Protocol):
@@ -39,7 +42,7 @@ class TensorTokens:
     Args:
         streams: block -> [T, C], the same tokens for each.
         seed: of the order.
-        about: see `Tokens`; the seed is added.
+        about: see `Tokens`; the seed and a checksum of the streams are added.
 
     Raises:
         ValueError: no block, shapes that differ, or fewer than two tokens.
@@ -53,7 +56,12 @@ class TensorTokens:
         self._streams, self._seed = dict(streams), seed
         self._count, self.d_model = shape
         self.blocks = tuple(streams)
-        self.about: Mapping[str, Any] = {**(about or {}), "tokens": self._count, "seed": seed}
+        digest = hashlib.sha256()
+        for block, x in self._streams.items():
+            digest.update(f"{block} {x.dtype}".encode())
+            digest.update(bytes_of(x))
+        own = {"tokens": self._count, "seed": seed, "sha256": digest.hexdigest()}
+        self.about: Mapping[str, Any] = {**(about or {}), **own}
 
     def sample(self, count: int) -> dict[int, Tensor]:
         """See `Tokens`."""

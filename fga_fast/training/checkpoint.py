@@ -9,14 +9,16 @@ training.json               the course of the training; it is there when the run
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fga_fast.io.atomic import atomic_file, atomic_write, check_writable_folder
+from fga_fast.io.atomic import atomic_file, atomic_write, sync
 from fga_fast.io.json_file import parse_json, read_json
 from fga_fast.io.resume import check_same, remove_leftovers
 from fga_fast.io.safetensors_file import SafetensorsFile
@@ -29,27 +31,30 @@ _MOST_SETTINGS = 16 * 2**20  # bytes
 
 
 class Folder:
-    """The folder of one run.
+    """The folder of one run. Make it under `io.resume.only_writer`: it deletes what a killed run left.
 
     Args:
-        folder: made if it is missing.
+        folder: it is there and can be written.
         settings: everything that the result depends on, as JSON can hold it.
 
     Raises:
-        ValueError: the folder holds a run with other settings; the message names them.
+        ValueError: the folder holds a run with other settings, and a checkpoint or results of it; the message names
+            them.
         OSError: the folder cannot be written.
     """
 
-    def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:
-        self.path = check_writable_folder(folder)
-        if (self.path / SETTINGS).exists():
-            check_same(read_json(self.path / SETTINGS, _MOST_SETTINGS), settings, self.path)
-        elif (self.path / CHECKPOINT).exists() or self.complete:
-            raise ValueError(f"out: {self.path} holds a run without {SETTINGS}; name another folder")
-        else:
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self.path = folder
+        if not (self.path / CHECKPOINT).exists() and not self.complete:  # nothing that other settings would spoil
             _write_json(self.path / SETTINGS, settings)
+        elif (self.path / SETTINGS).exists():
+            check_same(read_json(self.path / SETTINGS, _MOST_SETTINGS), settings, self.path)
+        else:
+            raise ValueError(f"out: {self.path} holds a run without {SETTINGS}; name another folder")
         for name in FILES:
             remove_leftovers(self.path, name)
+        if self.complete:
+            (self.path / CHECKPOINT).unlink(missing_ok=True)
 
     @property
     def complete(self) -> bool:
@@ -69,8 +74,12 @@ class Folder:
         path = self.sae(recipe, block)
         try:
             path.parent.mkdir(exist_ok=True)
+            for place in (path.parent, path):  # what a killed save left
+                for left in place.glob(f".{path.name}.*.tmp"):
+                    shutil.rmtree(left)
             sae.save(path)
-        except Exception as error:
+            sync(self.path)  # the recipe's folder in it
+        except (OSError, SafetensorError) as error:
             raise OSError(f"out: cannot write {path}: {error}; {_ADVICE}") from error
 
     def write(self, step: int, tensors: Mapping[str, Tensor], course: Mapping[str, Any]) -> None:
@@ -83,7 +92,7 @@ class Folder:
         try:
             with atomic_file(self.path / CHECKPOINT) as temporary:
                 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, header)
-        except Exception as error:  # safetensors has its own kinds for a full disk
+        except (OSError, SafetensorError) as error:  # safetensors has its own kind for a full disk
             what = f"the checkpoint of step {step} into {self.path}"
             raise OSError(f"out: cannot write {what}: {error}; {_ADVICE}") from error
 
@@ -121,6 +130,7 @@ class Folder:
     def finish(self, course: Mapping[str, Any]) -> None:
         """Marks the run as complete and deletes its checkpoint."""
         _write_json(self.path / COURSE, course)
+        sync(self.path)  # so that no crash leaves neither of them
         (self.path / CHECKPOINT).unlink(missing_ok=True)
 
 

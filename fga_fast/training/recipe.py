@@ -13,7 +13,7 @@ Kind = Literal["topk", "batch_topk", "matryoshka", "jumprelu", "relu"]
 class Recipe:
     """One sparse autoencoder to train.
 
-    Everything that has a size is meant after the tokens were centred and divided by their scale (see `Trainee`), so a
+    Everything that has a size is meant after the tokens were centred and divided by their scale (see `Scale`), so a
     recipe fits any block of any model.
 
     Attributes:

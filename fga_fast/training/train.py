@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import fga_fast
 from fga_fast.dataset.items import stable_number
 from fga_fast.harvest.tokens import Tokens
+from fga_fast.io.atomic import check_writable_folder
 from fga_fast.io.resume import only_writer
 from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
 from fga_fast.training.checkpoint import FILES, Folder
@@ -23,12 +25,13 @@ from fga_fast.training.recipe import Recipe
 from fga_fast.training.trainee import Scale, Trainee
 
 LOG = logging.getLogger(__name__)
+ALGORITHM = 2  # what a step computes; raise it when that changes, so that no run goes on in another way
 SAMPLE = 16_384  # tokens that centre and scale are taken from
 _LOOK_EVERY = 16  # steps between two looks at the losses, which on a device make the host wait
-_POINTS = 50  # of the course that training.json keeps
+_POINTS = 50  # of the course that training.json keeps, about
 _PRESSED = 0.1  # share of the steps in which a sparsity penalty rises
 _THETA_RATE = 10.0  # of the learning rate, for thresholds: they cross their whole range and not a small part of it
-_TOLD = ("steps", "batch_size", "lr", "seed", "tokens")  # settings that an SAE keeps
+_TOLD = ("steps", "batch_size", "seed", "tokens", "fga_fast", "algorithm")  # settings that an SAE keeps
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 Key = tuple[str, int]  # recipe's name, block
@@ -56,7 +59,7 @@ def train(
         seed: of the starting points. The order of the tokens has its own, in `tokens`.
         checkpoint_every: steps after which the state is written; 0: at the end only.
         device: where it is computed.
-        compile: compile the losses with `torch.compile`.
+        compile: compile the losses with `torch.compile`; tested for "topk" only.
         autocast: compute pre-activations in bfloat16; weights and everything else stay float32.
         progress: show a bar.
 
@@ -66,24 +69,27 @@ def train(
     Raises:
         TypeError, ValueError: an argument does not fit, `out` holds a run with other settings or a damaged checkpoint,
             or tokens that are NaN, Inf or all equal.
-        FloatingPointError: a loss became NaN or Inf; the message says at which step, and the last checkpoint is kept.
+        FloatingPointError: a loss or a weight became NaN or Inf; the message says at which step, and the last
+            checkpoint is kept.
         OSError: the disk does not take a file; the last checkpoint is kept.
     """
     _check(tokens, recipes, steps, batch_size, lr, warmup, decay, checkpoint_every)
     settings = {
         "steps": steps, "batch_size": batch_size, "lr": lr, "warmup": warmup, "decay": decay, "seed": seed,
-        "autocast": autocast, "blocks": list(tokens.blocks), "d_model": tokens.d_model, "tokens": dict(tokens.about),
+        "autocast": autocast, "compile": compile, "fga_fast": fga_fast.__version__, "torch": str(torch.__version__),
+        "algorithm": ALGORITHM, "blocks": list(tokens.blocks), "d_model": tokens.d_model,
+        "tokens": dict(tokens.about),
         **{f"recipes.{name}": dataclasses.asdict(recipe) for name, recipe in recipes.items()},
     }  # fmt: skip
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: got {device}, but torch sees no CUDA device; leave it out to use the CPU")
-    folder = Folder(out, settings)
     keys = [(name, block) for name in recipes for block in tokens.blocks]
-    if not folder.complete:
-        with only_writer(folder.path):
-            run = _Run(tokens, recipes, settings, folder, device, compile)
-            run.go(checkpoint_every, progress)
+    path = check_writable_folder(out)
+    with only_writer(path):
+        folder = Folder(path, settings)
+        if not folder.complete:
+            _Run(tokens, recipes, settings, folder, device).go(checkpoint_every, progress)
     return {key: SparseAutoencoder.from_pretrained(folder.sae(*key)) for key in keys}
 
 
@@ -92,7 +98,7 @@ class _Run:
 
     def __init__(
         self, tokens: Tokens, recipes: Mapping[str, Recipe], settings: Mapping[str, Any], folder: Folder,
-        device: torch.device, compile: bool,
+        device: torch.device,
     ) -> None:  # fmt: skip
         self._tokens, self._settings, self._folder, self._device = tokens, settings, folder, device
         sample = tokens.sample(SAMPLE)
@@ -105,7 +111,7 @@ class _Run:
                 self._trainees[name, block] = Trainee(recipe, tokens.d_model, variance, generator, device)
         self._adam = {key: _adam(one) for key, one in self._trainees.items()}
         self._loss: dict[Key, Callable[..., tuple[Tensor, Tensor]]] = {
-            key: torch.compile(one.loss) if compile else one.loss for key, one in self._trainees.items()
+            key: torch.compile(one.loss) if settings["compile"] else one.loss for key, one in self._trainees.items()
         }
         self._course: dict[str, Any] = {"step": [], **{_place(key): [] for key in self._trainees}}
 
@@ -117,7 +123,10 @@ class _Run:
         batches = self._batches(done)
         with tqdm(total=steps, initial=done, unit="step", desc="training", disable=not progress) as bar:
             for step in range(done, steps):
-                unseen += [(step, key, loss) for key, loss in self._step(step, next(batches)).items()]
+                batch = next(batches, None)
+                if batch is None:
+                    raise ValueError(f"tokens: expected batches without end, got none for step {step + 1} of {steps}")
+                unseen += [(step, key, loss) for key, loss in self._step(step, batch).items()]
                 last = step + 1 == steps
                 save = last or (checkpoint_every > 0 and (step + 1) % checkpoint_every == 0)
                 if save or (step + 1) % _LOOK_EVERY == 0:
@@ -126,7 +135,9 @@ class _Run:
                     bar.set_postfix(unexplained=f"{latest.item():.4f}", refresh=False)  # mean of all SAEs
                     unseen.clear()
                 if save:
-                    self._folder.write(step + 1, self._state(), self._course)
+                    state = self._state()
+                    _check_finite(step, state)  # the losses were those before the last step
+                    self._folder.write(step + 1, state, self._course)
                 bar.update()
         self._finish()
 
@@ -154,7 +165,7 @@ class _Run:
             trainee.level_gradient()
             adam.step()
             trainee.unit_decoder()
-        if step % max(1, steps // _POINTS) == 0 or step + 1 == steps:
+        if step % -(-steps // _POINTS) == 0 or step + 1 == steps:
             self._record(step, found)
         return found
 
@@ -207,12 +218,13 @@ class _Run:
     def _finish(self) -> None:
         about = self._tokens.about
         for (name, block), trainee in self._trainees.items():
+            told = {"lr": self._settings["lr"] or trainee.recipe.rate, **{key: self._settings[key] for key in _TOLD}}
             metadata = {
                 "layer": str(block),
-                "model": str(about.get("model", "")),
+                "model_name": str(about.get("model", "")),
                 "model_checksum": str(about.get("model_checksum", "")),
                 "recipe": json.dumps({"name": name, **dataclasses.asdict(trainee.recipe)}),
-                "training": json.dumps({key: self._settings[key] for key in _TOLD}),
+                "training": json.dumps(told),
             }
             self._folder.keep(name, block, trainee.frozen(self._scales[block], metadata))
         self._folder.finish(self._course)
@@ -229,6 +241,16 @@ def _adam(trainee: Trainee) -> torch.optim.Adam:
         moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
         adam.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
     return adam
+
+
+def _check_finite(step: int, state: Mapping[str, Tensor]) -> None:
+    """Raises FloatingPointError for NaN or Inf in any tensor."""
+    finite = torch.stack([torch.linalg.vector_norm(tensor, torch.inf) for tensor in state.values()]).isfinite()
+    if not bool(finite.all()):
+        raise FloatingPointError(
+            f"step {step + 1}: weights became NaN or Inf ({[*state][int((~finite).nonzero()[0])]}); take a lower lr. "
+            "Nothing of this step is saved; an earlier checkpoint is unharmed"
+        )
 
 
 def _place(key: Key) -> str:

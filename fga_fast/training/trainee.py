@@ -92,7 +92,7 @@ class Trainee(nn.Module):
         pressure: Tensor,  # []
         cast: AbstractContextManager[object] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """What is minimised, and the unexplained share of the variance, both [].
+        """What is minimised, and the share of the variance that the whole SAE leaves unexplained, both [].
 
         Args:
             x: tokens as `Scale` gives them.
@@ -107,12 +107,12 @@ class Trainee(nn.Module):
         values, penalty = self._codes(z, places, x)
         parts = places.times(values, self.W_dec).view(-1, *x.shape)  # [groups, T, C]
         left = x - self.b_dec - (parts if len(parts) == 1 else parts.cumsum(0))
-        unexplained = left.square().mean() / self._variance
+        errors = left.square().mean((1, 2)) / self._variance  # [groups], the last that of the whole SAE
         self._remember(values, places, len(x))
-        loss = unexplained + pressure * penalty
+        loss = errors.mean() + pressure * penalty
         if self.recipe.aux and self.recipe.kind != "relu":  # whose dead features have no pre-activation above 0
             loss = loss + self.recipe.aux * self._spare(x, pre, bias, left[-1].detach())
-        return loss, unexplained.detach()
+        return loss, errors[-1].detach()
 
     def _places(self, pre: Tensor) -> Dense | Sparse:
         recipe = self.recipe
@@ -146,8 +146,8 @@ class Trainee(nn.Module):
         self.silent += tokens
         self.silent.masked_fill_(counts > 0, 0)
         self._mean("active", counts.sum() / tokens)
-        if self.recipe.kind in ("batch_topk", "matryoshka"):
-            self._mean("threshold", torch.where(fires, values, torch.inf).amin() if len(values) else values.sum())
+        if self.recipe.kind in ("batch_topk", "matryoshka") and len(values):
+            self._mean("threshold", torch.where(fires, values, torch.inf).amin())
 
     def _mean(self, name: str, new: Tensor) -> None:
         """Takes a batch's value into a running mean; the first one as it is, and none that is infinite."""
@@ -185,7 +185,11 @@ class Trainee(nn.Module):
 
     @torch.no_grad()
     def unit_decoder(self) -> None:
-        """Scales each decoder row to length 1, so that a code is the size of what its feature adds."""
+        """Scales each decoder row to length 1, so that a code is the size of what its feature adds; and keeps the
+        thresholds of "jumprelu" from e^-10 to e^10, so that none becomes 0 or Inf.
+        """
+        if self.recipe.kind == "jumprelu":
+            self.log_theta.clamp_(-10, 10)
         self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-8))
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from PIL import Image
 from fga_fast import Preprocess
 from fga_fast.assets import fashion_items
 from fga_fast.dataset import sources
-from fga_fast.dataset.items import Item, load, view_of
+from fga_fast.dataset.items import Item, digest_of, load, view_of
 
 NAMES = ("cat", "dog, hound", "boat")
 PLAIN = Preprocess((8, 8), (0.5,) * 3, (0.5,) * 3)
@@ -85,6 +85,10 @@ def test_a_parquet_manifest(tmp_path: Path) -> None:
     path = tmp_path / "list.parquet"
     columns = {"image": ["a.png", "b.png"], "target": [2.0, float("nan")], "x0": [0, None], "y0": [0, None]}
     parquet.write_table(arrow.table({**columns, "x1": [1.5, None], "y1": [2, None]}), path)
+    twice = tmp_path / "twice.parquet"
+    parquet.write_table(arrow.table({"image": ["a.png"], "IMAGE ": ["b.png"]}), twice)
+    with pytest.raises(ValueError, match=r"expected one column image in .*twice\.parquet, got 2"):
+        sources.from_manifest(twice)
     first, second = sources.from_manifest(path, NAMES)
     assert (first.target, first.box, second.target, second.box) == (2, (0, 0, 1.5, 2), None, None)
 
@@ -94,6 +98,8 @@ def test_a_parquet_manifest(tmp_path: Path) -> None:
     [
         ("file,target\na.png,1\n", r"expected a column image in .*list.csv, got file, target"),
         ("image\n", "expected at least one row"),
+        ("image,target,Target\na.png,1,2\n", "expected one column target in .*list.csv, got 2; rename the others"),
+        ("image,x0,x0\na.png,1,2\n", "expected one column x0 in"),
         ("image,target\na.png,1\n,1\n", "list.csv, row 2, column image: expected a path, got nothing"),
         ("image,target\na.png,3\n", "row 1, column target: expected a class number of 0 to 2, got 3"),
         ("image,target\na.png,-1\n", "row 1, column target: expected a class number of 0 to 2, got -1"),
@@ -144,6 +150,7 @@ def test_a_hugging_face_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
 
     class Data(list[dict[str, Any]]):
         features: ClassVar = {"image": object(), "label": Label()}
+        _fingerprint = ""
 
         def __getitem__(self, key: Any) -> Any:
             return [row[key] for row in self] if isinstance(key, str) else super().__getitem__(key)
@@ -163,6 +170,10 @@ def test_a_hugging_face_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fake, "load_dataset", lambda name, split: unlabelled)
     assert [one.target for one in sources.from_huggingface("me/pets", NAMES)] == [None, None]
     monkeypatch.setattr(fake, "load_dataset", lambda name, split: labelled)
+    digests = {digest_of([first, second])}
+    for labelled._fingerprint in ("3f", "40"):
+        digests.add(digest_of([first, second]))
+    assert len(digests) == 3
     with pytest.raises(ValueError, match="row 2, column label: 'boat' is not among"):
         sources.from_huggingface("me/pets", ("cat", "dog"))
     with pytest.raises(ValueError, match="dataset: expected a column photo in me/pets, got image, label"):

@@ -90,6 +90,7 @@ def test_a_killed_run_goes_on_without_a_trace(tmp_path: Path) -> None:
 def test_another_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     with only_writer(tmp_path), pytest.raises(ValueError, match="another run writes into"):
         small(tmp_path, items(4))
+    assert not [*tmp_path.iterdir()]
     assert len(small(tmp_path, items(4))) == 8
 
 

@@ -40,7 +40,43 @@ def short_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_another_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     with only_writer(tmp_path), pytest.raises(ValueError, match="another run writes into"):
         run(tmp_path)
+    assert files(tmp_path) == {} and not [*tmp_path.iterdir()]
     run(tmp_path)
+
+
+def test_what_another_run_wrote_meanwhile_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the first look and the lock."""
+    check = module.check_writable_folder
+    written: list[dict[Path, int]] = []
+
+    def times(folder: Path) -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+    def late(folder: Path) -> Path:
+        monkeypatch.setattr(module, "check_writable_folder", check)
+        small(folder, items(4))
+        written.append(times(folder))
+        return check(folder)
+
+    monkeypatch.setattr(module, "check_writable_folder", late)
+    with pytest.raises(ValueError, match=r"blocks \(\[0, 2\] there, \[1\] now\)"):
+        small(tmp_path / "other", items(4), [1])
+    monkeypatch.setattr(module, "check_writable_folder", late)
+    small(tmp_path / "same", items(4))
+    assert times(tmp_path / "same") == written[1] and len(written[1]) == 3
+
+
+def test_a_run_killed_as_it_begins_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for place in ("atomic_write", "Path.mkdir"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            tmp_path.joinpath(place).mkdir()
+            patch.setattr(f"{module.__name__}.{place}", killed)
+            patch.setattr(module, "check_writable_folder", Path)
+            run(tmp_path / place)
+        run(tmp_path / place)
 
 
 @pytest.mark.usefixtures("short_shards")

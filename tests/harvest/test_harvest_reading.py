@@ -247,6 +247,8 @@ def test_live_tokens_are_those_of_a_harvest(found: Activations) -> None:
     live: Tokens = LiveTokens(own, own.layout(), (0, 2), images, {"data": "mine"})
     assert (live.blocks, live.d_model) == ((0, 2), WIDTH)
     assert live.about["model_checksum"] == found.about.model_checksum and live.about["data"] == "mine"
+    assert live.about["model"] == type(own).__name__
+    assert LiveTokens(own, own.layout(), (0,), images, {"model": "mine"}).about["model"] == "mine"
     batches = list(islice(live.batches(1), 7))
     assert [*batches[0][0].shape] == [4 * PATCHES, WIDTH]
     for step, batch in enumerate(batches):

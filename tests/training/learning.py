@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -74,3 +75,29 @@ def run(out: Path, tokens: type[TensorTokens] = TensorTokens) -> None:
 
 def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+class Stopped(Exception):
+    pass
+
+
+class Until(TensorTokens):
+    """Stops at step `end`."""
+
+    end = 0
+
+    def batches(self, size: int, start: int = 0) -> Iterator[dict[int, torch.Tensor]]:
+        for step, batch in enumerate(super().batches(size, start), start):
+            if step == self.end:
+                raise Stopped
+            yield batch
+
+
+def stopped(out: Path, end: int, recipe: Recipe = RECIPES["topk"], **settings: Any) -> TensorTokens:
+    """The tokens of a run that was stopped after `end` steps."""
+    tokens = Until({1: made(512)[0]})
+    tokens.end = end
+    usual: dict[str, Any] = {"steps": 10, "batch_size": 64, "checkpoint_every": 3, "progress": False}
+    with pytest.raises(Stopped):
+        train(tokens, {"one": recipe}, out=out, **(usual | settings))
+    return TensorTokens({1: made(512)[0]})

@@ -14,8 +14,15 @@ from fga_fast.training.straight_through import jump, step
 from fga_fast.training.trainee import Trainee
 
 
-def textbook(own: Trainee, x: Tensor, variance: Tensor, pressure: float) -> Tensor:
-    """The loss, dense and by autograd alone; thresholds get their gradient by the formula of the paper."""
+def unexplained_by(own: Trainee, x: Tensor, codes: Tensor, variance: Tensor) -> Tensor:
+    return (x - own.b_dec - codes @ own.W_dec).square().mean() / variance
+
+
+def textbook(own: Trainee, x: Tensor, variance: Tensor, pressure: float) -> tuple[Tensor, Tensor]:
+    """The loss and the share that the whole SAE does not explain, dense and by autograd alone.
+
+    Thresholds get their gradient by the formula of the paper.
+    """
     recipe, k = own.recipe, own.recipe.k
     pre = (x - own.b_dec) @ own.W_enc.t() + own.b_enc
     penalty = torch.zeros(())
@@ -44,13 +51,14 @@ def textbook(own: Trainee, x: Tensor, variance: Tensor, pressure: float) -> Tens
     errors = [x - own.b_dec - codes[:, :size] @ own.W_dec[:size] for size in sizes]
     loss = torch.stack([error.square().mean() for error in errors]).mean() / variance + pressure * penalty
     if recipe.kind == "relu":  # whose dead features have nothing above 0 to explain with
-        return loss
+        return loss, unexplained_by(own, x, codes, variance)
     dead = (codes <= 0).all(0)
     assert 8 <= dead.sum() < recipe.features
     of_dead = pre[:, dead]
     kept = of_dead.topk(min(int(dead.sum()), x.shape[1] // 2))
     spare = torch.zeros_like(of_dead).scatter(1, kept.indices, kept.values.relu()) @ own.W_dec[dead]
-    return loss + recipe.aux * (errors[-1].detach() - spare).square().mean() / variance
+    loss = loss + recipe.aux * (errors[-1].detach() - spare).square().mean() / variance
+    return loss, unexplained_by(own, x, codes, variance)
 
 
 @pytest.mark.parametrize("name", [*RECIPES])
@@ -60,13 +68,14 @@ def test_loss_and_gradients_are_those_of_the_textbook(name: str) -> None:
     x = scale(x)
     if name == "jumprelu":
         own.log_theta.data += 0.4  # so that some features are silent
-    expected = textbook(own, x, scale.variance, 0.7)
+    expected, share = textbook(own, x, scale.variance, 0.7)
     gradients = torch.autograd.grad(expected, [*own.parameters()])
     own.threshold.fill_(0.6)  # a guess
     own.silent.fill_(1e9)  # all that do not fire now are dead
     loss, unexplained = own.loss(x, torch.tensor(0.7))
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
-    assert 0 < unexplained < loss
+    assert 0 < unexplained < loss and not unexplained.requires_grad
+    torch.testing.assert_close(unexplained, share.detach(), rtol=1e-5, atol=1e-6)
     loss.backward()
     for (label, parameter), gradient in zip(own.named_parameters(), gradients, strict=True):
         assert gradient.abs().max() > 0

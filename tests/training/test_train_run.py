@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import resource
@@ -16,10 +17,11 @@ from typing import Any
 
 import pytest
 import torch
-from learning import RECIPES, WIDTH, files, made, run, trained, trainee
+from learning import RECIPES, WIDTH, files, made, run, stopped, trained, trainee
 from safetensors.torch import load, load_file, save_file
 from torch.nn import functional as F
 
+import fga_fast
 from fga_fast.harvest.tokens import TensorTokens
 from fga_fast.io.resume import only_writer
 from fga_fast.sae.sparse_autoencoder import SparseAutoencoder
@@ -98,6 +100,7 @@ def test_dead_features_come_back_with_the_auxiliary_loss_only(tmp_path: Path) ->
 def test_another_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     with only_writer(tmp_path), pytest.raises(ValueError, match="another run writes into"):
         run(tmp_path)
+    assert files(tmp_path) == {}
     run(tmp_path)
 
 
@@ -128,34 +131,8 @@ def test_a_killed_run_goes_on_without_a_trace(tmp_path: Path) -> None:
     assert any(one["dead"] > 0 for block in (0, 2) for one in course[f"topk/block_{block}"])
 
 
-class Stopped(Exception):
-    pass
-
-
-class Until(TensorTokens):
-    """Stops at step `end`."""
-
-    end = 0
-
-    def batches(self, size: int, start: int = 0) -> Iterator[dict[int, torch.Tensor]]:
-        for step, batch in enumerate(super().batches(size, start), start):
-            if step == self.end:
-                raise Stopped
-            yield batch
-
-
-def _stopped(out: Path, end: int, recipe: Recipe = RECIPES["topk"], **settings: Any) -> TensorTokens:
-    """The tokens of a run that was stopped after `end` steps."""
-    tokens = Until({1: made(512)[0]})
-    tokens.end = end
-    usual: dict[str, Any] = {"steps": 10, "batch_size": 64, "checkpoint_every": 3, "progress": False}
-    with pytest.raises(Stopped):
-        train(tokens, {"one": recipe}, out=out, **(usual | settings))
-    return TensorTokens({1: made(512)[0]})
-
-
-def test_other_settings(tmp_path: Path) -> None:
-    tokens = _stopped(tmp_path, 5)
+def test_other_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = stopped(tmp_path, 5)
     one: dict[str, Any] = {"steps": 10, "batch_size": 64, "progress": False, "out": tmp_path}
     before = files(tmp_path)
     for given, message in (
@@ -164,16 +141,28 @@ def test_other_settings(tmp_path: Path) -> None:
         ({"recipes": {"one": Recipe("topk", 32, 3)}}, r"recipes.one.k \(2 there, 3 now\)"),
         ({"recipes": {"two": RECIPES["topk"]}}, r"recipes.one.aux .*; recipes.two.aux"),
         ({"tokens": TensorTokens({1: made(512)[0]}, seed=1)}, r"tokens.seed \(0 there, 1 now\)"),
+        ({"tokens": TensorTokens({1: made(512, seed=1)[0]})}, r"tokens.sha256 \("),
+        ({"compile": True}, r"compile \(false there, true now\)"),
         ({"tokens": TensorTokens({2: made(512)[0]})}, r"blocks \(\[1\] there, \[2\] now\)"),
     ):
         call: dict[str, Any] = {"tokens": tokens, "recipes": {"one": RECIPES["topk"]}, **one, **given}
         with pytest.raises(ValueError, match=message):
             train(call.pop("tokens"), call.pop("recipes"), **call)
+    for version, message in (
+        ("fga_fast.__version__", r'fga_fast \(".*" there, "0.0" now\)'),
+        ("torch.__version__", r'torch \(".*" there, "0.0" now\)'),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=message):
+            patch.setattr(version, "0.0")
+            train(tokens, {"one": RECIPES["topk"]}, **one)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"algorithm \(2 there, 3 now\)"):
+        patch.setattr(module, "ALGORITHM", 3)
+        train(tokens, {"one": RECIPES["topk"]}, **one)
     assert files(tmp_path) == before
 
 
 def test_damaged_checkpoints(tmp_path: Path) -> None:
-    tokens = _stopped(tmp_path, 5)
+    tokens = stopped(tmp_path, 5)
     path = tmp_path / CHECKPOINT
     whole = path.read_bytes()
     state = load(whole)
@@ -204,7 +193,7 @@ def _largest_file(size: int) -> Iterator[None]:
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
-    tokens = _stopped(tmp_path, 5)
+    tokens = stopped(tmp_path, 5)
     before = files(tmp_path)
     message = r"out: cannot write the checkpoint of step 6 into .*; the last checkpoint, if any, is unharmed"
     one: dict[str, Any] = {"steps": 10, "batch_size": 64, "checkpoint_every": 3, "progress": False, "out": tmp_path}
@@ -257,7 +246,8 @@ def test_a_rate_that_is_too_high(tmp_path: Path) -> None:
 def test_a_sweep_gives_what_single_runs_give(tmp_path: Path) -> None:
     x = made(600)[0]
     streams = {0: x, 2: x.flip(0) ** 2}
-    recipes = {"small": Recipe("topk", 24, 2), **RECIPES}
+    recipes = {"small": Recipe("topk", 24, 2, dead_after=100)}  # so that dead features take part
+    recipes |= {name: dataclasses.replace(one, dead_after=100) for name, one in RECIPES.items()}
     one: dict[str, Any] = {"steps": 6, "batch_size": 100, "progress": False}
     together = train(TensorTokens(streams), recipes, out=tmp_path / "all", **one)
     assert [*together] == [(name, block) for name in recipes for block in (0, 2)]
@@ -274,11 +264,16 @@ def test_what_is_written(tmp_path: Path) -> None:
     made_of = train(tokens, {"mine-1": RECIPES["matryoshka"]}, out=tmp_path, steps=4, batch_size=64, progress=False)
     sae = SparseAutoencoder.from_pretrained(tmp_path / "mine-1" / "block_3")
     assert sae.activation == "batch_topk" and sae.k == 2 and sae.expected_l0 == pytest.approx(2, abs=0.1)
-    assert sae.metadata["layer"] == "3" and sae.metadata["model"] == "vit" and sae.metadata["model_checksum"] == "abc"
+    assert (
+        sae.metadata["layer"] == "3" and sae.metadata["model_name"] == "vit" and sae.metadata["model_checksum"] == "abc"
+    )
     recipe = json.loads(sae.metadata["recipe"])
     assert recipe["name"] == "mine-1" and recipe["kind"] == "matryoshka" and recipe["prefixes"] == [16, 24, 32]
     told = json.loads(sae.metadata["training"])
     assert told["steps"] == 4 and told["tokens"]["preprocess"] == {"mean": [0.5]} and told["tokens"]["tokens"] == 512
+    assert told["lr"] == RECIPES["matryoshka"].rate and told["fga_fast"] == fga_fast.__version__
+    sae.save(tmp_path / "theirs", format="saelens")
+    assert json.loads((tmp_path / "theirs" / "cfg.json").read_text())["metadata"]["model_name"] == "vit"
     assert torch.equal(made_of["mine-1", 3].W_dec, sae.W_dec) and not (tmp_path / CHECKPOINT).exists()
 
 
@@ -286,7 +281,7 @@ def test_the_rate_rises_and_falls(tmp_path: Path) -> None:
     """With a share of warm-up and decay; seen by how far the decoder's bias moves, which Adam makes about the rate."""
     moves = []
     for steps in (1, 2, 3, 4):
-        tokens = _stopped(tmp_path / str(steps), steps, steps=8, warmup=0.5, decay=0.5, lr=1e-3, checkpoint_every=1)
+        tokens = stopped(tmp_path / str(steps), steps, steps=8, warmup=0.5, decay=0.5, lr=1e-3, checkpoint_every=1)
         assert tokens.d_model == WIDTH
         state = load_file(tmp_path / str(steps) / CHECKPOINT)
         moves.append(state["one/block_1/b_dec"])

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fga_fast.io.atomic import sync
 from fga_fast.sae.formats.checkpoint import MAX_SETTINGS_BYTES
 
 
@@ -82,11 +83,15 @@ def write_folder(
         staging.mkdir()
         save_file(dict(tensors), staging / weights, metadata=header)
         (staging / config).write_text(text, encoding="utf-8")
+        for written in (staging / weights, staging / config, staging):  # before the names say that they are whole
+            sync(written)
         if fresh:
             staging.replace(folder)
+            sync(folder.parent)
         else:
             for file in (weights, config):
                 (staging / file).replace(folder / file)
+            sync(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return Path(path)

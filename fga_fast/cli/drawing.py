@@ -48,7 +48,9 @@ class Drawing:
             # Not a fork of this process, whose threads may hold locks.
             kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
             context = multiprocessing.get_context(kind)
-            context.set_forkserver_preload([__name__])
+            if kind == "forkserver":
+                context.set_forkserver_preload([__name__])
+                _start_server()
             self._pool = ProcessPoolExecutor(processes, context, initializer=_start_process)
         else:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="fga-fast draws")
@@ -77,6 +79,17 @@ class Drawing:
 
     def _take(self) -> None:
         self.plain |= self._waiting.popleft().result()
+
+
+def _start_server() -> None:
+    """Starts the server that forks the processes. Ctrl-C does not reach them, not even while they begin."""
+    from multiprocessing import forkserver  # which not every system has
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which what is started now inherits
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_process() -> None:

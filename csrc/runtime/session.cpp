@@ -9,8 +9,10 @@
 #include <torch/version.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <filesystem>
+#include <mutex>
 #include <utility>
 
 #include "library.h"
@@ -78,6 +80,8 @@ struct Session::State {
   Metadata metadata;
   c10::Device device = c10::kCPU;
   std::unique_ptr<torch::inductor::AOTIModelPackageLoader> loader;
+  mutable std::mutex first_call;
+  mutable std::atomic<bool> called{false};
 
   void check(const Images& images, const std::optional<std::vector<int64_t>>& targets) const;
   at::Tensor values_of(const Images& images, int64_t first, int64_t count) const;
@@ -159,7 +163,12 @@ at::Tensor Session::State::targets_of(const std::vector<int64_t>& targets, int64
 }
 
 std::vector<at::Tensor> Session::State::run(const std::vector<at::Tensor>& inputs) const {
+  // torch's container folds constants in its first call. Threads that all begin with a first call can wait for each
+  // other for ever, so the first one is made alone.
+  std::unique_lock<std::mutex> alone(first_call, std::defer_lock);
+  if (!called) alone.lock();
   const std::vector<at::Tensor> found = loader->run(inputs);
+  called = true;
   if (found.size() != metadata.outputs.size())
     throw Error("package: expected " + std::to_string(metadata.outputs.size()) + " outputs, got " +
                 std::to_string(found.size()));

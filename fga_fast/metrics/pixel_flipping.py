@@ -33,8 +33,7 @@ def pixel_flipping(
     """Area under the target's probability while patches are removed one after the other; lower is better.
 
     Removed patches stay removed. The area is the trapezoid's over the number of removed patches, from none to all, so
-    the clean image is its first point. It lies in [0, P]; divided by P (`normalise`) it is a mean probability, and can
-    be compared between models of different grids.
+    the clean image is its first point. It lies in [0, P]; `normalise` divides it by P, for models of different grids.
 
     Source: Bach et al., On Pixel-Wise Explanations, PLoS ONE 2015, which removes pixels in the order of relevance and
     shows the curve; Samek et al., IEEE TNNLS 2017, for the area.
@@ -49,7 +48,7 @@ def pixel_flipping(
             `fill="mean"`.
         step: patches removed at a time.
         order: the most relevant patches first, the least relevant ones (then higher is better), or those nearest to 0.
-        output: the curve is the target's probability or its logit (no range is known). `normalise` divides by P.
+        output: the curve is the target's probability or its logit (no range is known).
         fill: what replaces patches, see `fills.fill_images`.
         probability: of the logits; "sigmoid" for a model whose classes do not exclude each other.
         grid: (rows, columns) of the patches; by default a square.

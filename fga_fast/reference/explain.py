@@ -67,7 +67,7 @@ def explain(
     held: Mapping[int, Hold] | None = None,
     first: bool = True,
 ) -> Tensors:
-    """Explain one or K targets an image with full attention maps, by the equations of this module.
+    """Explain one or K targets an image with full attention maps; returns `Tensors`, detached.
 
     Args:
         model: module from images to logits [B, classes], or what `readout` runs. It is left as it is; hooks are on it
@@ -82,9 +82,6 @@ def explain(
             another implementation's rollout apart from its scores.
         held: block -> SAE features that are held in the residual stream after it, see `Explainer.ablate`.
         first: check that the model's blocks read each other, and its values the maps, as a rollout supposes.
-
-    Returns:
-        `Tensors`, detached.
 
     Raises:
         ValueError, TypeError: a model that cannot be followed; targets, autoencoders or settings that do not fit it.

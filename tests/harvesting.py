@@ -57,10 +57,6 @@ def run(out: Path, pause: float = 0) -> Path:
         return small(out, given, class_token=True).folder
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 def returned(own: Any, images: Tensor, blocks: Sequence[int]) -> dict[int, Tensor]:
     """What blocks return for images, by the textbook: a forward hook on each; block -> [B, N, C]."""
     found: dict[int, Tensor] = {}

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +17,8 @@ import families
 import pytest
 import torch
 from families import Family
-from harvesting import PATCHES, PREPROCESS, SHARD, SIZE, files, items, model, picture, returned, run, small
+from folders import files, largest_file
+from harvesting import PATCHES, PREPROCESS, SHARD, SIZE, items, model, picture, returned, run, small
 from own_vit import WIDTH
 from pair_vit import PairViT, plainly
 
@@ -165,20 +163,9 @@ def test_a_killed_run_goes_on_without_a_trace(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in killed.rglob("*")} == before
 
 
-@contextmanager
-def _largest_file(size: int) -> Iterator[None]:
-    """The system refuses to write longer files, as a full disk does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, given = tmp_path / "out", items(40)
-    with _largest_file(4096), pytest.raises(OSError, match=r"out: cannot write .*000000\.safetensors .*it goes on"):
+    with largest_file(4096), pytest.raises(OSError, match=r"out: cannot write .*000000\.safetensors .*it goes on"):
         small(out, given)
     assert [*files(out)] == ["manifest.json"]
     with monkeypatch.context() as patched:
@@ -252,7 +239,7 @@ def test_values_that_are_not_finite(tmp_path: Path) -> None:
 
 def test_a_model_or_a_setting_that_changed(tmp_path: Path) -> None:
     own, given, out = model(), items(40), tmp_path / "out"
-    with _largest_file(4096), pytest.raises(OSError, match="out: cannot write"):
+    with largest_file(4096), pytest.raises(OSError, match="out: cannot write"):
         small(out, given, model=own)
     with torch.no_grad():
         own.head.bias[0] += 1e-3

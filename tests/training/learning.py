@@ -73,10 +73,6 @@ def run(out: Path, tokens: type[TensorTokens] = TensorTokens) -> None:
           progress=False)  # fmt: skip
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 class Stopped(Exception):
     pass
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from learning import RECIPES, WIDTH, files, made, run, stopped, trained, trainee
+from folders import files, largest_file
+from learning import RECIPES, WIDTH, made, run, stopped, trained, trainee
 from safetensors.torch import load, load_file, save_file
 from torch.nn import functional as F
 
@@ -181,23 +180,12 @@ def test_damaged_checkpoints(tmp_path: Path) -> None:
     train(tokens, {"one": RECIPES["topk"]}, out=tmp_path, steps=10, batch_size=64, progress=False)
 
 
-@contextmanager
-def _largest_file(size: int) -> Iterator[None]:
-    """The system refuses to write longer files, as a full disk does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_full_disk(tmp_path: Path) -> None:
     tokens = stopped(tmp_path, 5)
     before = files(tmp_path)
     message = r"out: cannot write the checkpoint of step 6 into .*; the last checkpoint, if any, is unharmed"
     one: dict[str, Any] = {"steps": 10, "batch_size": 64, "checkpoint_every": 3, "progress": False, "out": tmp_path}
-    with _largest_file(4096), pytest.raises(OSError, match=message):
+    with largest_file(4096), pytest.raises(OSError, match=message):
         train(tokens, {"one": RECIPES["topk"]}, **one)
     assert files(tmp_path) == before
     (tmp_path / "one").write_bytes(b"")  # so that autoencoders cannot be written

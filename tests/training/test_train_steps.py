@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from learning import RECIPES, WIDTH, files, made, stopped, trained, trainee
+from folders import files
+from learning import RECIPES, WIDTH, made, stopped, trained, trainee
 
 from fga_fast.harvest.tokens import TensorTokens
 from fga_fast.io.safetensors_file import SafetensorsFile

@@ -35,7 +35,7 @@ def test_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
     found = stored()
     assert list(found) == ["block 2", "block 3"]
     for one in found.values():
-        # The model card says 93.6 and 94.5 %, L0 16, and as good as before; of a thousand scenes.
+        # The model card says 93.7 and 94.3 %, L0 16, and as good as before; of a thousand scenes.
         assert one["explained_variance"] == pytest.approx(0.94, abs=0.02) and one["l0"] == 16
         assert one["recovered"] > 0.95 and one["images"] == 6 and one["tokens"] == 384
     said = capsys.readouterr().out

@@ -153,5 +153,9 @@ if __name__ == "__main__":
         package_dir={"fga_fast": "fga_fast", "fga_fast.kernels": "kernels"},  # editable installs follow this too
         ext_modules=ext_modules,
         cmdclass=commands,
-        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+        options={
+            "bdist_wheel": {"py_limited_api": "cp310"},
+            # One folder for editable installs and wheels, so that the second one only links; ninja knows what is stale.
+            "build_ext": {"build_temp": "build/objects"},
+        },
     )

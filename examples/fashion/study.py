@@ -17,17 +17,16 @@ import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from examples.fashion.data import Garments, load_garments, make_scenes
-from fga_fast import metrics
+from examples.measured import measured
 from fga_fast.assets import fashion_config, fashion_model, fashion_saes
 from fga_fast.dataset.items import Half, Item, half_of
 from fga_fast.evaluation import report, store
-from fga_fast.evaluation.measures import MEASURES, Batch, Measure, flat, subsets
+from fga_fast.evaluation.measures import MEASURES, flat
 from fga_fast.evaluation.methods import METHODS
 from fga_fast.evaluation.run import evaluate
 from fga_fast.evaluation.statistics import analyse
@@ -38,7 +37,6 @@ SEED = 3_000_003
 STEPS = {"tune": 4, "report": 8}  # patches flipped at a time
 METRICS = ("saco", "faithfulness_correlation", "pixel_flipping", "inside")  # what a candidate must win under
 BASELINES = ("transmm", "fga", "block_x_gradient", "block_x_gradient_gated")
-SUBSETS, SUBSET = 50, 20  # subsets of patches an image, and patches in each
 
 
 def blocks(subject: Subject, images: Tensor, targets: Tensor) -> Tensor:  # -> [B, L, P]
@@ -144,27 +142,6 @@ def won(tuned: Path) -> list[str]:
     return [name for name in CANDIDATES if wins[name] >= 2]
 
 
-def flipping(step: int) -> Measure:
-    def measure(batch: Batch) -> dict[str, Tensor]:
-        found = metrics.pixel_flipping(**asked(batch), step=step, normalise=True, probability=batch.probability)
-        return {"pixel_flipping": found}
-
-    return Measure(measure, {"pixel_flipping": False})
-
-
-def asked(batch: Batch) -> dict[str, Any]:
-    """What all metrics of the study take."""
-    return {
-        "model": batch.model, "images": batch.images, "targets": batch.targets, "relevance": batch.maps,
-        "grid": batch.grid, "batch_size": batch.batch_size,
-    }  # fmt: skip
-
-
-def correlation(batch: Batch) -> dict[str, Tensor]:
-    found = metrics.faithfulness_correlation(**asked(batch), subsets=subsets(batch, SUBSETS, SUBSET))
-    return {"faithfulness_correlation": found}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--split", choices=("tune", "report"), required=True)
@@ -177,15 +154,10 @@ def main() -> None:
         parser.error("--tuned: expected the folder of the tuning half with --split report, and nothing with tune")
     added = CANDIDATES if arguments.split == "tune" else won(arguments.tuned)
     methods = {**METHODS, **{name: CANDIDATES[name] for name in added}}
-    measured = {
-        "saco": MEASURES["saco"],
-        "faithfulness_correlation": Measure(correlation, {"faithfulness_correlation": True}),
-        "pixel_flipping": flipping(STEPS[arguments.split]),
-        "localisation": MEASURES["localisation"],
-    }
+    asked = {**measured(STEPS[arguments.split]), "localisation": MEASURES["localisation"]}
     items = scenes(arguments.split, arguments.scenes)
     evaluate(
-        Subject(fashion_model(), fashion_saes()), items, methods, measured, out=arguments.out,
+        Subject(fashion_model(), fashion_saes()), items, methods, asked, out=arguments.out,
         batch_size=32, split=arguments.split, limit=arguments.limit, probability="sigmoid", perturbed=128,
     )  # fmt: skip
     command = f"python -m examples.fashion.study {' '.join(sys.argv[1:])}"

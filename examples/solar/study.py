@@ -1,0 +1,55 @@
+"""Measure which explanation of the solar-cell model is the most faithful: all methods, with statistics.
+
+    python -m examples.solar.study --model examples/solar/runs --split tune --k 32 --limit 60 --out runs/tune
+    python -m examples.solar.study --model examples/solar/runs --split report --k 32 --out runs/report
+
+Explains the predicted class of test cells, which trained neither head nor SAEs. Half of them are for choosing ("tune":
+which k), the other half for what is published ("report"). There are no masks, so localisation is not measured. A run
+that was stopped goes on when it is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from examples.measured import measured
+from examples.solar.data import cells, preprocess
+from examples.solar.model import trained
+from fga_fast.evaluation import report
+from fga_fast.evaluation.methods import METHODS
+from fga_fast.evaluation.run import evaluate
+from fga_fast.evaluation.subject import Subject
+from fga_fast.sae import SparseAutoencoder
+
+BASELINES = ("transmm", "fga", "block_x_gradient", "block_x_gradient_gated")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="folder that train_head and train_sae wrote")
+    parser.add_argument("--split", choices=("tune", "report"), required=True)
+    parser.add_argument("--k", type=int, required=True, help="of the SAEs")
+    parser.add_argument("--blocks", type=int, nargs="+", default=[6, 9])
+    parser.add_argument("--limit", type=int, help="at most so many cells")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    torch.set_num_threads(2)
+    model, image_size = trained(arguments.model)
+    folder = arguments.model / "saes" / f"topk_{arguments.k}"
+    saes = {block: SparseAutoencoder.from_pretrained(folder / f"block_{block}") for block in arguments.blocks}
+    items = [replace(item, target=None) for item in cells("test")]
+    evaluate(
+        Subject(model, saes), items, METHODS, measured(step=8), out=arguments.out, preprocess=preprocess(image_size),
+        batch_size=8, split=arguments.split, limit=arguments.limit, perturbed=64,
+    )  # fmt: skip
+    command = f"python -m examples.solar.study {' '.join(sys.argv[1:])}"
+    print(report.write(arguments.out, baselines=BASELINES, command=command).markdown.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()

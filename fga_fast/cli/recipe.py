@@ -50,6 +50,8 @@ def load(args: argparse.Namespace) -> tuple[Subject, list[Item], dict[str, int]]
     recipe = RECIPES[args.recipe]
     if len(args.images) != 1 or args.manifest is not None or args.dataset is not None:
         raise ValueError(f"--recipe: expected one folder as IMAGES, which comes first, with {recipe.layout}")
+    if recipe.prompts is not None and args.model is not None:
+        raise ValueError(f"--model: expected none with --recipe {recipe.name}, whose model is {recipe.model}; drop it")
     labelled = recipe.items(args.images[0], args.classes, "label")  # before the model, which may take minutes
     args.model, args.metrics = args.model or recipe.model, args.metrics or [*recipe.metrics]
     args.variant, args.probability = args.variant or recipe.variant, args.probability or recipe.probability
@@ -86,17 +88,22 @@ def _with_prompts(args: argparse.Namespace, recipe: Recipe, names: list[str]) ->
     open_clip: Any = need("open_clip")
     check_weights(
         args,
-        f"no weights for {args.model}: give --checkpoint FILE, open_clip's own file of the weights "
-        f"{recipe.tag}; --pretrained to download them now; or --random-weights, for timing only",
+        f"no weights for {recipe.model}: give --checkpoint FILE, open_clip's own file of the weights {recipe.tag}; "
+        "--pretrained to download them now; or --random-weights, for timing only",
     )
-    tag, weights = recipe.tag if args.pretrained else None, None
-    torch.manual_seed(0)  # of random weights
-    try:
-        clip = open_clip.create_model(args.model, pretrained=tag).eval()
-    except Exception as error:  # hub clients raise many kinds for a missing network
-        raise ValueError(f"--model, --pretrained: open_clip could not make {args.model} ({error})") from error
+    weights = None
+    if args.pretrained:
+        try:
+            clip = open_clip.create_model(recipe.model, pretrained=recipe.tag)
+        except Exception as error:  # hub clients raise many kinds for a missing network
+            raise ValueError(
+                f"--pretrained: open_clip could not get the weights ({error}); give --checkpoint"
+            ) from error
+    else:
+        torch.manual_seed(0)  # of random weights
+        clip = open_clip.CLIP(**open_clip.get_model_config(recipe.model))
     if args.checkpoint is not None:
         weights = load_into(clip, Checkpoint(args.checkpoint, args.checkpoint_key))
-    clip = clip.to(args.device)  # where the prompts are encoded
-    model = prompt_classifier(clip, open_clip.get_tokenizer(args.model), names, recipe.prompts())
-    return Subject(args.model, model, recipe.preprocess, {}, names, multi_label=False, weights=weights)
+    clip = clip.eval().to(args.device)  # where the prompts are encoded
+    model = prompt_classifier(clip, open_clip.get_tokenizer(recipe.model), names, recipe.prompts())
+    return Subject(recipe.model, model, recipe.preprocess, {}, names, multi_label=False, weights=weights)

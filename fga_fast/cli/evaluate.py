@@ -9,8 +9,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from fga_fast.cli import arguments, items
-from fga_fast.cli.subject import load_subject
+from fga_fast.cli import arguments, items, recipe
 from fga_fast.dataset.items import Item, Split, choose
 from fga_fast.evaluation import report, store, wording
 from fga_fast.evaluation.examples import examples
@@ -37,6 +36,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     items.add_items(parser)
     parser.add_argument("--model", metavar="TIMM_NAME", help="a timm model (default: the shipped fashion demo model)")
+    recipe.add_recipe(parser)
     arguments.add_subject(parser)
     arguments.add_window(parser)
     parser.add_argument(
@@ -56,8 +56,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help=f"methods that all others are compared with (default: {' '.join(BASELINES)})",
     )  # fmt: skip
     parser.add_argument(
-        "--variant", choices=("paper", "author"), default="paper",
-        help="of the metrics: as published, or as in the author's runs (default: %(default)s)",
+        "--variant", choices=("paper", "author"),
+        help="of the metrics: as published, or as in the author's runs (default: paper; with --recipe author)",
     )  # fmt: skip
     parser.add_argument(
         "--probability", choices=("softmax", "sigmoid"),
@@ -80,8 +80,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates what the arguments name; returns the exit code (1: some images, methods or metrics failed)."""
-    loaded = load_subject(args)
-    found = items.items_of(args, loaded.class_names)
+    loaded, found, labels = recipe.load(args)
     split: Split = args.split or ("both" if items.are_scenes(args) else "report")
     chosen = choose(found, split, args.limit)
     methods = _methods(args, bool(loaded.saes))
@@ -90,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     preprocess = loaded.preprocess
     path = evaluate(
         subject, found, methods, _metrics(args, chosen), out=args.out, batch_size=args.batch_size, split=split,
-        seed=args.seed or 0, limit=args.limit, variant=args.variant, preprocess=preprocess,
+        seed=args.seed or 0, limit=args.limit, variant=args.variant or "paper", preprocess=preprocess,
         window=window, probability=args.probability or ("sigmoid" if args.model is None else "softmax"),
     )  # fmt: skip
     table, settings = store.read(path), store.settings(args.out)
@@ -102,6 +101,9 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     written = report.write(args.out, baselines=baselines, command=shlex.join(["fga-fast", *args.argv]), examples=shown)
     _print(written, loaded.name, path)
+    if labels:
+        predicted = zip(table.column("key").to_pylist(), table.column("target").to_pylist(), strict=True)
+        print(recipe.agreement(dict(predicted), labels))
     return 1 if written.facts.errors else 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,12 @@ def target_number(given: str, classes: int, names: Sequence[str] | None) -> int:
     return number
 
 
-def load_subject(args: argparse.Namespace) -> Subject:
-    """The subject that the arguments name: a timm model, or without --model the shipped fashion demo."""
+def load_subject(args: argparse.Namespace, make: Callable[[argparse.Namespace], Subject] | None = None) -> Subject:
+    """The subject that the arguments name: a timm model, or without --model the shipped fashion demo.
+
+    Args:
+        make: makes the subject with --model, if that is not a model of timm; it gives no autoencoders.
+    """
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device: got {args.device!r}, but torch sees no CUDA device; leave it out to use the CPU")
@@ -58,7 +62,7 @@ def load_subject(args: argparse.Namespace) -> Subject:
                 flag = "--" + name.replace("_", "-")
                 raise ValueError(f"{flag}: expected --model TIMM_NAME with it; without --model the demo is explained")
     saes = _load_saes(args)
-    subject = _fashion_subject() if args.model is None else _timm_subject(args)
+    subject = _fashion_subject() if args.model is None else (make or _timm_subject)(args)
     saes = saes or subject.saes
     model = subject.model.to(device).eval().requires_grad_(False)
     return replace(subject, model=model, saes={block: sae.to(device) for block, sae in saes.items()})
@@ -118,13 +122,7 @@ def _timm_model(args: argparse.Namespace, timm: Any) -> tuple[nn.Module, dict[st
     name = args.model
     if not timm.is_model(name.split(".")[0]):
         raise ValueError(f"--model: timm has no model {name!r}; timm.list_models('vit*') lists what it has")
-    if args.checkpoint_key is not None and args.checkpoint is None:
-        raise ValueError("--checkpoint-key: expected --checkpoint FILE with it")
-    given = [args.checkpoint is not None, args.pretrained, args.random_weights]
-    if sum(given) > 1:
-        raise ValueError("--checkpoint, --pretrained, --random-weights: expected one of them, got several; choose one")
-    if not any(given):
-        raise ValueError(_no_weights(name))
+    check_weights(args, _no_weights(name))
     if args.pretrained:
         try:
             return _create(timm, name, pretrained=True), None
@@ -137,11 +135,27 @@ def _timm_model(args: argparse.Namespace, timm: Any) -> tuple[nn.Module, dict[st
     # A fine-tuned model's own number of classes; a mismatch anywhere else is reported by load_into.
     head = checkpoint.shape("head.weight")
     model = _create(timm, name, pretrained=False, **({"num_classes": head[0]} if head else {}))
+    return model, load_into(model, checkpoint)
+
+
+def check_weights(args: argparse.Namespace, advice: str) -> None:
+    """Raises ValueError unless one source of weights is given; `advice` is what it says where there is none."""
+    if args.checkpoint_key is not None and args.checkpoint is None:
+        raise ValueError("--checkpoint-key: expected --checkpoint FILE with it")
+    given = [args.checkpoint is not None, args.pretrained, args.random_weights]
+    if sum(given) > 1:
+        raise ValueError("--checkpoint, --pretrained, --random-weights: expected one of them, got several; choose one")
+    if not any(given):
+        raise ValueError(advice)
+
+
+def load_into(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Copies a file's weights into the model; returns `Subject.weights`, and says on stderr where they were found."""
     prefix, left_out = checkpoint.load_into(model)
     if prefix:
         rest = f"; left out: {', '.join(left_out)}" if left_out else ""
         print(f"fga-fast: --checkpoint: took the weights under {prefix!r}{rest}", file=sys.stderr)
-    return model, {"file": str(args.checkpoint), "prefix": prefix, "left_out": left_out}
+    return {"file": str(checkpoint.path), "prefix": prefix, "left_out": left_out}
 
 
 def _create(timm: Any, name: str, **settings: Any) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_EXTRA = {"pyarrow": "fga_fast[evaluate]", "scipy": "fga_fast[evaluate]"}
+_EXTRA = {"pyarrow": "fga_fast[evaluate]", "scipy": "fga_fast[evaluate]", "open_clip": "open_clip_torch"}
 
 
 def need(module: str) -> Any:

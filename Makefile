@@ -69,7 +69,8 @@ sanitize: $(INSTALLED)
 	CXX=g++ $(PY) scripts/build_library.py --sanitize $(SANITIZED)
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	FGA_FAST_LIBRARY=$(abspath $(SANITIZED)) $(PY) -m pytest -p no:cacheprovider --capture=sys $(OP_TESTS)
+	FGA_FAST_LIBRARY=$(abspath $(SANITIZED)) OMP_NUM_THREADS=1 \
+	$(PY) -m pytest -p no:cacheprovider --capture=sys --numprocesses $(JOBS) $(OP_TESTS)
 
 # The operators' tests, which need torch, pytest and hypothesis only
 op-tests:

@@ -114,6 +114,14 @@ def extensions() -> tuple[list[object], dict[str, object]]:
             f"building fga_fast needs torch >= 2.10 in the building environment ({error}); "
             "install torch first, or leave out --no-build-isolation so that pip fetches one"
         ) from error
+
+    class Build(BuildExtension):  # type: ignore[misc, valid-type]
+        """Keeps objects, so that a wheel after an editable install only links; ninja knows which ones are stale."""
+
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            self.build_temp = "build/objects"
+
     # Error messages name source files; they must not carry the building machine's folders.
     flags = ["-O3", "-fno-math-errno", "-fvisibility=hidden", f"-ffile-prefix-map={ROOT}=.", STABLE_ABI]
     modules: list[object] = [
@@ -142,7 +150,7 @@ def extensions() -> tuple[list[object], dict[str, object]]:
                 py_limited_api=True,
             )
         )
-    return modules, {"build_ext": BuildExtension}
+    return modules, {"build_ext": Build}
 
 
 if __name__ == "__main__":
@@ -153,9 +161,5 @@ if __name__ == "__main__":
         package_dir={"fga_fast": "fga_fast", "fga_fast.kernels": "kernels"},  # editable installs follow this too
         ext_modules=ext_modules,
         cmdclass=commands,
-        options={
-            "bdist_wheel": {"py_limited_api": "cp310"},
-            # One folder for editable installs and wheels, so that the second one only links; ninja knows what is stale.
-            "build_ext": {"build_temp": "build/objects"},
-        },
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )

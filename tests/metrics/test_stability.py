@@ -62,6 +62,7 @@ def test_sensitivity_errors() -> None:
         ("radius: expected", lambda: metrics.sensitivity(pooled, images, radius=0.0)),
         ("explain: expected maps", lambda: metrics.sensitivity(pooled, images, torch.randn(2, 5))),
         ("relevance: expected", lambda: metrics.sensitivity(lambda x: x, images)),
+        ("seed: expected one, .* of the 2 images, got 3", lambda: metrics.sensitivity(pooled, images, seed=[1, 2, 3])),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -195,7 +196,6 @@ def test_randomisation_errors() -> None:
         ("model: expected eval mode", lambda: metrics.randomisation(pooled, Deep().train(), images)),
         ("model: expected a model with parameters", lambda: metrics.randomisation(pooled, nn.Tanh().eval(), images)),
         (r"stages: .*\['heads'\]", lambda: metrics.randomisation(pooled, Deep(), images, stages=["heads"])),
-        ("stages: .*none", lambda: metrics.randomisation(pooled, Deep(), images, stages=[])),
         ("explain: expected maps", lambda: metrics.randomisation(pooled, Deep(), images, torch.randn(2, 5))),
     ):
         with pytest.raises(ValueError, match=message):

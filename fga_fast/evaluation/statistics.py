@@ -7,8 +7,8 @@ direction that is better, so above 0 the method is better than the baseline what
 Two tests see each comparison. The Wilcoxon signed-rank test decides. The paired t-test stands beside it as a check and
 is corrected on its own. Holm's correction is over all comparisons of the table, which are its family: under every
 metric every method with every baseline, though two baselines only once with each other. A comparison that cannot be
-tested, such as one without values, counts with p = 1, so failures never make the correction weaker. A method that has
-no value under any metric is not in the table.
+tested, such as one without values, counts with p = 1, so the correction never gets weaker. A method or metric without
+any value is not in the table.
 
 Sources: Wilcoxon, Biometrics Bulletin 1945; Holm, Scandinavian Journal of Statistics 1979; Kerby, Comprehensive
 Psychology 2014 (rank-biserial correlation of pairs); Efron, JASA 1987 (BCa); Hodges and Lehmann, Annals of Mathematical

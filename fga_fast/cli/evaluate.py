@@ -49,7 +49,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )  # fmt: skip
     parser.add_argument(
         "--metrics", action="extend", nargs="+", default=[], metavar="NAME",
-        help=f"some of {', '.join(MEASURES)} (default: all that fit the data)",
+        help=f"some of {', '.join(MEASURES)} (default: all that fit the data, apart from those that explain again: "
+        f"{', '.join(name for name, measure in MEASURES.items() if measure.explains)})",
     )  # fmt: skip
     parser.add_argument(
         "--baseline", action="extend", nargs="+", default=[], metavar="NAME",
@@ -148,7 +149,7 @@ def _metrics(args: argparse.Namespace, chosen: list[Item]) -> list[str]:
     if args.metrics:
         return list(dict.fromkeys(args.metrics))
     placed = any(item.mask is not None or item.box is not None for item in chosen)
-    return [name for name, measure in MEASURES.items() if placed or not measure.needs_mask]
+    return [name for name, measure in MEASURES.items() if not measure.explains and (placed or not measure.needs_mask)]
 
 
 def _pair(args: argparse.Namespace, methods: Mapping[str, Method], baselines: list[str]) -> tuple[str, str] | None:
@@ -168,9 +169,10 @@ def _print(written: Written, model: str, path: Path) -> None:
     for metric in metrics:
         print(f"\n{wording.heading(metric, higher[metric])}")
         for method in wording.methods_of(facts):
-            cell = found.get((method, metric))
-            if cell is not None:
-                print(f"  {'*' if cell.best else ' '} {method:<36} {cell.mean:>8}  {cell.interval:<18} {cell.against}")
+            cell = found[method, metric]
+            line = f"  {'*' if cell.best else ' '} {method:<36} {cell.mean:>8}  {cell.interval:<18} {cell.against}"
+            print(f"{line}  {cell.images}".rstrip())
+    print(f"\n{wording.means_note(facts)}")
     said = wording.sentences(facts) if facts.analysis.comparisons else {}
     for title in ("Tests", "Too few images"):
         if title in said:

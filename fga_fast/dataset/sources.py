@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ def from_manifest(file: str | Path, class_names: Names = None) -> list[Item]:
 
     Names of columns may have capitals. Paths are relative to the file's folder. A target is a class number or a name in
     `class_names`; where it is empty the predicted class is explained. Rows of the same image are different questions
-    about it: they stay in the same half, and count as one image in tests.
+    about it: they stay in the same half, and count as one image in tests. So do `a.png`, `./a.png` and `b/../a.png`.
 
     Raises:
         FileNotFoundError, ValueError: no such file, no column `image`, or a value that does not fit; the message names
@@ -94,10 +95,22 @@ def from_manifest(file: str | Path, class_names: Names = None) -> list[Item]:
         mask = _text(row.get("mask"))
         if mask and box:
             raise ValueError(f"{where}, column mask: expected a mask or a box, got both; leave one of them empty")
-        seen[name] += 1
-        key = name if seen[name] == 1 else f"{name}#{seen[name]}"
-        items.append(Item(key, file.parent / name, target, file.parent / mask if mask else None, box, group=name))
+        unit = _unit(name, file.parent)
+        seen[unit] += 1
+        key = unit if seen[unit] == 1 else f"{unit}#{seen[unit]}"
+        items.append(Item(key, file.parent / name, target, file.parent / mask if mask else None, box, group=unit))
     return items
+
+
+def _unit(image: str, folder: Path) -> str:
+    """One name for an image however its path is written: relative to the folder, or absolute if it is not in it.
+
+    No link is followed: two ways to a file through links are two images.
+    """
+    root = Path(os.path.normpath(folder.absolute()))
+    path = Path(os.path.normpath(root / image))
+    apart = Path(image).is_absolute() and not path.is_relative_to(root)
+    return (path if apart else Path(os.path.relpath(path, root))).as_posix()
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:

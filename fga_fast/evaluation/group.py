@@ -6,7 +6,7 @@ What fails for a group is tried again image by image, so that one image does not
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from fga_fast.metrics.perturb import Probability
 from fga_fast.models.find import find_layout
 
 Answer = TypeVar("Answer")
+Measured: TypeAlias = dict[str, float]  # metric -> value
 
 
 class Failure(NamedTuple):
@@ -82,8 +83,9 @@ def _add(
         rows[member].append(_row(seed, group[member], targets[member], method, metric, value))
 
     maps: dict[int, dict[str, Tensor]] = {member: {} for member in targets}  # relevance [P]
+    images = {member: loaded[member].image for member in targets}
     for name in plan.methods:
-        for member, relevance in maps_of(plan, name, seed, loaded, targets).items():
+        for member, relevance in maps_of(plan, name, seed, images, targets).items():
             if isinstance(relevance, Failure):
                 note(member, name, None, relevance)
             else:
@@ -92,7 +94,7 @@ def _add(
     for metric, measure in plan.measures.items():
         members = [m for m in mapped if loaded[m].mask is not None] if measure.needs_mask else mapped
 
-        def ask(members: list[int], measure: Measure = measure) -> list[dict[str, list[float]]]:
+        def ask(members: list[int], measure: Measure = measure) -> list[list[Measured | Failure]]:
             asked = [(group[m].key, loaded[m], targets[m], maps[m]) for m in members]
             return _measured(plan, measure, seed, asked)
 
@@ -100,28 +102,33 @@ def _add(
             if isinstance(values, Failure):
                 note(member, None, metric, values)
                 continue
-            for number, method in enumerate(plan.methods):
-                for column, of_methods in values.items() if method in maps[member] else ():
-                    note(member, method, column, of_methods[number])
+            for method, found in zip(plan.methods, values, strict=True):
+                if method not in maps[member]:
+                    continue
+                if isinstance(found, Failure):
+                    note(member, method, metric, found)
+                    continue
+                for column, value in found.items():
+                    note(member, method, column, value)
 
 
 def maps_of(
-    plan: Plan, name: str, seed: int, loaded: Mapping[int, Loaded], targets: Mapping[int, int]
+    plan: Plan, name: str, seed: int, images: Mapping[int, Tensor], targets: Mapping[int, int]
 ) -> dict[int, Tensor | Failure]:  # member -> relevance [P] float64
-    """The maps of a method for the members that have a target."""
+    """The maps of a method for the members that have a target, of their images [channels, H, W]."""
 
     def explain(members: list[int]) -> list[Tensor | Failure]:
-        images = torch.stack([loaded[m].image for m in members]).to(plan.like)
-        picked = torch.tensor([targets[m] for m in members], device=images.device)
-        return _checked(plan.methods[name](plan.subjects[seed], images, picked), len(members), plan.grid)
+        batch = torch.stack([images[m] for m in members]).to(plan.like)
+        picked = torch.tensor([targets[m] for m in members], device=batch.device)
+        return _checked(plan.methods[name](plan.subjects[seed], batch, picked), len(members), plan.grid)
 
     return _tolerant(explain, [*targets])
 
 
 def _measured(
     plan: Plan, measure: Measure, seed: int, asked: Sequence[tuple[str, Loaded, int, Mapping[str, Tensor]]]
-) -> list[dict[str, list[float]]]:
-    """Values [M] by metric for each item: its key, what was read, its target, its maps by method."""
+) -> list[list[Measured | Failure]]:
+    """Values by metric of each item and method. An item: its key, what was read, its target, its maps by method."""
     keys, loaded, targets, maps = zip(*asked, strict=True)
     # A method that failed is stood in for by one that did not, which costs no forward pass; nobody reads the value.
     filled = torch.stack(
@@ -131,16 +138,35 @@ def _measured(
     grid = square(filled.shape[2]) if plan.grid is None else plan.grid
     images = torch.stack([one.image for one in loaded]).to(plan.like)
     picked = torch.tensor(targets, device=images.device)
+    failed: dict[tuple[int, str], Failure] = {}  # by item and method
+
+    def explain(pixels: Tensor) -> Tensor:  # [b, channels, H, W] -> [M, b, P]
+        again = filled.clone()
+        for number, name in enumerate(plan.methods):
+            able = {one: targets[one] for one in range(len(maps)) if name in maps[one] and (one, name) not in failed}
+            for one, relevance in maps_of(plan, name, seed, dict(enumerate(pixels)), able).items():
+                if isinstance(relevance, Failure):
+                    failed[one, name] = relevance
+                else:
+                    again[number, one] = relevance
+        return again
+
     batch = Batch(
         plan.subject.model, images, picked, filled, masks, grid, keys, seed, plan.variant, plan.probability,
-        plan.perturbed,
+        plan.perturbed, explain,
     )  # fmt: skip
     found = measure.run(batch)
     if {*found} != {*measure.higher} or any(values.shape != filled.shape[:2] for values in found.values()):
         got = {name: [*values.shape] for name, values in found.items()}
         raise ValueError(f"metrics: expected {', '.join(measure.higher)} of shape {[*filled.shape[:2]]}, got {got}")
-    by_item = {name: values.double().t().tolist() for name, values in found.items()}
-    return [{name: values[number] for name, values in by_item.items()} for number in range(len(keys))]
+    numbers = {name: values.double().tolist() for name, values in found.items()}  # [M][b] each
+    return [
+        [
+            failed.get((one, method)) or {name: values[number][one] for name, values in numbers.items()}
+            for number, method in enumerate(plan.methods)
+        ]
+        for one in range(len(keys))
+    ]
 
 
 def targets_of(plan: Plan, members: Sequence[tuple[Item, Loaded]]) -> list[int | Failure]:

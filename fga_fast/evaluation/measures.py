@@ -32,6 +32,9 @@ class Batch(NamedTuple):
     variant: Variant
     probability: Probability
     batch_size: int  # perturbed images in a forward pass
+    # Other pixels for the images, [b, channels, H, W] -> maps [M, b, P] float64, finite, by the same methods. Where one
+    # fails, its map is that of the clean image, and its error stands in the table in place of the value.
+    explain: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,14 @@ class Measure:
         run: values [M, b] float64 of each metric by name.
         higher: whether more is better, for each metric that the call gives.
         needs_mask: whether it is asked only about images with a mask.
+        explains: whether it runs the methods again, and so measures the method rather than the map. The command line
+            takes such a measure only by its name.
     """
 
     run: Callable[[Batch], Mapping[str, Tensor]]
     higher: Mapping[str, bool]
     needs_mask: bool = False
+    explains: bool = False
 
 
 def _saco(batch: Batch) -> dict[str, Tensor]:
@@ -102,6 +108,18 @@ def _localisation(batch: Batch) -> dict[str, Tensor]:
     return {"inside": found.inside, "pointing": found.pointing}
 
 
+def _sensitivity(batch: Batch) -> dict[str, Tensor]:
+    seeds = [stable_number(key, "sensitivity", batch.seed) for key in batch.keys]
+    return {"sensitivity": metrics.sensitivity(batch.explain, batch.images, batch.maps, seed=seeds)}
+
+
+def _randomisation(batch: Batch) -> dict[str, Tensor]:
+    # The seed alone decides how weights are shuffled, so all images meet the same shuffled model. A map that is turned
+    # upside down says as much of the old one as an equal one, so the size of the correlation counts.
+    found = metrics.randomisation(batch.explain, batch.model, batch.images, batch.maps, stages=(), seed=batch.seed)
+    return {"randomisation_whole": found.whole.abs()}
+
+
 def _asked(batch: Batch) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
     return batch.model, batch.images, batch.targets, batch.maps
 
@@ -121,6 +139,8 @@ MEASURES: Mapping[str, Measure] = {
     "insertion_deletion": Measure(_insertion_deletion, {"insertion": True, "deletion": False}),
     "road": Measure(_road, {"road_most_first": False, "road_least_first": True}),
     "localisation": Measure(_localisation, {"inside": True, "pointing": True}, needs_mask=True),
+    "sensitivity": Measure(_sensitivity, {"sensitivity": False}, explains=True),
+    "randomisation": Measure(_randomisation, {"randomisation_whole": False}, explains=True),
 }
 
 

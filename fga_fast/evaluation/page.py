@@ -53,22 +53,22 @@ def _means(facts: Facts) -> str:
     rows = []
     for method in wording.methods_of(facts):
         tag = ' <span class="tag">control</span>' if method in facts.controls else ""
-        row = "".join(_cell(found.get((method, metric))) for metric in metrics)
+        row = "".join(_cell(found[method, metric]) for metric in metrics)
         rows.append(f'<tr><th scope="row">{escape(method)}{tag}</th>{row}</tr>')
     note = (
         "★ is the best mean of a column; ↑ more is better, ↓ less is better. In brackets the 95 % interval of the mean."
     )
+    note += f" {wording.means_note(facts)}"
     if facts.analysis.baselines:
         note += f" p is against {facts.analysis.baselines[0]}: Wilcoxon's test, corrected by Holm over the whole table."
     table = f'<table><thead><tr><th scope="col">method</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
     return f"{wide(table, 'Means')}<p>{escape(note)}</p>"
 
 
-def _cell(cell: wording.Cell | None) -> str:
-    if cell is None:
-        return "<td>–</td>"
+def _cell(cell: wording.Cell) -> str:
     mean = f'<span class="best">★ {cell.mean}</span>' if cell.best else cell.mean
-    return f"<td>{mean}<small>{cell.interval}</small><small>{escape(cell.against)}</small></td>"
+    below = "".join(f"<small>{escape(part)}</small>" for part in (cell.interval, cell.images, cell.against) if part)
+    return f"<td>{mean}{below}</td>"
 
 
 def _plots(facts: Facts) -> str:
@@ -77,13 +77,15 @@ def _plots(facts: Facts) -> str:
     for metric in wording.metrics_of(facts):
         of_metric = [one for one in facts.analysis.summaries if one.metric == metric]
         rows = [Dot(one.method, one.mean, *one.interval, one.method in best[metric]) for one in of_metric]
-        title = f"{wording.heading(metric, of_metric[0].higher)}, mean and 95 % interval"
+        count = wording.counted([one.images for one in of_metric])
+        title = f"{wording.heading(metric, of_metric[0].higher)}, mean and 95 % interval, {count}"
         made.append(f"<figure><figcaption>{escape(title)}</figcaption>{dots(rows, title)}</figure>")
         for baseline in facts.analysis.baselines:
             compared = [c for c in facts.analysis.comparisons if c.metric == metric and c.baseline == baseline]
             if compared:
                 rows = [Dot(one.method, one.gain, *one.interval, one.verdict == "better") for one in compared]
-                title = f"{metric}, gain over {baseline} (right of 0 is better) and 95 % interval"
+                count = wording.counted([one.images for one in compared])
+                title = f"{metric}, gain over {baseline} (right of 0 is better) and 95 % interval, {count}"
                 made.append(f"<figure><figcaption>{escape(title)}</figcaption>{dots(rows, title, zero=True)}</figure>")
     return f'<div class="plots">{"".join(made)}</div>'
 

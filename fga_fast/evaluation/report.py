@@ -57,10 +57,10 @@ def markdown(facts: Facts) -> str:
     metrics, found = wording.metrics_of(facts), wording.cells(facts)
     higher = {one.metric: one.higher for one in facts.analysis.summaries}
     lines = ["# Evaluation", "", *_table(["method", *(wording.heading(name, higher[name]) for name in metrics)], [
-        [_named(method, facts), *(_cell(found.get((method, metric))) for metric in metrics)]
+        [_named(method, facts), *(_cell(found[method, metric]) for metric in metrics)]
         for method in wording.methods_of(facts)
     ])]  # fmt: skip
-    lines += ["", "Bold: the best mean of a column. Brackets: 95 % interval of the mean."]
+    lines += ["", f"Bold: the best mean of a column. Brackets: 95 % interval of the mean. {wording.means_note(facts)}"]
     if facts.analysis.baselines:
         lines[-1] += f" p: against {facts.analysis.baselines[0]}, Wilcoxon's test, corrected by Holm."
     lines += ["", "## Comparisons", "", *_table(COLUMNS, [wording.row(one) for one in facts.analysis.comparisons])]
@@ -78,11 +78,9 @@ def _named(method: str, facts: Facts) -> str:
     return f"{method} (control)" if method in facts.controls else method
 
 
-def _cell(cell: wording.Cell | None) -> str:
-    if cell is None:
-        return "–"
+def _cell(cell: wording.Cell) -> str:
     mean = f"**{cell.mean}**" if cell.best else cell.mean
-    return " ".join(part for part in (mean, cell.interval, cell.against) if part)
+    return " ".join(part for part in (mean, cell.interval, cell.images, cell.against) if part)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

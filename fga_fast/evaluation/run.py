@@ -42,7 +42,8 @@ def evaluate(
     complete run returns at once. The columns of values.parquet are those of `store.Row`.
 
     Args:
-        subject: model (in eval mode), SAEs and layout, as methods take it. Its own seed is not used.
+        subject: model (in eval mode), SAEs and layout, as methods take it. Its own seed is not used. The metric
+            "randomisation" shuffles the model's weights for a while, so nobody else may use it during the run.
         items: what is explained, with keys that stay the same from run to run.
         methods: name -> function from (subject, images [b, channels, H, W], targets [b] int64) to relevance [b, P].
         metrics: names among `measures.MEASURES`, or name -> `Measure`.

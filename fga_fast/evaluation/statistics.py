@@ -5,8 +5,10 @@ A comparison takes the image's seeds and questions for which both methods have a
 direction that is better, so above 0 the method is better than the baseline whatever the metric.
 
 Two tests see each comparison. The Wilcoxon signed-rank test decides. The paired t-test stands beside it as a check and
-is corrected on its own. Holm's correction is over all comparisons of the table: methods x metrics x baselines. A
-comparison that cannot be tested counts with p = 1, so the correction never gets weaker.
+is corrected on its own. Holm's correction is over all comparisons of the table, which are its family: under every
+metric every method with every baseline, though two baselines only once with each other. A comparison that cannot be
+tested, such as one without values, counts with p = 1, so the correction never gets weaker. A method or metric without
+any value is not in the table.
 
 Sources: Wilcoxon, Biometrics Bulletin 1945; Holm, Scandinavian Journal of Statistics 1979; Kerby, Comprehensive
 Psychology 2014 (rank-biserial correlation of pairs); Efron, JASA 1987 (BCa); Hodges and Lehmann, Annals of Mathematical
@@ -96,7 +98,7 @@ class Analysis(NamedTuple):
     """All that a report says."""
 
     summaries: list[Summary]
-    comparisons: list[Comparison]
+    comparisons: list[Comparison]  # the whole family of Holm's correction, and nothing else
     baselines: tuple[str, ...]
 
 
@@ -123,11 +125,11 @@ def analyse(
     for metric in values:
         if metric not in higher:
             raise ValueError(f"higher: expected a direction for each metric, got none for {metric}")
-    methods = list(dict.fromkeys(method for of_metric in values.values() for method in of_metric.of))
+    methods = [*next(iter(values.values())).of] if values else []
     used = tuple(dict.fromkeys(name for name in baselines if name in methods))
     summaries = [
         summarise(values[metric], method, metric, higher[metric], resamples, seed)
-        for metric in values for method in methods if method in values[metric].of
+        for metric in values for method in methods
     ]  # fmt: skip
     pairs = [
         (method, baseline)
@@ -137,13 +139,13 @@ def analyse(
     ]
     raw = [
         compare(values[metric], pair, metric, higher[metric], resamples, seed)
-        for metric in values for pair in pairs if {*pair} <= {*values[metric].of}
+        for metric in values for pair in pairs
     ]  # fmt: skip
     return Analysis(summaries, corrected(raw), used)
 
 
 def pivot(table: Any, half: str | None = None) -> dict[str, Values]:
-    """Values by metric, in the order of the table; rows that are errors are left out."""
+    """Values by metric, of all methods that have any; both in the order of the table. Errors are left out."""
     columns = {name: table.column(name).to_numpy() for name in ("key", "image", "half", "seed", "value")}
     words = {name: np.asarray(table.column(name).to_pylist(), dtype=object) for name in ("method", "metric", "error")}
     kept = np.array([error is None for error in words["error"]], dtype=bool)
@@ -160,10 +162,11 @@ def pivot(table: Any, half: str | None = None) -> dict[str, Values]:
             owner.append(images.setdefault(columns["image"][row], len(images)))
         places[row] = questions[question]
     found: dict[str, Values] = {}
+    methods = dict.fromkeys(words["method"][kept])
     for metric in dict.fromkeys(words["metric"][kept]):
         of: dict[str, Numbers] = {}
         asked = kept & (words["metric"] == metric)
-        for method in dict.fromkeys(words["method"][asked]):
+        for method in methods:
             rows = np.flatnonzero(asked & (words["method"] == method))
             of[method] = np.full(len(questions), np.nan)
             of[method][places[rows]] = columns["value"][rows]

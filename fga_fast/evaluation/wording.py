@@ -38,6 +38,7 @@ class Cell(NamedTuple):
 
     mean: str
     interval: str
+    images: str  # n = ..., or nothing where all cells have the same
     against: str  # Holm's p against the first baseline
     best: bool
 
@@ -81,12 +82,33 @@ def cells(facts: Facts) -> dict[tuple[str, str], Cell]:
         for one in facts.analysis.comparisons
         if one.baseline == first
     }
-    found = {}
+    found, differ = {}, len({one.images for one in facts.analysis.summaries}) > 1
     for one in facts.analysis.summaries:
         low, high = map(number, one.interval)
         word = "baseline" if one.method == first else against.get((one.method, one.metric), "")
-        found[one.method, one.metric] = Cell(number(one.mean), f"[{low}, {high}]", word, one.method in best[one.metric])
+        found[one.method, one.metric] = Cell(
+            number(one.mean), f"[{low}, {high}]", counted([one.images]) if differ else "", word,
+            one.method in best[one.metric],
+        )  # fmt: skip
     return found
+
+
+def counted(images: Sequence[int]) -> str:
+    """The number of images behind means, or its range."""
+    low, high = min(images), max(images)
+    return f"n = {low}" if low == high else f"n = {low} to {high}"
+
+
+def means_note(facts: Facts) -> str:
+    """How many images the means are over, for the table of means."""
+    images = [one.images for one in facts.analysis.summaries]
+    if not images:
+        return ""
+    differ = len({*images}) > 1
+    said = "n is the number of images with a value." if differ else f"Every mean is over {counted(images)} images."
+    if any(one.missing for one in facts.analysis.summaries):
+        said += " Where methods lack values of other images, go by the comparisons: they take images with both values."
+    return said
 
 
 def best_of(summaries: Sequence[Summary]) -> dict[str, set[str]]:
@@ -129,9 +151,11 @@ def sentences(facts: Facts) -> dict[str, str]:
         ),
         "Tests": (
             f"Against {' and '.join(analysis.baselines) or 'no baseline'}. Wilcoxon's signed-rank test over images "
-            "decides, two-sided, at 5 %. Its p is corrected by Holm over the whole table: all methods x metrics x "
-            f"baselines, {tests} comparisons. The paired t-test is a check, corrected in the same way on its own; it "
-            "decides nothing. A gain above 0 is better than the baseline, whatever the metric's direction."
+            f"decides, two-sided, at 5 %. Its p is corrected by Holm over all {tests} comparisons of the table: under "
+            "every metric every method with every baseline, though baselines only once with each other. A comparison "
+            "that cannot be tested, for lack of values, counts among them with p = 1. The paired t-test is a check, "
+            "corrected in the same way on its own; it decides nothing. A gain above 0 is better than the baseline, "
+            "whatever the metric's direction."
         ),
         "Intervals": (
             f"95 % bootstrap over images (BCa up to {MOST_BCA} images, percentiles beyond), not corrected for the "

@@ -18,7 +18,7 @@ class Randomisation(NamedTuple):
 
     whole: Tensor  # [B] or [M, B] float64: all weights shuffled at once
     cascade: Tensor  # [S, B] or [S, M, B] float64: the first s + 1 stages shuffled, those near the output first
-    stages: tuple[str, ...]  # S names
+    stages: tuple[str, ...]  # S names, perhaps none
 
 
 def randomisation(
@@ -46,7 +46,8 @@ def randomisation(
         images: normalised for the model, of its dtype and device.
         relevance: the maps of `images`, if they are known.
         stages: prefixes of parameter names, those near the output first. By default the modules that hold parameters
-            directly, and of numbered modules the whole (`blocks.3`), from the last registered to the first.
+            directly, and of numbered modules the whole (`blocks.3`), from the last registered to the first. (): only
+            `whole` is measured. It is the same whatever the stages.
         absolute: compare absolute values of relevance.
         seed: of the permutations, which are the same on all devices.
 
@@ -62,23 +63,23 @@ def randomisation(
     given = explain(images) if relevance is None else relevance
     clean = as_maps(given, len(images)).to(images.device)
 
-    def likeness() -> Tensor:  # -> [M, B]
+    def likeness(parameters: list[nn.Parameter], generator: torch.Generator) -> Tensor:  # -> [M, B]
+        _shuffle(parameters, generator)
         found = as_maps(explain(images), len(images)).to(images.device)
         if found.shape != clean.shape:
             raise ValueError(f"explain: expected maps {list(clean.shape)} as before, got {list(found.shape)}")
         return spearman(clean.abs(), found.abs()) if absolute else spearman(clean, found)
 
-    generator = torch.Generator("cpu").manual_seed(seed)
-    cascade = []
+    def seeded() -> torch.Generator:
+        return torch.Generator("cpu").manual_seed(seed)
+
+    generator = seeded()
     with _lent([parameter for group in groups.values() for parameter in group]):
-        for group in groups.values():
-            _shuffle(group, generator)
-            cascade.append(likeness())
+        cascade = [likeness(group, generator) for group in groups.values()]
     everything = list(model.parameters())
     with _lent(everything):
-        _shuffle(everything, generator)
-        whole = likeness()
-    steps = torch.stack(cascade)
+        whole = likeness(everything, seeded())
+    steps = torch.stack(cascade) if cascade else whole.new_empty(0, *whole.shape)
     single = given.dim() == 2
     return Randomisation(whole[0] if single else whole, steps[:, 0] if single else steps, tuple(groups))
 
@@ -97,9 +98,9 @@ def _grouped(model: nn.Module, stages: Sequence[str] | None) -> dict[str, list[n
         stage: [weight for name, weight in named if name == stage or name.startswith(f"{stage}.")] for stage in stages
     }
     empty = [stage for stage, group in groups.items() if not group]
-    if empty or not groups:
+    if empty:
         raise ValueError(
-            f"stages: expected prefixes of parameter names, got {empty or 'none'}; the model has {named[0][0]}, ..., "
+            f"stages: expected prefixes of parameter names, got {empty}; the model has {named[0][0]}, ..., "
             f"{named[-1][0]}"
         )
     return groups

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fga_fast.metrics.checks import check_among
 from fga_fast.metrics.imputation import impute
+from fga_fast.metrics.noise import drawn_for
 from fga_fast.metrics.order import first, places
 from fga_fast.metrics.perturb import Fill, Model, Probability, Trial, prepare
 
@@ -77,18 +78,7 @@ def road(
 
 def _imputed(trial: Trial, noise: float, seed: int | Sequence[int]) -> Fill:
     images = trial.images
-
-    def draw(seed: int, shape: torch.Size) -> Tensor:
-        generator = torch.Generator("cpu").manual_seed(seed)
-        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-
-    if isinstance(seed, int):
-        drawn = draw(seed, images.shape)
-    elif len(seed) == len(images):
-        drawn = torch.stack([draw(one, images.shape[1:]) for one in seed]) if len(images) else images.float().cpu()
-    else:
-        raise ValueError(f"seed: expected one, or one for each of the {len(images)} images, got {len(seed)}")
-    added = (noise * drawn).to(images)
+    added = (noise * drawn_for(images, seed)(torch.randn)).to(images)
 
     def fill(owner: Tensor, removed: Tensor) -> Tensor:  # [b], [b, P]
         rows, columns = trial.grid

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from fga_fast.metrics.checks import as_maps, check_images, check_number
+from fga_fast.metrics.noise import drawn_for
 
 
 def sensitivity(
@@ -18,7 +19,7 @@ def sensitivity(
     runs: int = 10,
     radius: float = 0.02,
     normalise: bool = True,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
 ) -> Tensor:  # -> [B] or [M, B] float64
     """Largest change of an image's map under small noise, at least 0; lower is better.
 
@@ -37,7 +38,8 @@ def sensitivity(
         radius: in units of the normalised image.
         normalise: divide by the length of the clean map, so that methods of different scales compare; the paper's
             equation does not.
-        seed: of the noise, which is the same on all devices.
+        seed: of the noise, which is the same on all devices. With one seed for each image the noise does not depend on
+            an image's place in the batch.
 
     Returns:
         NaN where it is divided by the length of a map of zeros.
@@ -51,10 +53,10 @@ def sensitivity(
         raise ValueError(f"radius: expected a number above 0, got {radius}")
     given = explain(images) if relevance is None else relevance
     clean = as_maps(given, len(images)).to(images.device)
-    generator = torch.Generator("cpu").manual_seed(seed)
+    draw = drawn_for(images, seed)
     largest = torch.zeros(clean.shape[:2], dtype=torch.float64, device=images.device)
     for _ in range(runs):
-        unit = torch.rand(images.shape, generator=generator, dtype=torch.float32, device="cpu") * 2 - 1
+        unit = draw(torch.rand) * 2 - 1
         noisy = as_maps(explain(images + (radius * unit).to(images)), len(images)).to(images.device)
         if noisy.shape != clean.shape:
             raise ValueError(

@@ -14,7 +14,7 @@ from fga_fast.assets import fashion_scenes
 from fga_fast.cli import evaluate as command
 from fga_fast.cli.main import main
 from fga_fast.evaluation import store
-from fga_fast.evaluation.measures import Batch, Measure
+from fga_fast.evaluation.measures import MEASURES, Batch, Measure
 from fga_fast.evaluation.methods import METHODS
 
 for library in ("timm", "pyarrow", "scipy"):
@@ -78,6 +78,22 @@ def test_a_method_of_ones_own_and_a_manifest(tmp_path: Path) -> None:
     rows = store.read("out").to_pylist()
     assert {row["method"] for row in rows} == {"transmm", "middle"} and {row["seed"] for row in rows} == {0, 1}
     assert len(rows) == 2 * 2 * (1 + 2) and {row["image"] for row in rows} == {str(scene)}
+
+
+def test_metrics_that_explain_again_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {**command.MEASURES, **{name: MEASURES[name] for name in ("sensitivity", "randomisation")}}
+    monkeypatch.setattr(command, "MEASURES", known)
+    monkeypatch.setattr("fga_fast.evaluation.measures.MEASURES", known)
+    call = ["evaluate", "--limit", "1", "--methods", "transmm", "random"]
+    assert main([*call, "--out", "usual"]) == 0
+    assert [*store.settings("usual")["metrics"]] == ["sharp", "inside"]
+    assert main([*call, "--metrics", "sensitivity", "randomisation", "--out", "named"]) == 0
+    rows = store.read("named").to_pylist()
+    assert {row["metric"] for row in rows} == {"sensitivity", "randomisation_whole"}
+    found = {(row["method"], row["metric"]): row["value"] for row in rows if row["key"] == rows[0]["key"]}
+    assert found["random", "randomisation_whole"] == pytest.approx(1)
+    assert found["transmm", "randomisation_whole"] < 0.9
+    assert found["random", "sensitivity"] > 1 > found["transmm", "sensitivity"] > 0
 
 
 def test_a_folder_with_a_bad_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

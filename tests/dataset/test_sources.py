@@ -16,7 +16,7 @@ from PIL import Image
 from fga_fast import Preprocess
 from fga_fast.assets import fashion_items
 from fga_fast.dataset import sources
-from fga_fast.dataset.items import Item, digest_of, load, view_of
+from fga_fast.dataset.items import Item, digest_of, half_of, load, view_of
 
 NAMES = ("cat", "dog, hound", "boat")
 PLAIN = Preprocess((8, 8), (0.5,) * 3, (0.5,) * 3)
@@ -78,6 +78,27 @@ def test_a_manifest(tmp_path: Path) -> None:
         ("a.png", "a.png", 1, (1, 2, 3, 4)), ("b.png", "b.png", 0, None), ("a.png#2", "a.png", None, None),
     ]  # fmt: skip
     assert (found[0].image, found[1].mask) == (tmp_path / "a.png", tmp_path / "m.png")
+
+
+def test_an_image_has_one_name_however_its_path_is_written(
+    tmp_path: Path, save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.png", "b/c.png", "in/d.png"):
+        save(name)
+    ways = ("a.png", "./a.png", "b/../a.png", ".//a.png", f"../{tmp_path.name}/a.png", str(tmp_path / "a.png"))
+    text = "\n".join(["image", *ways, "./b/c.png", str(tmp_path / "b" / "." / "c.png")])
+    found = sources.from_manifest(manifest(tmp_path, text))
+    assert [one.unit for one in found] == ["a.png"] * len(ways) + ["b/c.png"] * 2
+    assert [one.key for one in found[:3]] == ["a.png", "a.png#2", "a.png#3"]
+    assert {one.image.resolve() for one in found[: len(ways)]} == {(tmp_path / "a.png").resolve()}  # type: ignore[union-attr]
+    assert len({half_of(one.unit) for one in found[: len(ways)]}) == 1
+    # Nothing depends on where the call is made, nor on the machine's folders, but for images elsewhere.
+    monkeypatch.chdir(tmp_path / "b")
+    again = sources.from_manifest("../list.csv")
+    assert [one.key for one in again] == [one.key for one in found]
+    (tmp_path / "in" / "list.csv").write_text(f"image\n../a.png\n{tmp_path / 'a.png'}\n", encoding="utf-8")
+    outside = sources.from_manifest(tmp_path / "in" / "list.csv")
+    assert [one.unit for one in outside] == ["../a.png", (tmp_path / "a.png").as_posix()]
 
 
 def test_a_parquet_manifest(tmp_path: Path) -> None:

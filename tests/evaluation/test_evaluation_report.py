@@ -6,16 +6,20 @@ import base64
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from evaluated import LARGEST, exact, items, seeded, subject
 from html_page import Page
 from PIL import Image
 
-from fga_fast.evaluation import report, store
+from fga_fast.dataset.items import Item
+from fga_fast.evaluation import report, store, wording
 from fga_fast.evaluation.examples import examples
+from fga_fast.evaluation.measures import MEASURES
 from fga_fast.evaluation.plots import Dot, dots
 from fga_fast.evaluation.report import Written
 from fga_fast.evaluation.run import evaluate
@@ -59,8 +63,9 @@ def test_the_page_says_what_must_be_known(written: Written) -> None:
     text = Page(written.html.read_text(encoding="utf-8")).text
     images = written.facts.settings["images"]
     for part in (
-        "the half 'report'", "corrected by Holm", "4 comparisons", "seeded: drawn by chance", f"n = {images} images",
-        "seed 0", "batch_size", COMMAND, "<b>odd", "largest ↑", "smallest ↓", "none: every image", "★",
+        "the half 'report'", "corrected by Holm over all 4 comparisons", "seeded: drawn by chance",
+        f"n = {images} images", "seed 0", "batch_size", COMMAND, "<b>odd", "largest ↑", "smallest ↓",
+        "none: every image", "★",
     ):  # fmt: skip
         assert part in text, part
     assert "gone" not in text
@@ -117,6 +122,37 @@ def test_splits_errors_and_missing_controls_are_said(tmp_path: Path, split: Any,
         assert part in text and "none was run, so nothing here says" in text
         assert f"{found.facts.errors.total()} row(s) are errors: OSError: <none>" in text
     assert found.facts.errors == {"OSError: <none>": json.loads((tmp_path / "settings.json").read_text())["items"]}
+
+
+def test_means_say_how_many_images_they_are_over(written: Written, tmp_path: Path) -> None:
+    count = written.facts.settings["images"]
+    page, markdown = Page(written.html.read_text(encoding="utf-8")).text, written.markdown.read_text(encoding="utf-8")
+    for text in (page, markdown):
+        assert f"Every mean is over n = {count} images." in text and "go by the comparisons" not in text
+
+    def picky(subject: Any, images: Any, targets: Any) -> Any:
+        if bool((images[:, 0, 0, 0] == 0).any()):
+            raise KeyError("zero")
+        return exact(subject, images, targets)
+
+    mask = torch.zeros(8, 8, dtype=torch.bool)
+    mask[2:5, 2:5] = True
+    given = [replace(one, mask=mask) if n < 2 else one for n, one in enumerate(items(5))]
+    given += [Item("zero", torch.zeros(3, 8, 8), 0)]
+    metrics = {**LARGEST, "localisation": MEASURES["localisation"]}
+    evaluate(subject(), given, {"exact": exact, "picky": picky}, metrics, out=tmp_path, split="both", progress=False)
+    found = report.write(tmp_path, baselines=("exact",))
+    cells = wording.cells(found.facts)
+    assert {(*key, cell.images) for key, cell in cells.items()} == {
+        ("exact", "largest", "n = 6"), ("exact", "smallest", "n = 6"), ("picky", "largest", "n = 5"),
+        ("picky", "smallest", "n = 5"), *((name, metric, "n = 2") for name in ("exact", "picky")
+                                          for metric in ("inside", "pointing")),
+    }  # fmt: skip
+    page, markdown = Page(found.html.read_text(encoding="utf-8")).text, found.markdown.read_text(encoding="utf-8")
+    for text in (page, markdown):
+        assert text.count("n = 2") >= 4 and "n is the number of images with a value." in text
+        assert "go by the comparisons: they take images with both values" in text
+    assert "largest ↑, mean and 95 % interval, n = 5 to 6" in page and "smallest, gain over exact" in page
 
 
 def test_too_few_images_are_said(tmp_path: Path) -> None:

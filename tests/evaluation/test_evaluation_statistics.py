@@ -122,9 +122,40 @@ def test_missing_equal_and_tied_images() -> None:
     (one,) = st.analyse(values, {"up": True}).comparisons
     assert (one.images, one.missing, one.zeros, one.ties) == (6, 2, 2, 2)  # 0.1 * 3 is 0.3 but for rounding
     assert one.wilcoxon == scipy.wilcoxon([0.3, -0.3, 0.5, 0.2]).pvalue
+    two = made({"up": {"transmm": base, "fga": mine}, "down": {"transmm": base}})
+    found = st.analyse(two, {"up": True, "down": False}, resamples=0)
+    # The table is whole: the method without a value under one metric stands in it, and counts in the correction.
+    assert [(one.metric, one.images, one.wilcoxon_holm) for one in found.comparisons] == [
+        ("up", 6, pytest.approx(min(1, 2 * found.comparisons[0].wilcoxon))), ("down", 0, 1.0)
+    ]  # fmt: skip
+    assert [(one.method, one.metric, one.images) for one in found.summaries][-1] == ("fga", "down", 0)
     errors = table([row("a", "fga", "up", math.nan, error="no"), row("a", "transmm", "up", 1.0)])
     found = st.analyse(errors, {"up": True})
     assert not found.comparisons and [one.method for one in found.summaries] == ["transmm"]
+
+
+def test_the_family_is_the_whole_table() -> None:
+    """Under every metric every method with every baseline, two baselines only once; corrected over these alone."""
+    generator = np.random.default_rng(3)
+    values = {
+        metric: {name: generator.normal(shift, 1, 30).tolist() for name, shift in (("transmm", 0), ("fga", 0.5),
+                                                                                   ("a", 1), ("b", 1.5))}
+        for metric in ("up", "down", "third")
+    }  # fmt: skip
+    for n in range(30):
+        values["third"]["b"][n] = math.nan
+    found = st.analyse(made(values), dict.fromkeys(values, True), resamples=0).comparisons
+    pairs = {("fga", "transmm"), ("a", "transmm"), ("b", "transmm"), ("a", "fga"), ("b", "fga")}
+    assert {(one.method, one.baseline, one.metric) for one in found} == {
+        (*pair, metric) for pair in pairs for metric in values
+    }
+    assert len(found) == 15 and sum(math.isnan(one.wilcoxon) for one in found) == 2
+    by_p = sorted(found, key=lambda one: 1.0 if math.isnan(one.wilcoxon) else one.wilcoxon)
+    least = 0.0
+    for rank, one in enumerate(by_p):
+        least = max(least, min(1.0, (15 - rank) * (1.0 if math.isnan(one.wilcoxon) else one.wilcoxon)))
+        assert one.wilcoxon_holm == pytest.approx(least)
+    assert by_p[0].wilcoxon_holm == pytest.approx(15 * by_p[0].wilcoxon) and by_p[0].wilcoxon_holm < 0.05
 
 
 def test_degenerate_tables() -> None:

@@ -55,6 +55,15 @@ def test_sensitivity_of_constant_maps_and_of_several() -> None:
     assert bool((metrics.sensitivity(pooled, images, runs=6) >= found[0]).all())
 
 
+def test_an_images_noise_is_drawn_by_its_own_seed() -> None:
+    images = torch.randn(3, 3, 2, 2)
+    together = metrics.sensitivity(pooled, images, seed=[4, 5, 6])
+    alone = [metrics.sensitivity(pooled, images[n : n + 1], seed=[4 + n]) for n in range(3)]
+    assert torch.equal(together, torch.cat(alone))
+    assert not torch.equal(together, metrics.sensitivity(pooled, images, seed=[7, 8, 9]))
+    assert metrics.sensitivity(pooled, images[:0], seed=[]).shape == (0,)
+
+
 def test_sensitivity_errors() -> None:
     images = torch.randn(2, 3, 2, 2)
     for message, call in (
@@ -62,6 +71,7 @@ def test_sensitivity_errors() -> None:
         ("radius: expected", lambda: metrics.sensitivity(pooled, images, radius=0.0)),
         ("explain: expected maps", lambda: metrics.sensitivity(pooled, images, torch.randn(2, 5))),
         ("relevance: expected", lambda: metrics.sensitivity(lambda x: x, images)),
+        ("seed: expected one, .* of the 2 images, got 3", lambda: metrics.sensitivity(pooled, images, seed=[1, 2, 3])),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -132,6 +142,20 @@ def test_a_wrapped_model_has_the_same_stages() -> None:
     assert metrics.randomisation(pooled, torch.nn.Sequential(torch.nn.Linear(2, 2)).eval(), images).stages == ("0",)
 
 
+def test_without_stages_only_the_whole_is_measured() -> None:
+    model, images = Deep(), torch.randn(2, 3, 2, 2)
+    explain, calls = gradient(model), []
+
+    def several(x: Tensor) -> Tensor:
+        calls.append(1)
+        return torch.stack([explain(x), pooled(x)])
+
+    found = metrics.randomisation(several, model, images, stages=())
+    assert len(calls) == 2 and found.cascade.shape == (0, 2, 2) and found.stages == ()
+    assert torch.equal(found.whole, metrics.randomisation(several, model, images).whole)
+    assert torch.equal(found.whole, metrics.randomisation(several, model, images, stages=["head"]).whole)
+
+
 def test_a_map_that_ignores_the_model_is_caught() -> None:
     found = metrics.randomisation(pooled, Deep(), torch.randn(2, 3, 2, 2))
     torch.testing.assert_close(found.whole, torch.ones(2, dtype=torch.float64))
@@ -195,7 +219,6 @@ def test_randomisation_errors() -> None:
         ("model: expected eval mode", lambda: metrics.randomisation(pooled, Deep().train(), images)),
         ("model: expected a model with parameters", lambda: metrics.randomisation(pooled, nn.Tanh().eval(), images)),
         (r"stages: .*\['heads'\]", lambda: metrics.randomisation(pooled, Deep(), images, stages=["heads"])),
-        ("stages: .*none", lambda: metrics.randomisation(pooled, Deep(), images, stages=[])),
         ("explain: expected maps", lambda: metrics.randomisation(pooled, Deep(), images, torch.randn(2, 5))),
     ):
         with pytest.raises(ValueError, match=message):

@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("peer", choices=PEERS)
     for name, value in (("steps", 300), ("batch", 4096), ("features", 768), ("k", 16), ("block", 3), ("repeats", 1)):
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--scenes", type=int, default=8000, help="of 49 tokens each; a tenth as many are held out")
+    parser.add_argument("--scenes", type=int, default=8000, help="of 64 tokens each; a tenth as many are held out")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fga_fast.io.atomic import atomic_write
 from fga_fast.result.explanation import Explanation
+from fga_fast.sae.notes import Note
 
 # Drawing takes a core as long as explaining with a small model, and matplotlib holds Python's lock all the while. A
 # process needs some seconds and a few hundred MB to start.
@@ -66,14 +67,18 @@ class Drawing:
         finally:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def add(self, folder: Path, view: Image.Image, captions: Sequence[str]) -> None:
+    def add(
+        self, folder: Path, view: Image.Image, captions: Sequence[str],
+        notes: Mapping[tuple[int, int], Note] | None = None,
+    ) -> None:  # fmt: skip
         """Draws figure.png for a folder's relevance.safetensors.
 
         Args:
             view: what the model saw.
             captions: what stands beside the row of each target.
+            notes: names of features.
         """
-        self._waiting.append(self._pool.submit(draw, folder, view, captions))
+        self._waiting.append(self._pool.submit(draw, folder, view, captions, notes or {}))
         while len(self._waiting) > self._most:
             self._take()
 
@@ -97,13 +102,15 @@ def _start_process() -> None:
     torch.set_num_threads(1)
 
 
-def draw(folder: Path, view: Image.Image, captions: Sequence[str]) -> bool:
+def draw(
+    folder: Path, view: Image.Image, captions: Sequence[str], notes: Mapping[tuple[int, int], Note]
+) -> bool:  # fmt: skip
     """Draws one figure, in a process or thread of its own; returns whether it is plain, for lack of matplotlib."""
     explanation = Explanation.load(folder / "relevance.safetensors")
     buffer, plain = io.BytesIO(), False
     try:
         names = dict(zip(explanation.targets.flatten().tolist(), captions, strict=True))
-        figure = explanation.plot(view, class_names=names)
+        figure = explanation.plot(view, class_names=names, notes=notes)
     except ImportError:
         plain = True
         strip(view, explanation, captions).save(buffer, format="PNG", compress_level=1)

@@ -58,7 +58,7 @@ class Writer:
         folder.mkdir(exist_ok=True)
         atomic_write(folder / "explanation.json", (json.dumps(facts, indent=2, allow_nan=False) + "\n").encode())
         explanation.save(folder / "relevance.safetensors")
-        self._drawing.add(folder, view, captions)
+        self._drawing.add(folder, view, captions, self.way.notes)
         if not self.many:
             _print_head(facts)
             _print_image(facts)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fga_fast.question.names import label
-from fga_fast.result.features import ranked
+from fga_fast.result.features import ranked, strongest
 from fga_fast.result.figure import draw
 from fga_fast.result.file import read, write
 from fga_fast.result.heatmap import paint, to_picture
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from fga_fast.io.images import ImageInput
+    from fga_fast.sae.notes import Note
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -248,6 +249,7 @@ class Explanation:
         *,
         class_names: Sequence[str] | Mapping[int, str] | None = None,
         colormap: str = "turbo",
+        notes: Mapping[tuple[int, int], Note] | None = None,
     ) -> Figure:
         """A matplotlib figure, one row per image and target: image, TransMM (if `ungated` is there), gates, result.
 
@@ -257,6 +259,8 @@ class Explanation:
             image: as for `overlay`.
             class_names: names for the row labels, by class number; else the explanation's own `names`.
             colormap: as for `overlay`; gates are always blue (below 1: damped) to red (above 1: amplified).
+            notes: names of features, by block and feature, as `sae.notes.read_notes` gives them. Gates then say what
+                the strongest feature that was recorded there is called, or its number where it has no name.
 
         Returns:
             matplotlib.figure.Figure, not registered with pyplot: `figure.savefig("figure.png")`.
@@ -274,6 +278,7 @@ class Explanation:
             self._pictures(image).cpu(), rows(self.shown), None if ungated is None else rows(ungated),
             {block: rows(gate) for block, gate in self.gates.items()}, self.grid,
             [label(target, class_names, self.names) for target in self.targets.flatten().tolist()], colormap,
+            strongest(self.features, notes) if notes else {},
         )  # fmt: skip
 
     def top_features(self, block: int, k: int | None = None, patch: tuple[int, int] | None = None) -> list[Any]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from fga_fast.sae.features import TopFeatures
+from fga_fast.sae.notes import Note
 
 
 def card_url(page: str, block: int, feature: int) -> str:
@@ -42,6 +43,24 @@ def ranked(
         index = top.patch_index[..., row * columns + column, :]
         contribution = top.patch_contribution[..., row * columns + column, :]
     return _sorted(index.tolist(), contribution.tolist(), k)
+
+
+def strongest(
+    features: Mapping[int, TopFeatures], notes: Mapping[tuple[int, int], Note]
+) -> dict[int, list[str]]:  # fmt: skip
+    """Block -> the name of the strongest feature of each image and target, or its number; "" where none contributes."""
+    found = {}
+    for block, top in features.items():
+        index, size = top.image_index.flatten(0, -2), top.image_contribution.flatten(0, -2).abs()  # [M, k]
+        first = index.gather(1, size.where(index >= 0, -1).argmax(1, keepdim=True)).flatten().tolist()
+        found[block] = [_called(block, feature, notes) for feature in first]
+    return found
+
+
+def _called(block: int, feature: int, notes: Mapping[tuple[int, int], Note]) -> str:
+    if feature < 0:  # none
+        return ""
+    return notes[block, feature].name if (block, feature) in notes else f"feature {feature}"
 
 
 def _sorted(index: list[Any], contribution: list[Any], k: int | None) -> list[Any]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _MAX_ROWS = 64
 _DPI = 150
+_LETTERS = 32  # of a caption, which a panel has room for
 _PANEL, _GAP, _LEFT, _TOP, _BOTTOM, _BAR = 315, 10, 54, 54, 57, 14  # pixels
 
 
@@ -32,8 +33,11 @@ def draw(
     grid: tuple[int, int],
     labels: Sequence[str],  # M
     colormap: str,
+    captions: Mapping[int, Sequence[str]],  # block -> M, or none
 ) -> Figure:
     """M rows, one for each image and target; columns image, TransMM if computed, one gate per gated block, the result.
+
+    Captions stand in the gates of their block.
 
     Returns:
         A figure that pyplot does not know of, so nothing has to be closed.
@@ -60,6 +64,9 @@ def draw(
         page.column(number, title, panels)
     for row, label in enumerate(labels):
         page.label(row, label)
+    for number, block in enumerate(logs, start=len(columns) - 1 - len(logs)):
+        for row, caption in enumerate(captions.get(block, [])):
+            page.caption(number, row, caption)
     ramp = torch.linspace(0, 1, _PANEL, dtype=torch.float32, device="cpu")
     words = ["against", "0", "for"] if signed else ["low", "high relevance"]
     page.bar(len(columns) - 1, apply_colormap(ramp, colormap), words)
@@ -89,6 +96,14 @@ class _Page:
     def label(self, row: int, text: str) -> None:
         middle = _TOP + row * (self._high + _GAP) + self._high / 2
         self._write(_LEFT - 14, middle, text, 11, ha="right", va="center", rotation=90)
+
+    def caption(self, column: int, row: int, text: str) -> None:
+        """Words in the lower left corner of a panel."""
+        if text:
+            words = text if len(text) <= _LETTERS else text[: _LETTERS - 2].rstrip() + " …"
+            left, below = _LEFT + column * (_PANEL + _GAP), _TOP + row * (self._high + _GAP) + self._high
+            paper = {"facecolor": "white", "alpha": 0.85, "linewidth": 0, "pad": 2}
+            self._write(left + 8, below - 8, words, 9, ha="left", va="bottom", bbox=paper)
 
     def bar(self, column: int, colours: Tensor, words: Sequence[str]) -> None:  # [pixels, 3] in [0,1]
         """A colour bar below the panels; the outer words are aligned with its ends, so that they stay inside."""

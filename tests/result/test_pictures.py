@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from fga_fast.result.colours import NAMES, apply_colormap
 from fga_fast.result.explanation import Explanation
+from fga_fast.sae.notes import Note
 
 # heat maps
 
@@ -277,6 +278,24 @@ def test_rows_of_figures_are_named() -> None:
     assert labels(replace(explanation, names=None).plot(picture)) == ["class 0", "class 2", "class 5"]
     computed = replace(explanation, targets=torch.full((1, 3), -1))
     assert labels(computed.plot(picture)) == ["function"] * 3
+
+
+def test_gates_name_their_strongest_feature() -> None:
+    pytest.importorskip("matplotlib")
+    explanation = example(2, targets=2)
+    chosen = {}  # each row's strongest feature after block 5
+    for row, pairs in enumerate(pair for image in explanation.top_features(5) for pair in image):
+        chosen[row] = pairs[0].feature
+    notes = {(5, chosen[0]): Note("sleeve"), (5, chosen[1]): Note("x" * 60), (2, 98): Note("not here")}
+    explanation.features[5].image_index[1, 0] = -1  # none contributes
+    figure = explanation.plot(torch.rand(2, 3, 24, 32), notes=notes)
+    found = {text.get_text() for text in figure.texts if text.get_bbox_patch() is not None}
+    of_block_2 = {f"feature {pairs[0].feature}" for image in explanation.top_features(2) for pairs in image}
+    assert found == {"sleeve", "x" * 30 + " …", f"feature {chosen[3]}", *of_block_2}
+    with pytest.raises(ValueError, match="1 to 64"):
+        example(0).plot([], notes=notes)
+    plain = explanation.plot(torch.rand(2, 3, 24, 32))
+    assert all(text.get_bbox_patch() is None for text in plain.texts)
 
 
 def test_signed_figures_have_zero_in_the_middle() -> None:

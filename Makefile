@@ -69,14 +69,16 @@ sanitize: $(INSTALLED)
 	CXX=g++ $(PY) scripts/build_library.py --sanitize $(SANITIZED)
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	FGA_FAST_LIBRARY=$(abspath $(SANITIZED)) OMP_NUM_THREADS=1 \
+	FGA_FAST_LIBRARY=$(abspath $(SANITIZED)) OMP_NUM_THREADS=2 \
 	$(PY) -m pytest -p no:cacheprovider --capture=sys --numprocesses $(JOBS) $(OP_TESTS)
 
 # The operators' tests, which need torch, pytest and hypothesis only
 op-tests:
 	@printf '%s\n' $(OP_TESTS)
 
+# What was built before for other settings must not get into it.
 wheel: $(INSTALLED)
+	rm -rf build/lib.*
 	$(PY) -m pip --disable-pip-version-check wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -108,6 +110,7 @@ def extensions() -> tuple[list[object], dict[str, object]]:
     if toolkit is not None:
         os.environ["CUDA_HOME"] = str(toolkit)  # before torch.utils.cpp_extension reads it
     try:
+        import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
     except ModuleNotFoundError as error:
         raise SystemExit(
@@ -120,8 +123,10 @@ def extensions() -> tuple[list[object], dict[str, object]]:
 
         def finalize_options(self) -> None:
             super().finalize_options()
-            self.build_temp = "build/objects"
+            made_for = (sysconfig.get_platform(), sys.implementation.cache_tag, f"torch-{torch.__version__}")
+            self.build_temp = "-".join(["build/objects", *map(str, made_for), *map(str, compiler)])
 
+    compiler = toolkit_version(toolkit) if toolkit is not None else ()
     # Error messages name source files; they must not carry the building machine's folders.
     flags = ["-O3", "-fno-math-errno", "-fvisibility=hidden", f"-ffile-prefix-map={ROOT}=.", STABLE_ABI]
     modules: list[object] = [

@@ -105,10 +105,12 @@ def from_manifest(file: str | Path, class_names: Names = None) -> list[Item]:
 def _unit(image: str, folder: Path) -> str:
     """One name for an image however its path is written: relative to the folder, or absolute if it is not in it.
 
-    No link is followed: two ways to a file through links are two images.
+    Two ways to a file through links are two images.
     """
     root = Path(os.path.normpath(folder.absolute()))
     path = Path(os.path.normpath(root / image))
+    if ".." in Path(image).parts and path.resolve() != (root / image).resolve():
+        return Path(image).as_posix()  # the way leads through a link to a folder, so it is no shorter
     apart = Path(image).is_absolute() and not path.is_relative_to(root)
     return (path if apart else Path(os.path.relpath(path, root))).as_posix()
 

@@ -107,7 +107,7 @@ def means_note(facts: Facts) -> str:
     differ = len({*images}) > 1
     said = "n is the number of images with a value." if differ else f"Every mean is over {counted(images)} images."
     if any(one.missing for one in facts.analysis.summaries):
-        said += " Where methods lack values of other images, go by the comparisons: they take images with both values."
+        said += " The means of one column may be over different images; comparisons take only images with both values."
     return said
 
 

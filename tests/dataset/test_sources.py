@@ -80,6 +80,14 @@ def test_a_manifest(tmp_path: Path) -> None:
     assert (found[0].image, found[1].mask) == (tmp_path / "a.png", tmp_path / "m.png")
 
 
+def test_a_way_through_a_link_is_another_image(tmp_path: Path, save: Callable[..., Path]) -> None:
+    for name in ("a.png", "far/a.png", "far/b/c.png"):
+        save(name)
+    (tmp_path / "b").symlink_to(tmp_path / "far" / "b", target_is_directory=True)
+    found = sources.from_manifest(manifest(tmp_path, "image\na.png\nb/../a.png"))  # the second is far/a.png
+    assert [one.unit for one in found] == ["a.png", "b/../a.png"]
+
+
 def test_an_image_has_one_name_however_its_path_is_written(
     tmp_path: Path, save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,6 +52,17 @@ def test_nan_gives_nan_in_its_row_only() -> None:
     assert bool(gates[0].isnan().all()) and bool(gates[1].isfinite().all())
 
 
+def test_rows_do_not_depend_on_threads() -> None:
+    scores, before, found = torch.randn(33, 70), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(ops.gate(scores, 10.0, 1.0))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
 def test_strides_and_emptiness() -> None:
     scores = torch.randn(40, 6, dtype=torch.float64)
     assert torch.equal(ops.gate(scores.t(), 10.0, 1.0), ops.gate(scores.t().contiguous(), 10.0, 1.0))

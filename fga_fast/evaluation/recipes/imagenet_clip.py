@@ -81,7 +81,7 @@ def _prompts() -> Sequence[Callable[[str], str]]:
 
 
 def _read(folder: Path, classes: Sequence[str], known: Collection[str]) -> list[Item]:
-    root = root_of(folder, "val", known)
+    root = root_of(folder, "val", classes)
     return items_of(root, by_class(root.iterdir(), classes, known))
 
 

@@ -81,18 +81,25 @@ class Recipe:
         return items if explained == "label" else [dataclasses.replace(item, target=None) for item in items]
 
     def class_names(self, classes: Sequence[str] | None = None) -> list[str]:
-        """Names of the classes in the order of the model's outputs; a folder that is not known is its own name."""
+        """Names of the classes in the order of the model's outputs; a folder that is not known is its own name.
+
+        Raises:
+            ValueError: a folder that is not known, where names go into prompts.
+        """
         known = self.classes()
+        nameless = [] if self.prompts is None else [folder for folder in classes or () if folder not in known]
+        if nameless:
+            raise ValueError(f"classes: expected classes of {self.name}, which have names, got {_some(nameless)}")
         return [known.get(folder, folder) for folder in (known if classes is None else classes)]
 
 
 def root_of(folder: Path, inner: str, wanted: Collection[str]) -> Path:
-    """Where one of the `wanted` folders is: in `folder`, in its folder `inner`, or in that one's of the same name.
+    """Where one of the `wanted` folders is: in `folder` or its folder `inner`, which archives hold in itself once more.
 
     Raises:
         ValueError: nowhere.
     """
-    for root in (folder, folder / inner, folder / inner / inner):
+    for root in (folder, folder / folder.name, folder / inner, folder / inner / inner):
         if any((root / name).is_dir() for name in wanted):
             return root
     raise ValueError(f"no folder {_some(wanted)} in {folder} or in its folder {inner!r}")

@@ -69,8 +69,10 @@ def predicted_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """float64, two SAEs, batches of two, with all that metadata can say."""
     from packages import NAMES, PREPROCESS, explainer, images
 
-    path = tmp_path_factory.mktemp("packages") / "predicted.pt2"
-    return explainer().export(path, images(2), preprocessing=PREPROCESS, class_names=NAMES)
+    def export(path: Path) -> None:
+        explainer().export(path, images(2), preprocessing=PREPROCESS, class_names=NAMES)
+
+    return _once(tmp_path_factory, "predicted.pt2", export)
 
 
 @pytest.fixture(scope="session")
@@ -78,9 +80,25 @@ def given_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """float32, given classes, batches of three, with everything that an explanation can have besides."""
     from packages import EVERYTHING, PREPROCESS, explainer, images
 
-    path, example = tmp_path_factory.mktemp("packages") / "given.pt2", images(3, torch.float32)
-    full = explainer(torch.float32, **EVERYTHING)
-    return full.export(path, example, target_mode="given", preprocessing=PREPROCESS)
+    def export(path: Path) -> None:
+        full, example = explainer(torch.float32, **EVERYTHING), images(3, torch.float32)
+        full.export(path, example, target_mode="given", preprocessing=PREPROCESS)
+
+    return _once(tmp_path_factory, "given.pt2", export)
+
+
+def _once(tmp_path_factory: pytest.TempPathFactory, name: str, export: Callable[[Path], None]) -> Path:
+    """A package for all processes of a run of the tests: the first that needs it compiles it, the others wait."""
+    from filelock import FileLock
+
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    path = folder / Path(name).stem / name
+    with FileLock(folder / f"{name}.lock"):
+        if not (path.is_file() and path.with_suffix(".json").is_file()):
+            path.parent.mkdir(exist_ok=True)
+            export(path)
+    return path
 
 
 def _not_skipped(report: Any, path: Any) -> None:

@@ -151,7 +151,7 @@ def test_means_say_how_many_images_they_are_over(written: Written, tmp_path: Pat
     page, markdown = Page(found.html.read_text(encoding="utf-8")).text, found.markdown.read_text(encoding="utf-8")
     for text in (page, markdown):
         assert text.count("n = 2") >= 4 and "n is the number of images with a value." in text
-        assert "go by the comparisons: they take images with both values" in text
+        assert "comparisons take only images with both values" in text
     assert "largest ↑, mean and 95 % interval, n = 5 to 6" in page and "smallest, gain over exact" in page
 
 

@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Other = TypeVar("Other")
 
 
 class Done(NamedTuple, Generic[Result]):
@@ -93,7 +94,7 @@ class Batcher(Generic[Item, Result]):
         self._news.set()
         return await job.future
 
-    async def in_thread(self, work: Callable[[], Result]) -> Result:
+    async def in_thread(self, work: Callable[[], Other]) -> Other:
         """Runs something else in the worker's thread, between batches."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 

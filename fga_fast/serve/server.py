@@ -46,7 +46,8 @@ class Server(uvicorn.Server):
     """
 
     def __init__(
-        self, service: Service, host: str = "127.0.0.1", port: int = 8000, on_ready: Callable[[str], object] | None = None
+        self, service: Service, host: str = "127.0.0.1", port: int = 8000,
+        on_ready: Callable[[str], object] | None = None,
     ) -> None:  # fmt: skip
         limits = service.limits
         if not _is_loopback(host) and service.token is None:

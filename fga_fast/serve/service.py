@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,7 +68,7 @@ class Service:
         sizes = [2**power for power in range(self.limits.max_batch.bit_length())]
         try:
             for size in dict.fromkeys([*sizes, self.limits.max_batch]):
-                await self.batcher.in_thread(lambda size=size: self.engine.warm_up(size))  # type: ignore[misc]
+                await self.batcher.in_thread(partial(self.engine.warm_up, size))
         except Exception as error:
             self.trouble = f"the warm-up failed: {error}"
             logger.exception("the warm-up failed; the service takes no requests")

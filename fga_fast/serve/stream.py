@@ -80,7 +80,9 @@ class _Stream:
         try:
             given = json.loads(text)
             if not isinstance(given, dict) or not given.keys() <= _SETTINGS:
-                raise Refused("bad_parameter", f"settings: expected an object with some of {', '.join(sorted(_SETTINGS))}")
+                raise Refused(
+                    "bad_parameter", f"settings: expected an object with some of {', '.join(sorted(_SETTINGS))}"
+                )
             token = self._service.token
             if token is not None and not self._authorised and not same(str(given.get("token", "")), token):
                 await self._socket.close(POLICY, "token: expected this server's")

@@ -114,6 +114,7 @@ def test_notices_are_about_the_own_image() -> None:
     assert not any("zero everywhere" in notice for notice in bright.notices)
 
 
+@pytest.mark.slow
 def test_prompts_of_a_dual_encoder() -> None:
     pytest.importorskip("open_clip")
     family = next(family for family in families.registry() if family.library == "open_clip" and family.prompts)

@@ -105,7 +105,8 @@ def test_bad_frames_do_not_end_the_stream(server: Server) -> None:
     ("settings", "code"),
     [
         ("no json", "bad_parameter"), ("[]", "bad_parameter"), ("[" * 20_000, "bad_parameter"),
-        ('{"targets": [1]}', "bad_parameter"), ('{"target": [true]}', "bad_target"), ('{"target": [1.5]}', "bad_target"),
+        ("[" + 30_000 * "[]," + "1]", "bad_parameter"), ('{"targets": [1]}', "bad_parameter"),
+        ('{"target": [true]}', "bad_target"), ('{"target": [1.5]}', "bad_target"),
         ('{"target": [9]}', "bad_target"), ('{"target": [0, 1, 2, 3]}', "bad_target"),
         ('{"target": [1], "rather_than": [2]}', "bad_target"), ('{"prompt": ["an owl"]}', "bad_target"),
         ('{"prompt": [1]}', "bad_target"), ('{"top_features": true}', "bad_parameter"),

@@ -23,7 +23,7 @@ TOKEN = "a-long-token"
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with serving.running(serving.engine(), Limits(body_bytes=50_000, targets=3, queue=2)) as running:
+    with serving.running(serving.engine(), Limits(body_bytes=200_000, targets=3, queue=2)) as running:
         yield running
 
 
@@ -125,7 +125,7 @@ def test_bad_settings_leave_the_old_ones(server: Server, settings: str, code: st
 
 def test_frames_that_are_too_large_end_it(server: Server) -> None:
     with stream(server) as socket:
-        socket.send(bytes(50_001))
+        socket.send(bytes(200_001))
         with pytest.raises(ConnectionClosed) as closed:
             told(socket)
         assert closed.value.rcvd is not None and closed.value.rcvd.code == 1009

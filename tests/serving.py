@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import httpx
 import numpy as np
+import torch
 from packages import NAMES, PREPROCESS, explainer
 from PIL import Image
 
@@ -84,3 +87,34 @@ def running(served: Engine, limits: Limits | None = None, **settings: Any) -> It
         server.stop()
         thread.join(20)
         assert not thread.is_alive()
+
+
+def client_of(server: Server) -> httpx.Client:
+    return httpx.Client(base_url=server.url, trust_env=False, timeout=20)
+
+
+def ask(http: httpx.Client, data: bytes, accept: str = "*/*", **query: Any) -> httpx.Response:
+    headers = {"Content-Type": "application/octet-stream", "Accept": accept}
+    return http.post("/v1/explain", content=data, headers=headers, params=query)
+
+
+def code_of(response: httpx.Response) -> tuple[int, str]:
+    error = response.json()["error"]
+    assert error["message"] and error.keys() == {"code", "message"}
+    return response.status_code, error["code"]
+
+
+def count(http: httpx.Client, outcome: str, kind: str = "http") -> float:
+    wanted = f'fga_fast_requests_total{{kind="{kind}",outcome="{outcome}"}} '
+    return sum(float(line[len(wanted) :]) for line in http.get("/metrics").text.splitlines() if line.startswith(wanted))
+
+
+def same_numbers(got: Any, want: torch.Tensor) -> None:
+    torch.testing.assert_close(torch.tensor(got, dtype=want.dtype), want, rtol=1e-9, atol=1e-12)
+
+
+def until(true: Any, seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)

@@ -88,7 +88,7 @@ def test_fga_fast_commands_are_understood(page: Path) -> None:
 def test_options_named_in_the_text_exist(capsys: pytest.CaptureFixture[str]) -> None:
     page = read(ROOT / "docs" / "cli.md")
     sections = dict(re.findall(r"^## `fga-fast ([\w-]+)`\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
-    assert {*sections} == {"explain", "evaluate", "export", "harvest", "train-sae", "sae-report", "features"}
+    assert {*sections} == {"explain", "evaluate", "export", "harvest", "train-sae", "sae-report", "features", "serve"}
     for name, text in sections.items():
         with pytest.raises(SystemExit):
             build_parser().parse_args([name, "--help"])

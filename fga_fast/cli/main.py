@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from fga_fast import __version__
-from fga_fast.cli import evaluate, explain, export, features, harvest, sae_report, train_sae
+from fga_fast.cli import evaluate, explain, export, features, harvest, sae_report, serve, train_sae
 
 USER_ERROR, INTERRUPTED = 2, 130
-_COMMANDS = (explain, harvest, train_sae, sae_report, features, evaluate, export)  # in the order of use
+_COMMANDS = (explain, harvest, train_sae, sae_report, features, evaluate, export, serve)  # in the order of use
 
 
 def build_parser() -> argparse.ArgumentParser:

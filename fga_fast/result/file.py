@@ -27,13 +27,18 @@ Result = TypeVar("Result")
 
 def write(path: str | os.PathLike[str], fields: Mapping[str, Any]) -> Path:
     """Writes the fields of an `Explanation`, whole or not at all."""
+    return atomic_write(path, to_bytes(fields))
+
+
+def to_bytes(fields: Mapping[str, Any]) -> bytes:
+    """The content of the file that `write` writes."""
     from safetensors.torch import save
 
     tensors = flat({name: fields[name] for name in fields.keys() - _ABOUT.keys()})
     # Cloned, since the format refuses tensors that share memory, as a batch of one and its batch do.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     about = json.dumps({name: fields[name] for name in _ABOUT})
-    return atomic_write(path, save(tensors, {"format": _FORMAT, "explanation": about}))
+    return save(tensors, {"format": _FORMAT, "explanation": about})
 
 
 def read(path: str | os.PathLike[str], build: Callable[..., Result]) -> Result:

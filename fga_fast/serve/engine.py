@@ -1,0 +1,360 @@
+"""Explains pictures as a service needs it: encoded bytes in, one answer each, questions of all kinds in one batch.
+
+It knows nothing of HTTP, so that other servers can use it too.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Hashable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from fga_fast.explainer import Explainer
+from fga_fast.graph.package.metadata import DTYPES
+from fga_fast.io.images import Preprocess, load_image
+from fga_fast.question.names import class_number
+from fga_fast.question.targets import Difference
+from fga_fast.result.explanation import Explanation
+from fga_fast.result.notices import value_notices
+from fga_fast.serve.limits import Refused
+
+if TYPE_CHECKING:
+    from fga_fast.graph.compiled import CompiledExplainer
+    from fga_fast.graph.package.load import Package
+
+logger = logging.getLogger(__name__)
+
+FORMATS = ("JPEG", "PNG", "WEBP")  # of PIL; fewer decoders, fewer holes
+Probability = Literal["softmax", "sigmoid"]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the model is and how it is explained. `gate` has base and slope, where known."""
+
+    model: str
+    image_size: tuple[int, int]  # (height, width)
+    grid: tuple[int, int]  # patches (rows, columns)
+    classes: int  # 0: a dual encoder without prompts of its own
+    class_names: tuple[str, ...] | None
+    blocks: tuple[int, ...]  # with a gate
+    method: str
+    backward: str
+    signed: bool  # maps have negative values
+    probability_is: Probability | None
+    takes_prompts: bool
+    top_features: int  # the most that can be asked for
+    gate: dict[str, float]
+
+
+class Question(NamedTuple):
+    """What to explain of one picture; made by `Engine.question`."""
+
+    targets: tuple[int, ...] = ()  # none: the predicted class
+    rather_than: int | None = None
+    prompts: tuple[str, ...] = ()
+    top_features: int = 0
+
+
+class Picture(NamedTuple):
+    """A decoded picture."""
+
+    view: Image.Image  # what the model sees
+    image: Tensor  # [channels, H, W] float32, the same as the model's input
+
+
+class Answered(NamedTuple):
+    """The answer to one question."""
+
+    explanation: Explanation  # of one image, on the CPU
+    batch: int  # how many were explained together
+
+
+class Engine:
+    """One model and the ways to ask it. `explain` is for one thread; `decode` and `question` for any.
+
+    Args:
+        explainer: an `Explainer`, or a `Package` from `load_package`.
+        preprocess: from pictures to the model's input; a package may have its own.
+        listing: the same explainer with `top_features`, for questions that ask for features; None: none are listed.
+        compiled: what `explainer.compile` returned for predicted classes; it then answers these questions.
+        name: of the model, for readers.
+        probability_is: what turns logits into probabilities; None: not known.
+        max_pixels: of a picture, checked before it is decoded.
+
+    Raises:
+        TypeError, ValueError: the model cannot be asked for classes or prompts, or there is no preprocessing.
+    """
+
+    def __init__(
+        self, explainer: Explainer | Package, preprocess: Preprocess | None = None, *,
+        listing: Explainer | None = None, compiled: CompiledExplainer | None = None, name: str = "",
+        probability_is: Probability | None = None, max_pixels: int = 40_000_000,
+    ) -> None:  # fmt: skip
+        self._explainer, self._listing, self._compiled = explainer, listing, compiled
+        self._max_pixels = max_pixels
+        self._package = None if isinstance(explainer, Explainer) else explainer
+        if self._package is not None:
+            preprocess = preprocess or self._package.preprocess
+        if preprocess is None:
+            raise ValueError("preprocess: expected one, since this model or package brings none; give a Preprocess")
+        self._preprocess = preprocess
+        self._dual = isinstance(explainer, Explainer) and explainer.plan.readout.dual is not None
+        if not isinstance(explainer, Explainer):
+            self._like = torch.empty(0, dtype=DTYPES[explainer.metadata.dtype], device=explainer.metadata.device)
+            self.facts = _facts_of_package(explainer, name, probability_is)
+        else:
+            self._like = next(explainer.model.parameters()).detach()
+            self.facts = self._facts_of_explainer(explainer, name, probability_is)
+
+    def _facts_of_explainer(self, explainer: Explainer, name: str, probability_is: Probability | None) -> Facts:
+        channels = len(self._preprocess.mean)
+        blank = torch.zeros(1, channels, *self._preprocess.image_size).to(self._like)
+        dual = explainer.plan.readout.dual
+        try:
+            known = explainer(blank)
+        except TypeError:
+            if dual is None or dual.tokenizer is None:
+                raise
+            known = replace(explainer(blank, "a photo"), names=None)
+            known = replace(known, logits=known.logits[:, :0])
+        settings = explainer.settings
+        listed = 0 if self._listing is None else self._listing.settings.top_features
+        return Facts(
+            name or type(explainer.model).__name__, known.image_size, known.grid, known.logits.shape[1], known.names,
+            tuple(sorted(explainer.saes)), settings.method, settings.backward,
+            settings.signed or settings.method != "rollout", probability_is,
+            dual is not None and dual.tokenizer is not None, listed,
+            {"base": settings.gate.base, "slope": settings.gate.slope},
+        )  # fmt: skip
+
+    def decode(self, data: bytes) -> Picture:
+        """The picture in an encoded image.
+
+        Raises:
+            Refused: no image, damaged, of a format that is not taken, or with too many pixels.
+        """
+        try:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+                if file.width * file.height > self._max_pixels:
+                    raise Refused(
+                        "too_large",
+                        f"image: expected at most {self._max_pixels} pixels, got {file.width} x {file.height}; scale "
+                        "it down first",
+                    )
+                view = self._preprocess.view(load_image(file))
+        except Refused:
+            raise
+        except UnidentifiedImageError:
+            raise Refused("bad_image", f"image: expected a file of {', '.join(FORMATS)}, got something else") from None
+        except Image.DecompressionBombError:
+            raise Refused("too_large", "image: it has too many pixels; scale it down first") from None
+        except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, ... on damaged files
+            raise Refused("bad_image", f"image: damaged or not taken ({error})") from error
+        return Picture(view, self._preprocess.normalise(view))
+
+    def question(
+        self, targets: Sequence[int | str] = (), rather_than: int | str | None = None, prompts: Sequence[str] = (),
+        top_features: int = 0,
+    ) -> Question:  # fmt: skip
+        """A question, checked.
+
+        Args:
+            targets: classes by number or name; none: the predicted one.
+            rather_than: explain why the one target rather than this class.
+            prompts: texts, for dual encoders; instead of targets.
+            top_features: features listed for each patch.
+
+        Raises:
+            Refused: something that this model cannot be asked.
+        """
+        facts = self.facts
+        if not 0 <= top_features <= facts.top_features:
+            raise Refused(
+                "bad_parameter", f"top_features: expected 0 to {facts.top_features}, as this server was started"
+            )
+        if prompts:
+            if not facts.takes_prompts:
+                raise Refused("bad_target", "prompt: this model takes none; give a target")
+            if targets or rather_than is not None:
+                raise Refused("bad_target", "prompt: expected prompts alone, got target or rather_than too")
+            if not all(prompt.strip() for prompt in prompts):
+                raise Refused("bad_target", "prompt: expected a text, got an empty one")
+            return Question(prompts=tuple(prompts), top_features=top_features)
+        picked = tuple(self._class(target, "target") for target in targets)
+        against = None if rather_than is None else self._class(rather_than, "rather_than")
+        if against is not None and len(picked) != 1:
+            raise Refused("bad_target", f"rather_than: expected exactly one target with it, got {len(picked)}")
+        if picked[:1] == (against,):
+            raise Refused("bad_target", f"rather_than: expected another class than the target, got {against} twice")
+        if not picked and not facts.classes:
+            raise Refused("bad_target", "prompt: this model has no classes of its own; give one or several prompts")
+        self._check_package(picked, against)
+        return Question(picked, against, top_features=top_features)
+
+    def _class(self, given: int | str, what: str) -> int:
+        facts = self.facts
+        try:
+            number = int(given)
+        except ValueError:
+            if facts.class_names is None:
+                raise Refused("bad_target", f"{what}: classes have no names here; give a number") from None
+            try:
+                return class_number(str(given), facts.class_names, what)
+            except ValueError as error:
+                raise Refused("bad_target", str(error)) from None
+        if not 0 <= number < facts.classes:
+            raise Refused("bad_target", f"{what}: expected a class from 0 to {facts.classes - 1}, got {number}")
+        return number
+
+    def _check_package(self, picked: tuple[int, ...], against: int | None) -> None:
+        if self._package is None:
+            return
+        given = self._package.metadata.target_mode == "given"
+        if len(picked) != given or against is not None:
+            told = "expected exactly one, since the served package explains a given class"
+            told = told if given else "expected none, since the served package explains the predicted class only"
+            raise Refused("bad_target", f"target: {told}")
+
+    def explain(self, asked: Sequence[tuple[Picture, Question]]) -> list[Answered | Exception]:
+        """Answers, in order; an exception stands for one that could not be answered, and the others are answered."""
+        groups: dict[Hashable, list[int]] = {}
+        for place, (_, question) in enumerate(asked):
+            groups.setdefault(self._kind(question), []).append(place)
+        found: dict[int, Answered | Exception] = {}
+        for places in groups.values():
+            answers = self._group([asked[place] for place in places])
+            found |= dict(zip(places, answers, strict=True))
+        return [found[place] for place in range(len(asked))]
+
+    def warm_up(self, size: int) -> None:
+        """Explains `size` blank pictures, so that later ones find everything loaded.
+
+        Raises:
+            Exception: whatever the explainer raised.
+        """
+        blank = Picture(Image.new("RGB", (1, 1)), torch.zeros(len(self._preprocess.mean), *self.facts.image_size))
+        given = self._package is not None and self._package.metadata.target_mode == "given"
+        targets = (0,) if given else ()
+        prompts = () if self.facts.classes else ("a photo",)
+        for listed in {0, self.facts.top_features}:
+            for answer in self.explain([(blank, Question(targets, None, prompts, listed))] * size):
+                if isinstance(answer, Exception):
+                    raise answer
+
+    def _kind(self, question: Question) -> Hashable:
+        """Questions of the same kind are explained in one call."""
+        listed = question.top_features > 0
+        if question.prompts:
+            return listed, question.prompts
+        if self._dual or self._package or (self._compiled and not question.targets):
+            return listed, len(question.targets), question.rather_than is not None
+        return listed, max(len(question.targets), 1)
+
+    def _group(self, asked: Sequence[tuple[Picture, Question]]) -> list[Answered | Exception]:
+        """The answers of one kind; where they fail together, each alone, so that one does not cost the others."""
+        try:
+            with torch.inference_mode(False):
+                return list(self._answers(asked))
+        except Exception as error:
+            if len(asked) == 1:
+                return [_reason(error)]
+            return [answer for one in asked for answer in self._group([one])]
+
+    def _answers(self, asked: Sequence[tuple[Picture, Question]]) -> list[Answered]:
+        images = torch.stack([picture.image for picture, _ in asked]).to(self._like)
+        questions = [question for _, question in asked]
+        first = questions[0]
+        explainer: Any = self._explainer
+        if first.top_features and self._listing is not None:
+            explainer = self._listing
+        elif self._compiled is not None and not first.targets and not first.prompts:
+            explainer = self._compiled
+        if first.prompts:
+            whole = explainer(images, first.prompts[0] if len(first.prompts) == 1 else [list(first.prompts)])
+        elif self._dual or not isinstance(explainer, Explainer):
+            whole = explainer(images, _plain_targets(questions))
+        else:
+            picks = _Picks(questions, images.device)
+            whole = explainer(images, picks)
+            whole = replace(whole, targets=picks.picked.reshape(whole.targets.shape))
+        whole = whole.to("cpu")
+        # A notice about values may be about one of the images only.
+        general = [notice for notice in whole.notices if notice not in _value_notices(whole)]
+        answers = []
+        for one, question in zip(whole, questions, strict=True):
+            one = replace(one, notices=(*general, *value_notices(vars(one))))
+            answers.append(Answered(_first_features(one, question.top_features), len(asked)))
+        return answers
+
+
+class _Picks:
+    """A function target: the value of each image's own classes, where none is given of the predicted one.
+
+    One call so explains predicted, given and compared classes together. Its questions have equally many targets.
+    """
+
+    def __init__(self, questions: Sequence[Question], device: torch.device) -> None:
+        asked = [question.targets or (-1,) for question in questions]
+        against = [-1 if question.rather_than is None else question.rather_than for question in questions]
+        self._asked = torch.tensor(asked, device=device)  # [B, K]
+        self._against = torch.tensor(against, device=device)[:, None]  # [B, 1]
+        self.picked = self._asked  # [B, K], known after the call
+
+    def __call__(self, logits: Tensor) -> Tensor:  # [B, classes] -> [B], or [B, K]
+        predicted = logits.detach().argmax(-1, keepdim=True)
+        self.picked = torch.where(self._asked < 0, predicted, self._asked)
+        values = logits.gather(1, self.picked)
+        other = logits.gather(1, self._against.clamp(min=0))
+        values = torch.where(self._against < 0, values, values - other)
+        return values[:, 0] if values.shape[1] == 1 else values
+
+
+def _plain_targets(questions: Sequence[Question]) -> Any:
+    """Targets of questions of one kind, as an explainer takes them."""
+    first = questions[0]
+    if not first.targets:
+        return None
+    if len(first.targets) > 1:
+        return [list(question.targets) for question in questions]
+    one = [question.targets[0] for question in questions]
+    return one if first.rather_than is None else Difference(one, [question.rather_than for question in questions])
+
+
+def _value_notices(whole: Explanation) -> set[str]:
+    """All notices about values: of the batch as the explainer saw it, and of what can be said of functions."""
+    functions = torch.full_like(whole.targets, -1)
+    return {*value_notices(vars(whole)), *value_notices({**vars(whole), "targets": functions})}
+
+
+def _first_features(explanation: Explanation, k: int) -> Explanation:
+    """With the k strongest features; they are recorded strongest first."""
+    features = {block: type(top)(*(part[..., :k] for part in top)) for block, top in explanation.features.items()}
+    return replace(explanation, features=features if k else {})
+
+
+def _reason(error: Exception) -> Exception:
+    """What to tell the one who asked; the log has the rest."""
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, (ValueError, TypeError)) and str(error).startswith("targets:"):
+        return Refused("bad_target", str(error))
+    logger.error("an image could not be explained", exc_info=error)
+    return Refused("internal", "the image could not be explained; the server's log says why")
+
+
+def _facts_of_package(package: Package, name: str, probability_is: Probability | None) -> Facts:
+    about = package.metadata
+    entries = asdict(about)["gate"]
+    gate = {key: float(entries[key]) for key in ("base", "slope") if key in entries}
+    return Facts(
+        name or package.path.name, (about.height, about.width), about.grid, about.classes, about.class_names,
+        about.gated_blocks, about.method, about.backward, about.signed or about.method != "rollout", probability_is,
+        False, 0, gate,
+    )  # fmt: skip

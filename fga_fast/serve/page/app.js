@@ -19,7 +19,8 @@ const state = {
   model: null,
   picture: null, // { blob, bitmap, name }, or null with the webcam
   question: { target: null, ratherThan: null, prompts: [], topFeatures: 0 },
-  answer: null,
+  answer: null, // about the target that is shown
+  whole: null, // what the server answered
   seen: null, // canvas with what the model sees
   layers: null, // what is drawn: heat of both maps, and the picture's pixels
   camera: null,
@@ -61,7 +62,8 @@ function aboutModel({ model, classes: count, blocks, method, backward, version }
 function fail(error) {
   if (error?.name === "AbortError") return;
   if (error && !(error instanceof Problem)) console.error(error);
-  find("#problem").textContent = error ? (error instanceof Problem ? error.message : `This page failed: ${error}`) : "";
+  const text = error ? (error instanceof Problem ? error.message : `This page failed: ${error}`) : "";
+  if (find("#problem").textContent !== text) find("#problem").textContent = text; // said once, not at every frame
 }
 
 /** Explains a new picture, for its likeliest class. */
@@ -89,12 +91,18 @@ async function ask(change) {
   Object.assign(state.question, change);
   if (state.camera) return state.camera.ask(state.question);
   if (!state.picture) return undefined;
+  // An answer to prompts is about each of them.
+  if (state.seen && state.question.prompts.length && !change.prompts) return show(state.whole, state.pace);
+  if (state.model?.classes === 0 && state.question.prompts.length === 0) {
+    find("#prompt-lines").focus();
+    return fail(new Problem("This model compares pictures with texts. Write prompts, one a line, then press Explain."));
+  }
   state.running?.abort();
   const running = (state.running = new AbortController());
   const busy = setTimeout(() => setBusy(true), 150); // what is quicker needs no sign
   try {
     const began = performance.now();
-    const answer = await explain(state.picture.blob, state.question, running.signal);
+    const answer = await explainAny(running.signal);
     const trip = performance.now() - began;
     state.seen ??= seenPart(state.picture.bitmap, answer.view, answer.image_size);
     fail(null);
@@ -108,15 +116,46 @@ async function ask(change) {
   return undefined;
 }
 
+/** Explains the picture also where a package takes no question without a class: then its likeliest class. */
+async function explainAny(signal) {
+  const { picture, question } = state;
+  const withClass = (target) => explain(picture.blob, { ...question, target }, signal);
+  try {
+    return await explain(picture.blob, question, signal);
+  } catch (error) {
+    if (!needsClass(error)) throw error;
+    return withClass(strongest((await withClass(0)).logits));
+  }
+}
+
+function needsClass({ code }) {
+  const { target, prompts } = state.question;
+  return code === "bad_target" && target === null && prompts.length === 0 && state.model.classes > 0;
+}
+
 function setBusy(isBusy) {
   find("main").setAttribute("aria-busy", String(isBusy));
   if (isBusy) find("#said").textContent = "Explaining …";
 }
 
+/** An answer about one of its targets: the one that is asked for, else the likeliest. */
+function aboutOne(answer, target) {
+  const asked = answer.targets.indexOf(target);
+  const place = asked >= 0 ? asked : strongest(answer.targets.map((one) => answer.logits[one]));
+  const one = (maps) => maps && [maps[place]];
+  const each = (blocks) => blocks && Object.fromEntries(Object.entries(blocks).map(([block, maps]) => [block, one(maps)]));
+  const { targets, values, relevance, ungated, scores, gates: served, features } = answer;
+  return {
+    ...answer, targets: one(targets), values: one(values), relevance: one(relevance), ungated: one(ungated),
+    scores: each(scores), gates: each(served), features: each(features),
+  };
+}
+
 /** Shows an answer. With the webcam, maps change with each frame, but texts only so fast that one can read them. */
-function show(answer, pace) {
+function show(whole, pace) {
+  const answer = aboutOne(whole, state.question.target);
   const signChanged = answer.signed !== state.answer?.signed;
-  state.answer = answer;
+  Object.assign(state, { answer, whole, pace });
   const { relevance, ungated, grid, signed } = answer;
   const size = [state.seen.height, state.seen.width];
   const heat = (values) => values && heatmap(values[0], grid, size, signed);
@@ -127,10 +166,10 @@ function show(answer, pace) {
   const now = performance.now();
   if (state.camera && now - state.told < CALM) return;
   state.told = now;
-  classes.show(answer, namesOf(answer));
+  classes.show(answer, namesOf(answer), state.question.prompts.length === 0);
   gates.show(answer);
   patches.show(relevance[0], grid);
-  tellResult(pace);
+  tellResult();
 }
 
 function namesOf({ logits }) {
@@ -161,8 +200,8 @@ function drawMaps() {
 }
 
 /** Titles, the sentence for screen readers, notices and milliseconds. */
-function tellResult(pace) {
-  const { answer } = state;
+function tellResult() {
+  const { answer, pace } = state;
   const names = namesOf(answer);
   const [target, other] = [names[answer.targets[0]], names[answer.rather_than]];
   const gated = Object.keys(answer.gates).length > 0;
@@ -178,6 +217,7 @@ function tellResult(pace) {
   if (!state.camera || state.saidOf !== target) find("#said").textContent = state.camera ? `Webcam: ${target}.` : said;
   state.saidOf = target;
   find("#plain").hidden = !other;
+  find("#compare-hint").hidden = state.question.prompts.length > 0;
   find("#likeliest").setAttribute("aria-pressed", String(state.question.target === null));
   find("#pace").hidden = !state.camera;
   if (state.camera) {
@@ -231,7 +271,7 @@ async function toggleCamera() {
       state.seen = seenPart(frame, answer.view, answer.image_size);
       show(answer, pace);
     },
-    failed: fail,
+    failed: (error) => (needsClass(error) ? ask({ target: 0 }) : fail(error)),
     ended: () => {
       state.camera = null;
       button.textContent = "Start the webcam";
@@ -268,6 +308,6 @@ find("#key").addEventListener("submit", (event) => {
 });
 find("#save-png").addEventListener("click", () => find("#map canvas").toBlob((blob) => save(blob, nameOfFile("png"))));
 find("#save-json").addEventListener("click", () => {
-  save(new Blob([JSON.stringify(state.answer)], { type: "application/json" }), nameOfFile("json"));
+  save(new Blob([JSON.stringify(state.whole)], { type: "application/json" }), nameOfFile("json"));
 });
 start();

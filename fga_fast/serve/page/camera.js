@@ -114,7 +114,7 @@ export class Camera {
   _receive(answer) {
     if (this.stopped) return;
     const frame = this.frames.get(answer.frame);
-    if (answer.error) this.failed(new Problem(inWords(answer.error)));
+    if (answer.error) this.failed(new Problem(inWords(answer.error), answer.error.code));
     if (!frame) return;
     // Frames before this one were passed over by the server, and get no answer any more.
     for (const number of this.frames.keys()) if (number <= answer.frame) this.frames.delete(number);

@@ -18,10 +18,10 @@ export class ClassList {
     this.list.addEventListener("click", (event) => this._click(event));
   }
 
-  /** Shows the logits of an answer; `names` are those of the logits' columns. */
-  show(answer, names) {
+  /** Shows the logits of an answer; `names` are those of the logits' columns; `compares`: whether it can compare. */
+  show(answer, names, compares) {
     if (names.length !== this.names?.length) this.rows.clear();
-    Object.assign(this, { answer, names });
+    Object.assign(this, { answer, names, compares });
     this.target = answer.targets[0];
     this.ratherThan = answer.rather_than ?? null;
     this.shares = probabilities(answer.logits, answer.probability_is);
@@ -63,9 +63,9 @@ export class ClassList {
     explain.querySelector(".likely").textContent = this.likely(index);
     explain.querySelector(".bar").style.width = `${100 * (share ?? 0)}%`;
     explain.setAttribute("aria-pressed", String(isTarget));
-    compare.hidden = isTarget;
+    compare.hidden = isTarget || !this.compares;
     compare.setAttribute("aria-pressed", String(index === this.ratherThan));
-    compare.setAttribute("aria-label", `Why ${this.names[this.target]} and not ${this.names[index]}?`);
+    compare.setAttribute("aria-label", `Not this? Why ${this.names[this.target]} and not ${this.names[index]}?`);
     return row;
   }
 
@@ -73,7 +73,7 @@ export class ClassList {
     const button = event.target.closest("button");
     if (!button) return;
     const index = Number(button.closest("li").value);
-    const compares = button.classList.contains("compare") || event.shiftKey;
+    const compares = button.classList.contains("compare") || (event.shiftKey && this.compares);
     if (compares && index !== this.target) {
       this.ask(this.target, index === this.ratherThan ? null : index);
     } else if (!compares) this.ask(index, null);

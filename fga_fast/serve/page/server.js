@@ -62,7 +62,8 @@ export async function readSample(name) {
 
 /** Explains one picture.
  *
- * `question` is { target, ratherThan, prompts, topFeatures }; `target` null asks for the likeliest class.
+ * `question` is { target, ratherThan, prompts, topFeatures }; `target` null asks for the likeliest class. Prompts stand
+ * instead of targets: the answer is about all of them.
  */
 export async function explain(picture, question, signal) {
   const options = { method: "POST", body: picture, headers: { "Content-Type": picture.type }, signal };
@@ -71,17 +72,17 @@ export async function explain(picture, question, signal) {
 
 function parameters({ target, ratherThan, prompts, topFeatures }) {
   const query = new URLSearchParams(prompts.map((prompt) => ["prompt", prompt]));
-  if (target !== null) query.set("target", target);
-  if (ratherThan !== null) query.set("rather_than", ratherThan);
+  if (target !== null && !prompts.length) query.set("target", target);
+  if (ratherThan !== null && !prompts.length) query.set("rather_than", ratherThan);
   if (topFeatures > 0) query.set("top_features", topFeatures);
   return query;
 }
 
 /** The first message of a stream, and each one that changes the question. */
 export function streamSettings({ target, ratherThan, prompts }) {
-  const settings = { target: target === null ? null : [target], top_features: 0, accept: "json" };
-  if (ratherThan !== null) settings.rather_than = ratherThan;
+  const settings = { top_features: 0, accept: "json" };
   if (prompts.length) settings.prompt = prompts;
+  else Object.assign(settings, { target: target === null ? null : [target], rather_than: ratherThan });
   if (token) settings.token = token; // browsers send no header of ours with a WebSocket
   return JSON.stringify(settings);
 }

@@ -59,7 +59,7 @@ def make_app(service: Service) -> FastAPI:
         service.counters.refused("http", error.code)
         headers = {"Retry-After": str(RETRY_SECONDS)} if error.status == 503 else {}
         headers |= {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
-        headers |= {"Connection": "close"} if error.code in ("too_large", "slow_body") else {}
+        headers |= {"Connection": "close"} if error.code == "slow_body" else {}
         return Response(json_bytes(error.content()), error.status, headers, JSON)
 
     async def on_error(_: Request, error: Exception) -> Response:

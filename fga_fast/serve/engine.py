@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FORMATS = ("JPEG", "PNG", "WEBP")  # of PIL; fewer decoders, fewer holes
+_NAME_CHARS = 200
 Probability = Literal["softmax", "sigmoid"]
 
 
@@ -205,6 +206,10 @@ class Engine:
 
     def _class(self, given: int | str, what: str) -> int:
         facts = self.facts
+        if isinstance(given, str) and len(given) > _NAME_CHARS:  # looking for close names takes long
+            raise Refused(
+                "bad_target", f"{what}: expected a class's number or name of at most {_NAME_CHARS} characters"
+            )
         try:
             number = int(given)
         except ValueError:
@@ -246,10 +251,11 @@ class Engine:
         """
         blank = Picture(Image.new("RGB", (1, 1)), torch.zeros(len(self._preprocess.mean), *self.facts.image_size))
         given = self._package is not None and self._package.metadata.target_mode == "given"
-        targets = (0,) if given else ()
-        prompts = () if self.facts.classes else ("a photo",)
-        for listed in {0, self.facts.top_features}:
-            for answer in self.explain([(blank, Question(targets, None, prompts, listed))] * size):
+        questions = {Question((0,) if given else (), None, () if self.facts.classes else ("a photo",))}
+        questions |= {Question((0,))} if self._compiled else set()
+        questions |= {question._replace(top_features=self.facts.top_features) for question in questions}
+        for question in questions:
+            for answer in self.explain([(blank, question)] * size):
                 if isinstance(answer, Exception):
                     raise answer
 
@@ -258,7 +264,7 @@ class Engine:
         listed = question.top_features > 0
         if question.prompts:
             return listed, question.prompts
-        if self._dual or self._package or (self._compiled and not question.targets):
+        if self._dual or self._package or (self._compiled and not question.targets and not listed):
             return listed, len(question.targets), question.rather_than is not None
         return listed, max(len(question.targets), 1)
 

@@ -100,7 +100,11 @@ class Server(uvicorn.Server):
 
 
 class _Hurried(H11Protocol):
-    """Closes connections whose headers do not arrive in time; uvicorn would wait for ever."""
+    """Closes connections whose headers do not arrive in time; uvicorn would wait for ever.
+
+    The rest of a body that was refused is read and dropped for as long, since to close before would often reach the
+    client before the answer does.
+    """
 
     seconds = 10.0
     _timer: asyncio.TimerHandle | None = None
@@ -118,8 +122,8 @@ class _Hurried(H11Protocol):
         self._unwatch()
 
     def _watch(self) -> None:
-        """Starts the clock when headers are awaited, and stops it when they are there."""
-        if self.conn.their_state is not h11.IDLE:
+        """Starts the clock when the client has to finish something, and stops it when that is done."""
+        if not self._awaited():
             self._unwatch()
         elif self._timer is None:
             self._timer = self.loop.call_later(self.seconds, self._too_late)
@@ -131,8 +135,12 @@ class _Hurried(H11Protocol):
 
     def _too_late(self) -> None:
         self._timer = None
-        if self.conn.their_state is h11.IDLE:
+        if self._awaited():
             self.transport.close()
+
+    def _awaited(self) -> bool:
+        theirs, ours = self.conn.their_state, self.conn.our_state
+        return theirs is h11.IDLE or (theirs is h11.SEND_BODY and ours is h11.DONE)
 
 
 def _is_loopback(host: str) -> bool:

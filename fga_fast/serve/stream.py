@@ -18,6 +18,7 @@ from fga_fast.serve.limits import Refused
 from fga_fast.serve.service import Service
 
 POLICY, LATER = 1008, 1013  # codes of closing
+_SETTINGS_CHARS = 2**16
 _SETTINGS = {"target", "rather_than", "prompt", "top_features", "accept", "token"}
 
 
@@ -78,6 +79,8 @@ class _Stream:
     async def _set(self, text: str) -> bool:
         """Takes settings; returns whether the connection goes on. Wrong settings leave the old ones."""
         try:
+            if len(text) > _SETTINGS_CHARS:
+                raise Refused("bad_parameter", f"settings: expected at most {_SETTINGS_CHARS} characters")
             given = json.loads(text)
             if not isinstance(given, dict) or not given.keys() <= _SETTINGS:
                 raise Refused(

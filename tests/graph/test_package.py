@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,29 @@ def test_dual_encoder_with_prompts_inside_and_no_example(tmp_path: Path) -> None
     assert (about.batch, about.height, about.width) == (1, *family.image_size)
     assert about.class_names == tuple(prompts)
     agree(package(family.images(), prompts[1]), asked(family.images(), prompts[1]), 1e-4)
+
+
+@pytest.mark.slow
+def test_served(predicted_package: Path, given_package: Path) -> None:
+    """The engine of `fga-fast serve` answers what the package can be asked, and refuses the rest."""
+    pytest.importorskip("fastapi")
+    import serving
+
+    from fga_fast.serve.engine import Answered, Engine
+    from fga_fast.serve.limits import Refused
+
+    for path, right, wrong in ((predicted_package, [], [1]), (given_package, ["émeu"], [])):
+        package = load_package(path)
+        engine = Engine(package)
+        engine.warm_up(2)
+        (found,) = engine.explain([(engine.decode(serving.png(3)), engine.question(right))])
+        assert isinstance(found, Answered)
+        image = PREPROCESS(serving.picture(3))[None].to(getattr(torch, package.metadata.dtype))
+        want = package(image, "émeu" if right else None)
+        agree(found.explanation, replace(want, features={}), 1e-9)
+        for refused in ([wrong, None], [[1], 2], [[1, 2], None]):
+            with pytest.raises(Refused, match="target: expected"):
+                engine.question(*refused)  # type: ignore[arg-type]
 
 
 # what it refuses

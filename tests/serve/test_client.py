@@ -37,7 +37,7 @@ def test_answers_and_refusals(tmp_path: Path) -> None:
         response = client.fetch(path, "application/x-safetensors", target=[2, 0], top_features=1)
         (tmp_path / "saved.safetensors").write_bytes(response.content)
         agree(Explanation.load(tmp_path / "saved.safetensors"), want, 1e-9)
-        with pytest.raises(ServeError, match="bad_target: .*owl") as refused:
+        with pytest.raises(ServeError, match=r"bad_target: .*owl") as refused:
             client.explain(path, "owl")
         assert (refused.value.status, refused.value.code) == (422, "bad_target")
         with Client(server.url) as other, pytest.raises(ServeError) as refused:
@@ -56,21 +56,20 @@ def test_answers_and_refusals(tmp_path: Path) -> None:
 
 def test_tries_again_when_busy() -> None:
     engine = serving.engine(serving.Held)
-    with serving.running(engine, Limits(queue=1)) as server:
-        with httpx.Client(base_url=server.url, trust_env=False, timeout=20) as http:
-            engine.hold()
-            first = threading.Thread(target=http.post, args=["/v1/explain"], kwargs={"content": serving.png()})
-            first.start()
-            assert engine.begun.acquire(timeout=10)
-            with Client(server.url, tries=1) as client, pytest.raises(ServeError) as refused:
-                client.explain(serving.png())
-            assert refused.value.code == "busy"
-            threading.Timer(0.3, engine.go.set).start()
-            began = time.monotonic()
-            with Client(server.url) as client:
-                assert client.explain(serving.png(), 1)["targets"] == [1]
-            assert time.monotonic() - began >= 1  # as Retry-After said
-            first.join(20)
+    with serving.running(engine, Limits(queue=1)) as server, httpx.Client(base_url=server.url, trust_env=False) as http:
+        engine.hold()
+        first = threading.Thread(target=http.post, args=["/v1/explain"], kwargs={"content": serving.png()})
+        first.start()
+        assert engine.begun.acquire(timeout=10)
+        with Client(server.url, tries=1) as client, pytest.raises(ServeError) as refused:
+            client.explain(serving.png())
+        assert refused.value.code == "busy"
+        threading.Timer(0.3, engine.go.set).start()
+        began = time.monotonic()
+        with Client(server.url) as client:
+            assert client.explain(serving.png(), 1)["targets"] == [1]
+        assert time.monotonic() - began >= 1  # as Retry-After said
+        first.join(20)
 
 
 def test_tries_again_when_nobody_listens_yet() -> None:

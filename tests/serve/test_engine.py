@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from packages import PREPROCESS, images
 from PIL import Image
 from torch import Tensor
 
-from fga_fast import Difference, Explainer, Explanation, load_image, load_package
+from fga_fast import Difference, Explainer, Explanation, load_image
 from fga_fast.serve.engine import Answered, Engine, Question
 from fga_fast.serve.limits import Refused
 
@@ -114,6 +113,7 @@ def test_notices_are_about_the_own_image() -> None:
     assert not any("zero everywhere" in notice for notice in bright.notices)
 
 
+@pytest.mark.slow
 def test_prompts_of_a_dual_encoder() -> None:
     pytest.importorskip("open_clip")
     family = next(family for family in families.registry() if family.library == "open_clip" and family.prompts)
@@ -136,23 +136,6 @@ def test_prompts_of_a_dual_encoder() -> None:
         engine.question()
     with pytest.raises(Refused, match="got an empty one"):
         engine.question(prompts=[" "])
-
-
-@pytest.mark.slow
-def test_packages(predicted_package: Path, given_package: Path) -> None:
-    data = serving.png(3)
-    for path, right, wrong in ((predicted_package, [], [1]), (given_package, ["émeu"], [])):
-        package = load_package(path)
-        engine = Engine(package)
-        engine.warm_up(2)
-        picture = engine.decode(data)
-        (found,) = engine.explain([(picture, engine.question(right))])
-        image = PREPROCESS(serving.picture(3))[None].to(getattr(torch, package.metadata.dtype))
-        want = package(image, "émeu" if right else None)
-        agree(answered(found), replace(want, features={}), 1e-9)
-        for refused in ([wrong, None], [[1], 2], [[1, 2], None]):
-            with pytest.raises(Refused, match="target: expected"):
-                engine.question(*refused)
 
 
 @pytest.mark.slow

@@ -51,6 +51,7 @@ def wanted() -> dict[str, list[tuple[int, torch.Tensor]]]:
     return found
 
 
+@pytest.mark.slow
 def test_the_demo_under_load_until_it_is_ended(demo: subprocess.Popen[str]) -> None:
     """No answer is wrong, and every request has an answer or an error, before and after the signal."""
     expected = wanted()

@@ -23,7 +23,7 @@ TOKEN = "a-long-token"
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with serving.running(serving.engine(), Limits(body_bytes=50_000, targets=3, queue=2)) as running:
+    with serving.running(serving.engine(), Limits(body_bytes=200_000, targets=3, queue=2)) as running:
         yield running
 
 
@@ -105,7 +105,8 @@ def test_bad_frames_do_not_end_the_stream(server: Server) -> None:
     ("settings", "code"),
     [
         ("no json", "bad_parameter"), ("[]", "bad_parameter"), ("[" * 20_000, "bad_parameter"),
-        ('{"targets": [1]}', "bad_parameter"), ('{"target": [true]}', "bad_target"), ('{"target": [1.5]}', "bad_target"),
+        ("[" + 30_000 * "[]," + "1]", "bad_parameter"), ('{"targets": [1]}', "bad_parameter"),
+        ('{"target": [true]}', "bad_target"), ('{"target": [1.5]}', "bad_target"),
         ('{"target": [9]}', "bad_target"), ('{"target": [0, 1, 2, 3]}', "bad_target"),
         ('{"target": [1], "rather_than": [2]}', "bad_target"), ('{"prompt": ["an owl"]}', "bad_target"),
         ('{"prompt": [1]}', "bad_target"), ('{"top_features": true}', "bad_parameter"),
@@ -124,7 +125,7 @@ def test_bad_settings_leave_the_old_ones(server: Server, settings: str, code: st
 
 def test_frames_that_are_too_large_end_it(server: Server) -> None:
     with stream(server) as socket:
-        socket.send(bytes(50_001))
+        socket.send(bytes(200_001))
         with pytest.raises(ConnectionClosed) as closed:
             told(socket)
         assert closed.value.rcvd is not None and closed.value.rcvd.code == 1009

@@ -133,10 +133,10 @@ def upload(page: Page, file: Any) -> None:
     expect(page.locator("#shown")).to_be_visible()
 
 
-def png(picture: Image.Image, name: str = "picture.png") -> dict[str, Any]:
+def png(picture: Image.Image, exif: Image.Exif | None = None) -> dict[str, Any]:
     data = io.BytesIO()
-    picture.save(data, format="PNG")
-    return {"name": name, "mimeType": "image/png", "buffer": data.getvalue()}
+    picture.save(data, format="PNG", exif=exif or Image.Exif())
+    return {"name": "picture.png", "mimeType": "image/png", "buffer": data.getvalue()}
 
 
 def pixels(canvas: Locator) -> Any:  # -> [H, W, 4] uint8
@@ -252,6 +252,11 @@ def test_webcam_frames_arrive_and_follow_the_question(demo: str, visit: Visit) -
         before = pixels(page.locator("#map canvas"))
         page.wait_for_timeout(200)
         assert np.array_equal(pixels(page.locator("#map canvas")), before)
+        page.locator("#classes .explain", has_text="Bag").click()  # of the last frame
+        expect(page.locator("#why")).to_have_text("Why Bag?")
+        expect(page.locator("#patch-facts")).not_to_contain_text("feature")
+        page.locator("#map").focus()
+        expect(page.locator("#patch-facts")).to_contain_text("feature")
 
 
 # what is shown
@@ -283,12 +288,17 @@ def canvas_size(canvas: Locator) -> tuple[int, int]:
     return height, width
 
 
-def test_the_map_lies_on_the_part_that_the_model_sees(plain: str, visit: Visit) -> None:
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_map_lies_on_the_part_that_the_model_sees(turned: bool, plain: str, visit: Visit) -> None:
     picture = Image.new("RGB", (160, 80), "lime")
     ImageDraw.Draw(picture).rectangle((60, 20, 79, 59), fill="red")
     ImageDraw.Draw(picture).rectangle((80, 20, 99, 59), fill="blue")
+    exif = Image.Exif()
+    if turned:
+        exif[0x0112] = 6  # the reader turns the pixels by 90 degrees, so they are stored turned the other way
+        picture = picture.transpose(Image.Transpose.ROTATE_90)
     with visit(plain) as page:
-        upload(page, png(picture))
+        upload(page, png(picture, exif))
         page.locator("#opacity").fill("0")
         found = pixels(page.locator("#map canvas"))[..., :3].astype(int)
         inside = found[10:-10, 10:-10]

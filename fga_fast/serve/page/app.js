@@ -103,6 +103,7 @@ async function ask(change) {
   try {
     const began = performance.now();
     const answer = await explainAny(running.signal);
+    if (running.signal.aborted) return undefined;
     const trip = performance.now() - began;
     state.seen ??= seenPart(state.picture.bitmap, answer.view, answer.image_size);
     fail(null);
@@ -134,7 +135,8 @@ function needsClass({ code }) {
 }
 
 function setBusy(isBusy) {
-  find("main").setAttribute("aria-busy", String(isBusy));
+  find("#shown").setAttribute("aria-busy", String(isBusy));
+  find("#said").classList.toggle("busy", isBusy);
   if (isBusy) find("#said").textContent = "Explaining …";
 }
 
@@ -226,7 +228,7 @@ function tellResult() {
       `${skipped} of ${sent} frames skipped for newer ones`;
   }
   find("#notices").replaceChildren(...answer.notices.map((text) => textOf("li", text)));
-  const stages = [...Object.entries(answer.milliseconds), ["with the network", pace.trip]];
+  const stages = [...Object.entries(answer.milliseconds), ["round trip", pace.trip]];
   find("#stages").replaceChildren(...stages.map(([name, value]) => {
     const row = document.createElement("div");
     row.append(textOf("dt", name), textOf("dd", milliseconds(value)));
@@ -243,7 +245,7 @@ function factsOf(patch) {
   const { answer } = state;
   const values = answer.relevance[0];
   const rank = values.filter((value) => value > values[patch]).length + 1;
-  const facts = [["Relevance", `${short(values[patch])}, rank ${rank} of ${values.length}`]];
+  const facts = [["Relevance", short(values[patch])], ["Rank", `${rank} of ${values.length}`]];
   if (answer.ungated) facts.push(["Without gates", short(answer.ungated[0][patch])]);
   for (const [block, found] of Object.entries(gates.shown)) {
     facts.push([`Gate, block ${block}`, `× ${short(found[patch])}`]);
@@ -265,9 +267,13 @@ async function toggleCamera() {
   Object.assign(state, { picture: null, told: 0 });
   Object.assign(state.question, { target: null, ratherThan: null });
   fail(null);
+  find("#said").textContent = "Starting the webcam …";
+  state.saidOf = null;
+  let last = null;
   const camera = new Camera({
     answered: (answer, frame, pace) => {
       fail(null);
+      last = frame;
       state.seen = seenPart(frame, answer.view, answer.image_size);
       show(answer, pace);
     },
@@ -276,6 +282,8 @@ async function toggleCamera() {
       state.camera = null;
       button.textContent = "Start the webcam";
       find("#pace").hidden = true;
+      // The last frame stays, and can be asked about like any picture.
+      last?.toBlob((blob) => (state.picture ??= { blob, bitmap: last, name: "webcam" }), "image/png");
     },
   });
   state.camera = camera;

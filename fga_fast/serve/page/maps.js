@@ -32,14 +32,14 @@ export function drawMap(canvas, heat, { data, width, height }, colours, opacity)
   const image = context.createImageData(width, height);
   const table = colourTable(colours);
   const colour = Math.max(1 - 2 * opacity, 0);
-  for (let pixel = 0; pixel < heat.length; pixel++) {
-    const [at, from] = [pixel * 4, placeOf(heat[pixel])];
-    const grey = 0.299 * data[at] + 0.587 * data[at + 1] + 0.114 * data[at + 2];
-    for (let channel = 0; channel < 3; channel++) {
-      const under = grey + colour * (data[at + channel] - grey);
-      image.data[at + channel] = under + opacity * (table[from + channel] - under);
-    }
-    image.data[at + 3] = 255;
+  const drawn = image.data;
+  for (let pixel = 0, at = 0; pixel < heat.length; pixel++, at += 4) {
+    const from = placeOf(heat[pixel]);
+    const grey = (1 - colour) * (0.299 * data[at] + 0.587 * data[at + 1] + 0.114 * data[at + 2]);
+    drawn[at] = (1 - opacity) * (grey + colour * data[at]) + opacity * table[from];
+    drawn[at + 1] = (1 - opacity) * (grey + colour * data[at + 1]) + opacity * table[from + 1];
+    drawn[at + 2] = (1 - opacity) * (grey + colour * data[at + 2]) + opacity * table[from + 2];
+    drawn[at + 3] = 255;
   }
   context.putImageData(image, 0, 0);
 }

@@ -24,14 +24,16 @@ function lowerMedian(values) {
 export function heatmap(values, [rows, columns], [height, width], centred) {
   const [down, across] = [between(rows, height), between(columns, width)];
   const found = new Float32Array(height * width);
+  const line = new Float64Array(columns); // the patches' values at the height of a row of pixels
   let [low, high] = [Infinity, -Infinity];
   for (let y = 0; y < height; y++) {
-    const [above, below, share] = down[y];
+    for (let column = 0; column < columns; column++) {
+      const above = values[down.first[y] * columns + column];
+      line[column] = above + (values[down.second[y] * columns + column] - above) * down.share[y];
+    }
     for (let x = 0; x < width; x++) {
-      const [left, right, part] = across[x];
-      const top = values[above * columns + left] * (1 - part) + values[above * columns + right] * part;
-      const bottom = values[below * columns + left] * (1 - part) + values[below * columns + right] * part;
-      const value = top * (1 - share) + bottom * share;
+      const left = line[across.first[x]];
+      const value = left + (line[across.second[x]] - left) * across.share[x];
       found[y * width + x] = value;
       if (value < low) low = value;
       if (value > high) high = value;
@@ -41,16 +43,20 @@ export function heatmap(values, [rows, columns], [height, width], centred) {
   if (centred) [low, high] = [-largest, largest];
   const extent = high - low;
   if (!(extent > ROUNDING * largest)) return found.fill(centred ? 0.5 : 0);
-  return found.map((value) => (value - low) / extent);
+  for (let pixel = 0; pixel < found.length; pixel++) found[pixel] = (found[pixel] - low) / extent;
+  return found;
 }
 
-/** For each of `size` pixels: the patches on either side of it, and how far it is from the first to the second. */
+/** For each of `size` pixels the patches on either side of it, and its share of the way from the first to the second. */
 function between(patches, size) {
-  return Array.from({ length: size }, (_, pixel) => {
+  const [first, second, share] = [new Int32Array(size), new Int32Array(size), new Float64Array(size)];
+  for (let pixel = 0; pixel < size; pixel++) {
     const place = Math.max(((pixel + 0.5) * patches) / size - 0.5, 0);
-    const first = Math.min(Math.floor(place), patches - 1);
-    return [first, Math.min(first + 1, patches - 1), place - first];
-  });
+    first[pixel] = Math.min(Math.floor(place), patches - 1);
+    second[pixel] = Math.min(first[pixel] + 1, patches - 1);
+    share[pixel] = place - first[pixel];
+  }
+  return { first, second, share };
 }
 
 /** Probabilities of logits, or null if the model's outputs are none. */

@@ -8,7 +8,8 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Generic, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from fga_fast.serve.limits import Refused
 
@@ -19,7 +20,8 @@ Result = TypeVar("Result")
 Other = TypeVar("Other")
 
 
-class Done(NamedTuple, Generic[Result]):
+@dataclass(frozen=True)
+class Done(Generic[Result]):
     """What came of an item."""
 
     result: Result
@@ -27,7 +29,8 @@ class Done(NamedTuple, Generic[Result]):
     worked: float  # seconds that its batch took
 
 
-class _Job(NamedTuple, Generic[Item, Result]):
+@dataclass(frozen=True)
+class _Job(Generic[Item, Result]):
     item: Item
     since: float
     future: asyncio.Future[Done[Result]]

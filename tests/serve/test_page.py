@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
-from page_visits import Visit, explained, pixels, preprocess, upload
-from PIL import Image, ImageDraw
+from page_visits import Visit, demo_explainer, explained, pixels, preprocess, served, upload
+from PIL import Image, ImageDraw, ImageOps
 
 from fga_fast import Explainer
 from fga_fast.assets import fashion_config, fashion_model, fashion_scenes
 from fga_fast.io.images import load_image
 from fga_fast.result import colours
 from fga_fast.result.heatmap import to_picture
+from fga_fast.serve.engine import Engine, Picture
 
 expect = pytest.importorskip("playwright.sync_api").expect
 serving = pytest.importorskip("serving")
@@ -130,6 +132,40 @@ def test_webcam_frames_arrive_and_follow_the_question(demo: str, visit: Visit) -
         expect(page.locator("#patch-facts")).not_to_contain_text("feature")
         page.locator("#map").focus()
         expect(page.locator("#patch-facts")).to_contain_text("feature")
+
+
+class Recording(Engine):
+    """Keeps the frames that it explains."""
+
+    frames: ClassVar[list[bytes]] = []
+
+    def decode(self, data: bytes) -> Picture:
+        self.frames.append(data)
+        return super().decode(data)
+
+
+def test_a_frames_map_lies_on_that_frame(visit: Visit) -> None:
+    explainer = demo_explainer()
+    with served(Recording(explainer, preprocess())) as url, visit(url, accept_downloads=True) as page:
+        page.locator("#webcam").click()
+        page.wait_for_function("() => Number(document.querySelector('#pace').textContent.match(/of (\\d+)/)?.[1]) > 8")
+        page.locator("#webcam").click()
+        page.locator("#opacity").fill("0")
+        with page.expect_download() as numbers:
+            page.locator("#save-json").click()
+        logits = json.loads(numbers.value.path().read_text(encoding="utf-8"))["logits"]
+        shown = pixels(page.locator("#map canvas"))[..., :3].astype(int)
+    frames = [Image.open(io.BytesIO(data)) for data in Recording.frames]
+    assert len(frames) > 2
+    away = [
+        np.abs(shown - np.asarray(ImageOps.fit(frame, shown.shape[1::-1], Image.Resampling.BILINEAR))).mean()
+        for frame in frames
+    ]
+    again = explainer(torch.stack([preprocess()(frame) for frame in frames])).logits
+    apart = (again - torch.tensor(logits)).abs().amax(-1)
+    assert int(np.argmin(away)) == int(apart.argmin())
+    assert min(away) < 3
+    assert apart.min() < 1e-3
 
 
 # what is shown

@@ -154,26 +154,25 @@ class Preprocess:
         Raises:
             ImageFileError: values without a known range.
         """
-        height, width = self.image_size
         image = to_rgb(image).convert("RGB" if len(self.mean) == 3 else "L")
-        method = Image.Resampling[self.interpolation.upper()]
-        if self.squash:
-            return image.resize((width, height), method)
-        cover_height, cover_width = floor(height / self.crop_pct), floor(width / self.crop_pct)
-        if cover_height * image.width >= cover_width * image.height:
-            new_height, new_width = cover_height, cover_height * image.width // image.height
-        else:
-            new_height, new_width = cover_width * image.height // image.width, cover_width
+        size = self.image_size[1], self.image_size[0]
         # Resize and crop in one step: only the crop's pixels are ever made, so a panorama costs no more than a square.
+        return image.resize(size, Image.Resampling[self.interpolation.upper()], box=self.box(image.width, image.height))
+
+    def box(self, across: int, down: int) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom of what `view` shows of an upright picture `across` x `down` pixels large."""
+        height, width = self.image_size
+        if self.squash:
+            return 0, 0, across, down
+        cover_height, cover_width = floor(height / self.crop_pct), floor(width / self.crop_pct)
+        if cover_height * across >= cover_width * down:
+            new_height, new_width = cover_height, cover_height * across // down
+        else:
+            new_height, new_width = cover_width * down // across, cover_width
         top, left = round((new_height - height) / 2), round((new_width - width) / 2)
-        step_x, step_y = image.width / new_width, image.height / new_height
-        box = (
-            left * step_x,
-            top * step_y,
-            min((left + width) * step_x, image.width),
-            min((top + height) * step_y, image.height),
-        )
-        return image.resize((width, height), method, box=box)
+        step_x, step_y = across / new_width, down / new_height
+        right, bottom = min((left + width) * step_x, across), min((top + height) * step_y, down)
+        return left * step_x, top * step_y, right, bottom
 
     def normalise(self, view: Image.Image) -> Tensor:  # -> [channels, H, W]
         """`(value / 255 - mean) / std` of a view's pixels: [channels, H, W] float32."""

@@ -81,7 +81,7 @@ def pack(
     elif form.media_type == PNG:
         content = _png(explanation, picture, form)
     else:
-        fields = _fields(explanation, question, facts)
+        fields = {**_fields(explanation, question, facts), "view": list(picture.box)}
     now = time.perf_counter()
     taken = {**milliseconds, "pack": 1000 * (now - start), "total": 1000 * (now - began)}
     taken = {name: round(value, 3) for name, value in taken.items()}

@@ -68,6 +68,7 @@ class Picture(NamedTuple):
 
     view: Image.Image  # what the model sees
     image: Tensor  # [channels, H, W] float32, the same as the model's input
+    box: tuple[float, ...] = (0, 0, 1, 1)  # left, top, right and bottom of the view, as shares of the upright picture
 
 
 class Answered(NamedTuple):
@@ -149,7 +150,9 @@ class Engine:
                         f"image: expected at most {self._max_pixels} pixels, got {file.width} x {file.height}; scale "
                         "it down first",
                     )
-                view = self._preprocess.view(load_image(file))
+                upright = load_image(file)
+                view = self._preprocess.view(upright)
+                box = self._preprocess.box(upright.width, upright.height)
         except Refused:
             raise
         except UnidentifiedImageError:
@@ -158,7 +161,9 @@ class Engine:
             raise Refused("too_large", "image: it has too many pixels; scale it down first") from None
         except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, ... on damaged files
             raise Refused("bad_image", f"image: damaged or not taken ({error})") from error
-        return Picture(view, self._preprocess.normalise(view))
+        size = (upright.width, upright.height) * 2
+        shares = tuple(edge / side for edge, side in zip(box, size, strict=True))
+        return Picture(view, self._preprocess.normalise(view), shares)
 
     def question(
         self, targets: Sequence[int | str] = (), rather_than: int | str | None = None, prompts: Sequence[str] = (),

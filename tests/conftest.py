@@ -101,6 +101,13 @@ def _once(tmp_path_factory: pytest.TempPathFactory, name: str, export: Callable[
     return path
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests go first, so that at the end no process is alone with one."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def _not_skipped(report: Any, path: Any) -> None:
     """Makes a failure of a skip that must not be."""
     if not report.skipped:

@@ -351,6 +351,7 @@ def in_another_process(backend: Any, method: str) -> None:
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONTEXTS)
 def test_packages_in_contexts(name: str, predicted_package: Path) -> None:
     x = images(2)

@@ -1,6 +1,6 @@
 """Any model, any question, any settings: textbook, reference, native, composite and graph say the same.
 
-These are 500 cases, the same every time. More, and others every time:
+These are 250 cases, the same every time. More, and others every time:
 
     FGA_FAST_CASES=20000 .venv/bin/python -m pytest tests/test_property.py
 
@@ -212,8 +212,9 @@ def check(case: Case) -> None:
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
 
 
+@pytest.mark.slow
 @settings(
-    max_examples=int(CASES or 500), derandomize=CASES is None, deadline=None, database=None,
+    max_examples=int(CASES or 250), derandomize=CASES is None, deadline=None, database=None,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 @given(cases())

@@ -64,6 +64,7 @@ def test_torch_exports_saves_and_loads_it(subject: Subject, tmp_path: Path) -> N
     subject.assert_same(torch.export.load(tmp_path / "explanation.pt2").module()(subject.images))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("subject", [torch.float32], indirect=True, scope="module")
 def test_torch_compiles_it(subject: Subject) -> None:
     subject.assert_same(torch.compile(subject.module, fullgraph=True)(subject.images))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from typing import Any
 
@@ -28,6 +29,14 @@ def test_model(http: httpx.Client) -> None:
         "top_features": serving.LISTED, "gate": {"base": 10.0, "slope": 1.0},
         "limits": {"body_bytes": 100_000, "pixels": 1_000_000, "targets": 4}, "samples": ["one.png"], "cards": None,
     }  # fmt: skip
+
+
+def test_answers_do_not_wait_for_acknowledgements(server: Server, http: httpx.Client) -> None:
+    """Nagle's algorithm would hold the body back until the client has acknowledged the headers."""
+    assert http.get("/healthz").status_code == 200  # the connection stays
+    (connection, *_) = server.server_state.connections
+    used = connection.transport.get_extra_info("socket")
+    assert used.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
 
 
 def test_samples(http: httpx.Client) -> None:

@@ -70,15 +70,12 @@ def randomisation(
             raise ValueError(f"explain: expected maps {list(clean.shape)} as before, got {list(found.shape)}")
         return spearman(clean.abs(), found.abs()) if absolute else spearman(clean, found)
 
-    def seeded() -> torch.Generator:
-        return torch.Generator("cpu").manual_seed(seed)
-
-    generator = seeded()
+    generator = torch.Generator("cpu").manual_seed(seed)
     with _lent([parameter for group in groups.values() for parameter in group]):
         cascade = [likeness(group, generator) for group in groups.values()]
     everything = list(model.parameters())
     with _lent(everything):
-        whole = likeness(everything, seeded())
+        whole = likeness(everything, torch.Generator("cpu").manual_seed(seed))
     steps = torch.stack(cascade) if cascade else whole.new_empty(0, *whole.shape)
     single = given.dim() == 2
     return Randomisation(whole[0] if single else whole, steps[:, 0] if single else steps, tuple(groups))

@@ -55,7 +55,12 @@ class _Asking:
             yield 0.1 * 2**number * (1 + random.random())
 
 
-def _pause(response: httpx.Response, wait: float) -> float:
+def _answer_or_pause(response: httpx.Response, wait: float | None) -> httpx.Response | float:
+    """The response if it is the answer, else the seconds until the next try; raises where there is none."""
+    if response.status_code == 200:
+        return response
+    if wait is None or response.status_code not in _AGAIN:
+        raise ServeError(response)
     told = response.headers.get("Retry-After", "")
     return min(max(wait, float(told) if told.isdecimal() else 0.0), _LONGEST)
 
@@ -109,17 +114,14 @@ class Client(_Asking):
         while True:
             wait = next(waits, None)
             try:
-                response = self._http.post(**request)
+                found = _answer_or_pause(self._http.post(**request), wait)
             except httpx.TransportError:
                 if wait is None:
                     raise
-            else:
-                if response.status_code == 200:
-                    return response
-                if wait is None or response.status_code not in _AGAIN:
-                    raise ServeError(response)
-                wait = _pause(response, wait)
-            time.sleep(wait)
+                found = wait
+            if isinstance(found, httpx.Response):
+                return found
+            time.sleep(found)
 
 
 class AsyncClient(_Asking):
@@ -150,14 +152,11 @@ class AsyncClient(_Asking):
         while True:
             wait = next(waits, None)
             try:
-                response = await self._http.post(**request)
+                found = _answer_or_pause(await self._http.post(**request), wait)
             except httpx.TransportError:
                 if wait is None:
                     raise
-            else:
-                if response.status_code == 200:
-                    return response
-                if wait is None or response.status_code not in _AGAIN:
-                    raise ServeError(response)
-                wait = _pause(response, wait)
-            await asyncio.sleep(wait)
+                found = wait
+            if isinstance(found, httpx.Response):
+                return found
+            await asyncio.sleep(found)

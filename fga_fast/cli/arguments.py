@@ -43,6 +43,15 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
 
 
+def add_package(parser: argparse.ArgumentParser) -> None:
+    """Adds what names a package in place of a model."""
+    parser.add_argument(
+        "--package", type=Path, metavar="FILE.pt2",
+        help="a package from `fga-fast export`, instead of a model; loading it runs its code, so load only packages "
+        "you trust",
+    )  # fmt: skip
+
+
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """Adds what `explainer` reads."""
     parser.add_argument("--backend", choices=get_args(Backend), default="auto", help="what computes (docs/backends.md)")

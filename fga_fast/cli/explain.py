@@ -43,11 +43,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="image files, folders of them, or patterns such as 'scans/**/*.png' (default: demo scenes)",
     )  # fmt: skip
     parser.add_argument("--model", metavar="TIMM_NAME", help="a timm model (default: the shipped fashion demo model)")
-    parser.add_argument(
-        "--package", type=Path, metavar="FILE.pt2",
-        help="a package from `fga-fast export`, instead of a model; loading it runs its code, so load only packages "
-        "you trust",
-    )  # fmt: skip
+    arguments.add_package(parser)
     arguments.add_subject(parser)
     parser.add_argument(
         "--target", action="extend", nargs="+", default=[], metavar="N|NAME",

@@ -29,11 +29,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("demo", nargs="?", choices=("demo",), help="the shipped fashion demo model")
     parser.add_argument("--model", metavar="TIMM_NAME", help="a timm model")
-    parser.add_argument(
-        "--package", type=Path, metavar="FILE.pt2",
-        help="a package from `fga-fast export`, instead of a model; loading it runs its code, so load only packages "
-        "you trust",
-    )  # fmt: skip
+    arguments.add_package(parser)
     arguments.add_subject(parser)
     arguments.add_settings(parser)
     parser.add_argument(

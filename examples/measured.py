@@ -21,6 +21,25 @@ def measured(step: int) -> dict[str, Measure]:
     }
 
 
+def others(step: int) -> dict[str, Measure]:
+    """The library's other metrics that need no mask; patches are inserted and deleted `step` at a time."""
+    return {
+        "insertion_deletion": _insertion_deletion(step),
+        "road": MEASURES["road"],
+        "sensitivity": MEASURES["sensitivity"],
+        "randomisation": MEASURES["randomisation"],
+    }
+
+
+def _insertion_deletion(step: int) -> Measure:
+    def measure(batch: Batch) -> dict[str, Tensor]:
+        # Deletion fills with 0, as the library's measure of this name does.
+        found = metrics.insertion_deletion(**_asked(batch), step=step, deletion_fill=0.0, probability=batch.probability)
+        return {"insertion": found.insertion, "deletion": found.deletion}
+
+    return Measure(measure, {"insertion": True, "deletion": False})
+
+
 def _flipping(step: int) -> Measure:
     def measure(batch: Batch) -> dict[str, Tensor]:
         found = metrics.pixel_flipping(**_asked(batch), step=step, normalise=True, probability=batch.probability)

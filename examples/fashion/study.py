@@ -2,12 +2,17 @@
 
     python -m examples.fashion.study --split tune --limit 120 --out docs/studies/fashion/tune
     python -m examples.fashion.study --split report --tuned docs/studies/fashion/tune --out docs/studies/fashion/report
+    python -m examples.fashion.study --split report --tuned docs/studies/fashion/tune --others --limit 100 \
+        --out docs/studies/fashion/others
 
 Explains every garment of scenes made of test garments, which neither trained nor chose the model. Half of the garments
 are for choosing ("tune"), the other half for what is published ("report"). Both compare all methods and controls of the
 library; the first also all candidates, the second those that won. A candidate has won if it was better than its
 baseline `block_x_gradient` under at least two of the four metrics, after Holm's correction. A run that was stopped goes
 on when it is given again.
+
+`--others` measures the metrics that choose nothing: insertion and deletion, ROAD, sensitivity and randomisation. Some
+explain each image again and again, so it is meant for fewer scenes.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ import torch
 from torch import Tensor
 
 from examples.fashion.data import Garments, load_garments, make_scenes
-from examples.measured import measured
+from examples.measured import measured, others
 from fga_fast.assets import fashion_config, fashion_model, fashion_saes
 from fga_fast.dataset.items import Half, Item, half_of
 from fga_fast.evaluation import report, store
@@ -147,6 +152,7 @@ def main() -> None:
     parser.add_argument("--split", choices=("tune", "report"), required=True)
     parser.add_argument("--tuned", type=Path, help="the run on the tuning half; --split report needs it")
     parser.add_argument("--scenes", type=int, default=850, help="(default: %(default)s)")
+    parser.add_argument("--others", action="store_true", help="measure the other metrics")
     parser.add_argument("--limit", type=int, help="at most so many scenes")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -154,7 +160,8 @@ def main() -> None:
         parser.error("--tuned: expected the folder of the tuning half with --split report, and nothing with tune")
     added = CANDIDATES if arguments.split == "tune" else won(arguments.tuned)
     methods = {**METHODS, **{name: CANDIDATES[name] for name in added}}
-    asked = {**measured(STEPS[arguments.split]), "localisation": MEASURES["localisation"]}
+    main_metrics = {**measured(STEPS[arguments.split]), "localisation": MEASURES["localisation"]}
+    asked = others(STEPS[arguments.split]) if arguments.others else main_metrics
     items = scenes(arguments.split, arguments.scenes)
     evaluate(
         Subject(fashion_model(), fashion_saes()), items, methods, asked, out=arguments.out,

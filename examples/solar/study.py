@@ -2,10 +2,12 @@
 
     python -m examples.solar.study --model examples/solar/runs --split tune --k 32 --limit 60 --out runs/tune
     python -m examples.solar.study --model examples/solar/runs --split report --k 32 --out runs/report
+    python -m examples.solar.study --model examples/solar/runs --split report --k 32 --others --out runs/others
 
 Explains the predicted class of test cells, which trained neither head nor SAEs. Half of them are for choosing ("tune":
 which k), the other half for what is published ("report"). There are no masks, so localisation is not measured. A run
-that was stopped goes on when it is given again.
+that was stopped goes on when it is given again. `--others` measures insertion and deletion, ROAD, sensitivity and
+randomisation.
 """
 
 from __future__ import annotations
@@ -15,9 +17,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from examples.measured import measured
+from examples.measured import measured, others
 from examples.solar.data import cells, preprocess
 from examples.solar.model import trained
 from fga_fast.evaluation import report
@@ -35,17 +35,17 @@ def main() -> None:
     parser.add_argument("--split", choices=("tune", "report"), required=True)
     parser.add_argument("--k", type=int, required=True, help="of the SAEs")
     parser.add_argument("--blocks", type=int, nargs="+", default=[6, 9])
+    parser.add_argument("--others", action="store_true", help="measure the other metrics")
     parser.add_argument("--limit", type=int, help="at most so many cells")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    torch.set_num_threads(2)
     model, image_size = trained(arguments.model)
     folder = arguments.model / "saes" / f"topk_{arguments.k}"
     saes = {block: SparseAutoencoder.from_pretrained(folder / f"block_{block}") for block in arguments.blocks}
     items = [replace(item, target=None) for item in cells("test")]
     evaluate(
-        Subject(model, saes), items, METHODS, measured(step=8), out=arguments.out, preprocess=preprocess(image_size),
-        batch_size=8, split=arguments.split, limit=arguments.limit, perturbed=64,
+        Subject(model, saes), items, METHODS, (others if arguments.others else measured)(step=8), out=arguments.out,
+        preprocess=preprocess(image_size), batch_size=8, split=arguments.split, limit=arguments.limit, perturbed=64,
     )  # fmt: skip
     command = f"python -m examples.solar.study {' '.join(sys.argv[1:])}"
     print(report.write(arguments.out, baselines=BASELINES, command=command).markdown.read_text(encoding="utf-8"))

@@ -33,9 +33,11 @@ std::vector<Place<T>> places_of(int64_t patches, int64_t pixels) {
 template <class T>
 void draw(const double* relevance, const std::array<int64_t, 2>& grid, const std::vector<Place<T>>& rows,
           const std::vector<Place<T>>& columns, float* out) {
-  const auto at = [&](int64_t y, int64_t x) { return static_cast<T>(relevance[y * grid[1] + x]); };
+  // What speaks against the target counts as 0.
+  const auto positive = [](double value) { return std::max(static_cast<T>(value), T(0)); };
+  const auto at = [&](int64_t y, int64_t x) { return positive(relevance[y * grid[1] + x]); };
   const auto [least, most] = std::minmax_element(relevance, relevance + grid[0] * grid[1]);
-  const T floor = static_cast<T>(*least), ceiling = static_cast<T>(*most);
+  const T floor = positive(*least), ceiling = positive(*most);
   std::vector<T> large;
   for (const auto& y : rows)
     for (const auto& x : columns) {

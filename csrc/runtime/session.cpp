@@ -58,8 +58,9 @@ auto calling_torch(const std::string& what, const F& f) {
   }
 }
 
-bool all_finite(const Array& array) {
-  return std::all_of(array.values.begin(), array.values.end(), [](double x) { return std::isfinite(x); });
+template <class T>
+bool all_finite(const T* values, size_t count) {
+  return std::all_of(values, values + count, [](T x) { return std::isfinite(x); });
 }
 
 // Triton kernels exist only in the Python package. On CUDA the native backend scores SAEs with them.
@@ -68,10 +69,18 @@ void check_backend(const Metadata& metadata, bool cuda) {
     throw Error("package: calls Triton kernels, which need Python; export it with backend=\"composite\"");
 }
 
-void append(Array& array, const at::Tensor& tensor) {
-  const at::Tensor wide = tensor.to(at::kCPU, at::kDouble).contiguous();
-  const auto* values = wide.const_data_ptr<double>();
-  array.values.insert(array.values.end(), values, values + wide.numel());
+template <class T>
+void append(std::vector<T>& values, const at::Tensor& tensor) {
+  const at::Tensor host = tensor.to(at::kCPU, c10::CppTypeToScalarType<T>::value).contiguous();
+  const T* found = host.const_data_ptr<T>();
+  values.insert(values.end(), found, found + host.numel());
+}
+
+// Writes a batch that begins with image `first`; copies nothing but the numbers, where they are T on the host already.
+template <class T>
+void copy_to(T* out, int64_t first, const at::Tensor& tensor) {
+  const at::Tensor host = tensor.to(at::kCPU, c10::CppTypeToScalarType<T>::value).contiguous();
+  std::copy_n(host.const_data_ptr<T>(), host.numel(), out + first * (host.numel() / host.size(0)));
 }
 
 }  // namespace
@@ -90,7 +99,9 @@ struct Session::State {
   std::vector<at::Tensor> run(const std::vector<at::Tensor>& inputs) const;
   Array& array_of(Result& result, const std::string& name) const;
   Result empty(int64_t count) const;
-  void check_finite(const Result& result, const Images& images) const;
+  void check_finite(bool logits, bool relevance, const Images& images) const;
+  template <class Take>
+  void run_all(const Images& images, const std::optional<std::vector<int64_t>>& targets, const Take& take) const;
 };
 
 // Checks images and targets before anything runs.
@@ -206,9 +217,8 @@ Result Session::State::empty(int64_t count) const {
 }
 
 // Like Python, looks only at the outputs unless something is wrong.
-void Session::State::check_finite(const Result& result, const Images& images) const {
-  const bool logits = all_finite(result.logits);
-  if (logits && all_finite(result.relevance)) return;
+void Session::State::check_finite(bool logits, bool relevance, const Images& images) const {
+  if (logits && relevance) return;
   if (images.values != nullptr) {
     const at::Tensor values = values_of(images, 0, images.size());
     if (!at::isfinite(values).all().item<bool>()) throw Error("images: contain NaN or Inf; check the preprocessing");
@@ -257,36 +267,53 @@ const Metadata& Session::metadata() const {
   return state_->metadata;
 }
 
-Result Session::explain(const Images& images, const std::optional<std::vector<int64_t>>& targets) const {
-  const State& s = *state_;
-  s.check(images, targets);
-  return calling_torch("explain", [&] {
+// Calls take(first, name, tensor) with each output of each batch: the first image in it, and [count, ...] of the images
+// alone.
+template <class Take>
+void Session::State::run_all(const Images& images, const std::optional<std::vector<int64_t>>& targets,
+                             const Take& take) const {
+  check(images, targets);
+  calling_torch("explain", [&] {
     // No autograd: the compiled graph computes the gradients.
     const c10::InferenceMode inference;
-    const c10::OptionalDeviceGuard guard(s.device.is_cpu() ? std::nullopt : std::optional(s.device));
-    Result result = s.empty(images.size());
-    for (int64_t first = 0; first < images.size(); first += s.metadata.batch) {
-      const int64_t count = std::min(s.metadata.batch, images.size() - first);
-      std::vector<at::Tensor> inputs = {s.input_of(images, first, count)};
-      if (targets) inputs.push_back(s.targets_of(*targets, first, count));
-      const std::vector<at::Tensor> outputs = s.run(inputs);
-      for (size_t i = 0; i < outputs.size(); ++i) {
-        const std::string& name = s.metadata.outputs[i].name;
-        const at::Tensor mine = outputs[i].slice(0, 0, count);
-        if (name == "values" || name == "targets") {
-          Array flat;
-          append(flat, mine);
-          if (name == "values")
-            result.values.insert(result.values.end(), flat.values.begin(), flat.values.end());
-          else
-            for (const double target : flat.values) result.targets.push_back(static_cast<int64_t>(target));
-        } else {
-          append(s.array_of(result, name), mine);
-        }
-      }
+    const c10::OptionalDeviceGuard guard(device.is_cpu() ? std::nullopt : std::optional(device));
+    for (int64_t first = 0; first < images.size(); first += metadata.batch) {
+      const int64_t count = std::min(metadata.batch, images.size() - first);
+      std::vector<at::Tensor> inputs = {input_of(images, first, count)};
+      if (targets) inputs.push_back(targets_of(*targets, first, count));
+      const std::vector<at::Tensor> outputs = run(inputs);
+      for (size_t i = 0; i < outputs.size(); ++i) take(first, metadata.outputs[i].name, outputs[i].slice(0, 0, count));
     }
-    s.check_finite(result, images);
-    return result;
+  });
+}
+
+Result Session::explain(const Images& images, const std::optional<std::vector<int64_t>>& targets) const {
+  const State& s = *state_;
+  Result result = s.empty(images.size());
+  s.run_all(images, targets, [&](int64_t, const std::string& name, const at::Tensor& found) {
+    if (name == "targets")
+      append(result.targets, found);
+    else
+      append(name == "values" ? result.values : s.array_of(result, name).values, found);
+  });
+  const auto finite = [](const Array& array) { return all_finite(array.values.data(), array.values.size()); };
+  calling_torch("explain", [&] { s.check_finite(finite(result.logits), finite(result.relevance), images); });
+  return result;
+}
+
+void Session::explain_into(const Buffers& buffers, const Images& images,
+                           const std::optional<std::vector<int64_t>>& targets) const {
+  const State& s = *state_;
+  s.run_all(images, targets, [&](int64_t first, const std::string& name, const at::Tensor& found) {
+    if (name == "relevance" && buffers.relevance != nullptr) copy_to(buffers.relevance, first, found);
+    if (name == "logits" && buffers.logits != nullptr) copy_to(buffers.logits, first, found);
+    if (name == "targets" && buffers.targets != nullptr) copy_to(buffers.targets, first, found);
+  });
+  const auto finite = [&](const float* values, int64_t each) {
+    return values == nullptr || all_finite(values, static_cast<size_t>(images.size() * each));
+  };
+  calling_torch("explain", [&] {
+    s.check_finite(finite(buffers.logits, s.metadata.classes), finite(buffers.relevance, s.metadata.patches()), images);
   });
 }
 

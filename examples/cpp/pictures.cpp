@@ -101,6 +101,16 @@ std::string stored(const std::string& data) {
 
 }  // namespace
 
+std::optional<Rgb> next_frame(std::istream& frames) {
+  std::string magic(2, '\0');
+  if (!frames.read(magic.data(), 2)) {
+    if (frames.gcount() == 0) return std::nullopt;
+    throw std::runtime_error("the last frame is truncated");
+  }
+  if (magic != "P6") throw std::runtime_error("expected frames in the format PPM (P6)");
+  return read_ppm(frames);
+}
+
 Rgb read_picture(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   std::string magic(2, '\0');

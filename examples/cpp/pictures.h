@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <istream>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -13,5 +15,8 @@ struct Rgb {
 // Reads binary PPM (P6) with 8 bits per channel, and PNG if libpng was there at build time; puts transparency on white.
 // Throws std::runtime_error.
 Rgb read_picture(const std::string& path);
+
+// The next of several binary PPM pictures that follow each other; none at the end. Throws std::runtime_error.
+std::optional<Rgb> next_frame(std::istream& frames);
 
 void write_png(const std::string& path, const Rgb& picture);

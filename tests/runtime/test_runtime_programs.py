@@ -120,6 +120,43 @@ def test_the_example_says_what_is_wrong(build: Path, predicted_package: Path, tm
     assert result.stderr.strip().endswith("short.ppm: the PPM file is truncated")
 
 
+def ppm(pixels: Any) -> bytes:  # [H, W, 3]
+    return b"P6\n%d %d\n255\n" % (pixels.shape[1], pixels.shape[0]) + pixels.tobytes()
+
+
+def test_frames_through_a_pipe(build: Path, session: Any, predicted_package: Path) -> None:
+    """Frames of any sizes; the maps are the float32 of those that the session gives, whatever the package's batch."""
+    draw = np.random.default_rng(5)
+    frames = [draw.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((40, 90), (24, 16), (40, 90))]
+    command = [build / "examples" / "cpp" / "stream", predicted_package]
+    done = subprocess.run(command, input=b"".join(map(ppm, frames)), capture_output=True, check=True)
+    head, size = b"Pf\n%d %d\n-1.0\n" % GRID[::-1], 4 * GRID[0] * GRID[1]
+    assert len(done.stdout) == len(frames) * (len(head) + size)
+    for number, frame in enumerate(frames):
+        place = number * (len(head) + size)
+        assert done.stdout[place : place + len(head)] == head
+        found = np.frombuffer(done.stdout, "<f4", GRID[0] * GRID[1], place + len(head)).reshape(GRID)[::-1]
+        np.testing.assert_array_equal(found.ravel(), session.explain(frame).relevance[0].astype(np.float32))
+    assert re.fullmatch(r"3 frames, milliseconds for one: p50 .*, p99 .*, most .*\n", done.stderr.decode())
+
+
+@pytest.mark.parametrize(
+    ("frames", "given", "said"),
+    [
+        (b"P6\n2 2\n255\n" + bytes(11), [], "the PPM file is truncated"),
+        (b"P", [], "the last frame is truncated"),
+        (b"GIF89a", [], "expected frames in the format PPM (P6)"),
+        (b"P6\n2 2\n255\n" + bytes(12), ["1"], "targets: this package explains the predicted class"),
+    ],
+)
+def test_frames_that_are_refused(
+    build: Path, predicted_package: Path, frames: bytes, given: list[str], said: str
+) -> None:
+    command = [build / "examples" / "cpp" / "stream", predicted_package, *given]
+    done = subprocess.run(command, input=frames, capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (1, b"") and said in done.stderr.decode()
+
+
 def test_no_python_in_it(build: Path, installed: Path, consumer: Path) -> None:
     libraries = [path for path in installed.rglob("*.so") if path.parent.name != "python"]
     assert {path.name for path in libraries} >= {"libfga_ops.so", "libfga_runtime.so"}

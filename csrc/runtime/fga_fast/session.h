@@ -65,9 +65,16 @@ struct FGA_API Result {
   std::array<int64_t, 2> image_size;  // height and width of the model's input
   std::string dtype;                  // of relevance, scores and gates: float64 for float64 models, else float32
 
-  // Relevance (its signal, where there is one) as pictures: bilinear, then per image (h - min) / (max - min), however
-  // small the values are. 0: the size of the model's input.
+  // Relevance (its signal, where there is one) as pictures: what is below 0 counts as 0; bilinear, then per image
+  // (h - min) / (max - min), however small the values are. 0: the size of the model's input.
   Heatmaps heatmap(int64_t height = 0, int64_t width = 0) const;
+};
+
+// Memory of the caller for the answers to B images, row by row; nullptr: not wanted.
+struct Buffers {
+  float* relevance = nullptr;  // [B, P]
+  float* logits = nullptr;     // [B, classes]
+  int64_t* targets = nullptr;  // [B], the explained classes
 };
 
 struct Options {
@@ -92,6 +99,11 @@ class FGA_API Session {
   // Any number of images: fewer than a batch are padded, more take several runs.
   // targets: for packages that take them, one class for each image, or one class for all.
   Result explain(const Images& images, const std::optional<std::vector<int64_t>>& targets = std::nullopt) const;
+
+  // The same for callers that want float32 numbers where they have room for them, as in a loop over frames: nothing is
+  // widened, and nothing else is copied.
+  void explain_into(const Buffers& buffers, const Images& images,
+                    const std::optional<std::vector<int64_t>>& targets = std::nullopt) const;
 
  private:
   struct State;

@@ -28,9 +28,9 @@ def peak_bytes(work: Callable[[], object]) -> int | None:
         return None
 
 
-def resident_bytes() -> int:
-    """The resident memory of the process."""
-    return _status("VmRSS")
+def resident_bytes(process: int | str = "self") -> int:
+    """The resident memory of a process, by default this one."""
+    return _status("VmRSS", process)
 
 
 def available_bytes() -> int:
@@ -41,8 +41,8 @@ def available_bytes() -> int:
     raise OSError("/proc/meminfo has no MemAvailable")
 
 
-def _status(name: str) -> int:
-    for line in (_PROCESS / "status").read_text(encoding="ascii").splitlines():
+def _status(name: str, process: int | str = "self") -> int:
+    for line in Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {name}")
+    raise OSError(f"/proc/{process}/status has no {name}")

@@ -1,11 +1,12 @@
-"""Stands before all routes: the token, the origin of a page's requests, and headers of answers."""
+"""Stands before all routes: the token, the name and origin that a page's requests give, and headers of answers."""
 
 from __future__ import annotations
 
 import hmac
-from collections.abc import Awaitable, Callable, MutableMapping
+import ipaddress
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
@@ -31,12 +32,17 @@ class Guard:
 
     Args:
         app: what it protects.
-        token: None lets all pass.
+        token: None lets all pass who call the server by an address, as localhost or by one of `hosts`. A page of
+            another site, whose name was made to lead here, calls it by that name.
+        hosts: names of the server.
         refuse: makes the answer to a refused request.
     """
 
-    def __init__(self, app: ASGIApp, token: str | None, refuse: Callable[[Refused], Response]) -> None:
+    def __init__(
+        self, app: ASGIApp, token: str | None, hosts: Collection[str], refuse: Callable[[Refused], Response]
+    ) -> None:
         self._app, self._token, self._refuse = app, token, refuse
+        self._hosts = {"localhost", *(host.lower() for host in hosts)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lets a request pass, or answers it."""
@@ -56,8 +62,13 @@ class Guard:
 
     def _check(self, scope: MutableMapping[str, Any]) -> None:
         headers, path = Headers(scope=scope), scope["path"]
+        name = _parts(f"//{headers.get('host', '')}").hostname or ""
+        if self._token is None and path not in _OPEN and name not in self._hosts and not is_address(name):
+            raise Refused(
+                "wrong_host", f"Host: the server does not know itself as {name!r}; start it with --allow-host"
+            )
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != headers.get("host") and path not in _OPEN:
+        if origin is not None and _parts(origin).netloc != headers.get("host") and path not in _OPEN:
             raise Refused("cross_origin", "Origin: pages of other sites may not use this server")
         guarded = path.startswith("/v1/") or path in ("/metrics", "/openapi.json")
         given = headers.get("authorization")
@@ -66,6 +77,23 @@ class Guard:
             guarded = given is not None
         if guarded and self._token is not None and not same(given or "", f"Bearer {self._token}"):
             raise Refused("unauthorised", "Authorization: expected 'Bearer TOKEN' with this server's token")
+
+
+def _parts(url: str) -> SplitResult:
+    """The parts of an address; empty ones of what is none."""
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return urlsplit("")
+
+
+def is_address(host: str) -> bool:
+    """Whether it is an IP address rather than a name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def same(given: str, expected: str) -> bool:

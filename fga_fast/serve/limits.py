@@ -6,9 +6,10 @@ from dataclasses import dataclass, fields
 
 # What a refusal's code means, as an HTTP status.
 STATUS = {
-    "bad_request": 400, "bad_image": 400, "unauthorised": 401, "cross_origin": 403, "not_found": 404, "method": 405,
-    "not_acceptable": 406, "slow_body": 408, "too_large": 413, "unsupported_type": 415, "bad_target": 422,
-    "bad_parameter": 422, "gone": 499, "internal": 500, "busy": 503, "starting": 503, "stopping": 503, "deadline": 504,
+    "bad_request": 400, "bad_image": 400, "unauthorised": 401, "cross_origin": 403, "wrong_host": 403, "not_found": 404,
+    "method": 405, "not_acceptable": 406, "slow_body": 408, "too_large": 413, "unsupported_type": 415,
+    "bad_target": 422, "bad_parameter": 422, "gone": 499, "internal": 500, "busy": 503, "starting": 503,
+    "stopping": 503, "deadline": 504,
 }  # fmt: skip
 
 

@@ -57,6 +57,18 @@ def test_other_refusals(http: httpx.Client) -> None:
     assert code_of(http.get("/static/%2e%2e/app.py")) == (404, "not_found")
     response = http.post("/v1/explain", content=serving.png(), headers={"Origin": "http://evil.example"})
     assert code_of(response) == (403, "cross_origin")
+    response = http.post("/v1/explain", content=serving.png(), headers={"Origin": "http://["})
+    assert code_of(response) == (403, "cross_origin")
+    for name, status in (
+        ("evil.example:80", 403),
+        ("localhost", 200),
+        ("LOCALHOST:1", 200),
+        ("[::1]:8000", 200),
+        ("x]", 403),
+    ):
+        response = http.post("/v1/explain", content=serving.png(), headers={"Host": name})
+        assert response.status_code == status and (status == 200 or code_of(response) == (403, "wrong_host"))
+    assert http.get("/healthz", headers={"Host": "evil.example"}).status_code == 200
     own = str(http.base_url).rstrip("/")
     assert http.post("/v1/explain", content=serving.png(), headers={"Origin": own}).status_code == 200
 
@@ -82,7 +94,7 @@ class Raw:
         return b"".join(parts)
 
 
-HEAD = b"POST /v1/explain HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+HEAD = b"POST /v1/explain HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
 
 
 def test_too_long_without_a_length(server: Server, http: httpx.Client) -> None:
@@ -121,7 +133,7 @@ def test_slow_clients_are_let_go() -> None:
             for _ in range(100):
                 refused.socket.sendall(b"more")
                 time.sleep(0.05)
-        again = Raw(server, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        again = Raw(server, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
         found = b""
         while not found.endswith(b'{"status":"ok"}'):
             found += again.socket.recv(65536)

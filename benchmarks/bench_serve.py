@@ -1,0 +1,169 @@
+"""`fga-fast serve` under load: what requests take beyond the explanation, and how near to its rate the service comes.
+
+A real server in a process of its own, asked over HTTP from this one, beside the explainer alone in the same run. Client
+and server share the processors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import httpx
+import pytest
+import torch
+from conftest import Scale
+from peak import resident_bytes
+from rows import Row
+from torch import Tensor, nn
+
+from fga_fast import Explainer
+from fga_fast.assets import fashion_model, fashion_saes, fashion_scenes
+
+CLIENTS = (1, 8, 32, 128)
+CHROMIUM = os.environ.get("FGA_FAST_CHROMIUM", "/usr/bin/chromium")
+BATCH = 8
+
+
+def vit() -> nn.Module:
+    import timm
+
+    found: nn.Module = timm.create_model("vit_base_patch16_224").eval()
+    return found
+
+
+# Name -> (arguments of the command, explainer, side of its images)
+SERVED: dict[str, tuple[list[str], Callable[[], Explainer], int]] = {
+    "demo": (["demo"], lambda: Explainer(fashion_model(), fashion_saes(), ungated=True), 56),
+    "ViT-B/16": (["--model", "vit_base_patch16_224", "--random-weights"], lambda: Explainer(vit()), 224),
+}
+
+
+@contextmanager
+def serving(arguments: list[str]) -> Iterator[tuple[str, int]]:
+    """The address and process of a server, with as many threads as this process."""
+    command = [sys.executable, "-m", "fga_fast.cli", "serve", *arguments, "--port", "0", "--queue", "256"]
+    command += ["--deadline-ms", "100000"]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **threads})
+    assert process.stdout is not None
+    try:
+        lines = iter(process.stdout.readline, "")
+        url = next((line.split()[-1] for line in lines if "serving at" in line), None)
+        if url is None:
+            raise RuntimeError(f"{' '.join(command)} ended before it served; see above")
+        yield url, process.pid
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+async def load(
+    url: str, clients: int, seconds: float, requests: int | None = None
+) -> tuple[list[float], list[int], float]:
+    """Seconds of each request and the sizes of their batches, from clients that ask again at once; and the duration.
+
+    Every other request names its class. It ends after `seconds`, or after so many requests.
+    """
+    pictures = [path.read_bytes() for path in fashion_scenes()]
+    took, batches = list[float](), list[int]()
+    async with httpx.AsyncClient(base_url=url, timeout=120, trust_env=False, limits=httpx.Limits()) as http:
+
+        async def ask() -> None:
+            for number in numbers:
+                start = time.perf_counter()
+                if start > end:
+                    break
+                asked = {"target": number % 10} if number % 2 else {}
+                reply = await http.post("/v1/explain", content=pictures[number % len(pictures)], params=asked)
+                took.append(time.perf_counter() - start)
+                batches.append(reply.raise_for_status().json()["batch"])
+
+        start = time.perf_counter()
+        end = start + seconds
+        numbers = itertools.count() if requests is None else iter(range(requests))
+        await asyncio.gather(*(ask() for _ in range(clients)))
+        return took, batches, time.perf_counter() - start
+
+
+def alone(explainer: Explainer, images: Tensor, seconds: float) -> list[float]:
+    """Seconds of each call of the explainer alone."""
+    took = list[float]()
+    end = time.perf_counter() + seconds
+    while not took or time.perf_counter() < end:
+        start = time.perf_counter()
+        explainer(images)
+        took.append(time.perf_counter() - start)
+    return took
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_load(name: str, scale: Scale, record: Callable[[Row], None]) -> None:
+    arguments, make, side = SERVED[name]
+    explainer, seconds = make(), 1.0 if scale.quick else 20.0
+    bare: dict[int, float] = {}
+    blank = Row("serve", "", 1, explainer.layout.tokens, threads=torch.get_num_threads())
+    for batch in (1, BATCH):
+        images = torch.rand(batch, 3, side, side)
+        alone(explainer, images, 0)
+        took = alone(explainer, images, seconds)
+        bare[batch] = statistics.median(took)
+        record(row(blank, f"{name}, explainer alone", batch, took, batch / bare[batch]))
+    with serving(arguments) as (url, _):
+        for clients in CLIENTS[: 2 if scale.quick else None]:
+            asyncio.run(load(url, clients, seconds / 4))
+            took, batches, total = asyncio.run(load(url, clients, seconds))
+            rate = len(took) / total
+            # A request counts once in a batch of its own, and eight times in a batch of eight.
+            note = f"mean batch {len(batches) / sum(1 / size for size in batches):.1f}"
+            if clients == 1:
+                note += f", {1e3 * (statistics.median(took) - bare[1]):.1f} ms over the explainer"
+            note += f", {100 * rate * bare[BATCH] / BATCH:.0f} % of the explainer's rate in batches of {BATCH}"
+            record(row(blank, f"{name}, {clients} clients", clients, took, rate, note))
+
+
+def test_memory(scale: Scale, record: Callable[[Row], None]) -> None:
+    """What 20,000 requests leave behind."""
+    first, all_of_them = (100, 400) if scale.quick else (2_000, 20_000)
+    with serving(SERVED["demo"][0]) as (url, process):
+        asyncio.run(load(url, BATCH, math.inf, first))
+        before = resident_bytes(process)
+        took, _, total = asyncio.run(load(url, BATCH, math.inf, all_of_them - first))
+        after = resident_bytes(process)
+    blank = Row("serve", "", BATCH, 65, threads=torch.get_num_threads())
+    note = f"resident {before / 2**20:.0f} MiB after {first} requests, {after / 2**20:.0f} MiB after {all_of_them}"
+    record(row(blank, f"demo, {all_of_them} requests of {BATCH} clients", BATCH, took, len(took) / total, note))
+
+
+def test_webcam(scale: Scale, record: Callable[[Row], None]) -> None:
+    """Frames a second that the page shows, with a browser's fake camera. Browser and server share the processors."""
+    browser = pytest.importorskip("playwright.sync_api")
+    flags = ["--no-sandbox", "--use-fake-device-for-media-stream=fps=60", "--use-fake-ui-for-media-stream"]
+    with serving(SERVED["demo"][0]) as (url, _), browser.sync_playwright() as started:
+        page = started.chromium.launch(executable_path=CHROMIUM, args=flags).new_page()
+        page.goto(url)
+        page.locator("#webcam").click()
+        said = []
+        for _ in range(2 if scale.quick else 12):  # the page counts over two seconds
+            page.wait_for_timeout(2500)
+            said.append(page.locator("#pace").inner_text())
+    rates = [float(text.split()[0]) for text in said[1:]]
+    blank = Row("serve", "demo, webcam page", 1, 65, threads=torch.get_num_threads(), rounds=len(rates))
+    record(replace(blank, images_per_s=statistics.median(rates), note=f"frames shown; in the end: {said[-1]}"))
+
+
+def row(blank: Row, name: str, batch: int, took: list[float], rate: float, note: str = "") -> Row:
+    ranked = sorted(took)
+    return replace(
+        blank, name=name, batch=batch, rounds=len(took), median_s=statistics.median(took), min_s=ranked[0],
+        p99_s=ranked[int(0.99 * (len(ranked) - 1))], images_per_s=rate, note=note,
+    )  # fmt: skip

@@ -67,17 +67,30 @@ def test_explanation(
 ) -> None:
     images = subjects.images(scale.batches[batch])
     plain = partial(forward, subject.model, images)
-    native: dict[str, Work] = {"TransMM": partial(explain, Explainer(subject.model, backend="native"), images)}
+    native: dict[str, Work] = {
+        "TransMM": partial(explain, Explainer(subject.model, backend="native", preset="published"), images)
+    }
     levels: dict[str, float] = {}
     for name, (saes, active) in subject.saes.items():
-        native[f"FGA {name}"] = partial(explain, Explainer(subject.model, saes, backend="native"), images)
+        native[f"FGA {name}"] = partial(
+            explain, Explainer(subject.model, saes, backend="native", preset="published"), images
+        )
         levels[f"FGA {name}"] = active
     dense, _ = subject.saes[f"relu {LEVELS[-1]}"]
-    sparse, _ = subject.saes[f"topk {TOPK}"]
+    sparse, active = subject.saes[f"topk {TOPK}"]
+    native["default"] = partial(explain, Explainer(subject.model, backend="native"), images)
+    native[f"default topk {TOPK}"] = partial(explain, Explainer(subject.model, sparse, backend="native"), images)
+    levels[f"default topk {TOPK}"] = active
     reference: dict[str, Work] = {
-        "TransMM": partial(explain, Explainer(subject.model, backend="reference"), images),
-        f"FGA relu {LEVELS[-1]}": partial(explain, Explainer(subject.model, dense, backend="reference"), images),
-        f"FGA topk {TOPK}": partial(explain, Explainer(subject.model, sparse, backend="reference"), images),
+        "default": partial(explain, Explainer(subject.model, backend="reference"), images),
+        f"default topk {TOPK}": partial(explain, Explainer(subject.model, sparse, backend="reference"), images),
+        "TransMM": partial(explain, Explainer(subject.model, backend="reference", preset="published"), images),
+        f"FGA relu {LEVELS[-1]}": partial(
+            explain, Explainer(subject.model, dense, backend="reference", preset="published"), images
+        ),
+        f"FGA topk {TOPK}": partial(
+            explain, Explainer(subject.model, sparse, backend="reference", preset="published"), images
+        ),
     }
     fast = race(plain, native, seconds=40.0 if batch == 0 else 60.0)
     slow = race(plain, reference, seconds=6.0, least=1)
@@ -96,11 +109,11 @@ def test_explanation(
 
 
 def test_settings(subject: Subject, scale: Scale, race: Callable[..., Race], record: Callable[[Row], None]) -> None:
-    """Several targets of one image, the other method and the other backward rule."""
+    """Several targets of one image, another method and the other backward rule."""
     images, targets = subjects.images(1), torch.arange(8)[None]
     plain = partial(forward, subject.model, images)
     saes, active = subject.saes[f"relu {LEVELS[0]}"]
-    model = partial(Explainer, subject.model, backend="native")
+    model = partial(Explainer, subject.model, backend="native", preset="published")
     conservative = partial(model, backward="conservative")
     works: dict[str, Work] = {
         "TransMM, 8 targets": partial(explain, model(), images, targets),

@@ -73,7 +73,7 @@ def test_compiled(
         works: dict[str, Work] = {"forward": partial(forward, model, images)}
         seconds: dict[str, float] = {}
         for name, layers in saes(model, scale).items():
-            explainer = Explainer(model, layers, backend="native")
+            explainer = Explainer(model, layers, backend="native", preset="published")
             start = time.perf_counter()
             works[f"{name}, compiled"] = partial(explainer.compile(images), images)
             seconds[f"{name}, compiled"] = time.perf_counter() - start
@@ -104,7 +104,7 @@ def test_pruning(scale: Scale, race: Callable[..., Race], record: Callable[[Row]
     model = subjects.vit(depth=scale.depth)
     for batch in scale.batches:
         images = subjects.images(batch)
-        explainer = Explainer(model, backend="native")
+        explainer = Explainer(model, backend="native", preset="published")
         works: dict[str, Work] = {"TransMM, pruned": partial(explainer.compile(images), images)}
         with mock.patch("fga_fast.graph.compiled.flatten", partial(flatten, prune=False)):
             works["TransMM, last block whole"] = partial(explainer.compile(images), images)
@@ -118,7 +118,7 @@ def test_pruning(scale: Scale, race: Callable[..., Race], record: Callable[[Row]
 def small() -> tuple[Explainer, Tensor]:
     """The demo model with its two SAEs, and one image."""
     model = fashion_model()
-    explainer = Explainer(model, fashion_saes(), backend="native")
+    explainer = Explainer(model, fashion_saes(), backend="native", preset="published")
     height, width = explainer.layout.image_size or (0, 0)
     return explainer, torch.randn(
         1, explainer.layout.in_chans, height, width, generator=torch.Generator().manual_seed(1)

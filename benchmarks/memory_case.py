@@ -28,7 +28,9 @@ def explain(way: str, side: int, saes: dict[int, SparseAutoencoder]) -> int | No
     model, images = subjects.vit(side, DEPTH), subjects.images(1, side)
     if way == "forward_backward":
         return peak_bytes(lambda: forward_backward(model, images))
-    explainer = Explainer(model, saes, backend="reference" if way.startswith("reference") else "native")
+    explainer = Explainer(
+        model, saes, backend="reference" if way.startswith("reference") else "native", preset="published"
+    )
     return peak_bytes(lambda: explainer(images))
 
 

@@ -7,9 +7,11 @@ The stages of a call, in order:
 3. backward   one call of autograd; on the way down, block by block from the last,           (engine/backward.py)
      score    at blocks with an SAE, features that are present and influential score a patch (ops/score.py)
      gate     scores become factors within [1/base, base]                                    (ops/gate.py)
-     rollout  relevance takes one step:  v <- v + w * (v Cbar)                               (ops/attention.py)
+     relevance: x . g at the tokens that enter a block, times the gates w from there on      (engine/records.py)
+              or a rollout of attention, one step a block:  v <- v + w * (v Cbar)            (ops/attention.py)
 4. result     relevance of the patches, with logits, scores and gates                        (result/explanation.py)
 
+The preset "faithful" takes x . g with the conservative backward pass, "published" the rollout with the exact one.
 engine/run.py calls stages 1 to 3; docs/design.md says how relevance rides the backward pass. reference/explain.py does
 the same in plain PyTorch, with score, gate and attention in files of these names; `backend="reference"` runs it.
 
@@ -40,7 +42,7 @@ from fga_fast.result.explanation import Explanation
 from fga_fast.result.notices import value_notices
 from fga_fast.sae import SparseAutoencoder
 from fga_fast.sae.hold import Hold, hold
-from fga_fast.settings import Backend, Backward, Gate, Method, Settings, TargetMode, start_of
+from fga_fast.settings import Backend, Backward, Gate, Method, Preset, TargetMode, settings_of, start_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -58,7 +60,10 @@ class Explainer:
     Args:
         model: any module from images [B, channels, H, W] to logits [B, classes] with one supported vision transformer
             in it (see `find_layout`), or a dual encoder such as CLIP; in eval mode. Not changed; threads may share it.
-        saes: block (from 0) -> SAE of the residual stream after it. Empty: plain TransMM.
+        saes: block (from 0) -> SAE of the residual stream after it. Empty: no gates.
+        preset: what method, backward and the base of the gates are unless they are given. "published": TransMM, and
+            with SAEs FGA, as published: "rollout", "exact" and 10. "faithful": "block_x_gradient", "conservative" and
+            2, which were more faithful where it was measured (docs/faithfulness.md).
         gate: how SAE scores become gates.
         method: "rollout", the pooled row of TransMM's R, never negative; "input_x_gradient", x . g at the tokens that
             enter the first block, signed, multiplied by the gates of all blocks with an SAE; or "block_x_gradient", the
@@ -69,12 +74,13 @@ class Explainer:
             "triton": Triton for score and gate, on CUDA. "composite": PyTorch's operators in chunks. "reference":
             textbook PyTorch. "auto": native on CPUs, else composite; the result says which ran, and why.
         top_features: report the k strongest features of each patch and each image at every gated block.
-        ungated: also explain without gates (TransMM), for the result's `ungated` and for `plot`; a second explanation.
+        ungated: also explain without gates, for the result's `ungated` and for `plot`; costs a second explanation with
+            the rollout, and next to nothing with the other methods.
         layout: where the model's blocks and patches are, for models that `find_layout` does not know.
         class_names: names of the classes, so that targets may be given by name.
         tokenizer: for dual encoders, so that targets may be text prompts: open_clip's or Hugging Face's.
-        start_block: roll out the blocks from this one on only; relevance is that of the tokens that enter it.
-        signed: keep the negative part of relevance maps, which speaks against the target. The others always are.
+        start_block: explain the blocks from this one on only; relevance is that of the tokens that enter it.
+        signed: let the rollout keep what speaks against the target. The other methods always do.
         per_block: also report the relevance of the tokens that enter each block, as the result's `blocks`; that of
             "block_x_gradient" is the mean from this block on.
         target_chunk: how many targets of an image are differentiated together; bounds the memory.
@@ -87,16 +93,17 @@ class Explainer:
 
     @outside_graphs
     def __init__(
-        self, model: nn.Module, saes: Mapping[int, SparseAutoencoder] | None = None, *, gate: Gate | None = None,
-        method: Method = "rollout", backward: Backward = "exact", backend: Backend = "auto", top_features: int = 0,
-        ungated: bool = False, layout: ModelLayout | None = None,
+        self, model: nn.Module, saes: Mapping[int, SparseAutoencoder] | None = None, *, preset: Preset = "faithful",
+        gate: Gate | None = None, method: Method | None = None, backward: Backward | None = None,
+        backend: Backend = "auto", top_features: int = 0, ungated: bool = False, layout: ModelLayout | None = None,
         class_names: Sequence[str] | Mapping[int, str] | None = None, tokenizer: Callable[..., Any] | None = None,
         start_block: int = 0, signed: bool = False, per_block: bool = False, target_chunk: int = 8,
         start_layer: int | None = None,
     ) -> None:  # fmt: skip
-        settings = Settings(
-            Gate() if gate is None else gate, method, backward, backend, top_features,
-            start_of(start_block, start_layer), signed, per_block, target_chunk,
+        settings = settings_of(
+            preset, gate, method, backward, backend=backend, top_features=top_features,
+            start_block=start_of(start_block, start_layer), signed=signed, per_block=per_block,
+            target_chunk=target_chunk,
         )  # fmt: skip
         self.plan = make_plan(model, saes, settings, layout, class_names, tokenizer)
         self.model, self.layout, self.saes, self.settings = model, self.plan.layout, self.plan.saes, settings
@@ -132,9 +139,11 @@ class Explainer:
         with torch.inference_mode(False):
             images = checks.plain(images.clone() if images.is_inference() else images.detach())
             first = self._checked < min(len(images), 2)  # some checks need two images
-            found = _tensors(self.plan, layout, images, targets, first)
+            found = _tensors(self.plan, layout, images, targets, first, self._ungated is not None)
             self._checked = max(self._checked, min(len(images), 2))
-            other = None if self._ungated is None else _tensors(self._ungated, layout, images, targets)
+            if self._ungated is not None and found.ungated is None:
+                other = _tensors(self._ungated, layout, images, targets)
+                found = found._replace(ungated=other.relevance, ungated_signal=other.signal)
         backend = self.plan.choice()
         seen = checks.image_notices(images, layout)
         found = found._replace(notices=(*seen, *found.notices, *value_notices(found._asdict())))
@@ -143,9 +152,8 @@ class Explainer:
                 logger.warning("%s", notice)
         self._said.update(found.notices)
         return Explanation(
-            **found._asdict(), ungated=None if other is None else other.relevance,
-            ungated_signal=None if other is None else other.signal, grid=layout.grid,
-            image_size=(images.shape[-2], images.shape[-1]), backend=backend.name, backend_reason=backend.reason,
+            **found._asdict(), grid=layout.grid, image_size=(images.shape[-2], images.shape[-1]),
+            signed=self.settings.has_signs, backend=backend.name, backend_reason=backend.reason,
         )  # fmt: skip
 
     def ablate(self, features: Mapping[int, Sequence[int] | Mapping[int, float]]) -> Explainer:
@@ -232,10 +240,14 @@ class Explainer:
         return f"Explainer({name}, {blocks} blocks, grid {grid}, saes {{{saes}}}, {settings})"
 
 
-def _tensors(plan: Plan, layout: ModelLayout, images: Tensor, targets: Targets, first: bool = False) -> Tensors:
+def _tensors(
+    plan: Plan, layout: ModelLayout, images: Tensor, targets: Targets, first: bool = False, ungated: bool = False
+) -> Tensors:
     readout = plan.readout
     if plan.choice().stages is not None or len(images) == 0:
-        return run.explain(plan, layout, images, lambda output: readout.answer(targets, output), first=first)
+        return run.explain(
+            plan, layout, images, lambda output: readout.answer(targets, output), first=first, ungated=ungated
+        )
     from fga_fast import reference
 
     return reference.explain(

@@ -8,14 +8,17 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 Method = Literal["rollout", "input_x_gradient", "block_x_gradient"]
 Backward = Literal["exact", "conservative"]
+Preset = Literal["faithful", "published"]
 Backend = Literal["auto", "native", "triton", "composite", "reference"]
 Mode = Literal["combined", "activation_only", "gradient_only", "no_sae", "shuffled"]
 Pooling = Literal["token", "average", "attention"]
@@ -58,8 +61,15 @@ def start_of(start_block: int, start_layer: int | None) -> int:
 PARALLEL = 0.9
 LITTLE = 1e-6  # the share of the largest amount up to which such a vector counts as not read
 
+PUBLISHED_BASE = 10.0  # of the gates; Šula, TU Wien 2026
+
 # The largest gradient of an image below which scores are measured relative to it, see `reference.gate`.
 SMALL_GRADIENT = 2.0**-10
+
+
+def has_signs(method: Method, signed: bool) -> bool:
+    """Whether the relevance of a method may be below 0: evidence against the target."""
+    return signed or method != "rollout"
 
 
 @dataclass(frozen=True)
@@ -70,7 +80,7 @@ class Gate:
         mode: how to score a patch. "combined" (the method): codes times feature gradients. The others are controls:
             "activation_only" (codes), "gradient_only" (feature gradients), "no_sae" (gradient . residual stream),
             "shuffled" (like combined, with permuted decoder rows).
-        base: gates lie in [1/base, base]. Must be above 0; 1 switches the gates off.
+        base: gates lie in [1/base, base]. Must be above 0; 1 switches the gates off. None: that of the preset.
         slope: how fast a gate saturates with the robust z of its patch's score.
         seed: seed of the permutation for "shuffled".
         permutation: int64 [F] for "shuffled": feature k uses decoder row permutation[k]; None: drawn from `seed`.
@@ -81,7 +91,7 @@ class Gate:
     """
 
     mode: Mode = "combined"
-    base: float = 10.0
+    base: float | None = None
     slope: float = 1.0
     seed: int = 0
     permutation: Tensor | None = field(default=None, compare=False, repr=False)
@@ -90,9 +100,11 @@ class Gate:
         check_choice("mode", self.mode, Mode)
         for name, kind in (("base", numbers.Real), ("slope", numbers.Real), ("seed", numbers.Integral)):
             value = getattr(self, name)
+            if name == "base" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, kind):
                 raise TypeError(f"{name}: expected a number ({kind.__name__}), got {type(value).__name__}")
-        if not (math.isfinite(self.base) and self.base > 0):
+        if self.base is not None and not (math.isfinite(self.base) and self.base > 0):
             raise ValueError(f"base: expected a finite number above 0, got {self.base}")
         if not math.isfinite(self.slope):
             raise ValueError(f"slope: expected a finite number, got {self.slope}")
@@ -100,6 +112,11 @@ class Gate:
             raise TypeError(f"permutation: expected an int64 tensor [F], got {type(self.permutation).__name__}")
         if self.permutation is not None and self.mode != "shuffled":
             raise ValueError(f'permutation: expected mode "shuffled", got mode {self.mode!r}; change one of them')
+
+    @property
+    def bound(self) -> float:
+        """The base, or where none is given the published one."""
+        return PUBLISHED_BASE if self.base is None else self.base
 
     def decoder_permutation(self, features: int, device: torch.device) -> Tensor | None:
         """The permutation int64 [F] on `device` for mode "shuffled", else None.
@@ -127,6 +144,8 @@ class Gate:
 class Settings:
     """How to explain a model, apart from its SAEs and the question; `Explainer` documents each setting.
 
+    Its own defaults are those of the preset "published".
+
     Raises:
         TypeError, ValueError: a value has the wrong type or is outside its range.
     """
@@ -146,6 +165,11 @@ class Settings:
         """Whether the relevance of the tokens that enter every block is needed, not of the first block's alone."""
         return self.per_block or self.method == "block_x_gradient"
 
+    @property
+    def has_signs(self) -> bool:
+        """Whether relevance may be below 0."""
+        return has_signs(self.method, self.signed)
+
     def __post_init__(self) -> None:
         if not isinstance(self.gate, Gate):
             raise TypeError(f"gate: expected a Gate such as Gate(base=10.0), got {type(self.gate).__name__}")
@@ -159,3 +183,28 @@ class Settings:
         check_count("top_features", self.top_features, 0)
         if self.top_features and self.gate.mode in ("gradient_only", "no_sae"):
             raise ValueError(f"top_features: gate mode {self.gate.mode!r} has no feature contributions to rank; give 0")
+
+
+# What is chosen where `Explainer` is not told. docs/faithfulness.md has the measurements behind "faithful".
+PRESETS: Mapping[Preset, Settings] = MappingProxyType(
+    {
+        "faithful": Settings(Gate(base=2.0), "block_x_gradient", "conservative"),
+        "published": Settings(Gate(base=PUBLISHED_BASE), "rollout", "exact"),
+    }
+)
+
+
+def settings_of(
+    preset: Preset, gate: Gate | None, method: Method | None, backward: Backward | None, **others: Any
+) -> Settings:
+    """The settings of a preset, changed where others are given.
+
+    Raises:
+        TypeError, ValueError: a value has the wrong type or is outside its range.
+    """
+    check_choice("preset", preset, Preset)
+    start = PRESETS[preset]
+    if isinstance(gate, Gate) and gate.base is None:
+        gate = replace(gate, base=start.gate.base)
+    given: dict[str, Any] = {"gate": gate, "method": method, "backward": backward}
+    return replace(start, **{name: value for name, value in given.items() if value is not None}, **others)

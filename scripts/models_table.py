@@ -37,7 +37,9 @@ def measure(family: Family) -> float:
     layout = families.layout_of(family, model)
     start, worst = families.seed(layout), 0.0
     for saes in ({}, families.autoencoders(layout)):
-        got, want = (families.explain(family, model, name, saes=saes) for name in ("native", "reference"))
+        got, want = (
+            families.explain(family, model, name, saes=saes, preset="published") for name in ("native", "reference")
+        )
         worst = max(worst, families.error(got.relevance - start, want.relevance - start))
     return worst
 

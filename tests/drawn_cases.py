@@ -123,7 +123,7 @@ class Case:
         return Explainer(
             model, self.autoencoders(), layout=model.layout(), gate=s.gate, method=s.method, backward=s.backward,
             backend=backend, top_features=s.top_features, start_block=s.start_block, signed=s.signed,
-            per_block=s.per_block, target_chunk=s.target_chunk,
+            per_block=s.per_block, target_chunk=s.target_chunk, preset="published",
         )  # fmt: skip
 
 

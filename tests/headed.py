@@ -96,6 +96,8 @@ def refused(model: Headed, match: str, saes: Any = None, **settings: Any) -> Non
     found = set()
     for backend in BACKENDS:
         with pytest.raises(TapeError, match=match) as error:
-            Explainer(model, saes, layout=model.layout(), backend=backend, **settings)(images(), TARGET)
+            Explainer(model, saes, layout=model.layout(), backend=backend, **settings, preset="published")(
+                images(), TARGET
+            )
         found.add(str(error.value))
     assert len(found) == 1

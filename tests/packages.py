@@ -14,7 +14,9 @@ from fga_fast.io.images import Preprocess
 NAMES = ["ant", "bee", "cat", "dog", "émeu"]
 PREPROCESS = Preprocess((16, 24), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), crop_pct=0.875, interpolation="bilinear")
 
-EVERYTHING: dict[str, Any] = {"top_features": 4, "per_block": True, "signed": True, "class_names": NAMES}
+EVERYTHING: dict[str, Any] = {
+    "preset": "published", "top_features": 4, "per_block": True, "signed": True, "class_names": NAMES,
+}  # fmt: skip
 
 
 def images(count: int, dtype: torch.dtype = torch.float64) -> Tensor:

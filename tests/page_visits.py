@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from PIL import Image
 
-from fga_fast import Explainer, Explanation, Gate
+from fga_fast import Explainer, Explanation
 from fga_fast.assets import fashion_config, fashion_model, fashion_saes
 from fga_fast.io.images import Preprocess, load_image
 from fga_fast.serve.engine import Engine
@@ -41,10 +41,7 @@ def preprocess(**settings: Any) -> Preprocess:
 
 def demo_explainer(**settings: Any) -> Explainer:
     config = fashion_config()
-    return Explainer(
-        fashion_model(), fashion_saes(), class_names=config.class_names, gate=Gate(base=config.gate_base), ungated=True,
-        **settings,
-    )  # fmt: skip
+    return Explainer(fashion_model(), fashion_saes(), class_names=config.class_names, ungated=True, **settings)
 
 
 def upload(page: Page, file: Any) -> None:

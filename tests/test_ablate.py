@@ -91,9 +91,9 @@ def test_against_a_model_that_edits_itself(backend: Any, activation: str, tiny_v
     edits = {0: {3: 0.0, 7: 0.0, 11: 0.0}, 1: {5: 2.5, 39: 0.0}}
     edited, its_layout = edits_itself(model, layout, saes, edits)
     settings: dict[str, Any] = {"backend": backend, "top_features": 4, "ungated": True}
-    plain = Explainer(model, saes, **settings)
+    plain = Explainer(model, saes, **settings, preset="published")
     ablated = plain.ablate({0: [3, 7, 11], 1: {5: 2.5, 39: 0.0}})
-    check(ablated, Explainer(edited, saes, layout=its_layout, **settings), images)
+    check(ablated, Explainer(edited, saes, layout=its_layout, **settings, preset="published"), images)
     assert not torch.allclose(ablated(images).logits, plain(images).logits)
     assert torch.equal(plain.ablate({0: [3]}).ablate({1: {5: 2.5, 39: 0}, 0: (7, 11)})(images).logits,
                        ablated(images).logits)  # fmt: skip
@@ -115,8 +115,8 @@ def test_settings_and_several_targets(backend: Any, settings: dict[str, Any], ti
     saes = {1: sae_for(model)}
     images, layout = torch.randn(2, *PIXELS, dtype=torch.float64), find_layout(model)
     edited, its_layout = edits_itself(model, layout, saes, {1: {2: 0.0, 9: 1.0}})
-    ablated = Explainer(model, saes, backend=backend, **settings).ablate({1: {2: 0.0, 9: 1.0}})
-    want = Explainer(edited, saes, layout=its_layout, backend=backend, **settings)
+    ablated = Explainer(model, saes, backend=backend, **settings, preset="published").ablate({1: {2: 0.0, 9: 1.0}})
+    want = Explainer(edited, saes, layout=its_layout, backend=backend, **settings, preset="published")
     check(ablated, want, images, torch.tensor([[0, 3], [4, 1]]))
 
 
@@ -125,13 +125,15 @@ def test_a_block_that_is_not_explained(backend: Any) -> None:
     """The edit holds before `start_block`, and where only the model without gates is explained beside it."""
     model, saes, images = own_vit(), own_saes(1), torch.randn(IMAGES).double()
     edited, its_layout = edits_itself(model, model.layout(), saes, {1: {4: 1.0}})
-    got = Explainer(model, saes, layout=model.layout(), backend=backend, start_block=1).ablate({1: {4: 1.0}})
-    check(got, Explainer(edited, saes, layout=its_layout, backend=backend, start_block=1), images)
+    got = Explainer(model, saes, layout=model.layout(), backend=backend, start_block=1, preset="published").ablate(
+        {1: {4: 1.0}}
+    )
+    check(got, Explainer(edited, saes, layout=its_layout, backend=backend, start_block=1, preset="published"), images)
     # Explainer refuses this state: `ablate` holds features of its own SAEs alone, which lie at `start_block` or after.
     # The plan is set by hand, to see that backends edit before the blocks that they explain.
-    late = Explainer(model, layout=model.layout(), backend=backend, start_block=2)
+    late = Explainer(model, layout=model.layout(), backend=backend, start_block=2, preset="published")
     late.plan = replace(late.plan, held={1: Hold(saes[1], {4: 1.0})})
-    check(late, Explainer(edited, layout=its_layout, backend=backend, start_block=2), images)
+    check(late, Explainer(edited, layout=its_layout, backend=backend, start_block=2, preset="published"), images)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -139,8 +141,8 @@ def test_a_block_that_is_not_explained(backend: Any) -> None:
 def test_what_blocks_hand_over(backend: Any, returns: str) -> None:
     model, saes, images = own_vit(returns=returns), own_saes(0, 1), torch.randn(IMAGES).double()
     edited, its_layout = edits_itself(model, model.layout(), saes, {0: {1: 0.0}, 1: {4: 3.0}})
-    got = Explainer(model, saes, layout=model.layout(), backend=backend).ablate({0: [1], 1: {4: 3}})
-    check(got, Explainer(edited, saes, layout=its_layout, backend=backend), images)
+    got = Explainer(model, saes, layout=model.layout(), backend=backend, preset="published").ablate({0: [1], 1: {4: 3}})
+    check(got, Explainer(edited, saes, layout=its_layout, backend=backend, preset="published"), images)
 
 
 @pytest.mark.parametrize("step", (plainly, in_place, by_function, by_names))
@@ -149,8 +151,8 @@ def test_blocks_that_are_lists(backend: Any, step: Step) -> None:
     own, saes, images = own_vit(), own_saes(0, 1), torch.randn(IMAGES).double()
     pairs = PairViT(own, step).eval()
     edited, its_layout = edits_itself(own, own.layout(), saes, {0: {1: 0.0}, 1: {4: 3.0}})
-    got = Explainer(pairs, saes, layout=pairs.layout(), backend=backend).ablate({0: [1], 1: {4: 3}})
-    check(got, Explainer(edited, saes, layout=its_layout, backend=backend), images)
+    got = Explainer(pairs, saes, layout=pairs.layout(), backend=backend, preset="published").ablate({0: [1], 1: {4: 3}})
+    check(got, Explainer(edited, saes, layout=its_layout, backend=backend, preset="published"), images)
 
 
 def off_at(x: Tensor, features: int = 20) -> SparseAutoencoder:
@@ -167,7 +169,7 @@ def off_at(x: Tensor, features: int = 20) -> SparseAutoencoder:
 def test_what_has_its_value_already_changes_nothing(backend: Any, dtype: torch.dtype, tiny_vit: Build) -> None:
     model, images = tiny_vit().to(dtype), torch.randn(2, *PIXELS, dtype=dtype)
     saes = {1: off_at(torch.zeros(16, dtype=dtype))}
-    plain = Explainer(model, saes, backend=backend, top_features=3, ungated=True)
+    plain = Explainer(model, saes, backend=backend, top_features=3, ungated=True, preset="published")
     want = held(plain(images)) | {"logits": plain(images).logits}
     for edit in ({1: [0]}, {1: {1: 2.0}}, {1: {0: 0.0, 1: 2.0}}):
         ablated = plain.ablate(edit)
@@ -180,18 +182,18 @@ def test_what_has_its_value_already_changes_nothing(backend: Any, dtype: torch.d
 def test_compiled_and_as_a_module(tiny_vit: Build) -> None:
     model, images = tiny_vit(), torch.randn(2, *PIXELS)
     saes = {1: sae_for(model, activation="topk", k=5, normalize="layer_norm"), 0: sae_for(model)}
-    ablated = Explainer(model, saes).ablate({1: {3: 1.5}, 0: [1, 2]})
+    ablated = Explainer(model, saes, preset="published").ablate({1: {3: 1.5}, 0: [1, 2]})
     want = ablated(images)
     found = ablated.module(images)(images)
     torch.testing.assert_close(found["logits"], want.logits)
     torch.testing.assert_close(found["relevance"], want.relevance, rtol=1e-3, atol=1e-5)
-    assert not torch.allclose(found["logits"], Explainer(model, saes)(images).logits)
+    assert not torch.allclose(found["logits"], Explainer(model, saes, preset="published")(images).logits)
 
 
 @pytest.mark.slow
 def test_compiled(tiny_vit: Build) -> None:
     model, images = tiny_vit(), torch.randn(2, *PIXELS)
-    ablated = Explainer(model, {1: sae_for(model)}).ablate({1: {3: 1.5}})
+    ablated = Explainer(model, {1: sae_for(model)}, preset="published").ablate({1: {3: 1.5}})
     want, got = ablated(images), ablated.compile(images)(images)
     torch.testing.assert_close(got.logits, want.logits, rtol=1e-4, atol=1e-4)
     assert got.notices == want.notices == ("explains an edited model: after block 1, feature 3 is held at 1.5",)
@@ -199,7 +201,7 @@ def test_compiled(tiny_vit: Build) -> None:
 
 def test_leaves_model_and_explainer_alone(tiny_vit: Build, caplog: pytest.LogCaptureFixture) -> None:
     model, images = tiny_vit(), torch.randn(2, *PIXELS)
-    plain = Explainer(model, {1: sae_for(model)})
+    plain = Explainer(model, {1: sae_for(model)}, preset="published")
     before, weights = plain(images), copy.deepcopy(model.state_dict())
     with caplog.at_level(logging.WARNING):
         ablated = plain.ablate({1: list(range(12))})
@@ -215,11 +217,11 @@ def test_leaves_model_and_explainer_alone(tiny_vit: Build, caplog: pytest.LogCap
 def test_sixteen_bit_and_autocast(tiny_vit: Build) -> None:
     model, images = tiny_vit(), torch.randn(2, *PIXELS)
     sae = sae_for(model)
-    want = Explainer(model, {1: sae}).ablate({1: {3: 1.5}})(images).logits
+    want = Explainer(model, {1: sae}, preset="published").ablate({1: {3: 1.5}})(images).logits
     with torch.autocast("cpu", torch.bfloat16):
-        got = Explainer(model, {1: sae}).ablate({1: {3: 1.5}})(images).logits
+        got = Explainer(model, {1: sae}, preset="published").ablate({1: {3: 1.5}})(images).logits
     torch.testing.assert_close(got.float(), want, rtol=0.1, atol=0.2)
-    low = Explainer(model.bfloat16(), {1: sae}).ablate({1: {3: 1.5}})(images.bfloat16()).logits
+    low = Explainer(model.bfloat16(), {1: sae}, preset="published").ablate({1: {3: 1.5}})(images.bfloat16()).logits
     assert low.dtype == torch.bfloat16
     torch.testing.assert_close(low.float(), want, rtol=0.1, atol=0.2)
 
@@ -227,7 +229,7 @@ def test_sixteen_bit_and_autocast(tiny_vit: Build) -> None:
 def test_threads_share_a_model(tiny_vit: Build) -> None:
     """What one thread holds, no other thread sees."""
     model, images = tiny_vit(), torch.randn(2, *PIXELS)
-    plain = Explainer(model, {1: sae_for(model)})
+    plain = Explainer(model, {1: sae_for(model)}, preset="published")
     both = [plain, plain.ablate({1: {3: 1.5}})]
     want = [explainer(images) for explainer in both]
     assert not torch.equal(want[0].logits, want[1].logits)
@@ -245,10 +247,10 @@ def test_threads_share_a_model(tiny_vit: Build) -> None:
 
 def test_no_images_and_a_block_that_does_not_run(tiny_vit: Build) -> None:
     model = tiny_vit()
-    ablated = Explainer(model, {1: sae_for(model)}).ablate({1: [0]})
+    ablated = Explainer(model, {1: sae_for(model)}, preset="published").ablate({1: [0]})
     assert len(ablated(torch.zeros(0, *PIXELS))) == 0
     own = own_vit(call=lambda block, x, _: x if block is own.layers[0] else block(x))
-    explainer = Explainer(own, own_saes(0), layout=own.layout()).ablate({0: [1]})
+    explainer = Explainer(own, own_saes(0), layout=own.layout(), preset="published").ablate({0: [1]})
     with pytest.raises(TapeError, match=r"block 0 \(Block\) did not run, so its features cannot be held"):
         explainer(torch.randn(IMAGES).double())
 
@@ -275,4 +277,4 @@ def test_no_images_and_a_block_that_does_not_run(tiny_vit: Build) -> None:
 def test_what_does_not_fit(features: Any, error: type[Exception], words: str, tiny_vit: Build) -> None:
     model = tiny_vit()
     with pytest.raises(error, match=words):
-        Explainer(model, {1: sae_for(model)}).ablate(features)
+        Explainer(model, {1: sae_for(model)}, preset="published").ablate(features)

@@ -137,7 +137,7 @@ def test_explainers_made_in_contexts_are_the_same(name: str) -> None:
     x, vector, want = images(2, torch.float32), torch.ones(5), everything("auto")
     with CONTEXTS[name]():
         same = Explainer(
-            want.model, want.saes, layout=want.layout, top_features=3, per_block=True, ungated=True, class_names=NAMES
+            want.model, want.saes, layout=want.layout, top_features=3, per_block=True, ungated=True, class_names=NAMES,
         )  # fmt: skip
         likeness = same(x, Embedding(vector))
     agree(same(x), want(x), 1e-6)

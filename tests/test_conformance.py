@@ -39,7 +39,7 @@ CONSERVATIVE = [path.name for path in conformance.conservative_files()] if FOUND
 
 def explained(backend: str, case: conformance.Case, run: int, targets: Tensor | None = None) -> Explanation:
     choice: Any = "native" if backend == "graph" else backend
-    explainer = Explainer(case.model, case.saes(run), gate=case.gate(run), backend=choice)
+    explainer = Explainer(case.model, case.saes(run), gate=case.gate(run), backend=choice, preset="published")
     if backend != "graph":
         e = explainer(case.images, targets)
         assert e.backend == backend
@@ -185,7 +185,14 @@ def test_conservative_backward(name: str, backend: Any, dtype: str) -> None:
 
     def relevance(saes: dict[int, Any], method: Any, layout: ModelLayout | None = None) -> Explanation:
         e = Explainer(
-            case.model, saes, gate=gate, method=method, backward="conservative", backend=backend, layout=layout
+            case.model,
+            saes,
+            gate=gate,
+            method=method,
+            backward="conservative",
+            backend=backend,
+            layout=layout,
+            preset="published",
         )(case.images)
         assert e.backend == backend
         return e

@@ -27,7 +27,9 @@ RUNS = conformance.runs() if FOUND else [("none", 0)]
 def test_relevance(name: str, run: int, backend: Any) -> None:
     case = conformance.load(name, torch.float32)
     saes = {block: sae.cuda() for block, sae in case.saes(run).items()}
-    e = Explainer(deepcopy(case.model).cuda(), saes=saes, gate=case.gate(run), backend=backend)(case.images.cuda())
+    e = Explainer(deepcopy(case.model).cuda(), saes=saes, gate=case.gate(run), backend=backend, preset="published")(
+        case.images.cuda()
+    )
     assert e.backend == backend and e.relevance.is_cuda
     assert torch.equal(e.targets.cpu(), case.tensors["target"])
     want = case.expected(run)["attribution"]

@@ -143,13 +143,13 @@ def test_earlier_blocks(run: Run) -> None:
     token, mean = torch.eye(17)[0], torch.cat([torch.zeros(1), torch.full((16,), 1 / 16)])
     want = transmm(model, images, model.tower.blocks[:2], token)
     want = want + transmm(model, images, model.tower.blocks[:3], token + mean)
-    torch.testing.assert_close(Explainer(model)(images, 3).relevance, want, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(Explainer(model, preset="published")(images, 3).relevance, want, rtol=1e-3, atol=1e-6)
 
 
 def test_a_pixel(run: Run) -> None:
     model, images = run(PIXEL)["model"], torch.randn(2, 3, 64, 64)
     want = transmm(model, images, model.model.tower.blocks, torch.eye(17)[1 + 2 * 4 + 1])
-    torch.testing.assert_close(Explainer(model)(images, 3).relevance, want, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(Explainer(model, preset="published")(images, 3).relevance, want, rtol=1e-3, atol=1e-6)
 
 
 def test_chest_xray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

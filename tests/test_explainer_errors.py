@@ -30,7 +30,7 @@ BAD_IMAGES: list[tuple[Any, str]] = [
 @pytest.mark.parametrize(("images", "message"), BAD_IMAGES, ids=range(len(BAD_IMAGES)))
 def test_bad_images(images: Any, message: str, backend: Any, tiny_vit: Build) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
-        Explainer(tiny_vit(), backend=backend)(images)
+        Explainer(tiny_vit(), backend=backend, preset="published")(images)
 
 
 @pytest.mark.parametrize("backend", ("native", "reference"))
@@ -40,7 +40,7 @@ def test_bad_weights_are_named(value: float, backend: Any, tiny_vit: Build) -> N
     with torch.no_grad():
         model.blocks[1].mlp.fc1.weight[3, 2] = value  # type: ignore[index,union-attr]
     with pytest.raises(ValueError, match=r"model: weight 'blocks.1.mlp.fc1.weight' contains NaN or Inf"):
-        Explainer(model, backend=backend)(torch.randn(1, *PIXELS))
+        Explainer(model, backend=backend, preset="published")(torch.randn(1, *PIXELS))
 
 
 def test_weights_beyond_float16_are_said(tiny_vit: Build) -> None:
@@ -48,11 +48,11 @@ def test_weights_beyond_float16_are_said(tiny_vit: Build) -> None:
     with torch.no_grad():
         model.blocks[1].mlp.fc1.weight[3, 2] = 1e6  # type: ignore[index,union-attr]
     with pytest.raises(ValueError, match=r"fc1\.weight' contains NaN or Inf; .* beyond 65504, where float16 ends"):
-        Explainer(model.half())(torch.randn(1, *PIXELS).half())
+        Explainer(model.half(), preset="published")(torch.randn(1, *PIXELS).half())
 
 
 def test_images_that_the_patches_do_not_fill(tiny_vit: Build) -> None:
-    explainer = Explainer(tiny_vit(dynamic_img_size=True))
+    explainer = Explainer(tiny_vit(dynamic_img_size=True), preset="published")
     assert explainer(torch.randn(1, 3, 48, 64)).grid == (3, 4)
     with pytest.raises(ValueError, match=r"images: 40 x 64 pixels are no whole number of 16 x 16 patches .*; resize"):
         explainer(torch.randn(1, 3, 40, 64))
@@ -69,15 +69,15 @@ def test_a_model_that_resizes_its_images(tiny_vit: Build) -> None:
 
     model, images = Resizing(), torch.randn(2, 3, 64, 96)
     with pytest.raises(ValueError, match=r"32 x 48 only, got 64 x 96; .* if the model resizes .* image_size=None\)"):
-        Explainer(model)(images)
-    found = Explainer(model, layout=replace(find_layout(model), image_size=None))(images, 2)
-    want = Explainer(model.tower)(nn.functional.interpolate(images, (32, 48)), 2)
+        Explainer(model, preset="published")(images)
+    found = Explainer(model, layout=replace(find_layout(model), image_size=None), preset="published")(images, 2)
+    want = Explainer(model.tower, preset="published")(nn.functional.interpolate(images, (32, 48)), 2)
     torch.testing.assert_close(found.relevance, want.relevance)
     assert found.heatmap().shape == (2, 64, 96)
 
 
 def test_images_are_looked_at_once(tiny_vit: Build, caplog: pytest.LogCaptureFixture) -> None:
-    explainer, pixels = Explainer(tiny_vit()), 255 * torch.rand(1, *PIXELS)
+    explainer, pixels = Explainer(tiny_vit(), preset="published"), 255 * torch.rand(1, *PIXELS)
     explainer(pixels)
     explainer(pixels)
     assert [message for message in caplog.messages if "not normalised" in message] == caplog.messages[:1]
@@ -86,7 +86,7 @@ def test_images_are_looked_at_once(tiny_vit: Build, caplog: pytest.LogCaptureFix
 def test_overflow_is_said(tiny_vit: Build) -> None:
     with pytest.raises(ValueError, match=r"although images and weights are finite: an overflow in torch.float16"):
         model = tiny_vit().half()
-        Explainer(model, backend="native")(torch.full((1, *PIXELS), 6e4, dtype=torch.float16))
+        Explainer(model, backend="native", preset="published")(torch.full((1, *PIXELS), 6e4, dtype=torch.float16))
 
 
 def test_bad_saes(tiny_vit: Build) -> None:
@@ -105,14 +105,14 @@ def test_bad_saes(tiny_vit: Build) -> None:
         ({1: sae_for(model), "2": sae_for(model)}, "as keys, got '2'"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
-            Explainer(model, saes)  # type: ignore[arg-type]
+            Explainer(model, saes, preset="published")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"W_dec.*NaN"):
         SparseAutoencoder(torch.ones(2, 3), None, torch.full((3, 2), float("nan")), torch.zeros(2))
 
 
 @pytest.mark.parametrize("backend", ("native", "reference"))
 def test_bad_targets(backend: Any, tiny_vit: Build) -> None:
-    explainer, images = Explainer(tiny_vit(), backend=backend), torch.randn(2, *PIXELS)
+    explainer, images = Explainer(tiny_vit(), backend=backend, preset="published"), torch.randn(2, *PIXELS)
     for targets, message in (
         (5, "targets: expected classes 0 to 4, got"),
         (-1, "targets: expected classes 0 to 4, got"),
@@ -153,9 +153,9 @@ def test_bad_settings(tiny_vit: Build) -> None:
         ),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
-            Explainer(model, **settings)  # type: ignore[arg-type]
+            Explainer(model, **settings, preset="published")  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="triton cannot run: Triton kernels run on CUDA devices only"):
-        Explainer(model, backend="triton")
+        Explainer(model, backend="triton", preset="published")
     for settings, message in (
         ({"base": 0.0}, "base"), ({"base": float("inf")}, "base"), ({"slope": float("nan")}, "slope"),
         ({"mode": "all"}, "mode"), ({"permutation": torch.arange(3)}, "permutation"),
@@ -173,16 +173,19 @@ def test_a_model_in_train_mode_with_dropout_is_refused(tiny_vit: Build) -> None:
     images = torch.randn(1, *PIXELS)
     model = tiny_vit(proj_drop_rate=0.1).train()
     with pytest.raises(ValueError, match=r"dropout is active in train mode .*call model.eval\(\) first"):
-        Explainer(model)(images)
+        Explainer(model, preset="published")(images)
     assert model.training
     without = tiny_vit().train()
-    torch.testing.assert_close(Explainer(without)(images).relevance, Explainer(without.eval())(images).relevance)
+    torch.testing.assert_close(
+        Explainer(without, preset="published")(images).relevance,
+        Explainer(without.eval(), preset="published")(images).relevance,
+    )
 
 
 def test_batch_norm_in_train_mode_is_refused_and_not_updated(tiny_vit: Build) -> None:
     model = nn.Sequential(tiny_vit(), nn.BatchNorm1d(5)).train()
     with pytest.raises(ValueError, match=r"'1' \(BatchNorm1d\) is in train mode.*call model.eval\(\)"):
-        Explainer(model)(torch.randn(2, *PIXELS))
+        Explainer(model, preset="published")(torch.randn(2, *PIXELS))
     assert int(model[1].num_batches_tracked) == 0  # type: ignore[arg-type]
 
 
@@ -190,7 +193,7 @@ def test_a_model_made_in_inference_mode_is_refused(tiny_vit: Build) -> None:
     with torch.inference_mode():
         model = tiny_vit()
     with pytest.raises(ValueError, match=r"made under torch\.inference_mode"):
-        Explainer(model)
+        Explainer(model, preset="published")
 
 
 @pytest.mark.parametrize("backend", ("native", "reference"))
@@ -204,23 +207,23 @@ def test_gradients_that_are_not_finite_are_said(backend: Any, tiny_vit: Build) -
             return (self.tower(x) * 0).abs().sqrt()  # type: ignore[no-any-return]
 
     with pytest.raises(ValueError, match="the relevance came out NaN or Inf"):
-        Explainer(Steep(), backend=backend)(torch.randn(1, *PIXELS))
+        Explainer(Steep(), backend=backend, preset="published")(torch.randn(1, *PIXELS))
 
 
 def test_a_model_on_several_devices_or_of_several_dtypes_is_refused(tiny_vit: Build) -> None:
     model = tiny_vit()
     model.head.double()  # type: ignore[operator,union-attr]
     with pytest.raises(ValueError, match=r"model: weight 'head.weight' of the tower is torch.float64, others are"):
-        Explainer(model)
+        Explainer(model, preset="published")
     model = tiny_vit()
     model.head.to("meta")  # type: ignore[operator,union-attr]
     with pytest.raises(ValueError, match=r"model: weight 'head.weight' holds no values, it is on the meta device"):
-        Explainer(model)
+        Explainer(model, preset="published")
 
 
 def test_an_sae_changed_after_construction_is_caught(tiny_vit: Build) -> None:
     model = tiny_vit()
-    explainer, images = Explainer(model, {1: sae_for(model)}), torch.randn(1, *PIXELS)
+    explainer, images = Explainer(model, {1: sae_for(model)}, preset="published"), torch.randn(1, *PIXELS)
     explainer.saes[1].W_dec[3, 2] = float("nan")
     with pytest.raises(ValueError, match=r"saes\[1\]: W_dec contains NaN or Inf"):
         explainer(images)
@@ -232,9 +235,9 @@ def test_an_sae_changed_after_construction_is_caught(tiny_vit: Build) -> None:
 def test_numpy_numbers_are_taken(tiny_vit: Build) -> None:
     numpy = pytest.importorskip("numpy")
     model, images = tiny_vit(), torch.randn(2, *PIXELS)
-    e = Explainer(model, {numpy.int64(1): sae_for(model)})(images, numpy.array([3, 0]))
+    e = Explainer(model, {numpy.int64(1): sae_for(model)}, preset="published")(images, numpy.array([3, 0]))
     assert e.targets.tolist() == [3, 0] and list(e.gates) == [1]
-    assert Explainer(model)(images, numpy.int64(2)).targets.tolist() == [2, 2]
+    assert Explainer(model, preset="published")(images, numpy.int64(2)).targets.tolist() == [2, 2]
 
 
 class FirstClass(nn.Module):
@@ -250,6 +253,8 @@ class FirstClass(nn.Module):
 
 def test_output_that_is_no_logits_is_refused(tiny_vit: Build) -> None:
     with pytest.raises(ValueError, match=r"model: .*logits"):
-        Explainer(tiny_vit(num_classes=0, global_pool=""))(torch.randn(1, *PIXELS))
+        Explainer(tiny_vit(num_classes=0, global_pool=""), preset="published")(torch.randn(1, *PIXELS))
     with pytest.raises(ValueError, match=r"model: .*logits"):
-        Explainer(FirstClass(tiny_vit()), backend="native")(torch.randn(2, *PIXELS), [[0, 1], [1, 0]])
+        Explainer(FirstClass(tiny_vit()), backend="native", preset="published")(
+            torch.randn(2, *PIXELS), [[0, 1], [1, 0]]
+        )

@@ -71,7 +71,9 @@ class Gated(nn.Module):
 def same(model: nn.Module, saes: dict[int, Any], images: Tensor, **settings: Any) -> None:
     targets = torch.tensor([[0, 3], [1, 1]])
     got, want = (
-        Explainer(model, saes, gate=Gate(base=3.0), backend=backend, per_block=True, **settings)(images, targets)
+        Explainer(model, saes, gate=Gate(base=3.0), backend=backend, per_block=True, **settings, preset="published")(
+            images, targets
+        )
         for backend in ("native", "reference")
     )
     assert float(want.relevance.norm()) > 0
@@ -153,7 +155,7 @@ def test_contributions_add_up_to_the_logit(tiny_vit: Build, kind: str | None) ->
     model, images = model.double().eval(), torch.randn(2, *PIXELS, dtype=torch.float64)
     settings: dict[str, Any] = {"method": "input_x_gradient", "backend": "native", "per_block": True}
     for backward in ("conservative", "exact"):
-        e = Explainer(model, backward=backward, **settings)(images, [[2, 0], [1, 3]])  # type: ignore[arg-type]
+        e = Explainer(model, backward=backward, **settings, preset="published")(images, [[2, 0], [1, 3]])  # type: ignore[arg-type]
         assert e.blocks is not None and e.values is not None
         sums, values = e.blocks.sum(-1), e.values[..., None].expand(2, 2, 3)  # [B, K, L]
         if backward == "conservative":
@@ -166,8 +168,8 @@ def test_gates_multiply_the_map(tiny_vit: Build) -> None:
     model = tiny_vit(global_pool="avg").double()
     images = torch.randn(2, *PIXELS, dtype=torch.float64)
     settings: dict[str, Any] = {"method": "input_x_gradient", "backend": "native", "per_block": True}
-    plain = Explainer(model, **settings)(images, 1)
-    gated = Explainer(model, {0: sae_for(model), 1: sae_for(model)}, **settings)(images, 1)
+    plain = Explainer(model, **settings, preset="published")(images, 1)
+    gated = Explainer(model, {0: sae_for(model), 1: sae_for(model)}, **settings, preset="published")(images, 1)
     assert plain.blocks is not None and gated.blocks is not None
     first, second = gated.gates[0], gated.gates[1]
     for block, factor in enumerate((first * second, second, torch.ones_like(first))):
@@ -176,8 +178,8 @@ def test_gates_multiply_the_map(tiny_vit: Build) -> None:
 
 def test_relevance_that_keeps_its_sign(tiny_vit: Build) -> None:
     model, images = tiny_vit(), torch.randn(2, *PIXELS)
-    assert bool((Explainer(model, backend="native")(images, 1).relevance >= 0).all())
-    assert bool((Explainer(model, backend="native", signed=True)(images, 1).relevance < 0).any())
+    assert bool((Explainer(model, backend="native", preset="published")(images, 1).relevance >= 0).all())
+    assert bool((Explainer(model, backend="native", signed=True, preset="published")(images, 1).relevance < 0).any())
 
 
 def test_blocks_before_the_start_are_not_tapped(tiny_vit: Build) -> None:
@@ -193,6 +195,6 @@ def test_blocks_before_the_start_are_not_tapped(tiny_vit: Build) -> None:
 
     block.attn.forward = windowed  # type: ignore[union-attr]
     images = torch.randn(2, *PIXELS)
-    assert Explainer(model, backend="native", start_block=1)(images).relevance.shape == (2, 6)
+    assert Explainer(model, backend="native", start_block=1, preset="published")(images).relevance.shape == (2, 6)
     with pytest.raises(ValueError, match="causal"):
-        Explainer(model, backend="native")(images)
+        Explainer(model, backend="native", preset="published")(images)

@@ -65,7 +65,7 @@ KNOWN_WORDS = (
     "gates nothing",
     "cannot tell from 1",
     "the head weighs",
-    "the rollout starts there",
+    "relevance starts there",
     "the mean over blocks gives it too little weight",
     "a map is zero everywhere",
     "the rollout starts from what",

@@ -125,7 +125,7 @@ def test_settings_and_adapters_of_the_guide_exist() -> None:
             pytest.importorskip("captum")
         assert callable(getattr(importlib.import_module(f"fga_fast.integrations.{module}"), name))
     settings = set(re.findall(r"^\| `(\w+)=` \|", read(GUIDE), re.MULTILINE)) - {"targets"}
-    assert len(settings) == 7
+    assert len(settings) == 8
     assert settings <= set(inspect.signature(fga_fast.Explainer).parameters)
 
 

@@ -98,19 +98,34 @@ def laid_out(model: Any, prefix_tokens: int = 1, grid: tuple[int, int] = (2, 3),
 IMAGES = torch.randn(2, *PIXELS)
 # How a quoted message begins -> settings of the tower, and what a user does with it.
 CASES: dict[str, tuple[dict[str, Any], Callable[[nn.Module], Any]]] = {
-    "images: expected shape": ({}, lambda model: Explainer(model)(IMAGES.movedim(1, -1))),
-    "... takes": ({}, lambda model: Explainer(model)(torch.randn(2, 3, 48, 48))),
-    "... pixels": ({"dynamic_img_size": True}, lambda model: Explainer(model)(torch.randn(2, 3, 40, 48))),
-    "images: expected dtype": ({}, lambda model: Explainer(model)(IMAGES.double())),
-    "layout: ... returned": ({}, lambda model: Explainer(model, layout=laid_out(model, tokens_first=True))(IMAGES)),
-    "model: attention in ... has": ({}, lambda model: Explainer(model, layout=laid_out(model, 5))(IMAGES)),
-    "model: the ... failed": ({}, lambda model: Explainer(model, layout=laid_out(model))(IMAGES[..., 1:])),
-    "model: expected logits": ({}, lambda model: Explainer(Around(model, lambda y: (y, None)))(IMAGES)),
-    "model: its logits carry": ({}, lambda model: Explainer(Around(model, Tensor.detach))(IMAGES)),
-    "saes[...]: is ... for": ({}, lambda model: Explainer(model, {1: sae_for(model).half()})),
-    "saes: expected blocks": ({}, lambda model: Explainer(model, {3: sae_for(model)})),
-    "targets: expected classes": ({"num_classes": 1}, lambda model: Explainer(model)(IMAGES, 1)),
-    "targets: None is": ({"num_classes": 0}, lambda model: Explainer(model)(IMAGES)),
+    "images: expected shape": ({}, lambda model: Explainer(model, preset="published")(IMAGES.movedim(1, -1))),
+    "... takes": ({}, lambda model: Explainer(model, preset="published")(torch.randn(2, 3, 48, 48))),
+    "... pixels": (
+        {"dynamic_img_size": True},
+        lambda model: Explainer(model, preset="published")(torch.randn(2, 3, 40, 48)),
+    ),
+    "images: expected dtype": ({}, lambda model: Explainer(model, preset="published")(IMAGES.double())),
+    "layout: ... returned": (
+        {},
+        lambda model: Explainer(model, layout=laid_out(model, tokens_first=True), preset="published")(IMAGES),
+    ),
+    "model: attention in ... has": (
+        {},
+        lambda model: Explainer(model, layout=laid_out(model, 5), preset="published")(IMAGES),
+    ),
+    "model: the ... failed": (
+        {},
+        lambda model: Explainer(model, layout=laid_out(model), preset="published")(IMAGES[..., 1:]),
+    ),
+    "model: expected logits": (
+        {},
+        lambda model: Explainer(Around(model, lambda y: (y, None)), preset="published")(IMAGES),
+    ),
+    "model: its logits carry": ({}, lambda model: Explainer(Around(model, Tensor.detach), preset="published")(IMAGES)),
+    "saes[...]: is ... for": ({}, lambda model: Explainer(model, {1: sae_for(model).half()}, preset="published")),
+    "saes: expected blocks": ({}, lambda model: Explainer(model, {3: sae_for(model)}, preset="published")),
+    "targets: expected classes": ({"num_classes": 1}, lambda model: Explainer(model, preset="published")(IMAGES, 1)),
+    "targets: None is": ({"num_classes": 0}, lambda model: Explainer(model, preset="published")(IMAGES)),
 }
 
 
@@ -124,10 +139,13 @@ def test_users_see_the_quoted_message(beginning: str, tiny_vit: Build) -> None:
 @pytest.mark.parametrize(
     ("beginning", "act"),
     [
-        ("images: values", lambda model: Explainer(model)(100 * IMAGES)),
-        ("layout: a grid", lambda model: Explainer(model, layout=laid_out(model, 1, (3, 2)))(IMAGES)),
-        ("a map is zero", lambda model: Explainer(Around(model, lambda y: 0 * y))(IMAGES)),
-        ("the SAE after", lambda model: Explainer(model, {2: sae_for(model)})),
+        ("images: values", lambda model: Explainer(model, preset="published")(100 * IMAGES)),
+        (
+            "layout: a grid",
+            lambda model: Explainer(model, layout=laid_out(model, 1, (3, 2)), preset="published")(IMAGES),
+        ),
+        ("a map is zero", lambda model: Explainer(Around(model, lambda y: 0 * y), preset="published")(IMAGES)),
+        ("the SAE after", lambda model: Explainer(model, {2: sae_for(model)}, preset="published")),
     ],
 )
 def test_users_see_the_quoted_warning(

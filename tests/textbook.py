@@ -142,4 +142,4 @@ def gate_of(scores: Tensor, gate: Gate) -> Tensor:  # [..., P]
     middle = (scores.shape[-1] - 1) // 2
     s = scores - scores.sort(-1).values[..., middle : middle + 1]
     mad = s.abs().sort(-1).values[..., middle : middle + 1]
-    return gate.base ** torch.tanh(gate.slope * s / (1.4826 * (mad + 1e-8)))
+    return gate.bound ** torch.tanh(gate.slope * s / (1.4826 * (mad + 1e-8)))

@@ -37,17 +37,17 @@ def rows(device: Device, built: tuple[nn.Module, Saes], backend: Backend) -> Ite
     for batch in (1,) if device.small else (1, 32):
         subject, row = _forward(device, model, batch)
         yield row
-        explainer = Explainer(model, saes[FGA], backend=backend)
+        explainer = Explainer(model, saes[FGA], backend=backend, preset="published")
         compiled: list[Work] = []
         yield _compiled(subject, FGA, explainer, compiled)
         if batch == 1:
             # On CUDA the native backend scores with Triton kernels, which need Python and so cannot run in the session.
-            composite = Explainer(model, saes[FGA], backend="composite")
+            composite = Explainer(model, saes[FGA], backend="composite", preset="published")
             yield from package_rows.rows(subject, FGA, composite)
             for work in compiled:
                 yield _soak(subject, f"{FGA}, compiled, {backend}", work)
             yield _eager(subject, FGA, explainer)
-        yield _compiled(subject, "TransMM", Explainer(model, {}, backend=backend), [])
+        yield _compiled(subject, "TransMM", Explainer(model, {}, backend=backend, preset="published"), [])
         if batch == 1 and backend != "composite":
             yield from package_rows.rows(subject, FGA, explainer, session=False)
 

@@ -63,7 +63,7 @@ def _raced(
         for name, layers in {"TransMM": {}, **saes}.items():
             if backend == "reference" and name == "FGA relu 64":
                 continue  # it computes dense codes, which take the same time at any density
-            ways[f"{name}, {backend}"] = partial(Explainer(model, layers, backend=backend), images)  # type: ignore[arg-type]
+            ways[f"{name}, {backend}"] = partial(Explainer(model, layers, backend=backend, preset="published"), images)  # type: ignore[arg-type]
     blank = Row("explainer", "", len(images), device.tokens, str(images.dtype).removeprefix("torch."))
     failed: list[Row] = []
     for name in list(ways):
@@ -110,7 +110,9 @@ def memory_rows(device: Device, names: list[str]) -> Iterator[Row]:
         ways: dict[str, Callable[[], object]] = {"forward and backward": partial(_gradient, model, images)}
         for backend in (*names, "reference"):
             for name, saes in (("TransMM", {}), ("FGA", {0: sae})):
-                ways[f"{name}, {backend}"] = partial(Explainer(model, saes, backend=backend), images)  # type: ignore[arg-type]
+                ways[f"{name}, {backend}"] = partial(
+                    Explainer(model, saes, backend=backend, preset="published"), images
+                )  # type: ignore[arg-type]
         for name, work in ways.items():
             row = Row("memory", name, 1, (side // patch) ** 2 + 1, "bfloat16")
             try:

@@ -80,7 +80,7 @@ def measure(
     batch: int = 256,
 ) -> Localisation:
     """Explain every query and measure where its relevance lies; no SAE means TransMM."""
-    explainer = Explainer(model, dict(saes), gate=gate)
+    explainer = Explainer(model, dict(saes), preset="published", gate=gate)
     parts = []
     for start in range(0, len(queries.targets), batch):
         part = Queries(*(tensor[start : start + batch] for tensor in queries))

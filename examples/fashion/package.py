@@ -31,12 +31,11 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=6)
     parser.add_argument("--seed", type=int, default=4_000_003)
     parser.add_argument("--first", type=int, default=1, help="the scene to put first; the demo draws it large")
-    parser.add_argument("--gate-base", type=float, default=2.0, help="the demo's gates lie in [1/base, base]")
     arguments = parser.parse_args()
     config = json.loads((arguments.model / "config.json").read_text())
     arguments.out.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(arguments.model / "vit.safetensors", arguments.out / "vit.safetensors")
-    write_json(arguments.out / "config.json", config | {"gate_base": arguments.gate_base})
+    write_json(arguments.out / "config.json", config)
     for folder in config["saes"].values():
         shutil.copytree(arguments.model / folder, arguments.out / folder, dirs_exist_ok=True)
     write_scenes(arguments.model, config, arguments.out / "scenes", arguments)

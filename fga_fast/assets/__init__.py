@@ -31,7 +31,6 @@ class FashionConfig:
         mean, std: three numbers each; an image in [0, 1] is normalised as (image - mean) / std.
         class_names: the name of each logit. Several may apply to one scene (sigmoid, not softmax).
         saes: block number -> folder name of its SAE.
-        gate_base: the demo's gates lie in [1/gate_base, gate_base].
     """
 
     model_args: dict[str, Any]
@@ -39,7 +38,6 @@ class FashionConfig:
     std: tuple[float, ...]
     class_names: tuple[str, ...]
     saes: dict[int, str]
-    gate_base: float
 
 
 def fashion_config() -> FashionConfig:
@@ -51,7 +49,6 @@ def fashion_config() -> FashionConfig:
         std=tuple(config["std"]),
         class_names=tuple(config["class_names"]),
         saes={int(block): folder for block, folder in config["saes"].items()},
-        gate_base=float(config["gate_base"]),
     )
 
 

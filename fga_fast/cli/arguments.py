@@ -9,7 +9,7 @@ from typing import get_args
 from fga_fast.cli.subject import Subject
 from fga_fast.explainer import Explainer
 from fga_fast.io.window import Window, check_window
-from fga_fast.settings import Backend, Backward, Gate, Method
+from fga_fast.settings import PRESETS, Backend, Backward, Gate, Method, Preset
 
 
 def add_subject(parser: argparse.ArgumentParser) -> None:
@@ -55,13 +55,26 @@ def add_package(parser: argparse.ArgumentParser) -> None:
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """Adds what `explainer` reads."""
     parser.add_argument("--backend", choices=get_args(Backend), default="auto", help="what computes (docs/backends.md)")
-    parser.add_argument("--method", choices=get_args(Method), default="rollout", help="default: %(default)s")
-    parser.add_argument("--backward", choices=get_args(Backward), default="exact", help="default: %(default)s")
+    parser.add_argument(
+        "--preset", choices=get_args(Preset), default="faithful",
+        help="what --method, --backward and --base are unless they are given: published, TransMM and FGA as published, "
+        "or faithful, which was more so where it was measured, see docs/faithfulness.md (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--method", choices=get_args(Method), help=_default("method"))
+    parser.add_argument("--backward", choices=get_args(Backward), help=_default("backward"))
     parser.add_argument(
         "--start-block", type=int, default=0, metavar="L", help="explain from this block on (default: %(default)s)"
     )
-    parser.add_argument("--signed", action="store_true", help="keep what speaks against the class")
-    parser.add_argument("--base", type=float, help="gates lie in [1/BASE, BASE] (default: 10; the demo's own: 2)")
+    parser.add_argument("--signed", action="store_true", help="let a rollout keep what speaks against the class")
+    parser.add_argument("--base", type=float, help=f"gates lie in [1/BASE, BASE]; {_default('base')}")
+
+
+def _default(name: str) -> str:
+    """What an option is by default, which depends on the preset."""
+    values = {
+        preset: f"{one.gate.bound:g}" if name == "base" else getattr(one, name) for preset, one in PRESETS.items()
+    }
+    return "default: " + ", ".join(f"{value} ({preset})" for preset, value in values.items())
 
 
 def add_window(parser: argparse.ArgumentParser) -> None:
@@ -88,9 +101,8 @@ def window(args: argparse.Namespace) -> Window | None:
 
 def explainer(subject: Subject, args: argparse.Namespace, *, top_features: int = 0, ungated: bool = False) -> Explainer:
     """The explainer that the arguments ask for."""
-    base = subject.gate_base if args.base is None else args.base
     return Explainer(
-        subject.model, subject.saes, gate=Gate(base=base), method=args.method, backward=args.backward,
-        backend=args.backend, class_names=subject.class_names, start_block=args.start_block, signed=args.signed,
-        top_features=top_features, ungated=ungated,
+        subject.model, subject.saes, preset=args.preset, gate=Gate(base=args.base), method=args.method,
+        backward=args.backward, backend=args.backend, class_names=subject.class_names, start_block=args.start_block,
+        signed=args.signed, top_features=top_features, ungated=ungated,
     )  # fmt: skip

@@ -21,8 +21,10 @@ from fga_fast.evaluation.statistics import BASELINES
 from fga_fast.evaluation.subject import Method, Subject
 from fga_fast.question.names import label
 
-# The two that differ by SAEs alone, FGA without the meaning of its features, and chance.
-_METHODS = ("transmm", "block_x_gradient", "fga", "fga_shuffled", "random")
+# What `Explainer` does by default, without SAEs and with them, and as published; FGA without the meaning of its
+# features; and chance.
+_METHODS = ("transmm", "block_x_gradient", "block_x_gradient_gated", "fga", "fga_shuffled", "random")
+_DEFAULTS = ("block_x_gradient_gated", "block_x_gradient")
 _OUT = Path("fga-fast-evaluation")
 
 
@@ -153,10 +155,10 @@ def _metrics(args: argparse.Namespace, chosen: list[Item]) -> list[str]:
 
 
 def _pair(args: argparse.Namespace, methods: Mapping[str, Method], baselines: list[str]) -> tuple[str, str] | None:
-    """The two methods whose maps are shown: the user's own, or FGA, beside the first baseline."""
+    """The two methods whose maps are shown: the user's own, or the default, beside the first baseline."""
     baseline = next((name for name in baselines if name in methods), None)
     own = [text.partition(":")[2] for text in args.method]
-    others = [name for name in (*own, "fga", *methods) if name in methods and name != baseline]
+    others = [name for name in (*own, *_DEFAULTS, *methods) if name in methods and name != baseline]
     return None if baseline is None or not others else (others[0], baseline)
 
 

@@ -92,7 +92,9 @@ def _features(
 ) -> dict[int, list[int]] | None:
     """Block -> features that are asked for; None: all that are dense enough."""
     if args.image is not None:
-        explainer = Explainer(subject.model, saes, top_features=min(args.top, *(sae.d_sae for sae in saes.values())))
+        # Contributions by the model's own gradient predict best what happens without a feature (docs/features.md).
+        top = min(args.top, *(sae.d_sae for sae in saes.values()))
+        explainer = Explainer(subject.model, saes, preset="published", top_features=top)
         picture = subject.preprocess(load_image(args.image, arguments.window(args)))
         listed = features_of(explainer(picture[None].to(args.device)))
         if not any(listed.values()):

@@ -100,6 +100,8 @@ class Writer:
             "backend_reason": explanation.backend_reason,
             "image_size": explanation.image_size,
             "grid": explanation.grid,
+            "method": self.way.method,
+            "backward": self.way.backward,
             "gated_blocks": sorted(explanation.gates),
             "gate_base": self.way.gate_base if explanation.gates else None,
             "probability_is": {None: None, True: "sigmoid", False: "softmax"}[self.way.multi_label],
@@ -150,7 +152,9 @@ def _print_head(facts: dict[str, Any]) -> None:
     ratio = "" if forward is None else f"{_short(taken / max(forward, 1e-9), 2)} times the plain forward pass, "
     why = f" ({facts['backend_reason']})" if facts["backend_reason"] else ""
     print(f"model    {facts['model']}, {height} x {width} px, grid {rows} x {columns} patches")
-    print(f"method   {f'FGA, gates after block {blocks}' if blocks else 'TransMM, no autoencoder given'}")
+    base = "" if facts["gate_base"] is None else f" of base {facts['gate_base']:g}"
+    gates = f"gates{base} after block {blocks}" if blocks else "no autoencoder given"
+    print(f"method   {facts['method']}, {facts['backward']} backward pass, {gates}")
     print(f"time     {_short(taken)} milliseconds a target, {ratio}backend {facts['backend']}{why}")
 
 

@@ -55,6 +55,10 @@ def _add_service(parser: argparse.ArgumentParser) -> None:
         "--token-file", type=Path, metavar="FILE",
         help=f"what clients have to show, as the one line of a file (or in the variable {_TOKEN}; default: nothing)",
     )  # fmt: skip
+    parser.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME",
+        help="a name by which clients without a token may call the server, besides localhost and addresses",
+    )  # fmt: skip
     number("--max-batch", int, 8, "B", "images explained at once")
     number("--max-wait-ms", float, 5, "MS", "how long the first image waits for others")
     number("--queue", int, 64, "N", "requests inside at once; more are told to come again")
@@ -80,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
 
         samples = {path.name: path for path in fashion_scenes()}
     engine = _package_engine(args, limits) if args.package is not None else _model_engine(args, limits)
-    service = Service(engine, limits, token=token, samples=samples, cards=args.cards)
+    service = Service(engine, limits, token=token, hosts=args.allow_host, samples=samples, cards=args.cards)
     print(f"fga-fast: {engine.facts.model} is warming up", flush=True)
     serve(service, args.host, args.port, lambda url: print(f"fga-fast: serving at {url}", flush=True))
     return 0

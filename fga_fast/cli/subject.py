@@ -29,7 +29,6 @@ class Subject:
     saes: dict[int, SparseAutoencoder]  # block -> SAE, on the same device
     class_names: Sequence[str] | None  # one for each logit, if known
     multi_label: bool  # probabilities are sigmoids of single logits rather than a softmax
-    gate_base: float = 10.0  # gates lie in [1/gate_base, gate_base] unless the user says otherwise
     weights: dict[str, Any] | None = None  # the checkpoint: its file, what it has before the names, what was left out
 
 
@@ -96,9 +95,7 @@ def _fashion_subject() -> Subject:
 
     config, model = fashion_config(), fashion_model()
     preprocess = Preprocess((config.model_args["img_size"],) * 2, config.mean, config.std)
-    return Subject(
-        "the fashion demo model", model, preprocess, fashion_saes(), config.class_names, True, config.gate_base
-    )
+    return Subject("the fashion demo model", model, preprocess, fashion_saes(), config.class_names, True)
 
 
 def _timm_subject(args: argparse.Namespace) -> Subject:

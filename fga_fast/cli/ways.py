@@ -28,6 +28,8 @@ class Way:
     name: str  # of the model or package, for the reader
     preprocess: Preprocess  # from pictures to its input
     multi_label: bool | None  # probabilities are sigmoids of single logits rather than a softmax; None: not known
+    method: str
+    backward: str
     gate_base: float | None  # gates lie in [1/gate_base, gate_base]; None: not known
     batch: int  # images at once
     like: Tensor  # any tensor of the images' dtype and device
@@ -45,6 +47,7 @@ def by_model(args: argparse.Namespace) -> Way:
     listed = args.top_features if subject.saes else 0
     explainer = arguments.explainer(subject, args, top_features=listed, ungated=True)
     timed = arguments.explainer(subject, args, top_features=listed)
+    settings = explainer.settings
 
     @torch.no_grad()
     def forward(images: Tensor) -> Tensor:  # [B, channels, H, W] -> [B, classes]
@@ -63,8 +66,8 @@ def by_model(args: argparse.Namespace) -> Way:
         return explainer(images, [given] if len(given) > 1 else one)
 
     return Way(
-        subject.name, subject.preprocess, subject.multi_label, explainer.settings.gate.base, args.batch_size, blank,
-        explain, lambda image: timed(image, one), forward, subject.weights, notes,
+        subject.name, subject.preprocess, subject.multi_label, settings.method, settings.backward, settings.gate.bound,
+        args.batch_size, blank, explain, lambda image: timed(image, one), forward, subject.weights, notes,
     )  # fmt: skip
 
 
@@ -86,8 +89,9 @@ def by_package(args: argparse.Namespace) -> Way:
         return package(images, target)
 
     return Way(
-        f"the package {args.package.name}", package.preprocess, None, about.gate.get("base"), about.batch,
-        torch.empty(0, dtype=DTYPES[about.dtype], device=about.device), explain, explain, None, notes=notes_of(args),
+        f"the package {args.package.name}", package.preprocess, None, about.method, about.backward,
+        about.gate.get("base"), about.batch, torch.empty(0, dtype=DTYPES[about.dtype], device=about.device), explain,
+        explain, None, notes=notes_of(args),
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from fga_fast.models.layout import ModelLayout
 from fga_fast.question.readout import Readout
 from fga_fast.sae import SparseAutoencoder
 from fga_fast.sae.hold import Hold
-from fga_fast.settings import Backend, Backward, Gate, Method, Settings
+from fga_fast.settings import Backend, Backward, Gate, Method, Preset, Settings
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +25,10 @@ logger = logging.getLogger(__name__)
 class ExplainerSettings(TypedDict, total=False):
     """The keywords of `Explainer`, without model and SAEs, for functions that pass them on."""
 
+    preset: Preset
     gate: Gate | None
-    method: Method
-    backward: Backward
+    method: Method | None
+    backward: Backward | None
     backend: Backend
     top_features: int
     ungated: bool
@@ -153,5 +154,5 @@ def _warn(settings: Settings, saes: dict[int, SparseAutoencoder], layout: ModelL
                 "saes[%d]: its checkpoint says it was trained on block %s; its self_check() tells whether it fits",
                 block, told,
             )  # fmt: skip
-    if settings.method == "rollout" and layout.pooling == "token" and len(layout.blocks) - 1 in saes:
+    if layout.pooling == "token" and len(layout.blocks) - 1 in saes:
         logger.warning("the SAE after the last block gates nothing: the model reads only the class token there")

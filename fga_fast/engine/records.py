@@ -58,7 +58,7 @@ class Gating:
         if inverse is not None and self.gate.mode != "activation_only":  # all other scores are linear in g
             scores = scores * inverse.unsqueeze(-1)
             features[1], features[3] = features[1] * inverse[..., None, None], features[3] * inverse.unsqueeze(-1)
-        gates = self.stages.gate(scores / self._unit(g, inverse), self.gate.base, self.gate.slope)
+        gates = self.stages.gate(scores / self._unit(g, inverse), self.gate.bound, self.gate.slope)
         recorded = (scores, gates, *(features if self.top_features else ()))
         return torch.cat([gates.new_ones(len(x), prefix), gates], dim=1), recorded
 

@@ -6,6 +6,7 @@ The explainer runs this code and graph/ traces it, so both give the same explana
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ def explain(
     look_at_values: bool = True,
     as_laid_out: bool = False,
     first: bool = False,
+    ungated: bool = False,
 ) -> Tensors:
     """Explains images with any backend but the reference.
 
@@ -38,7 +40,8 @@ def explain(
         answer: from the model's output to the explained values.
         look_at_values: look for NaN and Inf; False while a graph is traced.
         as_laid_out: start the rollout where the layout says, without a look at the gradients.
-        first: also check that the model's blocks read each other, and its values the maps, as a rollout supposes.
+        first: also check that the model's blocks read each other, and its values the maps, as the method supposes.
+        ungated: also give relevance without gates, for methods whose gates only multiply in the end.
 
     Raises:
         TypeError, ValueError: the model cannot be tapped, or a tensor has NaN or Inf; the message says what to do.
@@ -62,6 +65,10 @@ def explain(
             first=first,
         )
     result = _tensors(plan, layout, asked, found, tape.passed.first)
+    if ungated and plan.settings.method != "rollout":
+        without = replace(plan, settings=replace(plan.settings, per_block=False))
+        bare = _tensors(without, layout, asked, found._replace(recorded={}), tape.passed.first)
+        result = result._replace(ungated=bare.relevance)
     if look_at_values:
         check_finite(result.relevance, "the relevance", plan.model, images, plan.saes)
     return result

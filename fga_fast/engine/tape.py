@@ -106,7 +106,7 @@ class Tape(FunctionMode):
             chunk: how many of the K are differentiated together; bounds the memory.
             as_laid_out: start where the layout says, without a look at the gradients; for graphs.
             look_at_values: False while a graph is traced.
-            first: also check that blocks, maps and images are read as a rollout supposes, see `models/maps.py`.
+            first: also check that blocks, maps and images are read as the method supposes, see `models/maps.py`.
 
         Raises:
             TapeError: the forward pass was not one that can be explained.
@@ -115,8 +115,9 @@ class Tape(FunctionMode):
         reads = find_reads(passed, values, self._settings.method, self._records)
         if first:
             head.check_images_apart(passed, reads, values, [*self._ports.values()])
-            if self._rollout:
+            if self._settings.method != "input_x_gradient":
                 check_paths(passed)
+            if self._rollout:
                 check_maps(passed, values)
         deepest = reads.deepest
         rows = {block: row for block, row in self._rows.items() if block >= passed.first}

@@ -130,7 +130,7 @@ def _pictures(
 def _overlay(relevance: Tensor, subject: Subject, picture: Tensor) -> Image.Image:  # [1, P], [H, W, 3] in [0,1]
     grid = grid_of(subject) or square(relevance.shape[1])
     signed = bool((relevance < 0).any())
-    painted = paint(relevance.float(), grid, picture[None], "turbo", 0.55, centred=signed)
+    painted = paint(relevance.float(), grid, picture[None], "diverging" if signed else "turbo", 0.55)
     return Image.fromarray(painted[0].numpy())
 
 

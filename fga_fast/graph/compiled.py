@@ -100,7 +100,8 @@ class CompiledExplainer:
         return Explanation(
             **nested(found), grid=layout.grid, image_size=(images.shape[-2], images.shape[-1]),
             backend=plan.choice().name, backend_reason="compiled", names=self._class_names,
-            start_block=self._start_block, notices=(*self._notices, *of_values),
+            start_block=self._start_block,
+            signed=plan.settings.has_signs, notices=(*self._notices, *of_values),
         )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ class FeatureGradientAttribution(Attribution):  # type: ignore[misc, unused-igno
 
     Args:
         model: the model to explain, as for `Explainer`.
-        saes: block -> SAE, as for `Explainer`. Empty: plain TransMM.
+        saes: block -> SAE, as for `Explainer`. Empty: no gates.
         settings: other arguments of `Explainer`, such as `gate`, `method`, `backward`, `layout`.
 
     Raises:

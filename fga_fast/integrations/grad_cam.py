@@ -8,7 +8,6 @@ https://github.com/jacobgil/pytorch-grad-cam.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ class FGACam:
 
     Args:
         model: the model to explain, as for `Explainer`; in eval mode.
-        saes: block -> SAE, as for `Explainer`. Empty: plain TransMM.
+        saes: block -> SAE, as for `Explainer`. Empty: no gates.
         settings: other arguments of `Explainer`, such as `gate`, `method`, `backward`, `layout`.
 
     Raises:
@@ -86,7 +85,7 @@ class FGACam:
 
     def _maps(self, images: Tensor, targets: Any) -> NDArray[np.float32]:  # [B, channels, H, W] -> [B, H, W]
         e = self.explainer(images, targets).single()
-        heat = replace(e, relevance=e.shown.clamp(min=0), signal=None).heatmap((images.shape[2], images.shape[3]))
+        heat = e.heatmap((images.shape[2], images.shape[3]))
         return heat.float().cpu().numpy()
 
     def __enter__(self) -> FGACam:

@@ -39,11 +39,12 @@ def explain_func(
         model: the model to explain, as for `Explainer`.
         inputs: normalised images; NumPy arrays of any float dtype and strides.
         targets: class of each image, integers [B]; or anything else that `Explainer` takes.
-        saes: block -> SAE, as for `Explainer`. Empty: plain TransMM.
+        saes: block -> SAE, as for `Explainer`. Empty: no gates.
         device: Quantus's device; the model must already be there, this function does not move it.
         channel_first: None reads it from the shape.
         settings: other arguments of `Explainer`, such as `gate`, `backward`, `layout`. `quantus.evaluate` passes its
-            own name of the explanation as `method`, so give it the name of a method of `Explainer` there.
+            own name of the explanation as `method`, so give it the name of a method of `Explainer` there; with
+            `preset="published"`, "rollout" is TransMM or FGA.
 
     Returns:
         [B, 1, H, W] float32 (float64 for float64 models), channels first as Quantus wants it. Metrics take absolute
@@ -52,9 +53,9 @@ def explain_func(
     Raises:
         TypeError, ValueError, RuntimeError: as `Explainer`; or another device.
     """
-    method: str = settings.get("method", "rollout")
+    method: str | None = settings.get("method")
     known = get_args(Method)
-    if method not in known:
+    if method is not None and method not in known:
         raise ValueError(
             f"method: expected one of {', '.join(map(repr, known))}, got {method!r}; quantus.evaluate passes "
             "the key of xai_methods here, so use one of these as the key"

@@ -49,7 +49,7 @@ def replace_input(
         what = "no tensor" if not found else f"{len(found)} tensors ({', '.join(map(str, found))})"
         raise TapeError(
             f"model: {where} is called with {what} of shape [{first[0]}, {first[1]}, {layout.d_model or 'C'}], so the "
-            "residual stream is not known; call it with that tensor alone, or use method='rollout'"
+            "residual stream is not known; call it with that tensor alone, or use preset='published'"
         )
     name = found[0]
 

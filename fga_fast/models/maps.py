@@ -30,8 +30,8 @@ Edge = tuple[Node, int]  # a node and the number of one of its outputs, or of on
 
 
 def check_paths(passed: ForwardPass) -> None:
-    """Refuses blocks that read the output of another block than the one before, as in U-shaped transformers: the
-    rollout would pass this path by. It walks the whole graph once.
+    """Refuses blocks that read the output of another block than the one before, as in U-shaped transformers:
+    rollouts and means over blocks would pass this path by. It walks the whole graph once.
 
     Raises:
         TapeError: naming the blocks.
@@ -49,7 +49,7 @@ def check_paths(passed: ForwardPass) -> None:
                     if before is None or node is not passed.streams[before].node:
                         raise TapeError(
                             f"model: {passed.name(block)} reads what block {streams[node]} hands on, not only the "
-                            "output of the block before it, and the rollout would pass this path by; use "
+                            "output of the block before it, and relevance would pass this path by; use "
                             "method='input_x_gradient', which follows every path"
                         )
                 else:
@@ -144,5 +144,5 @@ def _changed(where: str, what: str) -> TapeError:
     return TapeError(
         f"model: {where} changes its attention map between the softmax and the product with the values: {what}. The "
         "rollout needs the map that multiplies the values; only factors that do not depend on the map may change it. "
-        "Use method='input_x_gradient', which needs no maps"
+        "Use method='block_x_gradient' or 'input_x_gradient', which need no maps"
     )

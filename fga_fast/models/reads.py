@@ -191,7 +191,7 @@ def _check_first(passed: ForwardPass, method: Method, saes: Iterable[int]) -> No
         raise TapeError(
             f"model: method='input_x_gradient' needs the gradient of the tokens that enter block {start}, but "
             f"{_named(range(start, first))} ran without gradients (torch.no_grad() or detach()); use "
-            f"start_block={first} or method='rollout'"
+            f"start_block={first} or method='block_x_gradient'"
         )
     for block in saes:
         if block < first or block not in passed.attended:
@@ -213,7 +213,7 @@ def _notices(passed: ForwardPass, method: Method, blocks: tuple[int, ...], pool:
     if idle:
         found.append(f"{_named(idle)} did not run, or handed the tokens on unchanged")
     if not pool and blocks != (count - 1,):
-        found.append(f"the explained values read the output of {_named(blocks)}: the rollout starts there")
+        found.append(f"the explained values read the output of {_named(blocks)}: relevance starts there")
     if method == "block_x_gradient" and len(blocks) > 1:
         found.append(
             f"what the explained values read of {_named(blocks[:-1])} alone is missing from the maps of later blocks, "

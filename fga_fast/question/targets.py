@@ -93,6 +93,8 @@ class Tensors(NamedTuple):
     signal: Tensor | None  # [B, P], relevance without the constant that the pooling gave patches; None: there is none
     start_block: int  # first block that was explained
     notices: tuple[str, ...]  # what a reader must know
+    ungated: Tensor | None = None  # [B, P], relevance without gates, if asked for
+    ungated_signal: Tensor | None = None  # [B, P], the same without the constant
 
 
 def pick(

@@ -119,8 +119,9 @@ def explain(
 def _check(record: Recording, reads: Reads, values: Tensor, settings: Settings) -> None:  # values [B] or [B, K]
     """That blocks, maps and images are read as the equations suppose."""
     check_images_apart(record.passed, reads, values)
-    if settings.method == "rollout":
+    if settings.method != "input_x_gradient":
         check_paths(record.passed)
+    if settings.method == "rollout":
         check_maps(record.passed, values)
 
 
@@ -159,7 +160,7 @@ def _explain_one(
     gradients = differentiate(values.sum(), record, saes)  # images do not see each other, so each gets its own
     scores, units, features = _scores(record, reads, gradients, saes, settings)
     with torch.no_grad():
-        base, slope = settings.gate.base, settings.gate.slope
+        base, slope = settings.gate.bound, settings.gate.slope
         gates = {block: gate_of(scores[block] / units[block], base, slope) for block in scores}
         gates |= {block: given.to(scores[block]) for block, given in given_gates.items()}
         depths = _depths(settings, record.layout, record.passed.first)

@@ -1,7 +1,8 @@
 """Colour maps without matplotlib: short tables, interpolated linearly.
 
 Every 15th of the 256 entries of each published map is kept, so that a colour is off by at most 6 of 255.
-Sources: turbo (A. Mikhailov, 2019, Apache-2.0); viridis and magma (N. Smith, S. van der Walt, E. Firing, 2015, CC0).
+Sources: turbo (A. Mikhailov, 2019, Apache-2.0); viridis and magma (N. Smith, S. van der Walt, E. Firing, 2015, CC0);
+diverging, from blue over white to red, is RdBu of ColorBrewer (C. Brewer, 2002, Apache-2.0), all 11 entries, reversed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ _TABLES = {
     "magma": "000004 090720 1a1042 311165 4a1079 621980 792282 912b81 aa337d "
     "c23b75 d9466b ec5860 f7725c fc8e64 feaa74 fec68a fde2a3 fcfdbf",
     "gray": "000000 ffffff",
+    "diverging": "053061 2166ac 4393c3 92c5de d1e5f0 f7f7f7 fddbc7 f4a582 d6604d b2182b 67001f",
 }
 
 NAMES = tuple(_TABLES)
@@ -27,7 +29,7 @@ def apply_colormap(values: Tensor, name: str = "turbo") -> Tensor:  # [...] -> [
 
     Args:
         values: [...] floating point; values outside [0,1] get the colour of the nearer end.
-        name: one of `NAMES` (turbo, viridis, magma, gray).
+        name: one of `NAMES` (turbo, viridis, magma, gray, diverging).
 
     Returns:
         [..., 3] red, green, blue in [0,1], dtype and device of `values`.

@@ -37,8 +37,8 @@ class Explanation:
     if K is 1: then shapes are [B,K,...], otherwise [B,...]. `single()` takes away an axis of K = 1.
 
     Attributes:
-        relevance: [B,(K,)P] float32 (float64 for float64 models), the pooled token's row of R at the patches. At least
-            0, except with signed relevance or input x gradient: there, evidence against the target is below 0.
+        relevance: [B,(K,)P] float32 (float64 for float64 models), of each patch. At least 0, except where `signed`:
+            there, evidence against the target is below 0.
         logits: [B,classes]; similarities to the T prompts of a call, [B,T], or to embeddings.
         targets: [B,(K)] int64, the explained classes: columns of `logits`; -1 where a function was explained. For a
             difference, the class that was preferred.
@@ -50,13 +50,14 @@ class Explanation:
         signal: like `relevance`, without the constant that it holds where the model pools patches (1 / n at each of n
             averaged patches); None where there is none. Heat maps show it, since float32 rounds small relevance away
             beside the constant.
-        ungated, ungated_signal: like `relevance` and `signal` but without gates (TransMM), if they were computed.
+        ungated, ungated_signal: like `relevance` and `signal` but without gates, if they were computed.
         features: per gated block the strongest SAE features, if they were asked for.
         values: like `targets`, the explained numbers: a logit, a difference of two, a cosine, a function's value.
         blocks: [B,(K,)L',P], if asked for: entry i is the relevance of the patches that enter block start_block + i,
             so entry 0 equals `relevance`.
         names: of the columns of `logits`, where known: class names or prompts.
-        start_block: the first block that was rolled out: the one asked for, or the first after it with a gradient.
+        start_block: the first block that was explained: the one asked for, or the first after it with a gradient.
+        signed: whether relevance may be below 0.
         notices: what one must know to read this explanation; also logged, once for each explainer.
 
     Raises:
@@ -81,6 +82,7 @@ class Explanation:
     signal: Tensor | None = None  # [B, (K,) P]
     ungated_signal: Tensor | None = None  # [B, (K,) P]
     notices: tuple[str, ...] = ()
+    signed: bool = False
 
     def __post_init__(self) -> None:
         for name in ("grid", "image_size"):
@@ -197,7 +199,8 @@ class Explanation:
     def heatmap(self, size: int | tuple[int, int] | None = None) -> Tensor:  # -> [B, H, W] or [B, K, H, W]
         """Relevance as a picture: bilinear (`align_corners=False`), then per map `(h - min) / (max - min)`.
 
-        The scale is each map's own, however small its values are. A map that is the same everywhere is 0 everywhere.
+        What speaks against the target (below 0) counts as 0; `overlay` and `plot` show it. The scale is each map's own,
+        however small its values are. A map that is the same everywhere is 0 everywhere.
 
         Args:
             size: side or (height, width) in pixels; None is the model's input size.
@@ -211,20 +214,25 @@ class Explanation:
         height, width = self.image_size if size is None else (size, size) if isinstance(size, int) else size
         if min(height, width) < 1:
             raise ValueError(f"size: expected at least 1 pixel a side, got {size}")
-        return to_picture(self.shown, self.grid, (height, width))
+        return to_picture(self.shown.clamp(min=0), self.grid, (height, width))
 
     @property
     def shown(self) -> Tensor:  # [B, (K,) P]
         """What pictures show: `signal` where there is one, else `relevance`."""
         return self.relevance if self.signal is None else self.signal
 
-    def overlay(self, image: ImageInput, colormap: str = "turbo", alpha: float = 0.5) -> Tensor:  # -> [B, (K,) H, W, 3]
+    def overlay(  # -> [B, (K,) H, W, 3]
+        self, image: ImageInput, colormap: str | None = None, alpha: float = 0.5
+    ) -> Tensor:
         """The heat map painted over the picture, at the picture's own resolution.
+
+        Signed relevance is coloured on a scale with 0 in its middle.
 
         Args:
             image: what the model saw (its resized and cropped view, at any resolution), one for each image: PIL
                 image(s), [B,3,H,W] or [3,H,W] floats in [0,1], or uint8 arrays with channels first or last.
-            colormap: turbo, viridis, magma or gray.
+            colormap: turbo, viridis, magma, gray or diverging, which lets the picture through where relevance is 0.
+                None: diverging for signed relevance, else turbo.
             alpha: weight of the colours in [0,1].
 
         Returns:
@@ -235,8 +243,11 @@ class Explanation:
                 not finite, no such colour map.
         """
         pictures = self._pictures(image)
-        painted = paint(self.shown.flatten(0, -2), self.grid, pictures, colormap, alpha)
+        painted = paint(self.shown.flatten(0, -2), self.grid, pictures, self._colours(colormap), alpha, self.signed)
         return painted.reshape(*self.targets.shape, *pictures.shape[1:])
+
+    def _colours(self, colormap: str | None) -> str:
+        return colormap or ("diverging" if self.signed else "turbo")
 
     def _pictures(self, image: ImageInput) -> Tensor:  # -> [M, H, W, 3], one for each image and target
         from fga_fast.io.images import as_rgb  # needs PIL
@@ -248,12 +259,12 @@ class Explanation:
         image: ImageInput,
         *,
         class_names: Sequence[str] | Mapping[int, str] | None = None,
-        colormap: str = "turbo",
+        colormap: str | None = None,
         notes: Mapping[tuple[int, int], Note] | None = None,
     ) -> Figure:
-        """A matplotlib figure, one row per image and target: image, TransMM (if `ungated` is there), gates, result.
+        """A matplotlib figure, one row per image and target: image, `ungated` if it is there, gates, result.
 
-        Relevance with evidence against (values below 0) is coloured on a scale with 0 in its middle.
+        Signed relevance is coloured on a scale with 0 in its middle.
 
         Args:
             image: as for `overlay`.
@@ -277,8 +288,8 @@ class Explanation:
         return draw(
             self._pictures(image).cpu(), rows(self.shown), None if ungated is None else rows(ungated),
             {block: rows(gate) for block, gate in self.gates.items()}, self.grid,
-            [label(target, class_names, self.names) for target in self.targets.flatten().tolist()], colormap,
-            strongest(self.features, notes) if notes else {},
+            [label(target, class_names, self.names) for target in self.targets.flatten().tolist()],
+            self._colours(colormap), self.signed, strongest(self.features, notes) if notes else {},
         )  # fmt: skip
 
     def top_features(self, block: int, k: int | None = None, patch: tuple[int, int] | None = None) -> list[Any]:

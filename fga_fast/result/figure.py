@@ -1,4 +1,4 @@
-"""The figure of `Explanation.plot`: image, TransMM, gates and the gated result side by side.
+"""The figure of `Explanation.plot`: image, ungated and gated result, and gates side by side.
 
 All panels and colour bars are one picture. With axes for each, matplotlib takes longer than a small model does.
 """
@@ -33,9 +33,10 @@ def draw(
     grid: tuple[int, int],
     labels: Sequence[str],  # M
     colormap: str,
+    signed: bool,
     captions: Mapping[int, Sequence[str]],  # block -> M, or none
 ) -> Figure:
-    """M rows, one for each image and target; columns image, TransMM if computed, one gate per gated block, the result.
+    """M rows, one for each image and target; columns image, ungated if computed, one gate per gated block, the result.
 
     Captions stand in the gates of their block.
 
@@ -57,7 +58,7 @@ def draw(
     if not 0 < rows <= _MAX_ROWS:
         raise ValueError(f"explanation: expected 1 to {_MAX_ROWS} image-target rows to draw, got {rows}; slice it")
     logs = {block: gate.detach().float().log().reshape(-1, *grid) for block, gate in sorted(gates.items())}
-    limit, signed = _gate_limit(logs), bool((relevance < 0).any())
+    limit = _gate_limit(logs)
     columns = _columns(_resized(pictures), relevance, ungated, logs, limit, grid, colormap, signed)
     page = _Page(Figure, rows, len(columns), columns[0][1].shape[1])
     for number, (title, panels) in enumerate(columns):
@@ -71,9 +72,9 @@ def draw(
     words = ["against", "0", "for"] if signed else ["low", "high relevance"]
     page.bar(len(columns) - 1, apply_colormap(ramp, colormap), words)
     if logs:  # the gates' columns are the last but one
-        ramp = torch.linspace(-1, 1, len(logs) * (_PANEL + _GAP) - _GAP, dtype=torch.float32, device="cpu")
+        ramp = torch.linspace(0, 1, len(logs) * (_PANEL + _GAP) - _GAP, dtype=torch.float32, device="cpu")
         ends = [f"× {_short(math.exp(sign * limit))}" for sign in (-1, 1)]
-        page.bar(len(columns) - 1 - len(logs), _diverging(ramp), [ends[0], "× 1", ends[1]])
+        page.bar(len(columns) - 1 - len(logs), apply_colormap(ramp, "diverging"), [ends[0], "× 1", ends[1]])
     return page.finished()
 
 
@@ -147,7 +148,7 @@ def _columns(
         columns.append(("ungated" if signed else "TransMM", paint(ungated, grid, grey, colormap, 0.55, signed)))
     for block, values in logs.items():
         squares = functional.interpolate(values.unsqueeze(1), grey.shape[1:3], mode="nearest-exact").squeeze(1)
-        columns.append((f"gate, block {block}", _bytes(_diverging(squares / limit))))
+        columns.append((f"gate, block {block}", _bytes(apply_colormap((squares / limit + 1) / 2, "diverging"))))
     # The names FGA and TransMM stand for relevance without a sign.
     method = "relevance" if signed else "FGA" if logs else "TransMM"
     return [*columns, (method, paint(relevance, grid, grey, colormap, 0.55, signed))]
@@ -159,14 +160,6 @@ def _gate_limit(logs: Mapping[int, Tensor]) -> float:  # block -> [M, gh, gw]
     if not all(map(math.isfinite, largest)):
         raise ValueError("gates: contain values that are not finite and above 0, which cannot be drawn")
     return max([*largest, 0.05])
-
-
-def _diverging(values: Tensor) -> Tensor:  # [...] -> [..., 3] in [0,1]
-    """Blue at -1, white at 0, red at 1."""
-    from matplotlib import colormaps
-
-    table = torch.tensor(colormaps["RdBu_r"](range(256)), dtype=values.dtype, device=values.device)[:, :3]
-    return table[((values + 1) / 2 * 255).round().long()]
 
 
 def _bytes(colours: Tensor) -> Tensor:  # in [0,1] -> uint8

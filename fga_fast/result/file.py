@@ -15,11 +15,11 @@ from fga_fast.io.json_file import parse_json
 from fga_fast.io.safetensors_file import SafetensorsFile
 from fga_fast.result.fields import flat, nested
 
-_FORMAT = "fga_fast.explanation.2"
+_FORMAT = "fga_fast.explanation.3"
 _MAX_HEADER = 16 * 2**20  # bytes of JSON; ours has a few hundred for each tensor, and the names of the classes
 _ABOUT: dict[str, Any] = {
     "grid": list, "image_size": list, "backend": str, "backend_reason": str, "names": list | None, "start_block": int,
-    "notices": list,
+    "notices": list, "signed": bool,
 }  # fmt: skip
 
 Result = TypeVar("Result")

@@ -18,13 +18,20 @@ def paint(
     alpha: float,
     centred: bool = False,
 ) -> Tensor:  # -> [M, H, W, 3] uint8
-    """Heat maps over pictures; `centred` puts a relevance of 0 in the middle of the colour map."""
+    """Heat maps over pictures; `centred` puts a relevance of 0 in the middle of the colour map.
+
+    Diverging colours always have 0 in the middle, and let the picture through there.
+    """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha: expected a number in [0,1], got {alpha}")
     if not bool(torch.isfinite(relevance).all()):
         raise ValueError("relevance: contains NaN or Inf, which have no colour; look for their cause in the model")
-    heat = to_picture(relevance, grid, (pictures.shape[1], pictures.shape[2]), centred).float()
-    blend = (1 - alpha) * pictures.to(heat.device) + alpha * apply_colormap(heat, colormap)
+    diverging = colormap == "diverging"
+    heat = to_picture(relevance, grid, (pictures.shape[1], pictures.shape[2]), centred or diverging).float()
+    weight = torch.full_like(heat, alpha)
+    if diverging:
+        weight *= (4 * heat - 2).abs().clamp(max=1)
+    blend = torch.lerp(pictures.to(heat.device), apply_colormap(heat, colormap), weight.unsqueeze(-1))
     return (blend * 255).round().to(torch.uint8)
 
 

@@ -28,7 +28,7 @@ class Form(NamedTuple):
 
     media_type: str = JSON  # one of FORMS
     opacity: float = 0.5  # of PNG, in [0, 1]
-    colormap: str = "turbo"  # of PNG
+    colormap: str | None = None  # of PNG; see `Explanation.overlay`
 
 
 class Packed(NamedTuple):

@@ -74,7 +74,7 @@ def make_app(service: Service) -> FastAPI:
 
     for kind in (Refused, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, on_error)
-    app.add_middleware(Guard, token=service.token, refuse=refuse)
+    app.add_middleware(Guard, token=service.token, hosts=service.hosts, refuse=refuse)
     _add_explain(app, service)
     _add_about(app, service)
     _add_page(app)
@@ -95,13 +95,13 @@ def _add_explain(app: FastAPI, service: Service) -> None:
         rather_than: str | None = None,
         top_features: Annotated[int, Query(ge=0)] = 0,
         opacity: Annotated[float, Query(ge=0, le=1)] = 0.5,
-        colormap: str = "turbo",
+        colormap: str | None = None,
         accept: Annotated[str, Header()] = "*/*",
     ) -> Response:
         """Explains the image in the body, or the form's file `image`."""
         began = time.perf_counter()
         service.check_ready()
-        if colormap not in colours.NAMES:
+        if colormap is not None and colormap not in colours.NAMES:
             raise Refused("bad_parameter", f"colormap: expected one of {', '.join(colours.NAMES)}")
         form = Form(wanted(accept), opacity, colormap)
         question = service.question(target, rather_than, prompt, top_features)

@@ -47,7 +47,7 @@ class Facts:
     blocks: tuple[int, ...]  # with a gate
     method: str
     backward: str
-    signed: bool  # maps have negative values
+    signed: bool  # maps may have negative values
     probability_is: Probability | None
     takes_prompts: bool
     top_features: int  # the most that can be asked for
@@ -131,9 +131,9 @@ class Engine:
         return Facts(
             name or type(explainer.model).__name__, known.image_size, known.grid, known.logits.shape[1], known.names,
             tuple(sorted(explainer.saes)), settings.method, settings.backward,
-            settings.signed or settings.method != "rollout", probability_is,
+            settings.has_signs, probability_is,
             dual is not None and dual.tokenizer is not None, listed,
-            {"base": settings.gate.base, "slope": settings.gate.slope},
+            {"base": settings.gate.bound, "slope": settings.gate.slope},
         )  # fmt: skip
 
     def decode(self, data: bytes) -> Picture:
@@ -366,6 +366,6 @@ def _facts_of_package(package: Package, name: str, probability_is: Probability |
     gate = {key: float(entries[key]) for key in ("base", "slope") if key in entries}
     return Facts(
         name or package.path.name, (about.height, about.width), about.grid, about.classes, about.class_names,
-        about.gated_blocks, about.method, about.backward, about.signed or about.method != "rollout", probability_is,
+        about.gated_blocks, about.method, about.backward, about.has_signs, probability_is,
         False, 0, gate,
     )  # fmt: skip

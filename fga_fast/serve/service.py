@@ -32,6 +32,7 @@ class Service:
         engine: explains.
         limits: what requests may cost.
         token: what clients have to show; None: nothing.
+        hosts: names by which clients without a token may call the server, besides localhost and addresses.
         samples: pictures to try, by name.
         cards: address of the page of features that `fga-fast features` wrote; None: there is none.
 
@@ -41,11 +42,12 @@ class Service:
 
     def __init__(
         self, engine: Engine, limits: Limits | None = None, *, token: str | None = None,
-        samples: Mapping[str, Path] | None = None, cards: str | None = None,
+        hosts: Sequence[str] = (), samples: Mapping[str, Path] | None = None, cards: str | None = None,
     ) -> None:  # fmt: skip
         if token is not None and (len(token) < 8 or not token.isascii() or not token.isprintable() or " " in token):
             raise ValueError("token: expected at least 8 printable ASCII characters without spaces; make a longer one")
         self.engine, self.limits, self.token = engine, limits or Limits(), token
+        self.hosts = tuple(hosts)
         self.samples, self.cards = dict(samples or {}), cards
         self.counters = Counters()
         self.stopping = False

@@ -76,7 +76,9 @@ def test_what_stands_on_a_card(folder: Path, tmp_path: Path) -> None:
     assert [divmod(int(patch), GRID[1]) for patch in census.patch[:, 8]] == [
         tuple(e["patch"]) for e in card["examples"]
     ]
-    explainer = Explainer(own, {1: sae()}, layout=own.layout(), top_features=FEATURES, class_names=NAMES)
+    explainer = Explainer(
+        own, {1: sae()}, layout=own.layout(), top_features=FEATURES, class_names=NAMES, preset="published"
+    )
     lost = []
     for one in card["examples"]:
         image = found_image(folder, one["key"])
@@ -194,7 +196,7 @@ def test_an_image_that_is_another_one_now(tmp_path: Path) -> None:
     assert "cannot be read" not in page.text and first["error"] in page.text
     assert first["target"] is first["target_number"] is first["predicted"] is first["measured"] is None
     assert first["code"] == before["examples"][0]["code"] and not any(one["error"] for one in others)
-    explainer = Explainer(own, {1: sae()}, layout=own.layout())
+    explainer = Explainer(own, {1: sae()}, layout=own.layout(), preset="published")
     ablated, lost = explainer.ablate({1: [8]}), torch.zeros(5)
     for one in others:
         image = PREPROCESS(Image.open(tmp_path / "photos" / one["key"]))[None]
@@ -306,7 +308,9 @@ def test_which_features_get_a_card(folder: Path, tmp_path: Path, monkeypatch: py
 
 def test_features_of_an_explanation() -> None:
     own = model()
-    explanation = Explainer(own, {1: sae(1)}, layout=own.layout(), top_features=3)(torch.stack([items(1)[0].image] * 2))
+    explanation = Explainer(own, {1: sae(1)}, layout=own.layout(), top_features=3, preset="published")(
+        torch.stack([items(1)[0].image] * 2)
+    )
     listed = [{one.feature for one in row} for row in explanation.top_features(1)]
     assert features_of(explanation) == {1: sorted(listed[0] | listed[1])}
 

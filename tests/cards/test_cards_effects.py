@@ -32,7 +32,7 @@ def images() -> Tensor:
 def test_measured_and_predicted_are_those_of_the_explainer(returns: str) -> None:
     model, own = own_vit(returns=returns), sae(dtype=torch.float64)
     found = effects(source_of(model, [1], model.layout(), IMAGES[2:]), own, 1, images(), FEATURES, PATCHES)
-    explainer = Explainer(model, {1: own}, layout=model.layout(), top_features=own.d_sae)
+    explainer = Explainer(model, {1: own}, layout=model.layout(), top_features=own.d_sae, preset="published")
     assert found.target is not None and found.predicted is not None
     assert found.lost is not None and found.measured is not None
     for row, feature in enumerate(FEATURES):
@@ -143,7 +143,7 @@ def test_contributions_predict_the_logit_that_is_lost() -> None:
     config, model, saes = fashion_config(), fashion_model(), fashion_saes()
     preprocess = Preprocess((config.model_args["img_size"],) * 2, config.mean, config.std)
     scenes = torch.stack([preprocess(load_image(path)) for path in fashion_scenes()])
-    found = Explainer(model, saes, top_features=20)(scenes)
+    found = Explainer(model, saes, top_features=20, preset="published")(scenes)
     source, each = source_of(model, list(saes), None, preprocess.image_size), scenes.repeat_interleave(20, 0)
     predicted, measured = [], []
     for block, top in found.features.items():

@@ -51,7 +51,8 @@ def test_features_of_an_image_and_of_a_density(streams: Path) -> None:
     sae = Path(assets.__file__).parent / "fashion" / "sae_3"
     (image, *_) = assets.fashion_scenes()
     found = features(streams, "--image", image, "--top", "4", "--sae", f"3={sae}")
-    assert main(["explain", str(image), "--sae", f"3={sae}", "--top-features", "4", "--out", "one"]) == 0
+    given = ["explain", str(image), "--sae", f"3={sae}", "--top-features", "4", "--preset", "published"]
+    assert main([*given, "--out", "one"]) == 0
     told = json.loads(Path("one", "explanation.json").read_bytes())["explained"][0]
     assert [one["feature"] for one in found] == sorted(one["feature"] for one in told["top_features"]["3"])
     dense = features(streams, "--min-density", "0.02", "--limit", "3", "--sae", f"3={sae}")

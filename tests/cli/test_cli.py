@@ -79,7 +79,13 @@ def test_explain_one_photo(
     }  # fmt: skip
     assert Image.open(tmp_path / "gated" / "figure.png").width > 1000
     text = capsys.readouterr().out
-    for part in ("grid 10 x 10", "FGA, gates after block 2, 4", "milliseconds", "class 3: logit", "block 4 top"):
+    for part in (
+        "grid 10 x 10",
+        "block_x_gradient, conservative backward pass, gates of base 5 after block 2, 4",
+        "milliseconds",
+        "class 3: logit",
+        "block 4 top",
+    ):
         assert part in text
 
     model = timm.create_model(MODEL, num_classes=11, dynamic_img_size=False).eval()
@@ -101,7 +107,7 @@ def test_explain_one_photo(
         assert listed == [tuple(pair) for pair in kept.top_features(4, 4)[0][k]]
 
     kept, facts = explained(tmp_path / "new" / "folder", *given)
-    assert "TransMM, no autoencoder given" in capsys.readouterr().out
+    assert "block_x_gradient, conservative backward pass, no autoencoder given" in capsys.readouterr().out
     want = Explainer(model)(image)
     assert kept.targets.tolist() == want.targets.tolist()
     torch.testing.assert_close(kept.relevance, want.relevance, rtol=1e-4, atol=1e-7)
@@ -165,10 +171,14 @@ def test_settings_are_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     scene = fashion_scenes()[0]
     plain, facts = explained(tmp_path, scene, "--target", fashion_config().class_names[1].upper())
     assert plain.targets.tolist() == [1] and facts["explained"][0]["target"] == 1
-    assert bool((plain.relevance >= 0).all()) and plain.start_block == 0
-    assert bool((explained(tmp_path, scene, "--signed")[0].relevance < 0).any())
-    shares, _ = explained(tmp_path, scene, "--method", "input_x_gradient", "--backward", "conservative")
-    assert bool((shares.relevance < 0).any())
+    assert (facts["method"], facts["backward"], facts["gate_base"]) == ("block_x_gradient", "conservative", 2)
+    assert bool((plain.relevance < 0).any()) and plain.start_block == 0
+    published, facts = explained(tmp_path, scene, "--preset", "published")
+    assert (facts["method"], facts["backward"], facts["gate_base"]) == ("rollout", "exact", 10)
+    assert bool((published.relevance >= 0).all())
+    assert bool((explained(tmp_path, scene, "--preset", "published", "--signed")[0].relevance < 0).any())
+    _, facts = explained(tmp_path, scene, "--method", "input_x_gradient", "--backward", "exact", "--base", "3")
+    assert (facts["method"], facts["backward"], facts["gate_base"]) == ("input_x_gradient", "exact", 3)
     assert explained(tmp_path, scene, "--start-block", "2")[0].start_block == 2
     assert explained(tmp_path, scene, "--backend", "composite")[0].backend == "composite"
 

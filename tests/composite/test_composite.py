@@ -42,9 +42,15 @@ def test_explanations(tiny_vit: Build, setting: str, pooling: dict[str, Any]) ->
     images = torch.randn(2, *PIXELS, dtype=torch.float64)
     for targets in (TARGETS, TARGETS[:, 0]):
         got, want = (
-            Explainer(model, saes, gate=Gate(base=3.0), backend=backend, top_features=3, **SETTINGS[setting])(
-                images, targets
-            )
+            Explainer(
+                model,
+                saes,
+                gate=Gate(base=3.0),
+                backend=backend,
+                top_features=3,
+                **SETTINGS[setting],
+                preset="published",
+            )(images, targets)
             for backend in ("composite", "reference")
         )
         assert got.backend == "composite"
@@ -78,10 +84,10 @@ def test_dtypes(tiny_vit: Build, dtype: torch.dtype) -> None:
     """The rule for 16 bits: at most twice the error of the reference in that dtype."""
     model, images = tiny_vit(), torch.randn(4, *PIXELS)
     saes = {1: sae_for(model)}
-    want = Explainer(model, saes, backend="reference")(images, 1).relevance
+    want = Explainer(model, saes, backend="reference", preset="published")(images, 1).relevance
     low, low_saes = model.to(dtype), {1: saes[1].to(dtype)}
-    plain = Explainer(low, low_saes, backend="reference")(images.to(dtype), 1).relevance
-    got = Explainer(low, low_saes, backend="composite")(images.to(dtype), 1).relevance
+    plain = Explainer(low, low_saes, backend="reference", preset="published")(images.to(dtype), 1).relevance
+    got = Explainer(low, low_saes, backend="composite", preset="published")(images.to(dtype), 1).relevance
     assert got.dtype == torch.float32
     assert float((got - want).norm()) <= max(2 * float((plain - want).norm()), 1e-4 * float(want.norm()))
 
@@ -112,5 +118,5 @@ def test_memory_is_bounded_by_chunks(tiny_vit: Build, monkeypatch: pytest.Monkey
     original = Tensor.softmax
     monkeypatch.setattr(attention_file, "_CHUNK", 2 * 2 * 7 * 3)
     monkeypatch.setattr(Tensor, "softmax", lambda self, dim: (sizes.append(self.numel()), original(self, dim))[1])
-    Explainer(tiny_vit(), backend="composite")(torch.randn(2, *PIXELS))
+    Explainer(tiny_vit(), backend="composite", preset="published")(torch.randn(2, *PIXELS))
     assert sizes and max(sizes) <= 2 * 2 * 7 * 3

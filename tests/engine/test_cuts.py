@@ -39,14 +39,18 @@ def test_blocks_without_gradients_are_found_and_said(way: str) -> None:
     cut, whole, x = Cut(way), Cut("runs"), images()
     saes = {1: sae_for(cut)}
     for backend in BACKENDS:
-        e = Explainer(cut, saes, layout=cut.layout(), backend=backend, per_block=True)(x, TARGET)
-        want = Explainer(whole, saes, layout=whole.layout(), backend=backend, per_block=True, start_block=1)(x, TARGET)
+        e = Explainer(cut, saes, layout=cut.layout(), backend=backend, per_block=True, preset="published")(x, TARGET)
+        want = Explainer(
+            whole, saes, layout=whole.layout(), backend=backend, per_block=True, start_block=1, preset="published"
+        )(x, TARGET)
         agree(dataclasses.replace(e, notices=()), want, 1e-9)
         assert "block 0 ran without gradients" in e.notices[0]
     refused(cut, r"input_x_gradient' needs the gradient .* block 0, but block 0 ran", method="input_x_gradient")
     refused(cut, r"saes\[0\]: would gate nothing at block 0, because it has no gradient", {0: sae_for(cut)})
-    same = Explainer(cut, layout=cut.layout(), method="input_x_gradient", start_block=1)(x, TARGET)
-    want = Explainer(whole, layout=whole.layout(), method="input_x_gradient", start_block=1)(x, TARGET)
+    same = Explainer(cut, layout=cut.layout(), method="input_x_gradient", start_block=1, preset="published")(x, TARGET)
+    want = Explainer(whole, layout=whole.layout(), method="input_x_gradient", start_block=1, preset="published")(
+        x, TARGET
+    )
     torch.testing.assert_close(same.relevance, want.relevance)
 
 
@@ -67,7 +71,7 @@ def test_a_read_before_the_cut(way: str) -> None:
     model = Auxiliary(way)
     model.read = lambda x, norm: norm(x[0])[:, 0]
     for backend in BACKENDS:
-        e = Explainer(model, layout=model.layout(), backend=backend)(images(), TARGET)
+        e = Explainer(model, layout=model.layout(), backend=backend, preset="published")(images(), TARGET)
         torch.testing.assert_close(e.relevance, textbook(model, images(), {0: CLS}), rtol=1e-9, atol=1e-12)
         assert e.start_block == 0
     if way == "detach":
@@ -81,7 +85,11 @@ def test_blocks_that_do_not_run(way: str, method: Any) -> None:
     model, x = Cut(way), images()
     found = []
     for backend in BACKENDS:
-        found.append(Explainer(model, layout=model.layout(), backend=backend, per_block=True, method=method)(x, TARGET))
+        found.append(
+            Explainer(model, layout=model.layout(), backend=backend, per_block=True, method=method, preset="published")(
+                x, TARGET
+            )
+        )
         agree(found[-1], found[0], 1e-9)
     if method == "rollout":
         torch.testing.assert_close(found[0].relevance, textbook(model, x, {1: CLS}), rtol=1e-9, atol=1e-12)
@@ -95,7 +103,7 @@ def test_errors_of_the_model_say_where_they_were(backend: Any) -> None:
     layer: Any = model.inner.layers[1]
     layer.mlp = nn.Linear(WIDTH + 1, WIDTH).double()
     with pytest.raises(TapeError, match=r"the forward pass failed in block 1 \(Block\) with RuntimeError: mat1 and m"):
-        Explainer(model, layout=model.layout(), backend=backend)(images())
+        Explainer(model, layout=model.layout(), backend=backend, preset="published")(images())
 
     class Broken(torch.autograd.Function):
         @staticmethod
@@ -109,7 +117,7 @@ def test_errors_of_the_model_say_where_they_were(backend: Any) -> None:
     layer.mlp = nn.Identity()
     layer.norm2.register_forward_hook(lambda _m, _i, out: Broken.apply(out))
     with pytest.raises(TapeError, match=r"the backward pass failed in block 1 \(Block\) with RuntimeError"):
-        Explainer(model, layout=model.layout(), backend=backend)(images())
+        Explainer(model, layout=model.layout(), backend=backend, preset="published")(images())
 
 
 @pytest.mark.parametrize("size", (None, IMAGES[2:]))
@@ -118,9 +126,9 @@ def test_images_and_tokens_swapped_in_a_layout_are_found(size: Any, batch: int) 
     model = own_vit()
     layout = dataclasses.replace(model.layout(), tokens_first=True, image_size=size)
     with pytest.raises(TapeError, match=r"block 0 \(Block\) returned .* set tokens_first=False"):
-        Explainer(model, layout=layout)(images()[:1].expand(batch, -1, -1, -1))
+        Explainer(model, layout=layout, preset="published")(images()[:1].expand(batch, -1, -1, -1))
     if size is not None:
         with pytest.raises(TapeError, match="set tokens_first=False"):
-            Explainer(model, layout=layout)
+            Explainer(model, layout=layout, preset="published")
     right = dataclasses.replace(model.layout(), image_size=size)
-    Explainer(model, layout=right)(images()[:1].expand(batch, -1, -1, -1))
+    Explainer(model, layout=right, preset="published")(images()[:1].expand(batch, -1, -1, -1))

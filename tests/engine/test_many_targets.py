@@ -20,7 +20,9 @@ def test_each_target_is_explained_as_if_it_were_alone(tiny_vit: Build, method: A
     model = tiny_vit().double()
     saes = {0: sae_for(model), 1: sae_for(model, activation="topk", k=4, normalize="layer_norm")}
     settings: dict[str, Any] = {"method": method, "backward": backward, "top_features": 3, "per_block": True}
-    explainer = Explainer(model, saes, gate=Gate(base=4.0), backend="native", target_chunk=chunk, **settings)
+    explainer = Explainer(
+        model, saes, gate=Gate(base=4.0), backend="native", target_chunk=chunk, **settings, preset="published"
+    )
     images = torch.randn(2, *PIXELS, dtype=torch.float64)
     together = explainer(images, TARGETS)
     assert together.relevance.shape == (2, 3, 6) and together.targets.tolist() == TARGETS.tolist()
@@ -44,7 +46,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_and_dtypes(tiny_vit: Build, family: str, dtype: torch.dtype) -> None:
     model = tiny_vit(**FAMILIES[family]).to(dtype)
-    explainer = Explainer(model, {1: sae_for(model)}, backend="native")
+    explainer = Explainer(model, {1: sae_for(model)}, backend="native", preset="published")
     images = torch.randn(2, *PIXELS, dtype=dtype)
     together = explainer(images, TARGETS)
     for k in range(3):
@@ -65,7 +67,7 @@ def test_the_model_runs_once_and_gradients_in_chunks(tiny_vit: Build, monkeypatc
         return original(*args, **kwargs)
 
     monkeypatch.setattr(torch.autograd, "grad", counting)
-    explainer = Explainer(model, {1: sae_for(model)}, backend="native", target_chunk=2)
+    explainer = Explainer(model, {1: sae_for(model)}, backend="native", target_chunk=2, preset="published")
     explainer(torch.randn(2, *PIXELS), torch.randint(0, 5, (2, 5)))
     assert len(forwards) == 1
     # Rows differentiated together: each time from the head to the last block, then all the way.
@@ -75,7 +77,9 @@ def test_the_model_runs_once_and_gradients_in_chunks(tiny_vit: Build, monkeypatc
 @pytest.mark.parametrize("batch", (0, 1))
 def test_few_images(tiny_vit: Build, batch: int) -> None:
     model = tiny_vit()
-    explainer = Explainer(model, {1: sae_for(model)}, backend="native", top_features=2, per_block=True)
+    explainer = Explainer(
+        model, {1: sae_for(model)}, backend="native", top_features=2, per_block=True, preset="published"
+    )
     e = explainer(torch.randn(batch, *PIXELS), torch.zeros(batch, 2, dtype=torch.int64))
     assert e.relevance.shape == (batch, 2, 6) and e.gates[1].shape == (batch, 2, 6)
     assert e.blocks is not None and e.blocks.shape == (batch, 2, 3, 6)
@@ -86,7 +90,7 @@ def test_few_images(tiny_vit: Build, batch: int) -> None:
 def test_all_features_of_several_targets(tiny_vit: Build, backend: Any, caplog: pytest.LogCaptureFixture) -> None:
     """Differentiated together also where every feature is reported."""
     model = tiny_vit()
-    explainer = Explainer(model, {1: sae_for(model, features=4)}, backend=backend, top_features=4)
+    explainer = Explainer(model, {1: sae_for(model, features=4)}, backend=backend, top_features=4, preset="published")
     e = explainer(torch.randn(2, *PIXELS), TARGETS)
     assert e.features[1].patch_index.shape == (2, 3, 6, 4)
     assert not caplog.records
@@ -94,7 +98,7 @@ def test_all_features_of_several_targets(tiny_vit: Build, backend: Any, caplog: 
 
 def test_a_single_target_in_a_list(tiny_vit: Build) -> None:
     model, images = tiny_vit(), torch.randn(2, *PIXELS)
-    explainer = Explainer(model, {1: sae_for(model)}, backend="native")
+    explainer = Explainer(model, {1: sae_for(model)}, backend="native", preset="published")
     many, one = explainer(images, [[3], [1]]), explainer(images, [3, 1])
     assert many.relevance.shape == (2, 1, 6)
     torch.testing.assert_close(many.relevance[:, 0], one.relevance)
@@ -103,7 +107,7 @@ def test_a_single_target_in_a_list(tiny_vit: Build) -> None:
 def test_differences_and_functions_of_the_logits(tiny_vit: Build) -> None:
     """x . g is linear in the explained value, so the map of a difference is the difference of the maps."""
     model, images = tiny_vit().double(), torch.randn(2, *PIXELS, dtype=torch.float64)
-    explainer = Explainer(model, method="input_x_gradient", backend="native")
+    explainer = Explainer(model, method="input_x_gradient", backend="native", preset="published")
     maps = [explainer(images, k).relevance for k in range(5)]
     why = explainer(images, Difference(3, 1))
     torch.testing.assert_close(why.relevance, maps[3] - maps[1], rtol=1e-9, atol=1e-12)

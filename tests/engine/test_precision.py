@@ -33,7 +33,9 @@ class Scaled(nn.Module):
 
 
 def explain(model: nn.Module, saes: dict[int, Any], images: Tensor, targets: Any, **settings: Any) -> Explanation:
-    return Explainer(model, saes, gate=Gate(base=2.0), backend="native", **settings)(images, targets)
+    return Explainer(model, saes, gate=Gate(base=2.0), backend="native", **settings, preset="published")(
+        images, targets
+    )
 
 
 @pytest.mark.parametrize("targets", (torch.tensor([2, 0]), TARGETS))
@@ -103,7 +105,7 @@ def test_autocast(tiny_vit: Build, dtype: torch.dtype, settings: dict[str, Any],
     """Under autocast the model computes in 16 bits; relevance stays float32 and near that without autocast."""
     model = tiny_vit(qk_norm=True, init_values=0.5)
     saes, images = {1: sae_for(model)}, torch.randn(2, *PIXELS)
-    explainer = Explainer(model, saes, gate=Gate(base=2.0), backend=backend, **settings)
+    explainer = Explainer(model, saes, gate=Gate(base=2.0), backend=backend, **settings, preset="published")
     want = explainer(images, TARGETS)
     with torch.autocast("cpu", dtype=dtype):
         plain = model(images)
@@ -138,7 +140,7 @@ def test_sixteen_bits(tiny_vit: Build, dtype: torch.dtype, gated: bool, settings
 
     def explained(dtype: torch.dtype, backend: Any) -> Explanation:
         low = {block: sae.to(dtype) for block, sae in saes.items()}
-        return Explainer(model.to(dtype), low, backend=backend, **settings)(images.to(dtype), 1)
+        return Explainer(model.to(dtype), low, backend=backend, **settings, preset="published")(images.to(dtype), 1)
 
     want = explained(torch.float32, "reference").relevance
     plain, fast = explained(dtype, "reference").relevance, explained(dtype, "native")
@@ -175,14 +177,18 @@ def test_some_weights_of_a_16_bit_model_may_be_float32(
     for block in model.blocks:  # type: ignore[union-attr]
         block.attn.qkv = WideAdapter(block.attn.qkv)  # type: ignore[union-attr,arg-type]
     sae, images = sae_for(model), torch.randn(2, *PIXELS)
-    want = Explainer(model, {1: sae}, gate=Gate(base=2.0), backend="reference", **settings)(images, TARGETS)
+    want = Explainer(model, {1: sae}, gate=Gate(base=2.0), backend="reference", **settings, preset="published")(
+        images, TARGETS
+    )
     model = model.to(dtype)
     for module in model.modules():
         if isinstance(module, WideNorm):
             module.float()
         elif isinstance(module, WideAdapter):
             module.down.float(), module.up.float()
-    explainer = Explainer(model, {1: sae.to(dtype)}, gate=Gate(base=2.0), backend=backend, **settings)
+    explainer = Explainer(
+        model, {1: sae.to(dtype)}, gate=Gate(base=2.0), backend=backend, **settings, preset="published"
+    )
     got = explainer(images.to(dtype), TARGETS)
     assert got.relevance.dtype == torch.float32
     assert error(got.relevance, want.relevance) < 0.1
@@ -194,7 +200,7 @@ def test_images_of_adapters_take_the_dtype_of_the_blocks(tiny_vit: Build) -> Non
     numpy_images = torch.randn(1, *PIXELS).numpy()
     model = tiny_vit().half()
     model.cls_token.data = model.cls_token.data.float()  # type: ignore[union-attr,operator]
-    assert as_images(numpy_images, Explainer(model).plan.parameter, 3).dtype == torch.float16
+    assert as_images(numpy_images, Explainer(model, preset="published").plan.parameter, 3).dtype == torch.float16
 
 
 @pytest.mark.parametrize("targets", (2, [[1, 2]]))
@@ -204,6 +210,9 @@ def test_relevance_is_not_computed_under_the_callers_autocast(tiny_vit: Build, t
     for block in model.blocks:  # type: ignore[union-attr]
         block.attn.fused_attn = False  # type: ignore[union-attr]
     with torch.autocast("cpu", torch.bfloat16):
-        got, want = (Explainer(model, backend=backend)(images, targets) for backend in ("native", "reference"))  # type: ignore[arg-type]
+        got, want = (
+            Explainer(model, backend=backend, preset="published")(images, targets)
+            for backend in ("native", "reference")
+        )  # type: ignore[arg-type]
     assert error(got.relevance, want.relevance) < 1e-5
     assert got.notices == ()

@@ -24,15 +24,15 @@ def test_the_rollout_starts_from_what_the_head_reads(name: str) -> None:
     model, x = Headed(read, vectors * WIDTH), images()
     want, found = textbook(model, x, rows), []
     for backend in BACKENDS:
-        e = Explainer(model, layout=model.layout(), backend=backend, per_block=True)(x, TARGET)
+        e = Explainer(model, layout=model.layout(), backend=backend, per_block=True, preset="published")(x, TARGET)
         torch.testing.assert_close(e.relevance, want, rtol=1e-9, atol=1e-12)
         assert (e.notices == ()) == (name == "class token of the last block")
         found.append(e)
     agree(found[0], found[2], 1e-9)
     agree(found[1], found[2], 1e-9)
-    together = Explainer(model, layout=model.layout(), backend="native")(x, [[TARGET, 0]] * 2)
+    together = Explainer(model, layout=model.layout(), backend="native", preset="published")(x, [[TARGET, 0]] * 2)
     torch.testing.assert_close(together.relevance[:, 0], want, rtol=1e-9, atol=1e-12)
-    graph = Explainer(model, layout=model.layout(), backend="native").module(x, target_mode="given")
+    graph = Explainer(model, layout=model.layout(), backend="native", preset="published").module(x, target_mode="given")
     torch.testing.assert_close(graph(x, torch.full((2,), TARGET))["relevance"], want, rtol=1e-9, atol=1e-12)
 
 
@@ -44,7 +44,7 @@ def test_starts_of_16_bit_gradients(dtype: torch.dtype) -> None:
     model, low = model.to(dtype), x.to(dtype)
     bound = 1e-5 if dtype == torch.float32 else 0.1
     for backend in BACKENDS:
-        e = Explainer(model, layout=model.layout(), backend=backend)(low, TARGET)
+        e = Explainer(model, layout=model.layout(), backend=backend, preset="published")(low, TARGET)
         assert float((e.relevance - want).norm()) <= bound * float(want.norm())
 
 
@@ -53,7 +53,9 @@ def test_gates_and_features_where_several_blocks_are_read() -> None:
     model = Headed(read, vectors * WIDTH)
     saes, settings = {b: sae_for(model) for b in (0, 2)}, {"top_features": 3, "per_block": True}
     native, reference = (
-        Explainer(model, saes, layout=model.layout(), backend=backend, **settings)(images(), [[TARGET, 0]] * 2)  # type: ignore[arg-type]
+        Explainer(model, saes, layout=model.layout(), backend=backend, **settings, preset="published")(
+            images(), [[TARGET, 0]] * 2
+        )  # type: ignore[arg-type]
         for backend in BACKENDS[::2]
     )
     agree(native, reference, 1e-9)
@@ -64,7 +66,9 @@ def test_an_sae_after_the_last_block_that_is_read_gates_nothing() -> None:
     saes = {1: sae_for(model), 2: sae_for(model)}
     settings: Any = {"layout": model.layout(), "top_features": 2}
     for targets in (TARGET, [[TARGET, 1]] * 2):
-        native, reference = (Explainer(model, saes, backend=b, **settings)(images(), targets) for b in BACKENDS[::2])
+        native, reference = (
+            Explainer(model, saes, backend=b, **settings, preset="published")(images(), targets) for b in BACKENDS[::2]
+        )
         agree(native, reference, 1e-9)
         assert not native.scores[2].any()
         assert (native.gates[2] == 1).all()
@@ -82,12 +86,12 @@ def test_a_head_that_reads_the_inside_of_a_block_is_refused() -> None:
 def test_a_head_that_mixes_images_is_refused(method: Any) -> None:
     model = Headed(lambda x, norm: norm(x[2])[:, 0] - 0.5 * norm(x[2])[:, 0].mean(0))
     refused(model, "depends on other images of the batch", method=method)
-    Explainer(model, layout=model.layout())(images()[:1], TARGET)
+    Explainer(model, layout=model.layout(), preset="published")(images()[:1], TARGET)
     halves = Headed(lambda x, norm: x[2][:, 0].view(2, -1, WIDTH).mean(0).repeat(2, 1))
     four = images().repeat(2, 1, 1, 1)
     for backend in BACKENDS:
         with pytest.raises(TapeError, match="depends on other images of the batch"):
-            Explainer(halves, layout=halves.layout(), backend=backend, method=method)(four, TARGET)
+            Explainer(halves, layout=halves.layout(), backend=backend, method=method, preset="published")(four, TARGET)
 
 
 def softmax_pool(x: Tensor) -> Tensor:
@@ -98,7 +102,7 @@ def softmax_pool(x: Tensor) -> Tensor:
 def test_a_pooling_that_weighs_tokens_is_said(pool: Callable[[Tensor], Tensor]) -> None:
     model = Headed(lambda x, norm: pool(x[2]))
     for backend in BACKENDS:
-        e = Explainer(model, layout=model.layout("average"), backend=backend)(images(), TARGET)
+        e = Explainer(model, layout=model.layout("average"), backend=backend, preset="published")(images(), TARGET)
         assert [notice for notice in e.notices if "the head weighs the tokens 1 to 6" in notice]
 
 
@@ -123,7 +127,7 @@ def test_reads_beside_a_pool_and_pools_of_other_blocks_are_refused(name: str) ->
     layout = ModelLayout(tuple(model.inner.layers), 1, GRID, "attention", (0, TOKENS))
     for backend in BACKENDS:
         with pytest.raises(TapeError, match=message):
-            Explainer(model, layout=layout, backend=backend)(images(), TARGET)
+            Explainer(model, layout=layout, backend=backend, preset="published")(images(), TARGET)
 
 
 class Passing(torch.autograd.Function):
@@ -151,7 +155,9 @@ def test_several_reads_with_functions_and_hooks_between(backward: Any) -> None:
         layer.mlp.register_forward_hook(scaled)  # type: ignore[union-attr]
     saes, found = {1: sae_for(model)}, []
     for backend in BACKENDS:
-        explainer = Explainer(model, saes, layout=model.layout(), backend=backend, backward=backward)
+        explainer = Explainer(
+            model, saes, layout=model.layout(), backend=backend, backward=backward, preset="published"
+        )
         found.append(explainer(images(), TARGET))
     agree(found[0], found[2], 1e-9)
     agree(found[1], found[2], 1e-9)
@@ -160,7 +166,7 @@ def test_several_reads_with_functions_and_hooks_between(backward: Any) -> None:
 def test_classes_that_read_different_tokens_in_one_graph() -> None:
     model = Headed(lambda x, norm: x[2][:, :CLASSES].sum(-1))
     model.head = nn.Identity()  # type: ignore[assignment]
-    x, explainer = images(), Explainer(model, layout=model.layout(), backend="native")
+    x, explainer = images(), Explainer(model, layout=model.layout(), backend="native", preset="published")
     graph = explainer.module(x, target_mode="given")
     for target in range(CLASSES):
         got = graph(x, torch.full((len(x),), target))["relevance"]
@@ -174,7 +180,9 @@ def test_a_block_that_hands_the_tokens_on_is_left_out(idle: int, method: Any) ->
     model.inner.layers[idle].forward = lambda hidden_states: hidden_states  # type: ignore[method-assign]
     saes, found = {(idle + 1) % 3: sae_for(model)}, []
     for backend in BACKENDS:
-        explainer = Explainer(model, saes, layout=model.layout(), backend=backend, method=method, per_block=True)
+        explainer = Explainer(
+            model, saes, layout=model.layout(), backend=backend, method=method, per_block=True, preset="published"
+        )
         found.append(explainer(images(), TARGET))
     agree(found[0], found[2], 1e-9)
     agree(found[1], found[2], 1e-9)
@@ -194,10 +202,13 @@ class Skipping(Headed):
 
 def test_a_skip_past_blocks_is_refused() -> None:
     model = Skipping(lambda x, norm: norm(x[2])[:, 0])
-    refused(model, r"block 2 \(Block\) reads what block 0 hands on")
-    refused(model, r"block 2 \(Block\) reads what block 0 hands on", {1: sae_for(model)})
+    for method in ("rollout", "block_x_gradient"):
+        refused(model, r"block 2 \(Block\) reads what block 0 hands on", method=method)
+        refused(model, r"block 2 \(Block\) reads what block 0 hands on", {1: sae_for(model)}, method=method)
     found = [
-        Explainer(model, layout=model.layout(), backend=b, method="input_x_gradient")(images(), TARGET)
+        Explainer(model, layout=model.layout(), backend=b, method="input_x_gradient", preset="published")(
+            images(), TARGET
+        )
         for b in BACKENDS
     ]
     agree(found[0], found[2], 1e-9)

@@ -23,7 +23,7 @@ def test_small_values_keep_their_digits_in_float32(name: str, scale: float) -> N
 
     def explain(dtype: torch.dtype, backend: Any) -> Explanation:
         low = {block: sae.to(dtype) for block, sae in saes.items()}
-        explainer = Explainer(model.to(dtype), low, layout=model.layout(), backend=backend)
+        explainer = Explainer(model.to(dtype), low, layout=model.layout(), backend=backend, preset="published")
         return explainer(x.to(dtype), lambda y: scale * y[:, TARGET])
 
     want = explain(torch.float64, "reference")
@@ -38,7 +38,7 @@ def test_small_values_keep_their_digits_in_float32(name: str, scale: float) -> N
 
 def test_gates_do_not_fade_with_the_values() -> None:
     model = Headed(HEADS["class token of the last block"][0])
-    explainer = Explainer(model, {0: sae_for(model)}, layout=model.layout(), backend="native")
+    explainer = Explainer(model, {0: sae_for(model)}, layout=model.layout(), backend="native", preset="published")
     gates = [explainer(images(), lambda y, k=k: k * y[:, TARGET]).gates[0] for k in (1, 1e-7, 1e-14)]  # type: ignore[misc]
     torch.testing.assert_close(gates[1], gates[0], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(gates[2], gates[0], rtol=1e-3, atol=1e-3)
@@ -56,12 +56,12 @@ def test_saturated_probabilities_and_maps_of_zeros_are_said(caplog: pytest.LogCa
         def forward(self, x: Tensor) -> Tensor:
             return (self.factor * self.model(x)).softmax(-1)
 
-    explainer = Explainer(Probabilities(200.0), layout=layout)
+    explainer = Explainer(Probabilities(200.0), layout=layout, preset="published")
     notices = explainer(x).notices
     assert "probability that rounding cannot tell from 1" in notices[0]
     explainer(x)
     assert sum("cannot tell from 1" in record.getMessage() for record in caplog.records) == 1
-    assert Explainer(Probabilities(0.1), layout=layout)(x).notices == ()
-    zeros = Explainer(model, layout=layout)(x, lambda y: y[:, 0] * 0)
+    assert Explainer(Probabilities(0.1), layout=layout, preset="published")(x).notices == ()
+    zeros = Explainer(model, layout=layout, preset="published")(x, lambda y: y[:, 0] * 0)
     assert "a map is zero everywhere" in zeros.notices[0]
     assert not zeros.heatmap().any()

@@ -49,7 +49,7 @@ def refused(model: nn.Module, match: str, batch: Tensor | None = None, **setting
     for backend in ("native", "composite", "reference"):
         before = state_of(model)
         with pytest.raises(TapeError, match=match) as error:
-            Explainer(model, backend=backend, **settings)(images() if batch is None else batch)  # type: ignore[arg-type]
+            Explainer(model, backend=backend, **settings, preset="published")(images() if batch is None else batch)  # type: ignore[arg-type]
         found.add(str(error.value))
         assert state_of(model) == before
     assert len(found) == 1
@@ -57,7 +57,7 @@ def refused(model: nn.Module, match: str, batch: Tensor | None = None, **setting
 
 def test_the_model_is_left_as_it_came(model: nn.Module) -> None:
     before = state_of(model)
-    Explainer(model, {1: sae_for(model)}, backend="native")(images())
+    Explainer(model, {1: sae_for(model)}, backend="native", preset="published")(images())
     assert state_of(model) == before
 
 
@@ -81,7 +81,7 @@ def test_the_model_is_left_as_it_came_after_an_exception(tiny_vit: Build, error:
     block = model.blocks[1]  # type: ignore[index]
     setattr(block, place, Interrupting(getattr(block, place), error))
     before = state_of(model)
-    explainer = Explainer(model, {1: sae_for(model)}, backend="native")
+    explainer = Explainer(model, {1: sae_for(model)}, backend="native", preset="published")
     wrapped = isinstance(error, RuntimeError)
     with pytest.raises(TapeError if wrapped else type(error)) as found:
         explainer(images())
@@ -98,7 +98,7 @@ def test_the_model_is_left_as_it_came_after_an_exception_in_backward(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = state_of(model)
-    explainer = Explainer(model, {1: sae_for(model)}, backend="native")
+    explainer = Explainer(model, {1: sae_for(model)}, backend="native", preset="published")
     monkeypatch.setattr(Gating, "__call__", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         explainer(images())
@@ -109,7 +109,7 @@ def test_the_model_is_left_as_it_came_after_an_exception_in_backward(
 def test_the_model_is_left_as_it_came_after_a_bad_target(model: nn.Module, targets: Any) -> None:
     before = state_of(model)
     with pytest.raises(ValueError, match="targets"):
-        Explainer(model, {1: sae_for(model)}, backend="native")(images(), targets)
+        Explainer(model, {1: sae_for(model)}, backend="native", preset="published")(images(), targets)
     assert state_of(model) == before
 
 
@@ -137,7 +137,7 @@ def test_no_gradient_of_any_weight_is_computed(tiny_vit: Build) -> None:
 def test_existing_hooks_of_the_user_still_run(tiny_vit: Build) -> None:
     model, calls = tiny_vit(), []
     model.blocks[1].register_forward_hook(lambda *_: calls.append("block"))  # type: ignore[index,operator]
-    Explainer(model, {1: sae_for(model)}, backend="native")(images())
+    Explainer(model, {1: sae_for(model)}, backend="native", preset="published")(images())
     assert calls == ["block"]
 
 
@@ -145,7 +145,10 @@ def test_existing_hooks_of_the_user_still_run(tiny_vit: Build) -> None:
 def test_two_threads_explain_with_the_same_model(tiny_vit: Build, backend: Any) -> None:
     model = tiny_vit()
     batches = [images() for _ in range(8)]
-    explainers = [Explainer(model, {1: sae_for(model)}, backend=backend), Explainer(model, backend=backend)]
+    explainers = [
+        Explainer(model, {1: sae_for(model)}, backend=backend, preset="published"),
+        Explainer(model, backend=backend, preset="published"),
+    ]
     want = [explainers[i % 2](batch).relevance for i, batch in enumerate(batches)]
     got: list[list[Tensor]] = [[] for _ in batches]
     plain: list[Tensor] = []
@@ -228,7 +231,9 @@ def test_a_block_that_is_not_explained_may_do_as_it_likes(tiny_vit: Build) -> No
     model, batch = tiny_vit().double(), images().double()
     block = model.blocks[1]  # type: ignore[index]
     block.attn = Odd(block.attn, lambda q, k, v: sdpa(q, k, v, is_causal=True))  # type: ignore[union-attr]
-    got, want = (Explainer(model, backend=b, start_block=2)(batch).relevance for b in ("native", "reference"))  # type: ignore[arg-type]
+    got, want = (
+        Explainer(model, backend=b, start_block=2, preset="published")(batch).relevance for b in ("native", "reference")
+    )  # type: ignore[arg-type]
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
 
@@ -252,11 +257,13 @@ def test_an_equivalent_attention_of_the_users_is_explained_alike(tiny_vit: Build
         {"method": "input_x_gradient", "backward": "conservative"}, {"start_block": 1},
     ]  # fmt: skip
     saes, targets = {1: sae_for(model)}, torch.tensor([[1, 0], [4, 2]])
-    want = [Explainer(model, saes, backend="native", **setting)(batch, targets) for setting in settings]
+    want = [
+        Explainer(model, saes, backend="native", **setting, preset="published")(batch, targets) for setting in settings
+    ]
     for block in model.blocks:  # type: ignore[union-attr]
         block.attn = Odd(block.attn, EQUIVALENT[kind])
     for setting, expected in zip(settings, want, strict=True):
-        got = Explainer(model, saes, backend="native", **setting)(batch, targets)
+        got = Explainer(model, saes, backend="native", **setting, preset="published")(batch, targets)
         torch.testing.assert_close(got.relevance, expected.relevance, rtol=1e-3, atol=1e-5)
 
 
@@ -269,7 +276,7 @@ def test_heads_that_share_keys_and_values(tiny_vit: Build) -> None:
     for attend, backend in ((shared, "native"), (repeated, "native"), (shared, "reference")):
         for block, original in zip(model.blocks, originals, strict=True):  # type: ignore[arg-type]
             block.attn = Odd(original, attend)
-        found.append(Explainer(model, backend=backend)(batch, 1).relevance)  # type: ignore[arg-type]
+        found.append(Explainer(model, backend=backend, preset="published")(batch, 1).relevance)  # type: ignore[arg-type]
     for other in found[1:]:
         torch.testing.assert_close(found[0], other, rtol=1e-9, atol=1e-12)
 
@@ -315,7 +322,7 @@ def test_a_residual_stream_changed_in_place_is_scored_as_it_was(tiny_vit: Build)
     results = []
     for in_place in (False, True):
         model.blocks[2] = Adding(last, in_place)  # type: ignore[index,operator,arg-type]
-        results.append(Explainer(model, {1: sae}, backend="native")(batch))
+        results.append(Explainer(model, {1: sae}, backend="native", preset="published")(batch))
     assert torch.equal(results[0].scores[1], results[1].scores[1])
     assert torch.equal(results[0].relevance, results[1].relevance)
 
@@ -332,7 +339,7 @@ def test_a_weight_that_depends_on_the_image_keeps_its_gradient(tiny_vit: Build) 
     model, batch = tiny_vit().double(), images().double()
     block = model.blocks[2]  # type: ignore[index]
     block.mlp = Dynamic(block.mlp)  # type: ignore[union-attr,arg-type]
-    got, want = (Explainer(model, backend=backend)(batch, 1) for backend in ("native", "reference"))  # type: ignore[arg-type]
+    got, want = (Explainer(model, backend=backend, preset="published")(batch, 1) for backend in ("native", "reference"))  # type: ignore[arg-type]
     torch.testing.assert_close(got.relevance, want.relevance, rtol=1e-9, atol=1e-12)
 
 
@@ -349,7 +356,9 @@ def test_temporary_parameters_are_not_mixed_up(tiny_vit: Build) -> None:
             return y  # type: ignore[no-any-return]
 
     model, batch = Temporary().double(), images().double()
-    torch.testing.assert_close(Explainer(model, backend="native")(batch).logits, model(batch).detach())
+    torch.testing.assert_close(
+        Explainer(model, backend="native", preset="published")(batch).logits, model(batch).detach()
+    )
 
 
 @pytest.mark.parametrize("how", ("no_grad", "detach", "views"))

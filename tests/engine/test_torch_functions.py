@@ -59,7 +59,7 @@ def outcome(model: nn.Module, backend: Any, backward: Any) -> Outcome:
     """The relevance, or the error."""
     layout = ModelLayout(model.blocks, 1, (2, 2), in_chans=1)  # type: ignore[arg-type]
     try:
-        return Explainer(model.double().eval(), layout=layout, backend=backend, backward=backward)(
+        return Explainer(model.double().eval(), layout=layout, backend=backend, backward=backward, preset="published")(
             IMAGES, [0, 1]
         ).relevance
     except (RuntimeError, TypeError, ValueError) as error:

@@ -106,7 +106,7 @@ def test_a_change_of_weights_does_not_reach_it(given: CompiledExplainer, explain
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-9), (torch.bfloat16, 0.1)], ids=str)
 def test_float64_and_bfloat16(tiny_vit: Build, dtype: torch.dtype, bound: float) -> None:
     model, batch = tiny_vit(depth=2).to(dtype), images(1).to(dtype)
-    explainer = Explainer(model, {0: sae_for(model)})
+    explainer = Explainer(model, {0: sae_for(model)}, preset="published")
     compiled, want = explainer.compile(batch), explainer(batch)
     got = compiled(batch)
     assert got.relevance.dtype == want.relevance.dtype

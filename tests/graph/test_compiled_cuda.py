@@ -21,7 +21,7 @@ if os.environ.get("FGA_FAST_REQUIRE_CUDA") != "1":
 @pytest.mark.parametrize("backend", ["composite", "native"])
 def test_small_replays_are_the_explainers_numbers(tiny_vit: Build, backend: str, dtype: torch.dtype) -> None:
     model = tiny_vit(depth=2, embed_dim=64, num_heads=2).to("cuda", dtype)
-    explainer = Explainer(model, {0: sae_for(model, 64).to("cuda")}, backend=backend)  # type: ignore[arg-type]
+    explainer = Explainer(model, {0: sae_for(model, 64).to("cuda")}, backend=backend, preset="published")  # type: ignore[arg-type]
     batch = torch.randn(3, *PIXELS, device="cuda").to(dtype)
     compiled = explainer.compile(batch, batches=(1, 4))
     for _ in range(3):
@@ -33,7 +33,7 @@ def test_small_replays_are_the_explainers_numbers(tiny_vit: Build, backend: str,
 def test_small_replays_on_two_streams(tiny_vit: Build) -> None:
     model = tiny_vit(depth=2).to("cuda")
     first, second = (torch.randn(1, *PIXELS, device="cuda") for _ in range(2))
-    compiled = Explainer(model, backend="composite").compile(first)
+    compiled = Explainer(model, backend="composite", preset="published").compile(first)
     want = [compiled(first).relevance, compiled(second).relevance]
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     for _ in range(10):
@@ -49,7 +49,7 @@ def test_small_replays_on_two_streams(tiny_vit: Build) -> None:
 def test_small_replays_allocate_nothing_new(tiny_vit: Build) -> None:
     model = tiny_vit(depth=2).to("cuda")
     images = torch.randn(1, *PIXELS, device="cuda")
-    compiled = Explainer(model, backend="composite").compile(images)
+    compiled = Explainer(model, backend="composite", preset="published").compile(images)
     for _ in range(3):
         compiled(images)
     torch.cuda.synchronize()
@@ -64,7 +64,7 @@ def test_small_replays_allocate_nothing_new(tiny_vit: Build) -> None:
 def test_small_replays_never_make_the_host_wait(tiny_vit: Build, targets: str) -> None:
     model = tiny_vit(depth=2).to("cuda")
     images = torch.randn(2, *PIXELS, device="cuda")
-    compiled = Explainer(model, backend="composite").compile(images, target_mode="given")
+    compiled = Explainer(model, backend="composite", preset="published").compile(images, target_mode="given")
     chosen = 1 if targets == "an int" else torch.tensor([1, 1], device="cuda")
     want = compiled(images, chosen).relevance
     torch.cuda.synchronize()
@@ -80,7 +80,7 @@ def test_small_replays_are_one_launch(tiny_vit: Build) -> None:
     """Beside it, a copy of the images in and one of the results out."""
     model = tiny_vit(depth=2).to("cuda")
     images = torch.randn(1, *PIXELS, device="cuda")
-    compiled = Explainer(model, {0: sae_for(model).to("cuda")}, backend="composite").compile(images)
+    compiled = Explainer(model, {0: sae_for(model).to("cuda")}, backend="composite", preset="published").compile(images)
     compiled(images)
     with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
         compiled(images)
@@ -94,7 +94,7 @@ def test_small_replays_are_one_launch(tiny_vit: Build) -> None:
 def test_small_classes_that_are_not_there_give_nan(tiny_vit: Build) -> None:
     model = tiny_vit(depth=2).to("cuda")
     images = torch.randn(2, *PIXELS, device="cuda")
-    compiled = Explainer(model, backend="composite").compile(images, target_mode="given")
+    compiled = Explainer(model, backend="composite", preset="published").compile(images, target_mode="given")
     got = compiled(images, torch.tensor([1, 10_000], device="cuda")).relevance
     assert bool(got[0].isfinite().all()) and bool(got[1].isnan().all())
     with pytest.raises(ValueError, match=r"targets: .*10000"):

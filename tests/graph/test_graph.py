@@ -59,13 +59,13 @@ def subject(tiny_vit: Build) -> tuple[nn.Module, Tensor]:
 @pytest.mark.parametrize("pooling", ["token", "avg"])
 def test_every_setting(tiny_vit: Build, blocks: tuple[int, ...], settings: dict[str, Any], pooling: str) -> None:
     model = tiny_vit(depth=3, global_pool=pooling).to(DOUBLE)
-    explainer = Explainer(model, {layer: sae_for(model) for layer in blocks}, **settings)
+    explainer = Explainer(model, {layer: sae_for(model) for layer in blocks}, **settings, preset="published")
     assert_traced(explainer, torch.randn(2, *PIXELS, dtype=DOUBLE))
 
 
 def test_given_targets_and_another_image(subject: tuple[nn.Module, Tensor]) -> None:
     model, images = subject
-    explainer = Explainer(model, {0: sae_for(model)})
+    explainer = Explainer(model, {0: sae_for(model)}, preset="published")
     flat = flatten(explainer.plan, images, "given")
     other, targets = torch.randn_like(images), torch.tensor([4, 0])
     agree(run(flat, other, targets), explainer(other, targets), 1e-10)
@@ -73,7 +73,7 @@ def test_given_targets_and_another_image(subject: tuple[nn.Module, Tensor]) -> N
 
 def test_a_wrapped_tower_and_gradients_switched_off(subject: tuple[nn.Module, Tensor]) -> None:
     model, images = subject
-    assert_traced(Explainer(nn.Sequential(model, nn.LogSoftmax(-1)).requires_grad_(False)), images)
+    assert_traced(Explainer(nn.Sequential(model, nn.LogSoftmax(-1)).requires_grad_(False), preset="published"), images)
 
 
 def flops(module: nn.Module, *inputs: Tensor) -> int:
@@ -88,7 +88,7 @@ def test_last_block_works_for_the_pooled_tokens_only(tiny_vit: Build, pooling: s
     """Forward and backward: projection and both products of the MLP; nothing is saved where all tokens are read."""
     model: Any = tiny_vit(depth=2, global_pool=pooling).to(DOUBLE)
     images = torch.randn(1, *PIXELS, dtype=DOUBLE)
-    explainer = Explainer(model)
+    explainer = Explainer(model, preset="published")
     whole, less = (flops(flatten(explainer.plan, images, prune=p).module, images) for p in (False, True))
     width, hidden = model.embed_dim, model.blocks[0].mlp.fc1.out_features
     saved = 2 * (explainer.layout.tokens - 1) * 2 * (width * width + 2 * width * hidden)
@@ -108,7 +108,7 @@ def test_attention_does_nothing_that_is_not_read(subject: tuple[nn.Module, Tenso
             return super().call_function(target, args, kwargs)
 
     model, images = subject
-    Watch(flatten(Explainer(model).plan, images).module).run(images)
+    Watch(flatten(Explainer(model, preset="published").plan, images).module).run(images)
     assert [queries for queries, _ in seen] == [7, 7, 1, 1, 7, 7]
     assert seen[-1][1] == (False, False)
 
@@ -116,8 +116,8 @@ def test_attention_does_nothing_that_is_not_read(subject: tuple[nn.Module, Tenso
 def test_casts_of_weights_are_made_once(tiny_vit: Build) -> None:
     model, images = tiny_vit(depth=2), torch.randn(1, *PIXELS)
     with torch.autocast("cpu", torch.bfloat16):
-        flat = flatten(Explainer(model).plan, images)
-        want = Explainer(model)(images)
+        flat = flatten(Explainer(model, preset="published").plan, images)
+        want = Explainer(model, preset="published")(images)
     weights = {node for node in flat.module.graph.nodes if node.op == "get_attr"}
     casts = [n for n in flat.module.graph.nodes if n.target is torch.ops.aten._to_copy.default]
     assert casts and not any(set(node.all_input_nodes) <= weights for node in casts)
@@ -138,12 +138,20 @@ class _Counting(nn.Module):
 
 def test_refused_with_the_reason(tiny_vit: Build) -> None:
     model, images = tiny_vit(depth=1), torch.randn(1, *PIXELS)
-    reference, half = Explainer(model, backend="reference"), Explainer(tiny_vit(depth=1).half())
+    reference, half = (
+        Explainer(model, backend="reference", preset="published"),
+        Explainer(tiny_vit(depth=1).half(), preset="published"),
+    )
     cases: list[tuple[Explainer, Tensor, Any, str]] = [
-        (Explainer(_Counting(model)), images, "predicted", "cannot be traced .* looks at values"),
+        (Explainer(_Counting(model), preset="published"), images, "predicted", "cannot be traced .* looks at values"),
         (reference, images, "predicted", "backend: 'reference' is not compiled"),
-        (Explainer(model), images, "all", "target_mode: expected one of 'predicted', 'given', got 'all'"),
-        (Explainer(model), images[:0], "given", r"example: .* got a tensor \[0, 3, 32, 48\]"),
+        (
+            Explainer(model, preset="published"),
+            images,
+            "all",
+            "target_mode: expected one of 'predicted', 'given', got 'all'",
+        ),
+        (Explainer(model, preset="published"), images[:0], "given", r"example: .* got a tensor \[0, 3, 32, 48\]"),
         (half, images.half(), "given", "float16 gradients get a loss scale"),
     ]
     for explainer, example, target_mode, words in cases:
@@ -237,7 +245,7 @@ def _cat_with_nothing(_self: _After, _x: Tensor, y: Tensor) -> Tensor:
 def test_what_models_do_to_tensors(tiny_vit: Build, change: Callable[..., Tensor], pooling: str) -> None:
     model = tiny_vit(depth=2, global_pool=pooling).to(DOUBLE)
     model.blocks[-1].mlp = _After(model.blocks[-1].mlp, change)  # type: ignore[index,union-attr]
-    explainer, images = Explainer(model, {0: sae_for(model)}), torch.randn(2, *PIXELS, dtype=DOUBLE)
+    explainer, images = Explainer(model, {0: sae_for(model)}, preset="published"), torch.randn(2, *PIXELS, dtype=DOUBLE)
     flat, want = flatten(explainer.plan, images), explainer(images)
     for _ in range(2):
         agree(run(flat, images), want, 1e-10)
@@ -247,7 +255,7 @@ def test_a_model_that_changes_its_own_weights_is_refused(tiny_vit: Build) -> Non
     model = tiny_vit(depth=2).to(DOUBLE)
     model.head = _After(model.head, lambda self, _, y: y + self.table.add_(1)[0])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="changes its weights or buffers in place"):
-        flatten(Explainer(model).plan, torch.randn(1, *PIXELS, dtype=DOUBLE))
+        flatten(Explainer(model, preset="published").plan, torch.randn(1, *PIXELS, dtype=DOUBLE))
 
 
 def test_models_may_keep_what_they_compute(tiny_vit: Build) -> None:
@@ -259,7 +267,7 @@ def test_models_may_keep_what_they_compute(tiny_vit: Build) -> None:
 
     model, images = tiny_vit(depth=2).to(DOUBLE), torch.randn(1, *PIXELS, dtype=DOUBLE)
     model.blocks[0].mlp = keeping = _After(model.blocks[0].mlp, remember)  # type: ignore[index,union-attr]
-    assert_traced(Explainer(model), images)
+    assert_traced(Explainer(model, preset="published"), images)
     assert type(keeping.last) is type(keeping.table) is Tensor
 
 
@@ -277,14 +285,14 @@ def test_queries_that_are_keys_too(tiny_vit: Build, shared: str) -> None:
     model = tiny_vit(depth=2).to(DOUBLE)
     for block in model.blocks:  # type: ignore[union-attr]
         block.attn.forward = attention.__get__(block.attn)
-    assert_traced(Explainer(model, {1: sae_for(model)}), torch.randn(2, *PIXELS, dtype=DOUBLE))
+    assert_traced(Explainer(model, {1: sae_for(model)}, preset="published"), torch.randn(2, *PIXELS, dtype=DOUBLE))
 
 
 def test_threads_trace_in_turn(subject: tuple[nn.Module, Tensor]) -> None:
     """Tracing patches `nn.Module` for the whole process, and may leave behind what ends with the thread."""
     model, images = subject
     call, found = nn.Module.__call__, list[Flat]()
-    explainer = Explainer(model)
+    explainer = Explainer(model, preset="published")
     threads = [threading.Thread(target=lambda: found.append(flatten(explainer.plan, images))) for _ in range(3)]
     for thread in threads:
         thread.start()
@@ -304,7 +312,7 @@ def test_autocast_of_the_caller_is_no_part_of_folding(tiny_vit: Build) -> None:
     model, images = tiny_vit(depth=2), torch.randn(1, *PIXELS)
     model.blocks[-1].mlp = _After(model.blocks[-1].mlp, wide)  # type: ignore[index,union-attr]
     with torch.autocast("cpu", torch.bfloat16):
-        flat = flatten(Explainer(model).plan, images)
+        flat = flatten(Explainer(model, preset="published").plan, images)
     (total,) = (float(b) for b in flat.module.buffers() if b.dim() == 0)
     assert total == pytest.approx(16**3 * 1.001**2, rel=1e-6)
 
@@ -312,7 +320,7 @@ def test_autocast_of_the_caller_is_no_part_of_folding(tiny_vit: Build) -> None:
 def test_classes_that_are_not_there_give_nan(subject: tuple[nn.Module, Tensor]) -> None:
     """Nobody looks at the numbers of a tensor on a device before the graph runs."""
     model, images = subject
-    explainer = Explainer(model, {0: sae_for(model)}, per_block=True)
+    explainer = Explainer(model, {0: sae_for(model)}, per_block=True, preset="published")
     flat = flatten(explainer.plan, images, "given")
     for beyond in (-1, flat.classes):
         got = run(flat, images, torch.tensor([1, beyond]))

@@ -22,7 +22,7 @@ def folded(tiny_vit: Build, dtype: torch.dtype = torch.float32) -> tuple[nn.Modu
     """A model, its SAE, and the graph of both."""
     model = tiny_vit(depth=3).to(dtype)
     sae = sae_for(model)
-    module = flatten(Explainer(model, {1: sae}).plan, torch.randn(2, *PIXELS, dtype=dtype)).module
+    module = flatten(Explainer(model, {1: sae}, preset="published").plan, torch.randn(2, *PIXELS, dtype=dtype)).module
     fold_biases(module)
     return model, sae, module
 

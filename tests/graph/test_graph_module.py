@@ -32,7 +32,10 @@ class Subject(NamedTuple):
 def subject(request: pytest.FixtureRequest, tiny_vit: Build) -> Subject:
     torch.manual_seed(0)
     model = tiny_vit(depth=2).to(request.param)
-    explainer, images = Explainer(model, {0: sae_for(model)}), torch.randn(2, *PIXELS).to(request.param)
+    explainer, images = (
+        Explainer(model, {0: sae_for(model)}, preset="published"),
+        torch.randn(2, *PIXELS).to(request.param),
+    )
     return Subject(explainer, explainer.module(images), images)
 
 
@@ -53,7 +56,7 @@ def test_given_classes(subject: Subject) -> None:
 def test_norms_of_queries_and_keys_in_attention_that_is_written_out(what: Any) -> None:
     """The gradient of q and k is transposed there, and fake tensors have other strides behind it than real ones."""
     model = DrawnViT(Shape(depth=2, heads=3, head_width=5, reads=(Read(2, what),), form="F.softmax", qk_norm=True))
-    explainer, images = Explainer(model, layout=model.layout()), torch.randn(2, 1, 2, 4).double()
+    explainer, images = Explainer(model, layout=model.layout(), preset="published"), torch.randn(2, 1, 2, 4).double()
     subject = Subject(explainer, explainer.module(images), images)
     subject.assert_same(subject.module(images))
 

@@ -92,7 +92,7 @@ def test_given_targets_that_are_none(given_package: Path) -> None:
 
 @pytest.mark.slow
 def test_held_features(tmp_path: Path) -> None:
-    plain = explainer(torch.float32, class_names=NAMES)
+    plain = explainer(torch.float32, preset="published", class_names=NAMES)
     ablated, three = plain.ablate({1: {3: 1.5}, 0: [2]}), images(3, torch.float32)
     package = load_package(ablated.export(tmp_path / "held.pt2", images(2, torch.float32)))
     found, want = package(three), ablated(three)
@@ -123,7 +123,7 @@ def test_dual_encoder_with_prompts_inside_and_no_example(tmp_path: Path) -> None
     pytest.importorskip("open_clip")
     family = next(family for family in families.registry() if family.library == "open_clip" and family.prompts)
     prompts = [*family.prompts, "an owl"]
-    asked = Explainer(family.build(), class_names=prompts, tokenizer=families.tokenize)
+    asked = Explainer(family.build(), class_names=prompts, tokenizer=families.tokenize, preset="published")
     package = load_package(asked.export(tmp_path / "clip.pt2", target_mode="given"))
     about = package.metadata
     assert (about.batch, about.height, about.width) == (1, *family.image_size)
@@ -297,7 +297,7 @@ def test_metadata_says_what_it_is(predicted_package: Path) -> None:
     about = package.metadata
     assert (about.batch, about.channels, about.height, about.width) == (2, 3, 16, 24)
     assert (about.dtype, about.device, about.target_mode, about.gated_blocks) == ("float64", "cpu", "predicted", (0, 1))
-    assert about.gate == {"mode": "combined", "base": 10.0, "slope": 1.0}
+    assert about.gate == {"mode": "combined", "base": 2.0, "slope": 1.0}
     assert about.versions == {"fga_fast": fga_fast.__version__, "torch": torch.__version__}
     assert [output.name for output in about.outputs] == [
         "logits", "targets", "values", "relevance", "scores.0", "scores.1", "gates.0", "gates.1"

@@ -71,6 +71,6 @@ def test_what_cannot_be_exported_is_said_before_compiling(tmp_path: Path, monkey
 
 def test_without_an_example_the_size_has_to_be_known(tmp_path: Path) -> None:
     known = explainer()
-    asked = Explainer(known.model, layout=dataclasses.replace(known.layout, image_size=None))
+    asked = Explainer(known.model, layout=dataclasses.replace(known.layout, image_size=None), preset="published")
     with pytest.raises(ValueError, match="example: the model does not say what size of images it takes"):
         asked.export(tmp_path / "x.pt2")

@@ -45,9 +45,11 @@ def test_numpy_images_of_any_layout(model: nn.Module) -> None:
     expected = explain_func(model, images(), CLASSES)
     last = images().transpose(0, 2, 3, 1)
     for array in (images().astype(np.float64), last, np.ascontiguousarray(last), images()[::-1][::-1]):
-        np.testing.assert_allclose(explain_func(model, array, CLASSES), expected, rtol=1e-5)
-    np.testing.assert_allclose(explain_func(model, last, CLASSES, channel_first=False), expected, rtol=1e-5)
-    np.testing.assert_allclose(explain_func(model, torch.from_numpy(images()), CLASSES.tolist()), expected, rtol=1e-5)
+        np.testing.assert_allclose(explain_func(model, array, CLASSES), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(explain_func(model, last, CLASSES, channel_first=False), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        explain_func(model, torch.from_numpy(images()), CLASSES.tolist()), expected, rtol=1e-5, atol=1e-6
+    )
     with pytest.raises(ValueError, match="images: "):
         explain_func(model, last, CLASSES, channel_first=True)
 

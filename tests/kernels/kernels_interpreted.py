@@ -281,9 +281,9 @@ def test_whole_explanation(
 ) -> None:
     model, images = tiny_vit(), torch.randn(2, 3, 32, 48)
     saes = {0: make_sae("relu", 16, 40, FLOAT), 1: make_sae("topk", 16, 40, FLOAT, normalize="layer_norm")}
-    want = Explainer(model, saes=saes, backend="reference", top_features=3)(images, targets=targets)
+    want = Explainer(model, saes=saes, backend="reference", top_features=3, preset="published")(images, targets=targets)
     monkeypatch.setattr(backends, "COMPOSITE", backends.Stages(composite.attention, kernels.score, kernels.gate))
-    got = Explainer(model, saes=saes, backend="composite", top_features=3)(images, targets=targets)
+    got = Explainer(model, saes=saes, backend="composite", top_features=3, preset="published")(images, targets=targets)
     torch.testing.assert_close(got.relevance, want.relevance, rtol=1e-4, atol=1e-4)
     for layer in saes:
         torch.testing.assert_close(got.scores[layer], want.scores[layer], rtol=1e-4, atol=1e-4)

@@ -21,7 +21,7 @@ def test_the_example(capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {}
     exec(compile(code, "metrics.md", "exec"), names)
     assert capsys.readouterr().out.count("tensor(") == 2
-    asked = (names["model"], names["images"], names["fga"].targets, names["maps"])
+    asked = (names["model"], names["images"], names["ours"].targets, names["maps"])
     _, transmm, chance = metrics.pixel_flipping(*asked).mean(1).tolist()
     assert transmm < chance
 

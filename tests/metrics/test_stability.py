@@ -197,7 +197,7 @@ def test_weights_come_back_after_an_exception(at: int) -> None:
 def test_randomisation_of_an_explainer(tiny_vit: Callable[..., nn.Module]) -> None:
     model, images = tiny_vit(), torch.randn(2, 3, 32, 48)
     before = bits(model)
-    explainer = Explainer(model, backend="reference")
+    explainer = Explainer(model, backend="reference", preset="published")
     found = metrics.randomisation(lambda x: explainer(x, 1).relevance, model, images)
     assert found.stages == (
         "head",

@@ -31,7 +31,9 @@ def test_as_with_blocks_that_are_modules(step: Step, backend: Any) -> None:
         given = {name: value for name, value in settings.items() if name != "gated"}
         saes = {1: sae_for(own), 2: sae_for(own)} if settings.get("gated") else {}
         got, want = (
-            Explainer(model, saes, layout=model.layout(), backend=backend, **given)(images, [[1, 2]])
+            Explainer(model, saes, layout=model.layout(), backend=backend, **given, preset="published")(
+                images, [[1, 2]]
+            )
             for model in (pairs, own)
         )
         agree(got, want, 1e-12)
@@ -48,7 +50,7 @@ def test_what_is_not_added_at_once_is_refused() -> None:
     text = r"block 0 \(ModuleList\) is a list .* must be added to the residual stream"
     for _ in range(2):  # three blocks, and one only
         with pytest.raises(ValueError, match=text):
-            Explainer(model, layout=model.layout())(torch.randn(IMAGES).double())
+            Explainer(model, layout=model.layout(), preset="published")(torch.randn(IMAGES).double())
         model.layers = model.layers[:1]  # type: ignore[assignment]
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     with pytest.raises(ValueError, match=r"blocks\[0\]: expected modules in the ModuleList, got none"):
@@ -60,7 +62,7 @@ def test_blocks_that_are_never_called() -> None:
     model = PairViT(own_vit(), plainly).eval()
     model.layers = nn.ModuleList(nn.Sequential(*pair) for pair in model.layers)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"0 of 3 blocks ran, block 0 \(Sequential\) did not; give modules that the m"):
-        Explainer(model, layout=model.layout())(torch.randn(IMAGES).double())
+        Explainer(model, layout=model.layout(), preset="published")(torch.randn(IMAGES).double())
 
 
 @pytest.mark.parametrize("variant", ("vit.ViT", "simple_vit.SimpleViT", "simple_vit_with_qk_norm.SimpleViT"))
@@ -75,7 +77,7 @@ def test_vit_pytorch(variant: str) -> None:
     sae = sae_for(model)
     for settings in ({}, {"method": "input_x_gradient"}):
         got, want = (
-            Explainer(model, {0: sae}, layout=layout, backend=backend, **settings)(images)
+            Explainer(model, {0: sae}, layout=layout, backend=backend, **settings, preset="published")(images)
             for backend in ("native", "reference")
         )
         agree(got, want, 1e-10)

@@ -57,7 +57,7 @@ def test_factors(change: str, backend: Any) -> None:
     for maps in reversed(seen):
         (g,) = torch.autograd.grad(value, maps, retain_graph=True)
         rows = rows + (rows[:, None] @ (maps * g).clamp(min=0).mean(1))[:, 0]
-    got = Explainer(model, layout=model.layout(), backend=backend)(images, 2).relevance
+    got = Explainer(model, layout=model.layout(), backend=backend, preset="published")(images, 2).relevance
     torch.testing.assert_close(got, rows[:, 1:].detach())
 
 
@@ -88,18 +88,18 @@ def test_changed_maps(change: str, backend: Any) -> None:
     """Refused for the rollout, which needs the map; input x gradient is exact with any attention."""
     function, message = CHANGES[change]
     model, images = own_vit(attention(function)), torch.randn(IMAGES).double()
-    explainer = Explainer(model, layout=model.layout(), backend=backend)
+    explainer = Explainer(model, layout=model.layout(), backend=backend, preset="published")
     text = rf"block \d \(Block\) changes its attention map .*{message}.*input_x_grad"
     for _ in range(2):  # a refused model is not taken at the second try either
         with pytest.raises(ValueError, match=text):
             explainer(images, [[1, 2], [0, 3]])
-    Explainer(model, layout=model.layout(), backend=backend, method="input_x_gradient")(images)
+    Explainer(model, layout=model.layout(), backend=backend, method="input_x_gradient", preset="published")(images)
 
 
 def test_compiled_explanations_refuse_them_too() -> None:
     model = own_vit(attention(CHANGES["added to"][0]))
     with pytest.raises(ValueError, match="changes its attention map"):
-        Explainer(model, layout=model.layout()).module(torch.randn(IMAGES).double())
+        Explainer(model, layout=model.layout(), preset="published").module(torch.randn(IMAGES).double())
 
 
 @pytest.mark.parametrize("backend", ("native", "reference"))
@@ -113,7 +113,7 @@ def test_heads_in_front_of_images(backend: Any) -> None:
 
     model, images = own_vit(attend), torch.randn(IMAGES).double()
     with pytest.raises(ValueError, match=r"reads an attention map that was taken for another image's.*\[B H, N, N\]"):
-        Explainer(model, layout=model.layout(), backend=backend)(images, 1)
+        Explainer(model, layout=model.layout(), backend=backend, preset="published")(images, 1)
 
 
 def test_maps_beside_the_way_to_the_logits_do_not_count() -> None:
@@ -127,6 +127,6 @@ def test_maps_beside_the_way_to_the_logits_do_not_count() -> None:
 
     images = torch.randn(IMAGES).double()
     model, plain = own_vit(attend), own_vit("F.softmax")
-    got, want = (Explainer(m, layout=m.layout())(images, 1).relevance for m in (model, plain))
+    got, want = (Explainer(m, layout=m.layout(), preset="published")(images, 1).relevance for m in (model, plain))
     torch.testing.assert_close(got, want)
     assert len(kept) == 3

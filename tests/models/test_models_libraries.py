@@ -148,5 +148,5 @@ def test_a_head_on_the_block_before_the_last() -> None:
         (g,) = torch.autograd.grad(value, a, retain_graph=True)
         row = row + row @ (a * g).clamp(min=0).mean(1)
     for backend in ("native", "reference"):
-        got = Explainer(model, layout=layout, backend=backend)(images, 3).relevance  # type: ignore[arg-type]
+        got = Explainer(model, layout=layout, backend=backend, preset="published")(images, 3).relevance  # type: ignore[arg-type]
         torch.testing.assert_close(got, row[:, 0, 1:].detach())

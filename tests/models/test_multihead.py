@@ -97,13 +97,13 @@ def test_a_users_own_model(batch_first: bool, norm_first: bool, pool: str | None
     ):  # fmt: skip
         saes = {1: sae_for(model), 2: sae_for(model)}
         got, want = (
-            Explainer(model, saes, backend=backend, layout=layout, **settings)(images, targets)  # type: ignore[arg-type]
+            Explainer(model, saes, backend=backend, layout=layout, **settings, preset="published")(images, targets)  # type: ignore[arg-type]
             for backend in ("native", "reference")
         )
         torch.testing.assert_close(got.logits, plain)
         assert float(want.relevance.norm()) > 0
         agree(got, want, 1e-9)
     half = model.half()
-    got = Explainer(half, layout=layout, backend="native")(images.half(), targets)
-    exact = Explainer(half.double(), layout=layout, backend="native")(images, targets)
+    got = Explainer(half, layout=layout, backend="native", preset="published")(images.half(), targets)
+    exact = Explainer(half.double(), layout=layout, backend="native", preset="published")(images, targets)
     assert float((got.relevance - exact.relevance).norm() / exact.relevance.norm()) < 0.05

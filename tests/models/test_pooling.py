@@ -24,7 +24,7 @@ def refused(model: nn.Module, layout: ModelLayout, message: str) -> None:
     images, found = torch.randn(IMAGES).double(), set()
     for backend in BACKENDS:
         with pytest.raises(TapeError, match=message) as error:
-            Explainer(model, layout=layout, backend=backend)(images)  # type: ignore[arg-type]
+            Explainer(model, layout=layout, backend=backend, preset="published")(images)  # type: ignore[arg-type]
         found.add(str(error.value))
     assert len(found) == 1
 
@@ -91,7 +91,7 @@ def test_what_is_read_besides_the_pooled_tokens_is_said_and_logged_once(
     model, images = own_vit(), torch.randn(IMAGES).double()
     model.norm = nn.Sequential(model.norm, head)  # type: ignore[assignment]
     pooled = {"pooled": (0, 7)} if pooling == "average" else {}
-    explainer = Explainer(model, layout=layout_of(model, pooling, **pooled), backend=backend)
+    explainer = Explainer(model, layout=layout_of(model, pooling, **pooled), backend=backend, preset="published")
     first = explainer(images)
     again = explainer(images)
     assert first.notices == again.notices == tuple(record.getMessage() for record in caplog.records)  # logged once

@@ -131,7 +131,9 @@ def explained(model: nn.Module, layout: Any, **settings: Any) -> Tensor:
     draw = [torch.randn(*shape, generator=width, dtype=torch.float64) for shape in ((16, 40), (40,), (40, 16), (16,))]
     images = torch.randn(IMAGES, generator=width, dtype=torch.float64)
     targets = settings.pop("targets", [3, 1])
-    return Explainer(model, {1: SparseAutoencoder(*draw)}, layout=layout, **settings)(images, targets).relevance
+    return Explainer(model, {1: SparseAutoencoder(*draw)}, layout=layout, **settings, preset="published")(
+        images, targets
+    ).relevance
 
 
 @pytest.mark.parametrize("targets", TARGETS)
@@ -267,7 +269,7 @@ def test_products_that_cannot_be_explained_are_refused_by_name(backend: Any) -> 
 def test_images_of_other_classes() -> None:
     """Those that carry metadata give plain results; those with operators of their own are refused by name."""
     model, images = own_vit(), torch.randn(IMAGES, dtype=torch.float64)
-    e = Explainer(model, layout=model.layout())
+    e = Explainer(model, layout=model.layout(), preset="published")
     found = e(images.as_subclass(Named))
     assert type(found.relevance) is type(found.logits) is Tensor
     torch.testing.assert_close(found.relevance, e(images).relevance)
@@ -291,4 +293,4 @@ def test_a_wrapper_of_sharded_weights_that_cannot_be_explained_is_refused() -> N
 
     model = own_vit()
     with pytest.raises(ValueError, match=r"model: FullyShardedDataParallel cannot be explained.*fully_shard"):
-        Explainer(FullyShardedDataParallel(model), layout=model.layout())
+        Explainer(FullyShardedDataParallel(model), layout=model.layout(), preset="published")

@@ -27,7 +27,9 @@ sdpa = F.scaled_dot_product_attention
 
 
 def relevance(model: OwnViT, images: Tensor, backend: Any, targets: Any = ((1, 0), (4, 2)), **settings: Any) -> Tensor:
-    return Explainer(model, backend=backend, layout=model.layout(), **settings)(images, targets).relevance
+    return Explainer(model, backend=backend, layout=model.layout(), **settings, preset="published")(
+        images, targets
+    ).relevance
 
 
 class Positioned(nn.Module):
@@ -93,9 +95,9 @@ def test_attention_of_another_shape_or_precision(kind: str, settings: dict[str, 
 def test_conservative_under_autocast(tiny_vit: Build, dtype: torch.dtype) -> None:
     """Autocast leaves float64 alone and takes 16-bit models as they are."""
     model, images = tiny_vit().to(dtype), torch.randn(2, *PIXELS).to(dtype)
-    want = Explainer(model, backward="conservative", backend="native")(images, 1)
+    want = Explainer(model, backward="conservative", backend="native", preset="published")(images, 1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = Explainer(model, backward="conservative", backend="native")(images, 1)
+        got = Explainer(model, backward="conservative", backend="native", preset="published")(images, 1)
     assert float((got.relevance - want.relevance).norm() / want.relevance.norm()) < 0.1
 
 
@@ -115,7 +117,7 @@ def test_a_norm_that_is_changed_in_place(tiny_vit: Build) -> None:
         block.norm1 = Modulated(block.norm1)
     model = model.double()
     got, want = (
-        Explainer(model, backward="conservative", backend=backend)(images, 1).relevance  # type: ignore[arg-type]
+        Explainer(model, backward="conservative", backend=backend, preset="published")(images, 1).relevance  # type: ignore[arg-type]
         for backend in ("native", "reference")
     )
     torch.testing.assert_close(got, want)
@@ -138,11 +140,11 @@ class Looking(torch.autograd.Function):
 def test_gradients_that_do_not_batch(tiny_vit: Build, dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
     model, images = tiny_vit().to(dtype), torch.randn(2, *PIXELS).to(dtype)
     targets = [[0, 1, 2], [3, 3, 4]]
-    want = Explainer(model, {1: sae_for(model)}, backend="native")(images, targets)
+    want = Explainer(model, {1: sae_for(model)}, backend="native", preset="published")(images, targets)
     assert caplog.text == ""
     model.head.register_forward_hook(lambda _module, _inputs, output: Looking.apply(output))  # type: ignore[union-attr,no-untyped-call]
-    got = Explainer(model, backend="native")(images, targets)
-    plain = Explainer(model, backend="native")(images, [0, 3])
+    got = Explainer(model, backend="native", preset="published")(images, targets)
+    plain = Explainer(model, backend="native", preset="published")(images, [0, 3])
     assert "one by one" in caplog.text
     torch.testing.assert_close(got.relevance[:, 0], plain.relevance, rtol=1e-2, atol=1e-4)
     assert want.relevance.shape == got.relevance.shape
@@ -155,7 +157,7 @@ def test_nothing_is_kept_without_the_garbage_collector(tiny_vit: Build, backward
     model, images = tiny_vit().to(dtype), torch.randn(2, *PIXELS).to(dtype)
     streams: list[weakref.ref[Tensor]] = []
     model.blocks[1].register_forward_hook(lambda _m, _i, out: streams.append(weakref.ref(out)))  # type: ignore[index,operator]
-    explainer = Explainer(model, {0: sae_for(model)}, backward=backward, backend="native")
+    explainer = Explainer(model, {0: sae_for(model)}, backward=backward, backend="native", preset="published")
     explainer(images, 1)
     gc.collect()
     gc.disable()
@@ -188,18 +190,18 @@ def test_attention_between_the_blocks_is_refused() -> None:
     model = own_vit()
     layout = ModelLayout([model.layers[0], model.layers[2]], 1, GRID)
     with pytest.raises(ValueError, match="attention runs between block 0 and block 1 of the layout"):
-        Explainer(model, layout=layout, backend="native")(torch.randn(IMAGES).double())
+        Explainer(model, layout=layout, backend="native", preset="published")(torch.randn(IMAGES).double())
 
 
 def test_wrong_poolings_are_noticed(caplog: pytest.LogCaptureFixture, tiny_vit: Build) -> None:
     model = own_vit()
     layout = dataclasses.replace(model.layout(), pooling="average", pooled=(0, 7))
-    Explainer(model, layout=layout, backend="native")(torch.randn(IMAGES).double())
+    Explainer(model, layout=layout, backend="native", preset="published")(torch.randn(IMAGES).double())
     assert "read 1 of the 7 tokens that block 2 hands on, from 0 to 0, not as the layout says" in caplog.text
     pooled = tiny_vit(global_pool="map", class_token=False)
     layout = ModelLayout(pooled.blocks, 0, (2, 3), "average")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'average' pooling, but the explained values read another attention"):
-        Explainer(pooled, layout=layout, backend="native")(torch.randn(2, *PIXELS))
+        Explainer(pooled, layout=layout, backend="native", preset="published")(torch.randn(2, *PIXELS))
 
 
 def test_dropout_of_the_images_is_refused(tiny_vit: Build) -> None:
@@ -212,32 +214,32 @@ def test_dropout_of_the_images_is_refused(tiny_vit: Build) -> None:
             return self.tower(F.dropout(x, 0.5, training=True))  # type: ignore[no-any-return]
 
     with pytest.raises(ValueError, match=r"dropout 0\.5 is active"):
-        Explainer(Noisy(), backend="native")(torch.randn(2, *PIXELS))
+        Explainer(Noisy(), backend="native", preset="published")(torch.randn(2, *PIXELS))
 
 
 def test_a_compiled_block_is_refused() -> None:
     model = own_vit()
     first, second, third = model.layers
     with pytest.raises(ValueError, match=r"layout: blocks\[1\]"):
-        Explainer(model, layout=ModelLayout([first, torch.compile(second), third], 1, GRID))  # type: ignore[list-item]
+        Explainer(model, layout=ModelLayout([first, torch.compile(second), third], 1, GRID), preset="published")  # type: ignore[list-item]
 
 
 def test_a_look_at_the_maps_is_no_second_attention(tiny_vit: Build) -> None:
     model, images = tiny_vit(), torch.randn(2, *PIXELS)
-    want = Explainer(model, backend="native")(images, 1).relevance
+    want = Explainer(model, backend="native", preset="published")(images, 1).relevance
 
     def look(_module: nn.Module, inputs: Any) -> None:
         with torch.no_grad():
             torch.randn(2, 2, 7, 7).softmax(-1)
 
     model.blocks[1].attn.register_forward_pre_hook(look)  # type: ignore[index,union-attr]
-    torch.testing.assert_close(Explainer(model, backend="native")(images, 1).relevance, want)
+    torch.testing.assert_close(Explainer(model, backend="native", preset="published")(images, 1).relevance, want)
 
 
 def test_a_users_function_is_not_taken_for_the_models(tiny_vit: Build) -> None:
     """Norms and activations in a target function keep their own gradient under the conservative backward pass."""
     model, images = tiny_vit().double(), torch.randn(2, *PIXELS).double()
-    e = Explainer(model, method="input_x_gradient", backward="conservative", backend="native")
+    e = Explainer(model, method="input_x_gradient", backward="conservative", backend="native", preset="published")
     parts = [e(images, k).relevance for k in range(5)]
     logits = model(images).detach()
     slope = logits / logits.norm(dim=-1, keepdim=True)  # of the norm
@@ -303,10 +305,10 @@ def test_a_masked_autoencoder() -> None:
     tower, plain = masked_autoencoder(mask_ratio=0.0)
     images, layout = torch.randn(2, 3, 32, 32), ModelLayout(tower.layers, prefix_tokens=1, grid=(4, 4))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"draws random numbers \(rand\)"):
-        Explainer(FirstToken(tower), layout=layout)(images, 3)
+        Explainer(FirstToken(tower), layout=layout, preset="published")(images, 3)
     ordered = FirstToken(tower, noise=torch.arange(16.0).repeat(2, 1))
-    got = Explainer(ordered, layout=layout)(images, 3).relevance
-    torch.testing.assert_close(got, Explainer(FirstToken(plain))(images, 3).relevance)
+    got = Explainer(ordered, layout=layout, preset="published")(images, 3).relevance
+    torch.testing.assert_close(got, Explainer(FirstToken(plain), preset="published")(images, 3).relevance)
 
 
 class Described(Tensor):
@@ -316,7 +318,7 @@ class Described(Tensor):
 @pytest.mark.parametrize("backend", ("native", "reference"))
 def test_images_of_a_subclass_of_tensor(tiny_vit: Build, backend: Any) -> None:
     model, images = tiny_vit(), torch.randn(2, *PIXELS)
-    explainer = Explainer(model, {1: sae_for(model)}, backend=backend)
+    explainer = Explainer(model, {1: sae_for(model)}, backend=backend, preset="published")
     got, want = explainer(images.as_subclass(Described), 1), explainer(images, 1)
     assert torch.equal(got.relevance, want.relevance)
     assert {type(value) for value in (got.relevance, got.logits, got.targets, got.scores[1])} == {Tensor}
@@ -325,10 +327,13 @@ def test_images_of_a_subclass_of_tensor(tiny_vit: Build, backend: Any) -> None:
 def test_wrappers_that_train_on_several_devices(tiny_vit: Build) -> None:
     model, images = tiny_vit(), torch.randn(2, *PIXELS)
     parallel = nn.DataParallel(model)
-    torch.testing.assert_close(Explainer(parallel)(images, 1).relevance, Explainer(model)(images, 1).relevance)
+    torch.testing.assert_close(
+        Explainer(parallel, preset="published")(images, 1).relevance,
+        Explainer(model, preset="published")(images, 1).relevance,
+    )
     parallel.device_ids = [0, 1]
     with pytest.raises(ValueError, match=r"DataParallel cannot be explained: .* threads.* model.module"):
-        Explainer(parallel)
+        Explainer(parallel, preset="published")
 
 
 def monai_vit() -> Any:
@@ -342,15 +347,18 @@ def test_monai() -> None:
     model, images = monai_vit(), where_installed("monai.data").MetaTensor(torch.randn(2, 1, 32, 32))
     wrapped = First(model)
     with pytest.raises(ValueError, match=r"images: expected shape \[B, 3, H, W\].*in_chans=1"):
-        Explainer(wrapped, layout=ModelLayout(model.blocks, 1, (4, 4)))(images)
+        Explainer(wrapped, layout=ModelLayout(model.blocks, 1, (4, 4)), preset="published")(images)
     layout = ModelLayout(model.blocks, 1, (4, 4), in_chans=1)
     with pytest.raises(ValueError, match=r"got tuple of \[2, 3\], list; wrap it"):
-        Explainer(model, layout=layout)(images)
-    got, want = (Explainer(wrapped, layout=layout, backend=backend)(images, 2) for backend in ("native", "reference"))
+        Explainer(model, layout=layout, preset="published")(images)
+    got, want = (
+        Explainer(wrapped, layout=layout, backend=backend, preset="published")(images, 2)
+        for backend in ("native", "reference")
+    )
     torch.testing.assert_close(got.relevance, want.relevance, rtol=1e-4, atol=1e-6)
     assert type(got.relevance) is Tensor
     with pytest.raises(ValueError, match=r"got \[2, 1, 8, 32, 32\]; only models of 2-D images are explained"):
-        Explainer(wrapped, layout=layout)(torch.randn(2, 1, 8, 32, 32))
+        Explainer(wrapped, layout=layout, preset="published")(torch.randn(2, 1, 8, 32, 32))
 
 
 class First(nn.Module):

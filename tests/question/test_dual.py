@@ -303,7 +303,7 @@ def test_bad_tokenizers() -> None:
 def test_explained_as_the_zero_shot_head_around_its_image_tower(name: str, backend: Any) -> None:
     """A wrapper with the texts' features in its weights explains the same, and in particular knows no text tower."""
     model, images = build(name).double(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    got = Explainer(model, tokenizer=tokenize, backend=backend)(images, [PROMPTS])
+    got = Explainer(model, tokenizer=tokenize, backend=backend, preset="published")(images, [PROMPTS])
     dual = DualEncoder(model, tokenize)
     texts = dual.text_features(PROMPTS)
 
@@ -315,7 +315,9 @@ def test_explained_as_the_zero_shot_head_around_its_image_tower(name: str, backe
         def forward(self, x: Tensor) -> Tensor:
             return dual.image_features(x) @ texts.t() * model.logit_scale.exp()  # type: ignore[operator,no-any-return]
 
-    want = Explainer(ZeroShot(), layout=find_layout(model), backend="reference")(images, [[0, 1, 2]])
+    want = Explainer(ZeroShot(), layout=find_layout(model), backend="reference", preset="published")(
+        images, [[0, 1, 2]]
+    )
     assert got.relevance.shape == (2, 3, 4) and float(got.relevance.abs().max()) > 1e-6
     torch.testing.assert_close(got.relevance, want.relevance, rtol=1e-9, atol=1e-15)
     assert got.names == tuple(PROMPTS) and got.targets.tolist() == [[0, 1, 2]] * 2

@@ -318,10 +318,10 @@ def test_features_are_not_taken_for_logits(tiny_vit: Build) -> None:
     headless = tiny_vit(num_classes=0)
     for model in (headless, replaced, Wrapper(headless), Wrapper(replaced, nn.Softmax(1)), nn.Sequential(headless)):
         with pytest.raises(ValueError, match="targets: None is the predicted class, but the model has no classif"):
-            Explainer(model)(images)
-        assert Explainer(model)(images, 3).targets.tolist() == [3, 3]
+            Explainer(model, preset="published")(images)
+        assert Explainer(model, preset="published")(images, 3).targets.tolist() == [3, 3]
     for model in (tiny_vit(), tiny_vit(num_classes=16), Wrapper(headless, nn.Linear(16, 16)), Wrapper(tiny_vit())):
-        assert Explainer(model)(images).targets.tolist() == model(images).argmax(1).tolist()
+        assert Explainer(model, preset="published")(images).targets.tolist() == model(images).argmax(1).tolist()
 
 
 def test_features_of_other_libraries_are_not_taken_for_logits() -> None:
@@ -333,14 +333,16 @@ def test_features_of_other_libraries_are_not_taken_for_logits() -> None:
         layout = find_layout(model)
         assert layout.image_size is not None
         with pytest.raises(ValueError, match="targets: None is the predicted class, but the model has no classif"):
-            Explainer(model.eval())(torch.randn(1, 3, *layout.image_size))
+            Explainer(model.eval(), preset="published")(torch.randn(1, 3, *layout.image_size))
 
 
 @pytest.mark.parametrize("backend", ("native", "reference"))
 def test_explained_by_any_spelling(backend: Any, tiny_vit: Build) -> None:
     """A class, its name, a function that returns its logit: the same question, so the same relevance."""
     model, images = tiny_vit().double(), torch.randn(2, *PIXELS, dtype=torch.float64)
-    explainer = Explainer(model, {1: sae_for(model)}, class_names=NAMES, backend=backend, top_features=2)
+    explainer = Explainer(
+        model, {1: sae_for(model)}, class_names=NAMES, backend=backend, top_features=2, preset="published"
+    )
     want = explainer(images, 3)
     vector = torch.randn(5, dtype=torch.float64)
     lesser = explainer(images, lambda logits: logits[:, 3] - logits[:, 1])

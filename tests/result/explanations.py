@@ -53,7 +53,7 @@ def full(batch: int = 2, targets: int | None = 3, signed: bool = False) -> Expla
     return replace(
         plain, relevance=relevance, values=torch.randn(leading), blocks=blocks, names=NAMES, start_block=2,
         backend_reason="compiled", signal=None if signed else relevance / 2,
-        ungated_signal=None if signed else relevance / 3, notices=("one", "two"),
+        ungated_signal=None if signed else relevance / 3, notices=("one", "two"), signed=signed,
     )  # fmt: skip
 
 

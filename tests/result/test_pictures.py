@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from fga_fast.result.colours import NAMES, apply_colormap
 from fga_fast.result.explanation import Explanation
+from fga_fast.result.heatmap import to_picture
 from fga_fast.sae.notes import Note
 
 # heat maps
@@ -51,9 +52,8 @@ def bilinear_by_hand(values: list[list[float]], height: int, width: int) -> list
 def test_heatmap_is_bilinear_then_min_max(rows: int, columns: int, height: int, width: int, seed: int) -> None:
     relevance = torch.randn(1, rows * columns, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     found = Explanation(relevance, torch.zeros(1, 2), torch.zeros(1).long(), (rows, columns), (height, width)).heatmap()
-    expected = torch.tensor(
-        bilinear_by_hand(relevance.view(rows, columns).tolist(), height, width), dtype=torch.float64
-    )
+    speaking_for = [[max(value, 0.0) for value in row] for row in relevance.view(rows, columns).tolist()]
+    expected = torch.tensor(bilinear_by_hand(speaking_for, height, width), dtype=torch.float64)
     span = float(expected.max() - expected.min())
     if span <= 8 * torch.finfo(torch.float64).eps * float(expected.abs().max()):
         assert not found.any()
@@ -153,7 +153,7 @@ def test_overlay_refuses() -> None:
 def test_colormaps_are_the_published_ones(name: str) -> None:
     matplotlib = pytest.importorskip("matplotlib")
     ours = apply_colormap(torch.linspace(0, 1, 256), name).numpy()
-    theirs = matplotlib.colormaps[name](np.arange(256))[:, :3]
+    theirs = matplotlib.colormaps[{"diverging": "RdBu_r"}.get(name, name)](np.arange(256))[:, :3]
     assert np.abs(ours - theirs).max() < 6.5 / 255
 
 
@@ -169,8 +169,16 @@ def test_signed_relevance_in_heat_maps_and_overlays() -> None:
     assert bool((explanation.relevance < 0).any())
     maps = explanation.heatmap()
     assert bool((maps.amin((-2, -1)) == 0).all()) and float(maps.max()) == pytest.approx(1)
-    painted = explanation.overlay(torch.zeros(2, 3, 24, 32), alpha=1.0)
-    assert torch.equal(painted, (apply_colormap(maps, "turbo") * 255).round().to(torch.uint8))
+    centred = to_picture(explanation.relevance, explanation.grid, (24, 32), centred=True)
+    picture = torch.full((2, 3, 24, 32), 0.2)
+    painted = explanation.overlay(picture, "turbo", alpha=1.0)
+    assert torch.equal(painted, (apply_colormap(centred, "turbo") * 255).round().to(torch.uint8))
+    # By default in diverging colours: the picture where relevance is 0, the colours from half of the largest on.
+    painted = explanation.overlay(picture, alpha=1.0)
+    nothing, much = (centred - 0.5).abs() < 1e-3, (centred - 0.5).abs() >= 0.25
+    assert bool(nothing.any()) and bool(much.any())
+    assert float((painted[nothing].float() - 51).abs().max()) <= 1
+    assert torch.equal(painted[much], (apply_colormap(centred[much], "diverging") * 255).round().to(torch.uint8))
 
 
 # figures

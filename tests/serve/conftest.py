@@ -70,7 +70,9 @@ def demo() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def plain() -> Iterator[str]:
     """Signed relevance of a model without SAEs, names and probabilities, which sees the middle of a picture only."""
-    with served(Engine(Explainer(fashion_model(), signed=True), preprocess(crop_pct=0.5), name="plain")) as url:
+    with served(
+        Engine(Explainer(fashion_model(), signed=True, preset="published"), preprocess(crop_pct=0.5), name="plain")
+    ) as url:
         yield url
 
 

@@ -40,11 +40,11 @@ def test_json_is_what_the_explainer_says(http: httpx.Client, query: dict[str, An
     got, want = response.json(), serving.direct(serving.picture(5), targets, query.get("top_features", 0))
     count = want.targets[0].numel()
     assert (got["model"], got["image_size"], got["grid"]) == ("tiny", [16, 24], [2, 3])
-    assert (got["probability_is"], got["signed"], got["notices"]) == ("softmax", False, [])
+    assert (got["probability_is"], got["signed"], got["notices"]) == ("softmax", True, [])
     assert got["targets"] == want.targets[0].reshape(-1).tolist()
     assert got["names"] == [NAMES[target] for target in got["targets"]]
     assert got["rather_than"] == (3 if "rather_than" in query else None)
-    assert got["gate"] == {"base": 10.0, "slope": 1.0}
+    assert got["gate"] == {"base": 2.0, "slope": 1.0}
     assert want.values is not None and want.ungated is not None
     same_numbers(got["logits"], want.logits[0])
     same_numbers(got["values"], want.values[0].reshape(count))

@@ -25,8 +25,8 @@ def test_model(http: httpx.Client) -> None:
     assert got.pop("version")
     assert got == {
         "model": "tiny", "image_size": [16, 24], "grid": [2, 3], "classes": 5, "class_names": NAMES, "blocks": [0, 1],
-        "method": "rollout", "backward": "exact", "probability_is": "softmax", "takes_prompts": False,
-        "top_features": serving.LISTED, "gate": {"base": 10.0, "slope": 1.0},
+        "method": "block_x_gradient", "backward": "conservative", "probability_is": "softmax", "takes_prompts": False,
+        "top_features": serving.LISTED, "gate": {"base": 2.0, "slope": 1.0},
         "limits": {"body_bytes": 100_000, "pixels": 1_000_000, "targets": 4}, "samples": ["one.png"], "cards": None,
     }  # fmt: skip
 

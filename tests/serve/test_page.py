@@ -38,7 +38,7 @@ def test_a_scene_is_uploaded_and_another_class_explained(demo: str, visit: Visit
         place = int(answer.relevance.argmax())
         expect(page.locator("#said")).to_contain_text(f"row {place // 8 + 1}, column {place % 8 + 1}")
         expect(page.locator("#said")).to_contain_text("%")
-        expect(page.locator("#map-title")).to_have_text("FGA")
+        expect(page.locator("#map-title")).to_have_text("Relevance")
         assert {"decode", "queue", "explain", "pack", "total"} <= set(page.locator("#stages dt").all_inner_texts())
         listed = page.locator("#classes .name").all_inner_texts()
         order = answer.logits[0].argsort(descending=True).tolist()
@@ -183,9 +183,17 @@ def test_opacity_and_colours_need_no_server(demo: str, visit: Visit) -> None:
         page.locator("#colours").select_option("magma")
         assert (pixels(canvas) != before).mean() > 0.3
         page.locator("#opacity").fill("1")
-        heat = to_picture(explained(scene).relevance, (8, 8), canvas_size(canvas))[0]
+        heat = to_picture(explained(scene).relevance, (8, 8), canvas_size(canvas), centred=True)[0]
         wanted = 255 * colours.apply_colormap(heat, "magma")
         assert np.abs(pixels(canvas)[..., :3] - wanted.numpy()).max() <= 4
+        # Diverging colours cover the picture from half of the largest relevance on, and let it through at 0.
+        page.locator("#colours").select_option("diverging")
+        much, nothing = ((heat - 0.5).abs() >= 0.25).numpy(), ((heat - 0.5).abs() < 2e-3).numpy()
+        wanted = 255 * colours.apply_colormap(heat, "diverging")
+        assert much.any() and np.abs(pixels(canvas)[much][:, :3] - wanted.numpy()[much]).max() <= 4
+        view = preprocess().view(load_image(scene)).convert("L")
+        grey = np.asarray(view.resize(canvas_size(canvas)[::-1], Image.Resampling.BILINEAR))
+        assert nothing.any() and np.abs(pixels(canvas)[nothing][:, 0].astype(int) - grey[nothing]).mean() < 8
         page.locator("#opacity").fill("0")
         seen = preprocess().view(load_image(scene)).resize(canvas_size(canvas)[::-1], Image.Resampling.BILINEAR)
         assert np.abs(pixels(canvas)[..., :3].astype(int) - np.asarray(seen)).mean() < 6
@@ -219,7 +227,7 @@ def test_the_map_lies_on_the_part_that_the_model_sees(turned: bool, plain: str, 
 
 def test_signed_relevance_of_a_model_without_names(plain: str, visit: Visit) -> None:
     scene = fashion_scenes()[0]
-    explainer = Explainer(fashion_model(), signed=True)
+    explainer = Explainer(fashion_model(), signed=True, preset="published")
     answer = explainer(preprocess(crop_pct=0.5)(load_image(scene)).unsqueeze(0))
     with visit(plain) as page:
         upload(page, scene)

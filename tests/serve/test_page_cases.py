@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import tokenize
-from page_visits import Visit, preprocess, served, upload
+from page_visits import Visit, demo_explainer, preprocess, served, upload
 from PIL import Image
 
 from fga_fast import Explainer, load_package
@@ -45,9 +45,9 @@ def test_arithmetic_is_the_librarys(demo: str, visit: Visit) -> None:
             heat = torch.tensor(run_module(page, "numbers.js", call, maps.tolist()))
             wanted = to_picture(maps, (4, 5), (33, 21), centred).float().flatten(1)
             torch.testing.assert_close(heat, wanted, rtol=0, atol=1e-5)
-        for name in (*colours.NAMES, "diverging"):
+        for name in colours.NAMES:
             found = run_module(page, "colours.js", f"[...m.colourTable('{name}')]")
-            wanted = 255 * (diverging(steps) if name == "diverging" else colours.apply_colormap(steps, name))
+            wanted = 255 * colours.apply_colormap(steps, name)
             assert (torch.tensor(found).reshape(256, 3) - wanted).abs().max() <= 1
         logits = (4 * scores[0]).tolist()
         found = run_module(page, "numbers.js", "['softmax', 'sigmoid'].map(k => m.probabilities(given, k))", logits)
@@ -55,12 +55,16 @@ def test_arithmetic_is_the_librarys(demo: str, visit: Visit) -> None:
         torch.testing.assert_close(torch.tensor(found).double(), wanted)
 
 
-def diverging(steps: Any) -> Any:  # [n] -> [n, 3]
-    matplotlib = pytest.importorskip("matplotlib")
-    return torch.from_numpy(matplotlib.colormaps["RdBu_r"](steps.numpy())[:, :3])
-
-
 # other models, and what goes wrong
+
+
+def test_relevance_as_published_has_its_names(visit: Visit) -> None:
+    engine = Engine(demo_explainer(preset="published"), preprocess(), name="published")
+    with served(engine) as url, visit(url) as page:
+        upload(page, fashion_scenes()[0])
+        expect(page.locator("#map-title")).to_have_text("FGA")
+        expect(page.locator("#ungated figcaption")).to_have_text("TransMM: without gates")
+        expect(page.locator("#colours")).to_have_value("turbo")
 
 
 def test_prompts_are_the_classes_of_a_dual_encoder(visit: Visit) -> None:

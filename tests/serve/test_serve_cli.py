@@ -16,7 +16,7 @@ import httpx
 import pytest
 import torch
 
-from fga_fast import Explainer, Gate, load_image
+from fga_fast import Explainer, load_image
 from fga_fast.assets import fashion_config, fashion_model, fashion_saes, fashion_scenes
 from fga_fast.cli.main import main
 from fga_fast.io.images import Preprocess
@@ -42,7 +42,7 @@ def demo(tmp_path: Path) -> Any:
 def wanted() -> dict[str, list[tuple[int, torch.Tensor]]]:
     """Scene -> of the predicted class and of class 1: the class, and its relevance."""
     config = fashion_config()
-    explainer = Explainer(fashion_model(), fashion_saes(), gate=Gate(base=config.gate_base))
+    explainer = Explainer(fashion_model(), fashion_saes())
     preprocess = Preprocess((config.model_args["img_size"],) * 2, config.mean, config.std)
     found = {}
     for path in fashion_scenes():

@@ -140,7 +140,7 @@ def _metadata(
         "gated_blocks": tuple(plan.saes), "outputs": outputs, "backend": plan.choice().name,
         "method": settings.method, "backward": settings.backward, "start_block": flat.start_block,
         "notices": list(flat.notices),
-        "signed": settings.signed, "gate": {"mode": gate.mode, "base": gate.base, "slope": gate.slope},
+        "signed": settings.signed, "gate": {"mode": gate.mode, "base": gate.bound, "slope": gate.slope},
         "versions": {"fga_fast": version("fga_fast"), "torch": torch.__version__},
         "machine": this_machine(), "sha256": sha256,
     }  # fmt: skip

@@ -95,6 +95,7 @@ class Package:
         return Explanation(
             **nested(found), grid=m.grid, image_size=(m.height, m.width), backend=m.backend, backend_reason="package",
             names=m.class_names, start_block=m.start_block, notices=(*m.notices, *value_notices(found)),
+            signed=m.has_signs,
         )  # fmt: skip
 
     def _batch(self, _: int, inputs: tuple[Tensor, ...]) -> Sequence[Tensor]:

@@ -18,7 +18,7 @@ import torch
 
 from fga_fast.io.images import Preprocess
 from fga_fast.io.json_file import read_json
-from fga_fast.settings import Backward, Method, TargetMode
+from fga_fast.settings import Backward, Method, TargetMode, has_signs
 
 FORMAT, VERSION = "fga_fast package", 3
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "int64": torch.int64}
@@ -64,6 +64,11 @@ class Metadata:
     sha256: str  # of NAME.pt2
     # The processor it was compiled for: {"architecture": "x86_64", "features": ["avx2", ...]}.
     machine: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def has_signs(self) -> bool:
+        """Whether relevance may be below 0."""
+        return has_signs(self.method, self.signed)
 
     def to_json(self) -> bytes:
         """The content of NAME.json."""

@@ -25,6 +25,7 @@ export function pixelsOf(canvas) {
 /** Draws heat [H * W] over the pixels of a picture.
  *
  * The picture loses its own colours as the map becomes opaque, since nobody could tell them from those of the map.
+ * Diverging colours let it through where relevance is 0.
  */
 export function drawMap(canvas, heat, { data, width, height }, colours, opacity) {
   [canvas.width, canvas.height] = [width, height];
@@ -35,10 +36,11 @@ export function drawMap(canvas, heat, { data, width, height }, colours, opacity)
   const drawn = image.data;
   for (let pixel = 0, at = 0; pixel < heat.length; pixel++, at += 4) {
     const from = placeOf(heat[pixel]);
+    const weight = colours === "diverging" ? opacity * Math.min(Math.abs(4 * heat[pixel] - 2), 1) : opacity;
     const grey = (1 - colour) * (0.299 * data[at] + 0.587 * data[at + 1] + 0.114 * data[at + 2]);
-    drawn[at] = (1 - opacity) * (grey + colour * data[at]) + opacity * table[from];
-    drawn[at + 1] = (1 - opacity) * (grey + colour * data[at + 1]) + opacity * table[from + 1];
-    drawn[at + 2] = (1 - opacity) * (grey + colour * data[at + 2]) + opacity * table[from + 2];
+    drawn[at] = (1 - weight) * (grey + colour * data[at]) + weight * table[from];
+    drawn[at + 1] = (1 - weight) * (grey + colour * data[at + 1]) + weight * table[from + 1];
+    drawn[at + 2] = (1 - weight) * (grey + colour * data[at + 2]) + weight * table[from + 2];
     drawn[at + 3] = 255;
   }
   context.putImageData(image, 0, 0);

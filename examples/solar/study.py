@@ -3,11 +3,13 @@
     python -m examples.solar.study --model examples/solar/runs --split tune --k 32 --limit 60 --out runs/tune
     python -m examples.solar.study --model examples/solar/runs --split report --k 32 --out runs/report
     python -m examples.solar.study --model examples/solar/runs --split report --k 32 --others --out runs/others
+    python -m examples.solar.study --model examples/solar/runs --split report --k 32 --confirm runs/report --out runs/new
 
 Explains the predicted class of test cells, which trained neither head nor SAEs. Half of them are for choosing ("tune":
 which k), the other half for what is published ("report"). There are no masks, so localisation is not measured. A run
 that was stopped goes on when it is given again. `--others` measures insertion and deletion, ROAD, sensitivity and
-randomisation.
+randomisation. `--confirm` takes all cells of the half that another run did not use, and asks one question: is
+`block_x_gradient` better than TransMM and than FGA as published?
 """
 
 from __future__ import annotations
@@ -20,13 +22,14 @@ from pathlib import Path
 from examples.measured import measured, others
 from examples.solar.data import cells, preprocess
 from examples.solar.model import trained
-from fga_fast.evaluation import report
+from fga_fast.evaluation import report, store
 from fga_fast.evaluation.methods import METHODS
 from fga_fast.evaluation.run import evaluate
 from fga_fast.evaluation.subject import Subject
 from fga_fast.sae import SparseAutoencoder
 
 BASELINES = ("transmm", "fga", "block_x_gradient", "block_x_gradient_gated")
+CONFIRMED = ("transmm", "fga", "block_x_gradient")  # few, so that Holm's correction leaves small differences visible
 
 
 def main() -> None:
@@ -36,15 +39,18 @@ def main() -> None:
     parser.add_argument("--k", type=int, required=True, help="of the SAEs")
     parser.add_argument("--blocks", type=int, nargs="+", default=[6, 9])
     parser.add_argument("--others", action="store_true", help="measure the other metrics")
+    parser.add_argument("--confirm", type=Path, metavar="RUN", help="only the three methods, on cells not in that run")
     parser.add_argument("--limit", type=int, help="at most so many cells")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     model, image_size = trained(arguments.model)
     folder = arguments.model / "saes" / f"topk_{arguments.k}"
     saes = {block: SparseAutoencoder.from_pretrained(folder / f"block_{block}") for block in arguments.blocks}
-    items = [replace(item, target=None) for item in cells("test")]
+    used = {*store.read(arguments.confirm).column("image").to_pylist()} if arguments.confirm else set()
+    items = [replace(item, target=None) for item in cells("test") if item.key not in used]
+    methods = {name: METHODS[name] for name in CONFIRMED} if arguments.confirm else METHODS
     evaluate(
-        Subject(model, saes), items, METHODS, (others if arguments.others else measured)(step=8), out=arguments.out,
+        Subject(model, saes), items, methods, (others if arguments.others else measured)(step=8), out=arguments.out,
         preprocess=preprocess(image_size), batch_size=8, split=arguments.split, limit=arguments.limit, perturbed=64,
     )  # fmt: skip
     command = f"python -m examples.solar.study {' '.join(sys.argv[1:])}"

@@ -3,7 +3,7 @@
     python -m examples.solar.study --model examples/solar/runs --split tune --k 32 --limit 60 --out runs/tune
     python -m examples.solar.study --model examples/solar/runs --split report --k 32 --out runs/report
     python -m examples.solar.study --model examples/solar/runs --split report --k 32 --others --out runs/others
-    python -m examples.solar.study --model examples/solar/runs --split report --k 32 --confirm runs/report --out runs/new
+    python -m examples.solar.study --model examples/solar/runs --split report --k 32 --confirm runs/report --out runs/n
 
 Explains the predicted class of test cells, which trained neither head nor SAEs. Half of them are for choosing ("tune":
 which k), the other half for what is published ("report"). There are no masks, so localisation is not measured. A run

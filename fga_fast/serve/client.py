@@ -1,21 +1,16 @@
-"""Asks a service from Python. Needs httpx."""
+"""Asks a service from Python. Needs httpx and httpx-retries."""
 
 from __future__ import annotations
 
-import asyncio
 import os
-import random
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import httpx
+from httpx_retries import Retry, RetryTransport
 
 Image: TypeAlias = "bytes | str | os.PathLike[str]"  # an encoded image, or a file of one
-
-_AGAIN = (502, 503)  # nobody worked on such a request
-_LONGEST = 30.0  # seconds between tries
 
 
 class ServeError(RuntimeError):
@@ -36,36 +31,7 @@ class ServeError(RuntimeError):
         super().__init__(f"{self.code}: {message}")
 
 
-class _Asking:
-    def __init__(self, url: str, token: str | None, tries: int) -> None:
-        if tries < 1:
-            raise ValueError(f"tries: expected at least 1, got {tries}")
-        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        self._url, self._headers, self._tries = url.rstrip("/"), headers, tries
-
-    def _request(self, image: Image, accept: str, asked: dict[str, Any]) -> dict[str, Any]:
-        data = image if isinstance(image, bytes) else Path(image).read_bytes()
-        wanted = {name: value for name, value in asked.items() if value is not None}
-        headers = {**self._headers, "Accept": accept, "Content-Type": "application/octet-stream"}
-        return {"url": f"{self._url}/v1/explain", "content": data, "params": wanted, "headers": headers}
-
-    def _waits(self) -> Iterator[float]:
-        """Seconds to wait after each failed try but the last; longer each time, and not the same for all clients."""
-        for number in range(self._tries - 1):
-            yield 0.1 * 2**number * (1 + random.random())
-
-
-def _answer_or_pause(response: httpx.Response, wait: float | None) -> httpx.Response | float:
-    """The response if it is the answer, else the seconds until the next try; raises where there is none."""
-    if response.status_code == 200:
-        return response
-    if wait is None or response.status_code not in _AGAIN:
-        raise ServeError(response)
-    told = response.headers.get("Retry-After", "")
-    return min(max(wait, float(told) if told.isdecimal() else 0.0), _LONGEST)
-
-
-class Client(_Asking):
+class Client:
     """Asks a service; to be closed, or used in a `with` block. Threads may share one.
 
     Tries again when the service is busy or cannot be reached. Explaining changes nothing, so that is safe.
@@ -78,8 +44,7 @@ class Client(_Asking):
     """
 
     def __init__(self, url: str, *, token: str | None = None, tries: int = 5, timeout: float = 30.0) -> None:
-        super().__init__(url, token, tries)
-        self._http = httpx.Client(timeout=timeout, trust_env=False)
+        self._http = httpx.Client(**_settings(url, token, tries, timeout))
 
     def __enter__(self) -> Client:
         return self
@@ -102,34 +67,21 @@ class Client(_Asking):
             httpx.TransportError: it cannot be reached.
         """
         asked = {"target": target, "prompt": prompt, "rather_than": rather_than, "top_features": top_features}
-        found: dict[str, Any] = self.fetch(image, "application/json", **asked).json()
-        return found
+        return _json(self.fetch(image, "application/json", **asked))
 
     def fetch(self, image: Image, accept: str, **asked: Any) -> httpx.Response:
         """The answer in another form ("image/png", "application/x-npz"), as `response.content`; `asked` is the query.
 
         What comes as "application/x-safetensors" is a file for `Explanation.load`. Raises as `explain`.
         """
-        request, waits = self._request(image, accept, asked), self._waits()
-        while True:
-            wait = next(waits, None)
-            try:
-                found = _answer_or_pause(self._http.post(**request), wait)
-            except httpx.TransportError:
-                if wait is None:
-                    raise
-                found = wait
-            if isinstance(found, httpx.Response):
-                return found
-            time.sleep(found)
+        return _answer(self._http.post("/v1/explain", **_request(image, accept, asked)))
 
 
-class AsyncClient(_Asking):
+class AsyncClient:
     """`Client` for asyncio, with the same arguments; to be used in an `async with` block."""
 
     def __init__(self, url: str, *, token: str | None = None, tries: int = 5, timeout: float = 30.0) -> None:
-        super().__init__(url, token, tries)
-        self._http = httpx.AsyncClient(timeout=timeout, trust_env=False)
+        self._http = httpx.AsyncClient(**_settings(url, token, tries, timeout))
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -143,20 +95,43 @@ class AsyncClient(_Asking):
     ) -> dict[str, Any]:  # fmt: skip
         """As `Client.explain`."""
         asked = {"target": target, "prompt": prompt, "rather_than": rather_than, "top_features": top_features}
-        found: dict[str, Any] = (await self.fetch(image, "application/json", **asked)).json()
-        return found
+        return _json(await self.fetch(image, "application/json", **asked))
 
     async def fetch(self, image: Image, accept: str, **asked: Any) -> httpx.Response:
         """As `Client.fetch`."""
-        request, waits = self._request(image, accept, asked), self._waits()
-        while True:
-            wait = next(waits, None)
-            try:
-                found = _answer_or_pause(await self._http.post(**request), wait)
-            except httpx.TransportError:
-                if wait is None:
-                    raise
-                found = wait
-            if isinstance(found, httpx.Response):
-                return found
-            await asyncio.sleep(found)
+        return _answer(await self._http.post("/v1/explain", **_request(image, accept, asked)))
+
+
+def _settings(url: str, token: str | None, tries: int, timeout: float) -> dict[str, Any]:
+    """Arguments of httpx' clients."""
+    if tries < 1:
+        raise ValueError(f"tries: expected at least 1, got {tries}")
+    # Nobody worked on a request that gets one of these answers.
+    again = Retry(
+        tries - 1, allowed_methods=["POST"], status_forcelist=(502, 503), backoff_factor=0.1, max_backoff_wait=30.0
+    )  # fmt: skip
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    # No proxy of the environment: most services are on this machine.
+    return {
+        "base_url": url, "headers": headers, "timeout": timeout, "trust_env": False,
+        "transport": RetryTransport(retry=again),
+    }  # fmt: skip
+
+
+def _request(image: Image, accept: str, asked: dict[str, Any]) -> dict[str, Any]:
+    data = image if isinstance(image, bytes) else Path(image).read_bytes()
+    wanted = {name: value for name, value in asked.items() if value is not None}
+    return {
+        "content": data, "params": wanted, "headers": {"Accept": accept, "Content-Type": "application/octet-stream"}
+    }  # fmt: skip
+
+
+def _answer(response: httpx.Response) -> httpx.Response:
+    if response.status_code != 200:
+        raise ServeError(response)
+    return response
+
+
+def _json(response: httpx.Response) -> dict[str, Any]:
+    found: dict[str, Any] = response.json()
+    return found

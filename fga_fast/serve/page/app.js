@@ -4,7 +4,7 @@ import { Camera } from "./camera.js";
 import { ClassList } from "./classes.js";
 import { NAMES, SIGNED_NAMES } from "./colours.js";
 import { Gates } from "./gates.js";
-import { drawMap, drawScale, pixelsOf, seenPart } from "./maps.js";
+import { MOVING, STILL, drawMap, drawScale, pixelsOf, seenPart } from "./maps.js";
 import { heatmap, milliseconds, percent, short, strongest } from "./numbers.js";
 import { Patches } from "./patches.js";
 import { listenForPictures, offerSamples, readable, save } from "./pictures.js";
@@ -105,7 +105,7 @@ async function ask(change) {
     const answer = await explainAny(running.signal);
     if (running.signal.aborted) return undefined;
     const trip = performance.now() - began;
-    state.seen ??= seenPart(state.picture.bitmap, answer.view, answer.image_size);
+    state.seen ??= seenPart(state.picture.bitmap, answer.view, answer.image_size, STILL);
     fail(null);
     show(answer, { trip });
   } catch (error) {
@@ -270,11 +270,11 @@ async function toggleCamera() {
   find("#said").textContent = "Starting the webcam …";
   state.saidOf = null;
   let last = null;
-  const camera = new Camera({
+  const camera = new Camera(Math.min(...state.model.image_size), {
     answered: (answer, frame, pace) => {
       fail(null);
       last = frame;
-      state.seen = seenPart(frame, answer.view, answer.image_size);
+      state.seen = seenPart(frame, answer.view, answer.image_size, MOVING);
       show(answer, pace);
     },
     failed: (error) => (needsClass(error) ? ask({ target: 0 }) : fail(error)),

@@ -2,7 +2,8 @@
 
 import { Problem, inWords, streamAddress, streamSettings } from "./server.js";
 
-const SHORT_SIDE = 384; // pixels of what is sent and shown
+const SHORT_SIDE = 256; // pixels of what is sent and shown, or more if the model sees more
+const MARGIN = 1.15; // most models see the middle, of about this share
 const QUALITY = 0.85;
 const LONGEST_PAUSE = 500; // ms between frames, however slow the server
 const WINDOW = 2000; // ms over which frames a second are counted
@@ -14,9 +15,9 @@ const REFUSALS = {
 };
 
 export class Camera {
-  /** `answered(answer, frame, pace)` gets each result; `failed(problem)` errors; `ended()` is called once at the end. */
-  constructor({ answered, failed, ended }) {
-    Object.assign(this, { answered, failed, ended });
+  /** `seen`: pixels of the shorter side of what the model sees. `answered(answer, frame, pace)` gets each result; `failed(problem)` errors; `ended()` is called once at the end. */
+  constructor(seen, { answered, failed, ended }) {
+    Object.assign(this, { answered, failed, ended, side: Math.max(SHORT_SIDE, seen * MARGIN) });
     this.video = document.createElement("video");
     Object.assign(this.video, { muted: true, playsInline: true });
     this.frames = new Map(); // number -> { canvas, sent }, those without an answer yet
@@ -104,7 +105,7 @@ export class Camera {
 
   _picture() {
     const { videoWidth: width, videoHeight: height } = this.video;
-    const scale = Math.min(SHORT_SIDE / Math.min(width, height), 1);
+    const scale = Math.min(this.side / Math.min(width, height), 1);
     const canvas = document.createElement("canvas");
     [canvas.width, canvas.height] = [Math.round(width * scale), Math.round(height * scale)];
     canvas.getContext("2d").drawImage(this.video, 0, 0, canvas.width, canvas.height);

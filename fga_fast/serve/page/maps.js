@@ -2,11 +2,11 @@
 
 import { colourTable, placeOf } from "./colours.js";
 
-const LONG_SIDE = 480; // pixels of a map that is drawn
+export const [STILL, MOVING] = [480, 256]; // pixels of a map's longer side; those of a webcam must be drawn fast
 
 /** A canvas with the part of a picture that the model sees; `view` is [left, top, right, bottom] in shares of it. */
-export function seenPart(source, view, [height, width]) {
-  const scale = LONG_SIDE / Math.max(height, width);
+export function seenPart(source, view, [height, width], longSide) {
+  const scale = longSide / Math.max(height, width);
   const canvas = document.createElement("canvas");
   [canvas.width, canvas.height] = [Math.round(width * scale), Math.round(height * scale)];
   const [left, top, right, bottom] = view;

@@ -103,11 +103,10 @@ class Explainer:
         settings = settings_of(
             preset, gate, method, backward, backend=backend, top_features=top_features,
             start_block=start_of(start_block, start_layer), signed=signed, per_block=per_block,
-            target_chunk=target_chunk,
+            target_chunk=target_chunk, ungated=ungated,
         )  # fmt: skip
         self.plan = make_plan(model, saes, settings, layout, class_names, tokenizer)
         self.model, self.layout, self.saes, self.settings = model, self.plan.layout, self.plan.saes, settings
-        self._ungated = self.plan.without_saes() if ungated and self.saes else None
         self._said: set[str] = set()
         self._checked = 0  # images that the model's structure was checked with: 0, 1 or 2
 
@@ -123,9 +122,9 @@ class Explainer:
         Args:
             images: [B, channels, H, W] as the model takes them (normalised), its dtype and device. B may be 0.
             targets: what to explain. None: the predicted class. An int or a class name: the same for all images.
-                Ints or names [B]: one an image; [B, K]: K an image, in one forward pass. `Difference(a, b)`: why a
-                rather than b. For dual encoders, text prompts. For features, an `Embedding`. Or any function from
-                logits [B, classes] to scalars [B] or [B, K].
+                Ints or names [B]: one an image; [B, K]: K an image, in one forward pass; a None among them: the
+                predicted class. `Difference(a, b)`: why a rather than b. For dual encoders, text prompts. For features,
+                an `Embedding`. Or any function from logits [B, classes] to scalars [B] or [B, K].
 
         Returns:
             An `Explanation`; relevance, scores and gates are float64 for float64 models, else float32.
@@ -139,10 +138,10 @@ class Explainer:
         with torch.inference_mode(False):
             images = checks.plain(images.clone() if images.is_inference() else images.detach())
             first = self._checked < min(len(images), 2)  # some checks need two images
-            found = _tensors(self.plan, layout, images, targets, first, self._ungated is not None)
+            found = _tensors(self.plan, layout, images, targets, first)
             self._checked = max(self._checked, min(len(images), 2))
-            if self._ungated is not None and found.ungated is None:
-                other = _tensors(self._ungated, layout, images, targets)
+            if self.settings.ungated and self.saes and found.ungated is None:
+                other = _tensors(self.plan.without_saes(), layout, images, targets)
                 found = found._replace(ungated=other.relevance, ungated_signal=other.signal)
         backend = self.plan.choice()
         seen = checks.image_notices(images, layout)
@@ -176,7 +175,6 @@ class Explainer:
         held: dict[int, Hold] = {**self.plan.held, **hold(features, self.saes, self.plan.held)}
         other = copy.copy(self)
         other.plan = replace(self.plan, held=held)
-        other._ungated = None if self._ungated is None else replace(self._ungated, held=held)
         other._said = self._said | {one.notice(block) for block, one in held.items()}  # the caller knows
         return other
 
@@ -192,17 +190,18 @@ class Explainer:
 
         Args:
             example: [B, channels, H, W], images of the size, dtype and device that will be explained.
-            target_mode: "predicted": the predicted class; "given": the call takes one class an image.
+            target_mode: "predicted": the predicted class; "given": a call may give one class an image, and where it
+                gives None the predicted one is explained.
             mode: a mode of `torch.compile`, such as "max-autotune".
             batches: batch sizes to compile, by default the example's; others are filled up to the next, or cut.
 
         Raises:
-            TypeError, ValueError: what cannot be one fixed graph (float16, `ungated`, the reference backend, a model
-                whose forward pass looks at values); the message says why and what to do.
+            TypeError, ValueError: what cannot be one fixed graph (float16, `ungated` with the rollout, the reference
+                backend, a model whose forward pass looks at values); the message says why and what to do.
         """
         from fga_fast.graph.compiled import CompiledExplainer
 
-        return CompiledExplainer(self._one_graph(), example, target_mode, mode, batches)
+        return CompiledExplainer(self.plan, example, target_mode, mode, batches)
 
     def module(self, example: Tensor, *, target_mode: TargetMode = "predicted") -> ExplanationModule:
         """This explainer as a plain module of operators, which `torch.export` and other compilers take as it is.
@@ -212,7 +211,7 @@ class Explainer:
         """
         from fga_fast.graph.module import ExplanationModule
 
-        return ExplanationModule(self._one_graph(), example, target_mode)
+        return ExplanationModule(self.plan, example, target_mode)
 
     @outside_graphs
     def export(
@@ -225,12 +224,7 @@ class Explainer:
         """
         from fga_fast.graph.package.export import export
 
-        return export(self._one_graph(), path, example, target_mode, preprocessing, class_names)
-
-    def _one_graph(self) -> Plan:
-        if self._ungated is None:
-            return self.plan
-        raise ValueError("ungated: a graph holds one explanation; compile an Explainer without SAEs beside this one")
+        return export(self.plan, path, example, target_mode, preprocessing, class_names)
 
     def __repr__(self) -> str:
         saes = ", ".join(f"{block}: {sae.d_sae} features" for block, sae in self.saes.items())
@@ -240,14 +234,10 @@ class Explainer:
         return f"Explainer({name}, {blocks} blocks, grid {grid}, saes {{{saes}}}, {settings})"
 
 
-def _tensors(
-    plan: Plan, layout: ModelLayout, images: Tensor, targets: Targets, first: bool = False, ungated: bool = False
-) -> Tensors:
+def _tensors(plan: Plan, layout: ModelLayout, images: Tensor, targets: Targets, first: bool = False) -> Tensors:
     readout = plan.readout
     if plan.choice().stages is not None or len(images) == 0:
-        return run.explain(
-            plan, layout, images, lambda output: readout.answer(targets, output), first=first, ungated=ungated
-        )
+        return run.explain(plan, layout, images, lambda output: readout.answer(targets, output), first=first)
     from fga_fast import reference
 
     return reference.explain(

@@ -22,7 +22,8 @@ Preset = Literal["faithful", "published"]
 Backend = Literal["auto", "native", "triton", "composite", "reference"]
 Mode = Literal["combined", "activation_only", "gradient_only", "no_sae", "shuffled"]
 Pooling = Literal["token", "average", "attention"]
-TargetMode = Literal["predicted", "given"]  # a graph explains the predicted class, or a class given in each call
+# A graph explains the predicted class; or a class that each call gives, and where it gives none the predicted one.
+TargetMode = Literal["predicted", "given"]
 Activation = Literal["relu", "topk", "topk_signed", "batch_topk", "jumprelu", "gated"]
 Normalisation = Literal["layer_norm", "constant_norm"]
 
@@ -159,6 +160,7 @@ class Settings:
     signed: bool = False
     per_block: bool = False
     target_chunk: int = 8
+    ungated: bool = False
 
     @property
     def at_every_block(self) -> bool:
@@ -175,7 +177,7 @@ class Settings:
             raise TypeError(f"gate: expected a Gate such as Gate(base=10.0), got {type(self.gate).__name__}")
         for name, choices in (("method", Method), ("backward", Backward), ("backend", Backend)):
             check_choice(name, getattr(self, name), choices)
-        for name in ("signed", "per_block"):
+        for name in ("signed", "per_block", "ungated"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         check_count("start_block", self.start_block, 0)

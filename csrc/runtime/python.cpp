@@ -175,7 +175,8 @@ PYBIND11_MODULE(fga_runtime, m) {
            py::arg("runners") = 1, py::arg("verify") = true)
       .def("explain", &explain, py::arg("images"), py::arg("targets") = py::none(),
            "images: uint8 [B, H, W, 3], [H, W, 3] or a list of [H, W, 3] of any sizes; or normalised floats "
-           "[B, C, H, W]. targets: one class, or one for each image, for packages that take them.")
+           "[B, C, H, W]. targets: one class, or one for each image, for packages that take them; -1: the predicted "
+           "one.")
       .def_property_readonly("batch", [](const Session& s) { return s.metadata().batch; })
       .def_property_readonly("gated_blocks", [](const Session& s) { return s.metadata().gated_blocks; })
       .def_property_readonly("class_names", [](const Session& s) { return s.metadata().class_names; })

@@ -121,16 +121,14 @@ void Session::State::check(const Images& images, const std::optional<std::vector
         "[B, C, H, W], or export it with preprocessing");
   if (targets.has_value() && !m.targets_given)
     throw Error("targets: this package explains the predicted class; make one with target_mode=\"given\" to choose");
-  if (!targets.has_value() && m.targets_given)
-    throw Error("targets: this package explains given classes; pass one for each image, or one for all");
   if (!targets) return;
   if (targets->size() != 1 && static_cast<int64_t>(targets->size()) != images.size())
     throw Error("targets: expected one class an image, shape [" + std::to_string(images.size()) + "], got " +
                 shown({static_cast<int64_t>(targets->size())}));
   for (const int64_t target : *targets)
-    if (target < 0 || target >= m.classes)
-      throw Error("targets: expected classes 0 to " + std::to_string(m.classes - 1) + ", got " +
-                  std::to_string(target));
+    if (target < -1 || target >= m.classes)
+      throw Error("targets: expected classes 0 to " + std::to_string(m.classes - 1) +
+                  ", or -1 for the predicted one, got " + std::to_string(target));
 }
 
 // [count, channels, height, width] on the host or the device, in the dtype of the caller.
@@ -280,7 +278,8 @@ void Session::State::run_all(const Images& images, const std::optional<std::vect
     for (int64_t first = 0; first < images.size(); first += metadata.batch) {
       const int64_t count = std::min(metadata.batch, images.size() - first);
       std::vector<at::Tensor> inputs = {input_of(images, first, count)};
-      if (targets) inputs.push_back(targets_of(*targets, first, count));
+      if (metadata.targets_given)
+        inputs.push_back(targets_of(targets.value_or(std::vector<int64_t>{-1}), first, count));
       const std::vector<at::Tensor> outputs = run(inputs);
       for (size_t i = 0; i < outputs.size(); ++i) take(first, metadata.outputs[i].name, outputs[i].slice(0, 0, count));
     }

@@ -32,7 +32,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )  # fmt: skip
     parser.add_argument(
         "--target-mode", choices=get_args(TargetMode), default="predicted",
-        help="explain the predicted class, or the class that is given with each image (default: %(default)s)",
+        help="explain the predicted class, or a class that may be given with each image (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
     parser.set_defaults(run=run)

@@ -36,9 +36,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--top-features", type=int, default=5, metavar="K",
         help="the most features that can be asked for at each patch (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--ungated", action="store_true", help="also explain without gates; costs as much again")
     parser.add_argument(
-        "--compile", action="store_true", help="compile the explanation of predicted classes; takes minutes to start"
+        "--ungated", action="store_true", help="also explain without gates; with the rollout that costs as much again"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the explanation of one class; takes minutes to start"
     )
     parser.add_argument("--cards", metavar="PAGE", help="address of the page of `fga-fast features`")
     _add_service(parser)
@@ -112,7 +114,7 @@ def _model_engine(args: argparse.Namespace, limits: Limits) -> Engine:
     from fga_fast.serve.engine import Engine
 
     subject = load_subject(args)
-    ungated = bool(subject.saes) and (args.ungated or (args.demo is not None and not args.compile))
+    ungated = bool(subject.saes) and (args.ungated or args.demo is not None)
     explainer = arguments.explainer(subject, args, ungated=ungated)
     listed = args.top_features if subject.saes else 0
     listing = arguments.explainer(subject, args, top_features=listed, ungated=ungated) if listed else None
@@ -120,7 +122,7 @@ def _model_engine(args: argparse.Namespace, limits: Limits) -> Engine:
     if args.compile:
         sizes = sorted({*(2**power for power in range(limits.max_batch.bit_length())), limits.max_batch})
         example = torch.zeros(1, explainer.layout.in_chans, *subject.preprocess.image_size, device=args.device)
-        compiled = explainer.compile(example, batches=sizes)
+        compiled = (listing or explainer).compile(example, target_mode="given", batches=sizes)
     return Engine(
         explainer, subject.preprocess, listing=listing, compiled=compiled, name=subject.name,
         probability_is="sigmoid" if subject.multi_label else "softmax", max_pixels=limits.pixels,

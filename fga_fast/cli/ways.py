@@ -96,17 +96,17 @@ def by_package(args: argparse.Namespace) -> Way:
 
 
 def _package_target(args: argparse.Namespace, about: Metadata) -> int | None:
-    if about.target_mode == "given" and len(args.target) == 1:
-        return target_number(args.target[0], about.classes, about.class_names)
-    got = " ".join(args.target) or "none"
-    if about.target_mode == "given":
-        raise ValueError(
-            f"--target: expected one class, since {args.package} explains one class an image, got {got}; give one with "
-            "each call"
-        )
-    if args.target:
+    if not args.target:
+        return None
+    got = " ".join(args.target)
+    if about.target_mode != "given":
         raise ValueError(
             f"--target: expected none, since {args.package} explains the predicted class only, got {got}; leave it "
             "out, or export a package with `--target-mode given`"
         )
-    return None
+    if len(args.target) > 1:
+        raise ValueError(
+            f"--target: expected one class, since {args.package} explains one class an image, got {got}; give one with "
+            "each call"
+        )
+    return target_number(args.target[0], about.classes, about.class_names)

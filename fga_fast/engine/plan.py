@@ -107,7 +107,7 @@ class Plan:
 
     def without_saes(self) -> Plan:
         """The same explanation without gates."""
-        settings = replace(self.settings, gate=Gate(), top_features=0, per_block=False)
+        settings = replace(self.settings, gate=Gate(), top_features=0, per_block=False, ungated=False)
         return replace(self, saes={}, permutations={}, settings=settings)
 
 

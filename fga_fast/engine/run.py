@@ -31,9 +31,10 @@ def explain(
     look_at_values: bool = True,
     as_laid_out: bool = False,
     first: bool = False,
-    ungated: bool = False,
 ) -> Tensors:
     """Explains images with any backend but the reference.
+
+    Relevance without gates (settings.ungated) is given for methods whose gates only multiply in the end.
 
     Args:
         layout: the result of `plan.check(images)`.
@@ -41,7 +42,6 @@ def explain(
         look_at_values: look for NaN and Inf; False while a graph is traced.
         as_laid_out: start the rollout where the layout says, without a look at the gradients.
         first: also check that the model's blocks read each other, and its values the maps, as the method supposes.
-        ungated: also give relevance without gates, for methods whose gates only multiply in the end.
 
     Raises:
         TypeError, ValueError: the model cannot be tapped, or a tensor has NaN or Inf; the message says what to do.
@@ -65,7 +65,7 @@ def explain(
             first=first,
         )
     result = _tensors(plan, layout, asked, found, tape.passed.first)
-    if ungated and plan.settings.method != "rollout":
+    if plan.settings.ungated and plan.saes and plan.settings.method != "rollout":
         without = replace(plan, settings=replace(plan.settings, per_block=False))
         bare = _tensors(without, layout, asked, found._replace(recorded={}), tape.passed.first)
         result = result._replace(ungated=bare.relevance)

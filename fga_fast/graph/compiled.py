@@ -70,7 +70,8 @@ class CompiledExplainer:
 
         Args:
             images: [B, channels, H, W], as for `Explainer`.
-            targets: None for "predicted"; for "given" an int or a class name, or one for each image [B].
+            targets: None: the predicted class. For "given" also an int or a class name, or one for each image [B];
+                None among them is the predicted class.
 
         Raises:
             TypeError, ValueError: as `Explainer`, but on CUDA the host would have to wait for the device to see values.

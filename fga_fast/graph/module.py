@@ -30,6 +30,6 @@ class ExplanationModule(nn.Module):
 
         Args:
             images: [B, channels, H, W], not checked.
-            targets: for "given", class numbers [B] int64, not checked; for "predicted", none.
+            targets: for "given", class numbers [B] int64, not checked, -1 for the predicted; for "predicted", none.
         """
         return dict(zip(self.names, self.graph_module(images.detach(), *targets), strict=True))

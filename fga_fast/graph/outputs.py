@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fga_fast.question.targets import pick, picks_classes
+from fga_fast.question.targets import named, picks_classes
 from fga_fast.settings import TargetMode
 
 ALIGNMENT = 64  # bytes; PyTorch's own allocations have it, and compiled code may rely on it
@@ -49,6 +49,8 @@ def given_classes(
 ) -> tuple[Tensor, ...]:
     """The inputs of a graph besides the images: none, or one class for each image, [B] int64, on the images' device.
 
+    -1 stands for the predicted class.
+
     Args:
         what: "graph" or "package", for messages.
         target_mode: the mode that the graph was made with.
@@ -61,13 +63,10 @@ def given_classes(
                 f'targets: this {what} explains the predicted class; make one with target_mode="given" to choose'
             )
         return ()
-    if targets is None:
-        raise ValueError(f"targets: this {what} explains given classes; pass one for each image, or one for all")
     if not picks_classes(targets):
         raise TypeError(f"targets: a {what} explains classes, got {type(targets).__name__}; Explainer takes it")
-    device = targets.device if isinstance(targets, Tensor) else "cpu"
-    blank = torch.empty(1, 1, device=device).expand(len(images), classes)
-    picked = pick(targets, blank, names, classes, ranged=ranged or device == torch.device("cpu"))
+    host = not isinstance(targets, Tensor) or targets.device.type == "cpu"
+    picked = named(targets, len(images), names, classes, ranged=ranged or host)
     if picked.dim() != 1:
         raise ValueError(
             f"targets: expected one class an image, [{len(images)}], got {list(picked.shape)}; a {what} explains one, "

@@ -51,7 +51,8 @@ def flatten(plan: Plan, images: Tensor, target_mode: TargetMode = "predicted", p
     Args:
         plan: what to trace. It and its model do not change; the graph shares their weights.
         images: [B, channels, H, W], an example. It is explained eagerly first, so that all checks run.
-        target_mode: "predicted": the graph explains the predicted class; "given": it takes class numbers [B].
+        target_mode: "predicted": the graph explains the predicted class; "given": it takes class numbers [B], and -1 is
+            the predicted class.
         prune: compute nothing for tokens that nobody reads; exact (passes/rows.py).
     """
     _check(plan, images, target_mode)
@@ -154,6 +155,11 @@ def _check(plan: Plan, images: Any, target_mode: str) -> None:
             f"backend: {choice.name!r} is not compiled, it only defines the correct numbers; use backend="
             '"auto", "native", "triton" or "composite"'
         )
+    if plan.settings.ungated and plan.saes and plan.settings.method == "rollout":
+        raise ValueError(
+            "ungated: a graph holds one rollout; compile an Explainer without SAEs beside this one, or take another "
+            "method"
+        )
     if images.dtype == torch.float16 or (
         torch.is_autocast_enabled(images.device.type) and torch.get_autocast_dtype(images.device.type) == torch.float16
     ):
@@ -166,7 +172,7 @@ def _check(plan: Plan, images: Any, target_mode: str) -> None:
 def _explanation(
     plan: Plan, layout: ModelLayout, usual: bool, images: Tensor, given: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """An explanation that looks at no values: of the predicted classes, or of the `given` ones [B].
+    """An explanation that looks at no values: of the predicted classes, or of the `given` ones [B] (-1: predicted).
 
     usual: the rollout starts where the layout says. Else the graph finds the start for each image, as a call does.
     """
@@ -174,7 +180,9 @@ def _explanation(
 
     def answer(output: Tensor) -> Answer:
         logits = plan.readout.logits(output)
-        targets = logits.argmax(dim=-1) if given is None else given
+        targets = logits.argmax(dim=-1)
+        if given is not None:
+            targets = targets.where(given == -1, given)
         # Does the class exist? If the host did not check, the graph gives NaN below.
         inside.append((targets >= 0) & (targets < logits.shape[1]))
         values = logits.gather(1, targets.where(inside[0], 0).unsqueeze(1)).squeeze(1)

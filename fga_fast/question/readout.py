@@ -91,9 +91,9 @@ class Readout:
 
         Args:
             targets: None: the predicted class. An int or str: this class, name or prompt for all images. A flat
-                sequence [B]: one an image. Nested [B][K], or integers [B, K]: K an image; with a single row: the same
-                K for all. `Difference`, `Embedding`, or a function from the output to values [B] or [B, K]. A class's
-                name may be a comma-separated synonym or in other letter case, see `names.class_number`.
+                sequence [B] of them: one an image. Nested [B][K], or integers [B, K]: K an image; with a single row:
+                the same K for all. `Difference`, `Embedding`, or a function from the output to values [B] or [B, K].
+                A class's name may be a comma-separated synonym or in other letter case, see `names.class_number`.
             output: what `run` returned.
 
         Raises:
@@ -104,7 +104,7 @@ class Readout:
         if kinds.is_function(targets):
             return kinds.computed(targets, output, None if self.dual else self.names(output.shape[1]))
         parts = (targets.a, targets.b) if isinstance(targets, Difference) else (targets,)
-        if self._headless and any(part is None for part in parts):
+        if self._headless and any(map(kinds.asks_for_predicted, parts)):
             raise ValueError(
                 "targets: None is the predicted class, but the model has no classification head; give an Embedding, "
                 "a function of the features, or a feature's number"

@@ -67,6 +67,11 @@ def picks_classes(targets: object) -> bool:
     return not (isinstance(targets, (Difference, Embedding)) or is_function(targets))
 
 
+def asks_for_predicted(targets: object) -> bool:
+    """Whether the targets are None, or a list with None in it."""
+    return not isinstance(targets, Tensor) and any(leaf is None for leaf in leaves(targets))
+
+
 class Answer(NamedTuple):
     """What a model says to the question of `targets`."""
 
@@ -102,15 +107,24 @@ def pick(
     logits: Tensor,  # [B, T]
     names: Sequence[str] | None,
     classes: int,
-    ranged: bool = True,
 ) -> Tensor:
-    """Columns [B] or [B, K] int64 of `logits` that `targets` name; None and ints choose among the first `classes`.
+    """Columns [B] or [B, K] int64 of `logits` that `targets` name; None and ints choose among the first `classes`."""
+    picked = named(targets, len(logits), names, classes).to(logits.device)
+    if not asks_for_predicted(targets):
+        return picked
+    predicted = logits[:, :classes].detach().argmax(-1)
+    return picked.where(picked >= 0, predicted.view(-1, *[1] * (picked.dim() - 1)))
+
+
+def named(
+    targets: Any, batch: int, names: Sequence[str] | None, classes: int, *, ranged: bool = True
+) -> Tensor:  # -> [B] or [B, K] int64  # fmt: skip
+    """The classes that `targets` name, -1 for the predicted one (None); where `targets` is, or on the CPU.
 
     ranged: whether to look at the numbers of a tensor. The host waits for that if the tensor is on a GPU.
     """
-    batch = len(logits)
     if targets is None:
-        return logits[:, :classes].detach().argmax(-1)
+        return torch.full((batch,), -1, device="cpu")
     if not picks_classes(targets):
         raise TypeError(
             f"targets: expected classes, names or prompts in a Difference, got {shown(targets)}; compute other "
@@ -120,13 +134,13 @@ def pick(
         # Text and objects; what else torch cannot take, it says itself.
         targets = targets.tolist() if targets.dtype.kind in "OUST" else torch.as_tensor(targets, device="cpu")
     if not isinstance(targets, Tensor):
-        picked = torch.tensor(_numbered(targets, names, classes), dtype=torch.int64, device=logits.device)
+        picked = torch.tensor(_numbered(targets, names, classes), dtype=torch.int64, device="cpu")
     elif targets.dtype == torch.bool or targets.is_floating_point() or targets.is_complex():
         like = targets.dim() == 2 and targets.shape[1] == classes
         advice = "for one-hot rows or probabilities give targets.argmax(1)" if like else "convert them"
         raise TypeError(f"targets: expected integer class indices, got dtype {targets.dtype}; {advice}")
     else:
-        picked = targets.to(device=logits.device, dtype=torch.int64)
+        picked = targets.to(dtype=torch.int64)
         if ranged and picked.numel() and not 0 <= int(picked.min()) <= int(picked.max()) < classes:
             raise _out_of_range(int(picked[(picked < 0) | (picked >= classes)].flatten()[0]), classes)
     if ranged and _looks_like_labels(picked, classes) and not any(isinstance(leaf, str) for leaf in leaves(targets)):
@@ -174,7 +188,7 @@ def leaves(targets: Any) -> Iterator[Any]:
 
 
 def _numbered(targets: Any, names: Sequence[str] | None, classes: int, depth: int = 0) -> Any:
-    """Ints, names and lists of them as ints and lists of ints, checked."""
+    """Ints, names, None and lists of them as ints and lists of ints, checked; -1 for None."""
     if hasattr(targets, "tolist"):
         targets = targets.tolist()
     if isinstance(targets, Sequence) and not isinstance(targets, (str, bytes, bytearray)):
@@ -189,6 +203,8 @@ def _numbered(targets: Any, names: Sequence[str] | None, classes: int, depth: in
                 f"for each image, got lists of different lengths or empty ones ({told})"
             )
         return rows
+    if targets is None:
+        return -1
     if isinstance(targets, str):
         if names is None:
             raise ValueError(

@@ -85,7 +85,8 @@ class Engine:
         explainer: an `Explainer`, or a `Package` from `load_package`.
         preprocess: from pictures to the model's input; a package may have its own.
         listing: the same explainer with `top_features`, for questions that ask for features; None: none are listed.
-        compiled: what `explainer.compile` returned for predicted classes; it then answers these questions.
+        compiled: what `compile(..., target_mode="given")` of `listing` returned, or of `explainer` where there is no
+            `listing`; it then answers all questions about one class.
         name: of the model, for readers.
         probability_is: what turns logits into probabilities; None: not known.
         max_pixels: of a picture, checked before it is decoded.
@@ -99,9 +100,10 @@ class Engine:
         listing: Explainer | None = None, compiled: CompiledExplainer | None = None, name: str = "",
         probability_is: Probability | None = None, max_pixels: int = 40_000_000,
     ) -> None:  # fmt: skip
-        self._explainer, self._listing, self._compiled = explainer, listing, compiled
+        self._explainer, self._listing = explainer, listing
         self._max_pixels = max_pixels
         self._package = None if isinstance(explainer, Explainer) else explainer
+        self._graph = self._package or compiled  # answers questions about one class, or about none
         if self._package is not None:
             preprocess = preprocess or self._package.preprocess
         if preprocess is None:
@@ -227,10 +229,9 @@ class Engine:
         if self._package is None:
             return
         given = self._package.metadata.target_mode == "given"
-        if len(picked) != given or against is not None:
-            told = "expected exactly one, since the served package explains a given class"
-            told = told if given else "expected none, since the served package explains the predicted class only"
-            raise Refused("bad_target", f"target: {told}")
+        if len(picked) > given or against is not None:
+            told = "at most one class" if given else "no class"
+            raise Refused("bad_target", f"target: expected {told}, since that is what the served package was made for")
 
     def explain(self, asked: Sequence[tuple[Picture, Question]]) -> list[Answered | Exception]:
         """Answers, in order; an exception stands for one that could not be answered, and the others are answered."""
@@ -250,9 +251,9 @@ class Engine:
             Exception: whatever the explainer raised.
         """
         blank = Picture(Image.new("RGB", (1, 1)), torch.zeros(len(self._preprocess.mean), *self.facts.image_size))
-        given = self._package is not None and self._package.metadata.target_mode == "given"
-        questions = {Question((0,) if given else (), None, () if self.facts.classes else ("a photo",))}
-        questions |= {Question((0,))} if self._compiled else set()
+        questions = {Question(prompts=() if self.facts.classes else ("a photo",))}
+        if self._graph is not None and self._package is None:
+            questions |= {Question((0, 0))}  # what the graph does not answer
         questions |= {question._replace(top_features=self.facts.top_features) for question in questions}
         for question in questions:
             for answer in self.explain([(blank, question)] * size):
@@ -261,12 +262,18 @@ class Engine:
 
     def _kind(self, question: Question) -> Hashable:
         """Questions of the same kind are explained in one call."""
+        if self._for_graph(question):
+            return "graph"
         listed = question.top_features > 0
         if question.prompts:
             return listed, question.prompts
-        if self._dual or self._package or (self._compiled and not question.targets and not listed):
+        if self._dual:
             return listed, len(question.targets), question.rather_than is not None
         return listed, max(len(question.targets), 1)
+
+    def _for_graph(self, question: Question) -> bool:
+        one = len(question.targets) <= 1 and question.rather_than is None and not question.prompts
+        return self._graph is not None and one
 
     def _group(self, asked: Sequence[tuple[Picture, Question]]) -> list[Answered | Exception]:
         """The answers of one kind; where they fail together, each alone, so that one does not cost the others."""
@@ -285,11 +292,11 @@ class Engine:
         explainer: Any = self._explainer
         if first.top_features and self._listing is not None:
             explainer = self._listing
-        elif self._compiled is not None and not first.targets and not first.prompts:
-            explainer = self._compiled
-        if first.prompts:
+        if self._graph is not None and self._for_graph(first):
+            whole = self._graph(images, _one_each(questions))
+        elif first.prompts:
             whole = explainer(images, first.prompts[0] if len(first.prompts) == 1 else [list(first.prompts)])
-        elif self._dual or not isinstance(explainer, Explainer):
+        elif self._dual:
             whole = explainer(images, _plain_targets(questions))
         else:
             picks = _Picks(questions, images.device)
@@ -325,6 +332,12 @@ class _Picks:
         other = logits.gather(1, self._against.clamp(min=0))
         values = torch.where(self._against < 0, values, values - other)
         return values[:, 0] if values.shape[1] == 1 else values
+
+
+def _one_each(questions: Sequence[Question]) -> list[int | None] | None:
+    """The class of each question, None where it asks for the predicted one; None if all do."""
+    asked = [question.targets[0] if question.targets else None for question in questions]
+    return asked if any(target is not None for target in asked) else None
 
 
 def _plain_targets(questions: Sequence[Question]) -> Any:

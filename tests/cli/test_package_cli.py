@@ -68,7 +68,7 @@ def test_folder_with_a_broken_image(demo: Path, tmp_path: Path, capsys: pytest.C
     for name in ("a.png", "c.png", "d.png"):
         (folder / name).write_bytes(fashion_scenes()[1].read_bytes())
     (folder / "b.png").write_bytes(b"nothing")
-    assert main(["explain", str(folder), "--package", str(demo), "--target", "pullover", "--out", str(out)]) == 1
+    assert main(["explain", str(folder), "--package", str(demo), "--out", str(out)]) == 1
     assert {path.name for path in out.iterdir()} == {"a.png", "c.png", "d.png", "contact_sheet.png"}
     assert {path.name for path in (out / "d.png").iterdir()} == FILES
     assert "left out b.png" in capsys.readouterr().err
@@ -78,7 +78,6 @@ def test_folder_with_a_broken_image(demo: Path, tmp_path: Path, capsys: pytest.C
 def test_refusals_of_a_package(demo: Path, tmp_path: Path, refused: Refused) -> None:
     given = ["explain", fashion_scenes()[0], "--package", demo, "--out", tmp_path]
     for more, message in (
-        ([], "--target: expected one class, since"),
         (["--target", "1", "2"], "explains one class an image, got 1 2; give one"),
         (
             ["--target", "unicorn"],

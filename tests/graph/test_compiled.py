@@ -53,9 +53,20 @@ def test_the_same_numbers_for_any_batch(predicted: CompiledExplainer, explainer:
     assert (got.backend, got.backend_reason) == ("native", "compiled") and predicted.batches == (1, 4)
 
 
-@pytest.mark.parametrize("targets", [2, "cat", [0, 4, 1], torch.tensor([3, 3, 0]), ["bee", 1, "eel"]], ids=str)
+@pytest.mark.parametrize("targets", [None, 2, "cat", [0, 4, 1], torch.tensor([3, 3, 0]), ["bee", 1, None]], ids=str)
 def test_given_targets(given: CompiledExplainer, explainer: Explainer, targets: Any) -> None:
     agree(given(images(3), targets), explainer(images(3), targets), 1e-4)
+
+
+def test_ungated(tiny_vit: Build) -> None:
+    """Without gates too, in the same graph; a rollout would need a second one, and is refused."""
+    model = tiny_vit(depth=2)
+    both = Explainer(model, {0: sae_for(model)}, ungated=True)
+    want = both(images(1))
+    assert want.ungated is not None and not torch.allclose(want.ungated, want.relevance)
+    agree(both.compile(images(1))(images(1)), want, 1e-4)
+    with pytest.raises(ValueError, match="ungated: a graph holds one rollout; compile an Explainer without SAEs"):
+        Explainer(model, {0: sae_for(model)}, ungated=True, preset="published").compile(images(1))
 
 
 def laid_out_otherwise() -> dict[str, Tensor]:
@@ -198,7 +209,6 @@ def test_bad_calls_of_predicted(predicted: CompiledExplainer, batch: Tensor, tar
 @pytest.mark.parametrize(
     ("targets", "words"),
     [
-        (None, "targets: this graph explains given classes"),
         (5, "targets: .*5"),
         (torch.tensor([9]), "targets: .*9"),
         ([-1], "targets: .*-1"),
@@ -208,7 +218,7 @@ def test_bad_calls_of_predicted(predicted: CompiledExplainer, batch: Tensor, tar
         (Embedding([1.0] * 5), "targets: a graph explains classes, got Embedding"),
         (torch.sum, "targets: a graph explains classes"),
     ],
-    ids=["none", "int", "tensor", "negative", "two", "name", "difference", "embedding", "function"],
+    ids=["int", "tensor", "negative", "two", "name", "difference", "embedding", "function"],
 )
 def test_bad_targets(given: CompiledExplainer, targets: Any, words: str) -> None:
     with pytest.raises((TypeError, ValueError), match=words):

@@ -70,7 +70,8 @@ def test_any_layout_of_memory_and_any_mode(predicted_package: Path) -> None:
 def test_given_targets_and_everything_besides(given_package: Path) -> None:
     package, four = load_package(given_package), images(4, torch.float32)
     eager = explainer(torch.float32, **EVERYTHING)
-    for targets in (2, "dog", [0, 1, 2, 4], torch.tensor([3, 3, 0, 1]), ["émeu", "ant", "bee", "cat"]):
+    several = [[0, 1, 2, 4], torch.tensor([3, 3, 0, 1]), ["émeu", "ant", "bee", "cat"], [None, 1, "ant", None]]
+    for targets in (None, 2, "dog", *several):
         agree(package(four, targets), eager(four, targets), 1e-5)
     assert package(images(0, torch.float32), []).targets.shape == (0,)
 
@@ -79,7 +80,7 @@ def test_given_targets_and_everything_besides(given_package: Path) -> None:
 def test_given_targets_that_are_none(given_package: Path) -> None:
     package, two = load_package(given_package), images(2, torch.float32)
     cases: list[tuple[type[Exception], Any, str]] = [
-        (ValueError, None, "this package explains given classes"), (ValueError, 5, r"targets: .*5"),
+        (ValueError, 5, r"targets: .*5"), (ValueError, [-1, 0], r"targets: .*-1"),
         (ValueError, torch.tensor([1, 9]), r"targets: .*9"),
         (ValueError, [1, 2, 3], "targets: expected one class an image"),
         (ValueError, [[1, 2]], "a package explains one, Explainer takes several"),
@@ -140,15 +141,16 @@ def test_served(predicted_package: Path, given_package: Path) -> None:
     from fga_fast.serve.engine import Answered, Engine
     from fga_fast.serve.limits import Refused
 
-    for path, right, wrong in ((predicted_package, [], [1]), (given_package, ["émeu"], [])):
+    for path, asked, wrong in ((predicted_package, [None], [1]), (given_package, [None, "émeu", 2], [0, 2])):
         package = load_package(path)
         engine = Engine(package)
         engine.warm_up(2)
-        (found,) = engine.explain([(engine.decode(serving.png(3)), engine.question(right))])
-        assert isinstance(found, Answered)
-        image = PREPROCESS(serving.picture(3))[None].to(getattr(torch, package.metadata.dtype))
-        want = package(image, "émeu" if right else None)
-        agree(found.explanation, replace(want, features={}), 1e-9)
+        questions = [engine.question([] if target is None else [target]) for target in asked]
+        found = engine.explain([(engine.decode(serving.png(n)), question) for n, question in enumerate(questions)])
+        for number, (one, target) in enumerate(zip(found, asked, strict=True)):
+            assert isinstance(one, Answered) and one.batch == len(asked)
+            image = PREPROCESS(serving.picture(number))[None].to(getattr(torch, package.metadata.dtype))
+            agree(one.explanation, replace(package(image, target), features={}), 1e-5)
         for refused in ([wrong, None], [[1], 2], [[1, 2], None]):
             with pytest.raises(Refused, match="target: expected"):
                 engine.question(*refused)  # type: ignore[arg-type]
@@ -203,7 +205,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"format": "zip"}, "format: expected 'fga_fast package', got 'zip'"),
-    ({"format_version": 2}, "format_version: expected 3; export it again"),
+    ({"format_version": 2}, "format_version: expected 4; export it again"),
     ({"device": "tpu"}, "device: expected 'cpu' or 'cuda', got 'tpu'"),
     ({"dtype": "float16"}, "dtype: expected 'float32'"),
     ({"batch": 0}, "batch: expected a whole number of at least 1, got 0"),

@@ -70,17 +70,17 @@ def test_targets(module: Any, given_package: Path) -> None:
     """In float32, with the strongest features and every block; from images and from pictures."""
     session, python = module.Session(given_package), load_package(given_package)
     four = images(4, torch.float32)
-    for targets in ([4, 0, 3, 1], 2, np.array([1, 2, 3, 4])):
+    for targets in ([4, 0, 3, 1], 2, np.array([1, 2, 3, 4]), None):
         agrees(session.explain(four.numpy(), targets), python(four, targets))
+    agrees(session.explain(four.numpy(), [-1, 2, -1, 0]), python(four, [None, 2, None, 0]))
     agrees(session.explain(four.double().numpy(), 2), python(four, 2))
     generator = np.random.default_rng(4)
     pictures = [random_picture(generator) for _ in range(4)]
     agrees(session.explain([as_array(picture) for picture in pictures], 1), python(seen(pictures).float(), 1))
     for targets, message in (
-        (None, "explains given classes; pass one for each image"),
         ([1, 2], r"expected one class an image, shape \[4\], got \[2\]"),
-        ([0, 1, 2, 5], "expected classes 0 to 4, got 5"),
-        (-1, "expected classes 0 to 4, got -1"),
+        ([0, 1, 2, 5], "expected classes 0 to 4, or -1 for the predicted one, got 5"),
+        (-2, "expected classes 0 to 4, or -1 for the predicted one, got -2"),
     ):
         with pytest.raises(module.Error, match=f"targets: .*{message}"):
             session.explain(four.numpy(), targets)
@@ -182,7 +182,7 @@ def test_other_arguments_are_checked(module: Any, session: Any, predicted_packag
 def test_packages_are_checked(module: Any, altered: Callable[..., Path], tmp_path: Path) -> None:
     for changes, message in (
         ({"sha256": "0" * 64}, r"is not the file that its metadata was written for \(sha256\)"),
-        ({"format_version": 2}, "format_version: expected 3, got 2; export it again, or use the runtime"),
+        ({"format_version": 2}, "format_version: expected 4, got 2; export it again, or use the runtime"),
         ({"grid": [3, 3]}, r"outputs: expected relevance of shape \[2, 9\], got \[2, 6\]"),
         ({"backend": "triton"}, 'calls Triton kernels, which need Python; export it with backend="composite"'),
         ({"device": "cuda"}, "calls Triton kernels"),

@@ -140,19 +140,28 @@ def test_prompts_of_a_dual_encoder() -> None:
 
 @pytest.mark.slow
 def test_compiled() -> None:
-    """Predicted classes come from the compiled graph, others from the explainer."""
+    """Questions about one class share the compiled graph; others go to the explainer."""
     from packages import explainer
 
-    asked = explainer()
-    engine = Engine(asked, PREPROCESS, compiled=asked.compile(images(2)))
-    questions = [Question(), Question((2,)), Question()]
+    asked, listing = explainer(), explainer(top_features=serving.LISTED)
+    compiled = listing.compile(images(2), target_mode="given")
+    engine = Engine(asked, PREPROCESS, listing=listing, compiled=compiled)
+    questions = [Question(), Question((2,)), Question((0, 3)), Question((4,), 1), Question((1,), top_features=2)]
     found = engine.explain([(engine.decode(serving.png(n)), question) for n, question in enumerate(questions)])
     for number, question in enumerate(questions):
         got = answered(found[number])
-        assert got.backend_reason == ("" if question.targets else "compiled")
-        image = PREPROCESS(serving.picture(number))[None].double()
-        want = asked(image, question.targets[0] if question.targets else None)
-        torch.testing.assert_close(got.relevance, want.relevance, rtol=1e-9, atol=1e-9)
+        alone = len(question.targets) <= 1 and question.rather_than is None
+        assert got.backend_reason == ("compiled" if alone else "")
+        targets: Any = [list(question.targets)] if question.targets else None
+        if question.rather_than is not None:
+            targets = Difference(*question.targets, question.rather_than)
+        want = listing(PREPROCESS(serving.picture(number))[None].double(), targets)
+        torch.testing.assert_close(got.relevance.flatten(), want.relevance.flatten(), rtol=1e-9, atol=1e-9)
+        assert {block: top.patch_index.shape[-1] for block, top in got.features.items()} == (
+            dict.fromkeys(want.features, 2) if question.top_features else {}
+        )
+    together = [one.batch for one in engine.explain([(engine.decode(serving.png(0)), q) for q in questions])]  # type: ignore[union-attr]
+    assert together == [3, 3, 1, 1, 3]
 
 
 def test_pictures_are_those_of_files(engine: Engine, tmp_path: Path) -> None:

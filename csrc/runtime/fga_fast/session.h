@@ -28,7 +28,7 @@ struct FGA_API Metadata {
   int64_t classes = 0;
   std::vector<std::string> class_names;  // empty if unknown
   std::optional<Preprocess> preprocess;
-  bool targets_given = false;  // true: each call gives the classes to explain; false: explains the predicted class
+  bool targets_given = false;  // true: a call may give the classes to explain; false: explains the predicted class
   std::vector<int64_t> gated_blocks;  // blocks with an SAE
   std::vector<Output> outputs;
   std::string backend;  // whose kernels the package calls: native or composite
@@ -97,7 +97,8 @@ class FGA_API Session {
   const Metadata& metadata() const;
 
   // Any number of images: fewer than a batch are padded, more take several runs.
-  // targets: for packages that take them, one class for each image, or one class for all.
+  // targets: for packages that take them, one class for each image, or one class for all; -1: the predicted one, which
+  // is also explained without targets.
   Result explain(const Images& images, const std::optional<std::vector<int64_t>>& targets = std::nullopt) const;
 
   // The same for callers that want float32 numbers where they have room for them, as in a loop over frames: nothing is

@@ -47,7 +47,8 @@ def export(
         path: NAME.pt2; NAME.json goes beside it. Existing files are replaced only once the new ones are complete.
         example: [B, channels, H, W] of the size, dtype and device of the images to explain. The package takes any
             number of images and computes B at a time. None: one image of the model's size.
-        target_mode: "predicted": the package explains the predicted class; "given": it takes one class for each image.
+        target_mode: "predicted": the package explains the predicted class; "given": a call may give one class for each
+            image.
         preprocessing: from pictures to images, for users who run the package on image files.
         class_names: as for `Explainer`; None: the explainer's own.
 

@@ -70,7 +70,8 @@ class Package:
 
         Args:
             images: [B, channels, H, W] of the package's size, dtype and device. B may be 0.
-            targets: None for target_mode "predicted"; for "given" an int or a class name, or one for each image [B].
+            targets: None: the predicted class. For target_mode "given" also an int or a class name, or one for each
+                image [B]; None among them is the predicted class.
 
         Returns:
             The `Explanation` that the exported explainer would return.

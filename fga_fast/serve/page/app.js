@@ -102,7 +102,7 @@ async function ask(change) {
   const busy = setTimeout(() => setBusy(true), 150); // what is quicker needs no sign
   try {
     const began = performance.now();
-    const answer = await explainAny(running.signal);
+    const answer = await explain(state.picture.blob, state.question, running.signal);
     if (running.signal.aborted) return undefined;
     const trip = performance.now() - began;
     state.seen ??= seenPart(state.picture.bitmap, answer.view, answer.image_size, STILL);
@@ -115,23 +115,6 @@ async function ask(change) {
     if (state.running === running) setBusy(false);
   }
   return undefined;
-}
-
-/** Explains the picture also where a package takes no question without a class: then its likeliest class. */
-async function explainAny(signal) {
-  const { picture, question } = state;
-  const withClass = (target) => explain(picture.blob, { ...question, target }, signal);
-  try {
-    return await explain(picture.blob, question, signal);
-  } catch (error) {
-    if (!needsClass(error)) throw error;
-    return withClass(strongest((await withClass(0)).logits));
-  }
-}
-
-function needsClass({ code }) {
-  const { target, prompts } = state.question;
-  return code === "bad_target" && target === null && prompts.length === 0 && state.model.classes > 0;
 }
 
 function setBusy(isBusy) {
@@ -277,7 +260,7 @@ async function toggleCamera() {
       state.seen = seenPart(frame, answer.view, answer.image_size, MOVING);
       show(answer, pace);
     },
-    failed: (error) => (needsClass(error) ? ask({ target: 0 }) : fail(error)),
+    failed: fail,
     ended: () => {
       state.camera = null;
       button.textContent = "Start the webcam";

@@ -138,7 +138,7 @@ def test_load(name: str, scale: Scale, record: Callable[[Row], None]) -> None:
             note = f"mean batch {len(batches) / sum(1 / size for size in batches):.1f}"
             if clients == 1:
                 note += f", {1e3 * (statistics.median(took) - bare[1]):.1f} ms over the explainer alone"
-                note += f", {1e3 * statistics.median(beside):.1f} of them in the server"
+                note += f", {1e3 * statistics.median(beside):.1f} ms in the server beside its explainer"
             note += f", {100 * rate * bare[BATCH] / BATCH:.0f} % of the explainer's rate in batches of {BATCH}"
             record(row(blank, f"{name}, {clients} clients", clients, took, rate, note))
 

@@ -96,6 +96,12 @@ class Reader {
     }
     return texts;
   }
+  bool flag(const std::string& name) const {
+    const Json* json = find(name);
+    if (json == nullptr) return false;
+    if (json->as<bool>() == nullptr) fail(name, "true or false");
+    return *json->as<bool>();
+  }
   Reader inner(const std::string& name) const { return {at(name), path_ + ": " + name}; }
 
  private:
@@ -115,10 +121,7 @@ Preprocess read_preprocess(const Reader& in, const Metadata& m) {
     in.fail("image_size", "height and width of the package, " + shown({m.height, m.width}));
   if (in.find("crop_pct") != nullptr) p.crop_pct = in.number("crop_pct");
   if (in.find("interpolation") != nullptr) p.interpolation = in.text("interpolation");
-  if (const Json* squash = in.find("squash")) {
-    if (squash->as<bool>() == nullptr) in.fail("squash", "true or false");
-    p.squash = *squash->as<bool>();
-  }
+  p.squash = in.flag("squash");
   if (static_cast<int64_t>(p.mean.size()) != m.channels)
     in.fail("mean", std::to_string(m.channels) + " numbers, one for each channel");
   p.check();
@@ -142,7 +145,8 @@ void read_outputs(const Reader& in, Metadata& m) {
     if (!seen.insert(name).second) in.fail("outputs", "every output once, got '" + name + "' again");
     if (shape.empty() || shape[0] != m.batch)
       in.fail("outputs", name + " with a row for each image, got " + shown(shape));
-    if (name == "signal") expected[name] = maps;  // only where the model pools patches
+    // signal: only where the model pools patches; ungated: only where it was asked for
+    if (name == "signal" || name == "ungated") expected[name] = maps;
     const auto found = expected.find(name);
     if (found != expected.end() && shape != found->second)
       in.fail("outputs", name + " of shape " + shown(found->second) + ", got " + shown(shape));
@@ -180,6 +184,7 @@ void read_entries(const Reader& in, Metadata& m) {
     in.fail("batch", "a batch of images of at most 2^31 values");
   m.grid = in.pair("grid");
   m.classes = in.size("classes");
+  m.predicts = in.flag("predicts");
   if (in.find("class_names") != nullptr) m.class_names = in.texts("class_names");
   if (!m.class_names.empty() && static_cast<int64_t>(m.class_names.size()) != m.classes)
     in.fail("class_names", std::to_string(m.classes) + " names");

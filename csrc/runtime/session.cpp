@@ -121,6 +121,9 @@ void Session::State::check(const Images& images, const std::optional<std::vector
         "[B, C, H, W], or export it with preprocessing");
   if (targets.has_value() && !m.targets_given)
     throw Error("targets: this package explains the predicted class; make one with target_mode=\"given\" to choose");
+  const bool predicted = !targets || std::count(targets->begin(), targets->end(), -1) > 0;
+  if (predicted && !m.predicts)
+    throw Error("targets: the package is of a model without a classification head; give a feature's number");
   if (!targets) return;
   if (targets->size() != 1 && static_cast<int64_t>(targets->size()) != images.size())
     throw Error("targets: expected one class an image, shape [" + std::to_string(images.size()) + "], got " +

@@ -22,6 +22,7 @@ from pathlib import Path
 from examples.measured import measured, others
 from examples.solar.data import cells, preprocess
 from examples.solar.model import trained
+from fga_fast.dataset.items import choose
 from fga_fast.evaluation import report, store
 from fga_fast.evaluation.methods import METHODS
 from fga_fast.evaluation.run import evaluate
@@ -47,6 +48,8 @@ def main() -> None:
     folder = arguments.model / "saes" / f"topk_{arguments.k}"
     saes = {block: SparseAutoencoder.from_pretrained(folder / f"block_{block}") for block in arguments.blocks}
     used = {*store.read(arguments.confirm).column("image").to_pylist()} if arguments.confirm else set()
+    if not used <= {item.key for item in choose(list(cells("test")), arguments.split)}:
+        parser.error(f"--confirm: {arguments.confirm} has other images than the half {arguments.split!r}")
     items = [replace(item, target=None) for item in cells("test") if item.key not in used]
     methods = {name: METHODS[name] for name in CONFIRMED} if arguments.confirm else METHODS
     evaluate(

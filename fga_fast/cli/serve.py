@@ -11,6 +11,7 @@ import torch
 
 from fga_fast.cli import arguments
 from fga_fast.cli.subject import load_subject
+from fga_fast.settings import PRESETS
 
 if TYPE_CHECKING:
     from fga_fast.serve.engine import Engine
@@ -114,7 +115,9 @@ def _model_engine(args: argparse.Namespace, limits: Limits) -> Engine:
     from fga_fast.serve.engine import Engine
 
     subject = load_subject(args)
-    ungated = bool(subject.saes) and (args.ungated or args.demo is not None)
+    # One graph cannot hold two rollouts, and nobody asked for the second.
+    shown = args.demo is not None and not (args.compile and (args.method or PRESETS[args.preset].method) == "rollout")
+    ungated = bool(subject.saes) and (args.ungated or shown)
     explainer = arguments.explainer(subject, args, ungated=ungated)
     listed = args.top_features if subject.saes else 0
     listing = arguments.explainer(subject, args, top_features=listed, ungated=ungated) if listed else None

@@ -59,6 +59,7 @@ class CompiledExplainer:
                 images = example[:1].detach().expand(size, *example.shape[1:]).contiguous()
                 flat = flatten(plan, images, target_mode)
                 self._outputs, self._classes, self._class_names = flat.outputs, flat.classes, flat.class_names
+                self._predicts = flat.predicts
                 self._start_block, self._notices = flat.start_block, flat.notices
                 fold_biases(flat.module)
                 _freeze(flat.module, frozen)
@@ -75,7 +76,8 @@ class CompiledExplainer:
 
         Raises:
             TypeError, ValueError: as `Explainer`, but on CUDA the host would have to wait for the device to see values.
-                So it does not look for NaN and Inf, and class numbers out of range in a CUDA tensor give NaN.
+                So it does not look for NaN and Inf. In a CUDA tensor of classes, -1 is the predicted one, and other
+                numbers out of range give NaN.
         """
         check_caller(images)
         plan, layout = self.plan, self.plan.layout_for(images)
@@ -87,7 +89,14 @@ class CompiledExplainer:
             )
         # Contiguous: the machine code was compiled for these strides.
         given = given_classes(
-            "graph", self.target_mode, targets, images, self._classes, self._class_names, ranged=not images.is_cuda
+            "graph",
+            self.target_mode,
+            targets,
+            images,
+            self._classes,
+            self._class_names,
+            predicts=self._predicts,
+            ranged=not images.is_cuda,
         )
         inputs = (images.detach().contiguous(), *given)
         with _plain(images):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fga_fast.question.targets import named, picks_classes
+from fga_fast.question.targets import asks_for_predicted, named, picks_classes
 from fga_fast.settings import TargetMode
 
 ALIGNMENT = 64  # bytes; PyTorch's own allocations have it, and compiled code may rely on it
@@ -45,6 +45,7 @@ def given_classes(
     classes: int,
     names: Sequence[str] | None,
     *,
+    predicts: bool,
     ranged: bool = True,
 ) -> tuple[Tensor, ...]:
     """The inputs of a graph besides the images: none, or one class for each image, [B] int64, on the images' device.
@@ -54,8 +55,9 @@ def given_classes(
     Args:
         what: "graph" or "package", for messages.
         target_mode: the mode that the graph was made with.
+        predicts: the model has classes, so targets may be None.
         ranged: check the range of class numbers in a tensor on a device, although the host has to wait for it. If
-            False, the graph gives NaN for numbers out of range.
+            False, the graph gives NaN for numbers out of range, and explains the predicted class for -1.
     """
     if target_mode == "predicted":
         if targets is not None:
@@ -65,6 +67,11 @@ def given_classes(
         return ()
     if not picks_classes(targets):
         raise TypeError(f"targets: a {what} explains classes, got {type(targets).__name__}; Explainer takes it")
+    if not predicts and asks_for_predicted(targets):
+        raise ValueError(
+            f"targets: None is the predicted class, but this {what} is of a model without a classification head; give "
+            "a feature's number"
+        )
     host = not isinstance(targets, Tensor) or targets.device.type == "cpu"
     picked = named(targets, len(images), names, classes, ranged=ranged or host)
     if picked.dim() != 1:

@@ -40,6 +40,7 @@ class Flat(NamedTuple):
     inputs: tuple[Tensor, ...]  # the example that was traced
     outputs: tuple[str, ...]  # names: "logits", "targets", "values", "relevance", "scores.6", "gates.6", ...
     classes: int  # columns of the logits
+    predicts: bool  # there are classes, so that one of them is predicted
     class_names: tuple[str, ...] | None
     start_block: int  # the first block that is explained
     notices: tuple[str, ...]  # of the example's explanation
@@ -63,6 +64,7 @@ def flatten(plan: Plan, images: Tensor, target_mode: TargetMode = "predicted", p
         whole = images.clone() if images.is_inference() else images
         eager = run.explain(plan, layout, whole, lambda output: plan.readout.answer(target, output), first=True)
         usual = run.starts_as_laid_out(plan, layout, whole)
+        predicts = plan.readout.predicts
     inputs = (images, *([eager.targets] if target_mode == "given" else []))
     names: list[str] = []
 
@@ -88,7 +90,7 @@ def flatten(plan: Plan, images: Tensor, target_mode: TargetMode = "predicted", p
         "traced an explanation of %s: %d operators, %d kept", list(images.shape), before, len(module.graph.nodes)
     )
     return Flat(
-        module, inputs, tuple(names), eager.logits.shape[1], eager.names, eager.start_block, eager.notices
+        module, inputs, tuple(names), eager.logits.shape[1], predicts, eager.names, eager.start_block, eager.notices
     )  # fmt: skip
 
 

@@ -79,9 +79,12 @@ class Readout:
 
     def predicted(self, output: Tensor) -> Tensor | None:  # [B, classes] or [B, E] -> [B]
         """The likeliest class [B] int64 of each image, from `run`'s last output; None for a model without classes."""
-        if self._headless or (self.dual is not None and self._names is None):
-            return None
-        return self.logits(output).argmax(1)
+        return self.logits(output).argmax(1) if self.predicts else None
+
+    @property
+    def predicts(self) -> bool:
+        """Whether the model has classes, of which it predicts one; known after `run`."""
+        return not self._headless and (self.dual is None or self._names is not None)
 
     def answer(self, targets: Targets, output: Tensor) -> Answer:  # [B, classes] or [B, E]
         """The numbers that `targets` ask for, from the model's output.

@@ -109,6 +109,8 @@ def pick(
     classes: int,
 ) -> Tensor:
     """Columns [B] or [B, K] int64 of `logits` that `targets` name; None and ints choose among the first `classes`."""
+    if targets is None:
+        return logits[:, :classes].detach().argmax(-1)
     picked = named(targets, len(logits), names, classes).to(logits.device)
     if not asks_for_predicted(targets):
         return picked
@@ -166,7 +168,7 @@ def _looks_like_labels(picked: Tensor, classes: int) -> bool:
     """Rows [B, classes] of 0 and 1. Of two classes such a row may name both, so at least three are needed."""
     if picked.dim() != 2 or picked.shape[1] != classes or classes < 3 or not picked.numel():
         return False
-    return int(picked.max()) <= 1
+    return int(picked.min()) >= 0 and int(picked.max()) <= 1
 
 
 def values_at(logits: Tensor, picked: Tensor) -> Tensor:  # [B, T], [B] or [B, K] -> like picked

@@ -1,7 +1,8 @@
 """An HTTP service around an explainer: `fga-fast serve`. docs/serve.md says how to use it.
 
-engine.py explains batches and knows nothing of HTTP; batcher.py groups requests; service.py takes one picture through
-both; app.py and stream.py are the routes; server.py runs them. `Client` needs only httpx and httpx-retries.
+questions.py is what can be asked of a picture; engine.py explains batches and knows nothing of HTTP; batcher.py groups
+requests; service.py takes one picture through both; app.py and stream.py are the routes; server.py runs them. `Client`
+needs only httpx and httpx-retries.
 """
 
 from __future__ import annotations

@@ -16,8 +16,9 @@ from fga_fast.question.names import whole_label
 from fga_fast.result.explanation import Explanation
 from fga_fast.result.fields import flat
 from fga_fast.result.file import to_bytes
-from fga_fast.serve.engine import Answered, Facts, Picture, Question
+from fga_fast.serve.engine import Answered, Facts, Picture
 from fga_fast.serve.limits import Refused
+from fga_fast.serve.questions import Question
 
 JSON, SAFETENSORS, NPZ, PNG = "application/json", "application/x-safetensors", "application/x-npz", "image/png"
 FORMS = (JSON, SAFETENSORS, NPZ, PNG)

@@ -19,10 +19,10 @@ from fga_fast.explainer import Explainer
 from fga_fast.graph.package.metadata import DTYPES
 from fga_fast.io.images import Preprocess, load_image
 from fga_fast.question.names import class_number
-from fga_fast.question.targets import Difference
 from fga_fast.result.explanation import Explanation
 from fga_fast.result.notices import value_notices
 from fga_fast.serve.limits import Refused
+from fga_fast.serve.questions import Picks, Question, one_each, plain_targets
 
 if TYPE_CHECKING:
     from fga_fast.graph.compiled import CompiledExplainer
@@ -54,15 +54,6 @@ class Facts:
     gate: dict[str, float]
 
 
-class Question(NamedTuple):
-    """What to explain of one picture; made by `Engine.question`."""
-
-    targets: tuple[int, ...] = ()  # none: the predicted class
-    rather_than: int | None = None
-    prompts: tuple[str, ...] = ()
-    top_features: int = 0
-
-
 class Picture(NamedTuple):
     """A decoded picture."""
 
@@ -92,7 +83,8 @@ class Engine:
         max_pixels: of a picture, checked before it is decoded.
 
     Raises:
-        TypeError, ValueError: the model cannot be asked for classes or prompts, or there is no preprocessing.
+        TypeError, ValueError: the model cannot be asked for classes or prompts, there is no preprocessing, or
+            `compiled` is another graph.
     """
 
     def __init__(
@@ -103,6 +95,8 @@ class Engine:
         self._explainer, self._listing = explainer, listing
         self._max_pixels = max_pixels
         self._package = None if isinstance(explainer, Explainer) else explainer
+        if compiled is not None:
+            _check_compiled(compiled, listing or explainer)
         self._graph = self._package or compiled  # answers questions about one class, or about none
         if self._package is not None:
             preprocess = preprocess or self._package.preprocess
@@ -228,10 +222,13 @@ class Engine:
     def _check_package(self, picked: tuple[int, ...], against: int | None) -> None:
         if self._package is None:
             return
-        given = self._package.metadata.target_mode == "given"
-        if len(picked) > given or against is not None:
-            told = "at most one class" if given else "no class"
-            raise Refused("bad_target", f"target: expected {told}, since that is what the served package was made for")
+        about = self._package.metadata
+        if against is not None:
+            raise Refused("bad_target", "rather_than: the served package compares no classes; leave it out")
+        most, least = int(about.target_mode == "given"), int(not about.predicts)
+        if not least <= len(picked) <= most:
+            told = f"{least}" if least == most else f"{least} or {most}"
+            raise Refused("bad_target", f"target: expected {told}, as the served package was made, got {len(picked)}")
 
     def explain(self, asked: Sequence[tuple[Picture, Question]]) -> list[Answered | Exception]:
         """Answers, in order; an exception stands for one that could not be answered, and the others are answered."""
@@ -251,7 +248,9 @@ class Engine:
             Exception: whatever the explainer raised.
         """
         blank = Picture(Image.new("RGB", (1, 1)), torch.zeros(len(self._preprocess.mean), *self.facts.image_size))
-        questions = {Question(prompts=() if self.facts.classes else ("a photo",))}
+        prompts = () if self.facts.classes else ("a photo",)
+        headless = self._package is not None and not self._package.metadata.predicts
+        questions = {Question((0,) if headless else (), prompts=prompts)}
         if self._graph is not None and self._package is None:
             questions |= {Question((0, 0))}  # what the graph does not answer
         questions |= {question._replace(top_features=self.facts.top_features) for question in questions}
@@ -293,13 +292,13 @@ class Engine:
         if first.top_features and self._listing is not None:
             explainer = self._listing
         if self._graph is not None and self._for_graph(first):
-            whole = self._graph(images, _one_each(questions))
+            whole = self._graph(images, one_each(questions))
         elif first.prompts:
             whole = explainer(images, first.prompts[0] if len(first.prompts) == 1 else [list(first.prompts)])
         elif self._dual:
-            whole = explainer(images, _plain_targets(questions))
+            whole = explainer(images, plain_targets(questions))
         else:
-            picks = _Picks(questions, images.device)
+            picks = Picks(questions, images.device)
             whole = explainer(images, picks)
             whole = replace(whole, targets=picks.picked.reshape(whole.targets.shape))
         whole = whole.to("cpu")
@@ -312,43 +311,14 @@ class Engine:
         return answers
 
 
-class _Picks:
-    """A function target: the value of each image's own classes, where none is given of the predicted one.
-
-    One call so explains predicted, given and compared classes together. Its questions have equally many targets.
-    """
-
-    def __init__(self, questions: Sequence[Question], device: torch.device) -> None:
-        asked = [question.targets or (-1,) for question in questions]
-        against = [-1 if question.rather_than is None else question.rather_than for question in questions]
-        self._asked = torch.tensor(asked, device=device)  # [B, K]
-        self._against = torch.tensor(against, device=device)[:, None]  # [B, 1]
-        self.picked = self._asked  # [B, K], known after the call
-
-    def __call__(self, logits: Tensor) -> Tensor:  # [B, classes] -> [B], or [B, K]
-        predicted = logits.detach().argmax(-1, keepdim=True)
-        self.picked = torch.where(self._asked < 0, predicted, self._asked)
-        values = logits.gather(1, self.picked)
-        other = logits.gather(1, self._against.clamp(min=0))
-        values = torch.where(self._against < 0, values, values - other)
-        return values[:, 0] if values.shape[1] == 1 else values
-
-
-def _one_each(questions: Sequence[Question]) -> list[int | None] | None:
-    """The class of each question, None where it asks for the predicted one; None if all do."""
-    asked = [question.targets[0] if question.targets else None for question in questions]
-    return asked if any(target is not None for target in asked) else None
-
-
-def _plain_targets(questions: Sequence[Question]) -> Any:
-    """Targets of questions of one kind, as an explainer takes them."""
-    first = questions[0]
-    if not first.targets:
-        return None
-    if len(first.targets) > 1:
-        return [list(question.targets) for question in questions]
-    one = [question.targets[0] for question in questions]
-    return one if first.rather_than is None else Difference(one, [question.rather_than for question in questions])
+def _check_compiled(compiled: CompiledExplainer, explainer: Explainer | Package) -> None:
+    listed = compiled.plan.settings.top_features
+    want = explainer.settings.top_features if isinstance(explainer, Explainer) else 0
+    if compiled.target_mode != "given" or listed != want:
+        raise ValueError(
+            f'compiled: expected a graph of target_mode "given" and top_features {want}, as `listing` has, got '
+            f"{compiled.target_mode!r} and {listed}"
+        )
 
 
 def _value_notices(whole: Explanation) -> set[str]:

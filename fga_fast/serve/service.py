@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 from fga_fast.serve.answers import Form, Packed, pack
 from fga_fast.serve.batcher import Batcher
 from fga_fast.serve.counters import Counters
-from fga_fast.serve.engine import Answered, Engine, Picture, Question
+from fga_fast.serve.engine import Answered, Engine, Picture
 from fga_fast.serve.limits import Limits, Refused
+from fga_fast.serve.questions import Question
 
 logger = logging.getLogger(__name__)
 

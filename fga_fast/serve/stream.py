@@ -12,9 +12,9 @@ from fastapi import WebSocket
 from starlette.websockets import WebSocketDisconnect
 
 from fga_fast.serve.answers import JSON, Form, json_bytes
-from fga_fast.serve.engine import Question
 from fga_fast.serve.guard import same
 from fga_fast.serve.limits import Refused
+from fga_fast.serve.questions import Question
 from fga_fast.serve.service import Service
 
 POLICY, LATER = 1008, 1013  # codes of closing

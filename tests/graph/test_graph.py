@@ -52,7 +52,7 @@ def subject(tiny_vit: Build) -> tuple[nn.Module, Tensor]:
         # It reads all tokens of the last residual stream, whose gradient is that of one.
         ((2,), {}),
         ((0, 1), {"method": "input_x_gradient", "backward": "conservative", "per_block": True}),
-        ((0, 1), {"method": "block_x_gradient", "backward": "conservative"}),
+        ((0, 1), {"method": "block_x_gradient", "backward": "conservative", "ungated": True}),
     ],
     ids=str,
 )  # fmt: skip
@@ -63,12 +63,16 @@ def test_every_setting(tiny_vit: Build, blocks: tuple[int, ...], settings: dict[
     assert_traced(explainer, torch.randn(2, *PIXELS, dtype=DOUBLE))
 
 
-def test_given_targets_and_another_image(subject: tuple[nn.Module, Tensor]) -> None:
+def test_given_targets_and_another_image(subject: tuple[nn.Module, Tensor], tiny_vit: Build) -> None:
+    """-1 is the predicted class, which a model without a head does not have."""
     model, images = subject
     explainer = Explainer(model, {0: sae_for(model)}, preset="published")
     flat = flatten(explainer.plan, images, "given")
     other, targets = torch.randn_like(images), torch.tensor([4, 0])
     agree(run(flat, other, targets), explainer(other, targets), 1e-10)
+    agree(run(flat, other, torch.tensor([-1, 0])), explainer(other, [None, 0]), 1e-10)
+    headless = Explainer(tiny_vit(depth=1, num_classes=0).to(DOUBLE), preset="published")
+    assert flat.predicts and not flatten(headless.plan, images, "given").predicts
 
 
 def test_a_wrapped_tower_and_gradients_switched_off(subject: tuple[nn.Module, Tensor]) -> None:
@@ -322,7 +326,7 @@ def test_classes_that_are_not_there_give_nan(subject: tuple[nn.Module, Tensor]) 
     model, images = subject
     explainer = Explainer(model, {0: sae_for(model)}, per_block=True, preset="published")
     flat = flatten(explainer.plan, images, "given")
-    for beyond in (-1, flat.classes):
+    for beyond in (-2, flat.classes):
         got = run(flat, images, torch.tensor([1, beyond]))
         assert got.targets.tolist() == [1, beyond]
         for tensor in (got.relevance, got.values, got.scores[0], got.gates[0], got.blocks):

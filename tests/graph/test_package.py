@@ -25,7 +25,7 @@ from fga_fast import Explainer, Package, load_package
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_it_computes_what_the_reference_does(predicted_package: Path, count: int) -> None:
     found = load_package(predicted_package)(images(count))
-    expected = explainer(backend="reference", class_names=NAMES)(images(count))
+    expected = explainer(backend="reference", class_names=NAMES, ungated=True)(images(count))
     agree(found, expected, 1e-9)
     assert found.names == tuple(NAMES)
     assert (found.backend, found.backend_reason) == ("native", "package")
@@ -152,11 +152,29 @@ def test_served(predicted_package: Path, given_package: Path) -> None:
             image = PREPROCESS(serving.picture(number))[None].to(getattr(torch, package.metadata.dtype))
             agree(one.explanation, replace(package(image, target), features={}), 1e-5)
         for refused in ([wrong, None], [[1], 2], [[1, 2], None]):
-            with pytest.raises(Refused, match="target: expected"):
+            with pytest.raises(Refused, match=r"(target: expected (0|0 or 1), as|rather_than: the served)"):
                 engine.question(*refused)  # type: ignore[arg-type]
 
 
 # what it refuses
+
+
+@pytest.mark.slow
+def test_models_without_a_head_predict_nothing(given_package: Path, tmp_path: Path) -> None:
+    """So each call must name a feature; the same of the service."""
+    pytest.importorskip("fastapi")
+    from fga_fast.serve.engine import Engine
+    from fga_fast.serve.limits import Refused
+
+    package, two = load_package(copy_of(given_package, tmp_path, predicts=False)), images(2, torch.float32)
+    agree(package(two, 3), load_package(given_package)(two, 3), 1e-9)
+    for targets in (None, [3, None]):
+        with pytest.raises(ValueError, match="this package is of a model without a classification head"):
+            package(two, targets)
+    engine = Engine(package)
+    engine.warm_up(1)
+    with pytest.raises(Refused, match="target: expected 1, as the served package was made, got 0"):
+        engine.question()
 
 
 def test_images_are_checked_as_the_explainer_does(predicted_package: Path) -> None:
@@ -227,6 +245,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"preprocessing": {"mean": [1, 1, None], "std": [1, 1, 1]}}, "preprocessing: mean: expected numbers"),
     ({"preprocessing": []}, "preprocessing: expected an object, got list"),
     ({"preprocessing": {"image_size": [9, 9]}}, "preprocessing: image_size: expected height and width"),
+    ({"predicts": 1}, "predicts: expected true or false, got 1"),
     ({"sha256": "0" * 64}, "is damaged, or not the file that copy.json was written for"),
     ({"machine": {"architecture": "vax", "features": []}}, "was compiled for another processor, this one lacks vax"),
     ({"machine": {"architecture": "vax"}}, "machine: features: expected a list, got nothing"),
@@ -302,7 +321,7 @@ def test_metadata_says_what_it_is(predicted_package: Path) -> None:
     assert about.gate == {"mode": "combined", "base": 2.0, "slope": 1.0}
     assert about.versions == {"fga_fast": fga_fast.__version__, "torch": torch.__version__}
     assert [output.name for output in about.outputs] == [
-        "logits", "targets", "values", "relevance", "scores.0", "scores.1", "gates.0", "gates.1"
+        "logits", "targets", "values", "relevance", "scores.0", "scores.1", "gates.0", "gates.1", "ungated"
     ]  # fmt: skip
     assert package.preprocess == PREPROCESS
     assert {path.name for path in predicted_package.parent.iterdir()} == {"predicted.pt2", "predicted.json"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,7 +35,7 @@ def agrees(found: Any, python: Explanation) -> None:
         if what in ("scores", "gates"):
             close(getattr(found, what)[int(layer)], tensor)
         else:
-            close(found.more[name] if what in ("blocks", "features") else getattr(found, name), tensor)
+            close(found.more[name] if what in ("blocks", "features", "ungated") else getattr(found, name), tensor)
     close(found.heatmap(), python.heatmap())
     close(found.heatmap((37, 20)), python.heatmap((37, 20)))
 
@@ -66,7 +67,7 @@ def test_what_a_session_says_of_itself(session: Any) -> None:
     assert session.class_names == NAMES
 
 
-def test_targets(module: Any, given_package: Path) -> None:
+def test_targets(module: Any, given_package: Path, tmp_path: Path) -> None:
     """In float32, with the strongest features and every block; from images and from pictures."""
     session, python = module.Session(given_package), load_package(given_package)
     four = images(4, torch.float32)
@@ -84,6 +85,14 @@ def test_targets(module: Any, given_package: Path) -> None:
     ):
         with pytest.raises(module.Error, match=f"targets: .*{message}"):
             session.explain(four.numpy(), targets)
+    about = json.loads(given_package.with_suffix(".json").read_text(encoding="utf-8"))
+    headless = Path(shutil.copy(given_package, tmp_path / "headless.pt2"))
+    headless.with_suffix(".json").write_text(json.dumps({**about, "predicts": False}))
+    other = module.Session(headless)
+    agrees(other.explain(four.numpy(), 3), python(four, 3))
+    for targets in (None, [0, 1, -1, 2]):
+        with pytest.raises(module.Error, match="targets: the package is of a model without a classification head"):
+            other.explain(four.numpy(), targets)
 
 
 def test_pixels_are_those_of_pillow(module: Any) -> None:
@@ -195,7 +204,7 @@ def test_packages_are_checked(module: Any, altered: Callable[..., Path], tmp_pat
         module.Session(altered(preprocessing=None)).explain(np.zeros((8, 8, 3), np.uint8))
     outputs = json.loads(altered().with_suffix(".json").read_text())["outputs"]
     path = altered(outputs=outputs[::-1])
-    with pytest.raises(module.Error, match=r"expected gates.1 of shape \[2, 6\] and dtype float64, got \[2, 5\]"):
+    with pytest.raises(module.Error, match=r"expected ungated of shape \[2, 6\] and dtype float64, got \[2, 5\]"):
         module.Session(path).explain(np.zeros((1, *SHAPE), np.float32))
     with pytest.raises(module.Error, match="package: no file"):
         module.Session(tmp_path / "nothing.pt2")

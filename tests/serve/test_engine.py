@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import families
@@ -18,8 +19,9 @@ from PIL import Image
 from torch import Tensor
 
 from fga_fast import Difference, Explainer, Explanation, load_image
-from fga_fast.serve.engine import Answered, Engine, Question
+from fga_fast.serve.engine import Answered, Engine
 from fga_fast.serve.limits import Refused
+from fga_fast.serve.questions import Question
 
 # A question, and the same as targets of the explainer.
 QUESTIONS: list[tuple[dict[str, Any], Any]] = [
@@ -160,8 +162,12 @@ def test_compiled() -> None:
         assert {block: top.patch_index.shape[-1] for block, top in got.features.items()} == (
             dict.fromkeys(want.features, 2) if question.top_features else {}
         )
-    together = [one.batch for one in engine.explain([(engine.decode(serving.png(0)), q) for q in questions])]  # type: ignore[union-attr]
-    assert together == [3, 3, 1, 1, 3]
+    together = engine.explain([(engine.decode(serving.png(0)), question) for question in questions])
+    assert [isinstance(one, Answered) and one.batch for one in together] == [3, 3, 1, 1, 3]
+    for plan, mode in ((asked.plan, "given"), (listing.plan, "predicted")):
+        wrong: Any = SimpleNamespace(plan=plan, target_mode=mode)
+        with pytest.raises(ValueError, match='compiled: expected a graph of target_mode "given" and top_features 4'):
+            Engine(asked, PREPROCESS, listing=listing, compiled=wrong)
 
 
 def test_pictures_are_those_of_files(engine: Engine, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ struct FGA_API Metadata {
   int64_t channels = 0, height = 0, width = 0;
   std::array<int64_t, 2> grid = {0, 0};  // patches: rows, columns
   int64_t classes = 0;
+  bool predicts = false;                 // the model has classes, of which it predicts one
   std::vector<std::string> class_names;  // empty if unknown
   std::optional<Preprocess> preprocess;
   bool targets_given = false;  // true: a call may give the classes to explain; false: explains the predicted class
@@ -60,7 +61,7 @@ struct FGA_API Result {
   Array relevance;                    // [B, P], patches row by row
   std::map<int64_t, Array> scores;    // by block [B, P]
   std::map<int64_t, Array> gates;     // by block [B, P]
-  std::map<std::string, Array> more;  // further outputs by name: signal, the strongest features, blocks
+  std::map<std::string, Array> more;  // further outputs by name: signal, ungated, the strongest features, blocks
   std::array<int64_t, 2> grid;        // patches: rows, columns
   std::array<int64_t, 2> image_size;  // height and width of the model's input
   std::string dtype;                  // of relevance, scores and gates: float64 for float64 models, else float32

@@ -137,7 +137,8 @@ def _metadata(
     return {
         "device": example.device.type, "dtype": str(example.dtype).removeprefix("torch."),
         "batch": batch, "channels": channels, "height": height, "width": width,
-        "grid": plan.layout_for(example).grid, "classes": flat.classes, "target_mode": target_mode,
+        "grid": plan.layout_for(example).grid, "classes": flat.classes, "predicts": flat.predicts,
+        "target_mode": target_mode,
         "gated_blocks": tuple(plan.saes), "outputs": outputs, "backend": plan.choice().name,
         "method": settings.method, "backward": settings.backward, "start_block": flat.start_block,
         "notices": list(flat.notices),

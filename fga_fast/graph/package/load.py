@@ -84,7 +84,7 @@ class Package:
         like = torch.empty(0, dtype=DTYPES[m.dtype], device=self._device)
         checks.check_images(images, m.channels, (m.height, m.width), like)
         count = len(images)
-        given = given_classes("package", m.target_mode, targets, images, m.classes, m.class_names)
+        given = given_classes("package", m.target_mode, targets, images, m.classes, m.class_names, predicts=m.predicts)
         inputs: tuple[Tensor, ...] = (images.detach(), *given)
         if not count:  # run one blank image, to learn dtypes and shapes
             inputs = tuple(t.new_zeros(1, *t.shape[1:]) for t in inputs)

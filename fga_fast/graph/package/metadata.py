@@ -49,8 +49,9 @@ class Metadata:
     grid: tuple[int, int]  # patches (rows, columns)
     preprocess: Preprocess | None  # from pictures to images, if known
     classes: int  # columns of the logits
+    predicts: bool  # the columns are classes, of which one is predicted
     class_names: tuple[str, ...] | None  # one for each of these columns, if known
-    target_mode: TargetMode  # "given": a call takes one class for each image
+    target_mode: TargetMode  # "given": a call may give one class for each image
     gated_blocks: tuple[int, ...]  # blocks with an SAE
     outputs: tuple[Output, ...]  # what the package returns, in order
     backend: Literal["native", "triton", "composite"]  # whose kernels it calls
@@ -169,6 +170,7 @@ def _read(entries: Entries) -> Metadata:
         class_names=None if entries.content.get("class_names") is None else entries.texts("class_names"),
         gated_blocks=entries.wholes("gated_blocks", 0),
         outputs=tuple(_output(Entries(one, f"{entries.where}: outputs")) for one in entries.list("outputs")),
+        predicts=entries.flag("predicts"),
         signed=entries.flag("signed"),
         gate=entries.inner("gate").content,
         notices=entries.texts("notices") if "notices" in entries.content else (),
@@ -223,7 +225,7 @@ def _check(metadata: Metadata, entries: Entries) -> None:
     expected = {"logits": (m.batch, m.classes), "targets": each, "values": each, "relevance": maps}
     expected |= {f"{kind}.{block}": maps for block in m.gated_blocks for kind in ("scores", "gates")}
     found = {output.name: output.shape for output in m.outputs}
-    expected |= {"signal": maps} if "signal" in found else {}
+    expected |= {name: maps for name in ("signal", "ungated") if name in found}
     if len(found) < len(m.outputs):
         raise ValueError(f"{entries.where}: outputs: expected different names, got {[o.name for o in m.outputs]}")
     for name, shape in expected.items():

@@ -253,7 +253,7 @@ async function toggleCamera() {
   find("#said").textContent = "Starting the webcam …";
   state.saidOf = null;
   let last = null;
-  const camera = new Camera(Math.min(...state.model.image_size), {
+  const camera = new Camera(Math.min(...(state.model?.image_size ?? [0])), {
     answered: (answer, frame, pace) => {
       fail(null);
       last = frame;
@@ -267,6 +267,9 @@ async function toggleCamera() {
       find("#pace").hidden = true;
       // The last frame stays, and can be asked about like any picture.
       last?.toBlob((blob) => (state.picture ??= { blob, bitmap: last, name: "webcam" }), "image/png");
+      if (!last) return;
+      state.seen = seenPart(last, state.whole.view, state.whole.image_size, STILL);
+      show(state.whole, state.pace);
     },
   });
   state.camera = camera;

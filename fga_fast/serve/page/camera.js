@@ -3,7 +3,7 @@
 import { Problem, inWords, streamAddress, streamSettings } from "./server.js";
 
 const SHORT_SIDE = 256; // pixels of what is sent and shown, or more if the model sees more
-const MARGIN = 1.15; // most models see the middle, of about this share
+const MARGIN = 1.15; // of the picture to what the model sees of it: most models see the middle
 const QUALITY = 0.85;
 const LONGEST_PAUSE = 500; // ms between frames, however slow the server
 const WINDOW = 2000; // ms over which frames a second are counted
@@ -15,7 +15,10 @@ const REFUSALS = {
 };
 
 export class Camera {
-  /** `seen`: pixels of the shorter side of what the model sees. `answered(answer, frame, pace)` gets each result; `failed(problem)` errors; `ended()` is called once at the end. */
+  /**
+   * `seen`: pixels of the shorter side of what the model sees. `answered(answer, frame, pace)` gets each result;
+   * `failed(problem)` errors; `ended()` is called once at the end.
+   */
   constructor(seen, { answered, failed, ended }) {
     Object.assign(this, { answered, failed, ended, side: Math.max(SHORT_SIDE, seen * MARGIN) });
     this.video = document.createElement("video");

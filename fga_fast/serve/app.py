@@ -9,10 +9,12 @@ from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Header, Query, Request, WebSocket
+from fastapi import Depends, FastAPI, Header, Query, Request, WebSocket
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, Response
+from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
+from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
@@ -36,6 +38,19 @@ _BODY = {
         "content": {**dict.fromkeys(IMAGE_TYPES, _BINARY), "multipart/form-data": _FORM},
     }
 }
+_TEXT = {"type": "string"}
+_ERROR = {
+    "description": "An error; docs/serve.md lists the codes.",
+    "content": {
+        JSON: {
+            "schema": {
+                "type": "object",
+                "properties": {"error": {"type": "object", "properties": {"code": _TEXT, "message": _TEXT}}},
+            }
+        }
+    },
+}
+_BEARER = [Depends(HTTPBearer(auto_error=False))]  # only says in the schema what Guard asks for
 
 
 def make_app(service: Service) -> FastAPI:
@@ -49,9 +64,11 @@ def make_app(service: Service) -> FastAPI:
         finally:
             await service.stop()
 
-    # FastAPI's own pages of documentation load scripts from another host.
-    app = FastAPI(
-        title="fga-fast", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan,
+    # FastAPI's own pages of documentation load scripts from another host. Those of FastAPIOffline have scripts within
+    # them, which our headers forbid; so we take its Swagger UI, and page/docs.html is the page.
+    app = FastAPIOffline(
+        title="fga-fast", version=__version__, docs_url=None, redoc_url=None, static_url="/swagger", lifespan=lifespan,
+        responses={422: _ERROR, "default": _ERROR},
         description="Explains the decisions of a vision transformer. docs/serve.md has the WebSocket at /v1/stream.",
     )  # fmt: skip
 
@@ -85,7 +102,7 @@ def _add_explain(app: FastAPI, service: Service) -> None:
     limits = service.limits
 
     @app.post(
-        "/v1/explain", response_class=Response, openapi_extra=_BODY,
+        "/v1/explain", response_class=Response, openapi_extra=_BODY, dependencies=_BEARER,
         responses={200: {"content": {form: {} for form in FORMS}}},
     )  # fmt: skip
     async def explain(
@@ -148,7 +165,7 @@ def _response(packed: Packed) -> Response:
 def _add_about(app: FastAPI, service: Service) -> None:
     limits = service.limits
 
-    @app.get("/v1/model")
+    @app.get("/v1/model", dependencies=_BEARER)
     async def model() -> dict[str, Any]:
         """What is explained, and what can be asked."""
         facts = service.engine.facts
@@ -162,7 +179,7 @@ def _add_about(app: FastAPI, service: Service) -> None:
             "samples": sorted(service.samples), "cards": service.cards, "version": __version__,
         }  # fmt: skip
 
-    @app.get("/v1/samples/{name}", response_class=FileResponse)
+    @app.get("/v1/samples/{name}", response_class=FileResponse, dependencies=_BEARER)
     async def sample(name: str) -> FileResponse:
         """A picture to try."""
         if name not in service.samples:
@@ -180,7 +197,7 @@ def _add_about(app: FastAPI, service: Service) -> None:
         service.check_ready()
         return {"status": "ready"}
 
-    @app.get("/metrics", response_class=Response)
+    @app.get("/metrics", response_class=Response, dependencies=_BEARER)
     async def metrics() -> Response:
         """Counters and times, for Prometheus."""
         return Response(service.metrics(), media_type=CONTENT_TYPE_LATEST)
@@ -192,6 +209,10 @@ def _add_page(app: FastAPI) -> None:
         if not (PAGE / "index.html").is_file():
             raise Refused("not_found", "this installation has no page; /openapi.json lists the addresses")
         return FileResponse(PAGE / "index.html", headers={"Cache-Control": "no-cache"})
+
+    @app.get("/docs", response_class=FileResponse, include_in_schema=False)
+    async def docs() -> FileResponse:
+        return FileResponse(PAGE / "docs.html")
 
     if PAGE.is_dir():
         app.mount("/static", StaticFiles(directory=PAGE), name="static")

@@ -26,7 +26,7 @@ _OPEN = ("/healthz", "/readyz")  # asked by what starts and stops servers
 
 
 class Guard:
-    """ASGI middleware. With a token it protects /v1/, /metrics and /openapi.json; the page itself holds no secret.
+    """ASGI middleware. With a token it protects /v1/ and /metrics; the pages and the schema hold no secret.
 
     Browsers cannot send a token's header with a WebSocket, so stream.py takes it in the first message too.
 
@@ -70,7 +70,7 @@ class Guard:
         origin = headers.get("origin")
         if origin is not None and _parts(origin).netloc != headers.get("host") and path not in _OPEN:
             raise Refused("cross_origin", "Origin: pages of other sites may not use this server")
-        guarded = path.startswith("/v1/") or path in ("/metrics", "/openapi.json")
+        guarded = path.startswith("/v1/") or path == "/metrics"
         given = headers.get("authorization")
         if scope["type"] == "websocket":
             scope["fga_fast.authorised"] = self._token is None or given is not None

@@ -107,6 +107,19 @@ def test_a_package_that_explains_any_class(given_package: Path, visit: Visit) ->
         expect(page.locator("#problem")).to_be_empty()
 
 
+def test_the_interface_is_shown_and_can_be_tried(visit: Visit) -> None:
+    engine = Engine(Explainer(fashion_model()), preprocess(), name="guarded")
+    with served(engine, token=TOKEN) as url, visit(url + "docs") as page:
+        page.get_by_role("button", name="Authorize").click()
+        page.locator(".auth-container input").fill(TOKEN)
+        page.locator(".auth-container").get_by_role("button", name="Apply credentials").click()
+        page.get_by_role("button", name="Close").click()
+        page.get_by_role("button", name="GET /v1/model Model").click()
+        page.get_by_role("button", name="Try it out").click()
+        page.get_by_role("button", name="Execute").click()
+        expect(page.locator(".live-responses-table")).to_contain_text('"model": "guarded"')
+
+
 def test_a_server_with_a_token(visit: Visit) -> None:
     engine = Engine(Explainer(fashion_model()), preprocess(), name="guarded")
     scene = fashion_scenes()[0]

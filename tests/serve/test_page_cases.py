@@ -109,7 +109,8 @@ def test_a_package_that_explains_any_class(given_package: Path, visit: Visit) ->
 
 def test_the_interface_is_shown_and_can_be_tried(visit: Visit) -> None:
     engine = Engine(Explainer(fashion_model()), preprocess(), name="guarded")
-    with served(engine, token=TOKEN) as url, visit(url + "docs") as page:
+    with served(engine, token=TOKEN) as url, visit(url, refusals=True) as page:
+        page.goto(url + "docs")
         page.get_by_role("button", name="Authorize").click()
         page.locator(".auth-container input").fill(TOKEN)
         page.locator(".auth-container").get_by_role("button", name="Apply credentials").click()

@@ -11,6 +11,8 @@ from fga_fast.explainer import Explainer
 from fga_fast.io.window import Window, check_window
 from fga_fast.settings import PRESETS, Backend, Backward, Gate, Method, Preset
 
+MODEL = "a timm model, hf:FOLDER for an image classifier of transformers, or MODULE:FUNCTION of your own"
+
 
 def add_subject(parser: argparse.ArgumentParser) -> None:
     """Adds what `load_subject` reads, except for the model's name."""

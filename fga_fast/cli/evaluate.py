@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from fga_fast.cli import arguments, items, recipe
+from fga_fast.cli.other_models import own_function
 from fga_fast.dataset.items import Item, Split, choose
 from fga_fast.evaluation import report, store, wording
 from fga_fast.evaluation.examples import examples
@@ -37,7 +37,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "command is given again. Without images: the scenes of the shipped fashion demo.",
     )
     items.add_items(parser)
-    parser.add_argument("--model", metavar="TIMM_NAME", help="a timm model (default: the shipped fashion demo model)")
+    parser.add_argument("--model", metavar="MODEL", help=f"{arguments.MODEL} (default: the shipped fashion demo model)")
     recipe.add_recipe(parser)
     arguments.add_subject(parser)
     arguments.add_window(parser)
@@ -64,7 +64,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )  # fmt: skip
     parser.add_argument(
         "--probability", choices=("softmax", "sigmoid"),
-        help="of logits; sigmoid where classes do not exclude each other (default: softmax; of the demo model sigmoid)",
+        help="of logits; sigmoid where classes do not exclude each other (default: what the model says, else softmax)",
     )  # fmt: skip
     parser.add_argument(
         "--split", choices=("report", "tune", "both"),
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     path = evaluate(
         subject, found, methods, _metrics(args, chosen), out=args.out, batch_size=args.batch_size, split=split,
         seed=args.seed or 0, limit=args.limit, variant=args.variant or "paper", preprocess=preprocess,
-        window=window, probability=args.probability or ("sigmoid" if args.model is None else "softmax"),
+        window=window, probability=args.probability or ("sigmoid" if loaded.multi_label else "softmax"),
     )  # fmt: skip
     table, settings = store.read(path), store.settings(args.out)
     baselines = args.baseline or list(BASELINES)
@@ -123,28 +123,11 @@ def _methods(args: argparse.Namespace, saes: bool) -> dict[str, Method]:
         elif args.methods not in ([], ["all"]):
             raise ValueError(f"--methods: {name} needs autoencoders; give --sae BLOCK=PATH, or leave the method out")
     for text in args.method:
-        name, method = _own(text)
+        name, method = own_function(text, "--method", "mine:my_map")
         if name in found:
             raise ValueError(f"--method: expected a function with a name of its own, got {name} twice; rename it")
         found[name] = method
     return found
-
-
-def _own(text: str) -> tuple[str, Method]:
-    """The function that MODULE:FUNCTION names; modules are also found in the working folder."""
-    module, colon, name = text.partition(":")
-    if not colon or not module or not name:
-        raise ValueError(f"--method: expected MODULE:FUNCTION, such as mine:my_map, got {text!r}")
-    folder = str(Path.cwd())
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    try:
-        method = getattr(importlib.import_module(module), name, None)
-    except Exception as error:  # whatever a user's file does
-        raise ValueError(f"--method: cannot import {module}: {type(error).__name__}: {error}") from error
-    if not callable(method):
-        raise ValueError(f"--method: expected a function {name} in {module}, got {type(method).__name__}")
-    return name, method
 
 
 def _metrics(args: argparse.Namespace, chosen: list[Item]) -> list[str]:

@@ -42,7 +42,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "images", nargs="*", metavar="IMAGE",
         help="image files, folders of them, or patterns such as 'scans/**/*.png' (default: demo scenes)",
     )  # fmt: skip
-    parser.add_argument("--model", metavar="TIMM_NAME", help="a timm model (default: the shipped fashion demo model)")
+    parser.add_argument("--model", metavar="MODEL", help=f"{arguments.MODEL} (default: the shipped fashion demo model)")
     arguments.add_package(parser)
     arguments.add_subject(parser)
     parser.add_argument(

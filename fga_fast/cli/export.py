@@ -22,7 +22,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--package OUT.pt2`, fga_fast.load_package and the C++ runtime read them. Takes a minute or so and needs a C++ "
         "compiler. The package runs on processors like this one.",
     )
-    parser.add_argument("model", metavar="MODEL", help="a timm model, or 'demo': the shipped fashion demo model")
+    parser.add_argument("model", metavar="MODEL", help=f"{arguments.MODEL}, or 'demo': the shipped fashion demo model")
     parser.add_argument("out", metavar="OUT.pt2", type=Path, help="the package to write")
     arguments.add_subject(parser)
     arguments.add_settings(parser)

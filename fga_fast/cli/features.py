@@ -31,7 +31,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--harvest", type=Path, required=True, metavar="DIR", help="a folder that `fga-fast harvest` wrote"
     )
-    parser.add_argument("--model", metavar="TIMM_NAME", help="a timm model (default: the shipped fashion demo model)")
+    parser.add_argument("--model", metavar="MODEL", help=f"{arguments.MODEL} (default: the shipped fashion demo model)")
     arguments.add_subject(parser)
     arguments.add_window(parser)
     parser.add_argument(

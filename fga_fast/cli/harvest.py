@@ -27,7 +27,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "goes on when the same command is given again. Without images: the scenes of the shipped fashion demo.",
     )
     add_items(parser)
-    parser.add_argument("--model", metavar="TIMM_NAME", help="a timm model (default: the shipped fashion demo model)")
+    parser.add_argument("--model", metavar="MODEL", help=f"{arguments.MODEL} (default: the shipped fashion demo model)")
     arguments.add_weights(parser)
     arguments.add_window(parser)
     parser.add_argument(

@@ -28,7 +28,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "demo with its autoencoders; without images: its scenes. docs/sae_report.md explains the numbers.",
     )
     items.add_items(parser)
-    parser.add_argument("--model", metavar="TIMM_NAME", help="a timm model (default: the shipped fashion demo model)")
+    parser.add_argument("--model", metavar="MODEL", help=f"{arguments.MODEL} (default: the shipped fashion demo model)")
     arguments.add_subject(parser)
     parser.add_argument(
         "--second", action="extend", nargs="+", default=[], metavar="BLOCK=PATH",

@@ -29,7 +29,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "ask it. `fga-fast serve demo` serves the shipped fashion demo.",
     )
     parser.add_argument("demo", nargs="?", choices=("demo",), help="the shipped fashion demo model")
-    parser.add_argument("--model", metavar="TIMM_NAME", help="a timm model")
+    parser.add_argument("--model", metavar="MODEL", help=arguments.MODEL)
     arguments.add_package(parser)
     arguments.add_subject(parser)
     arguments.add_settings(parser)

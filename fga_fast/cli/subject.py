@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fga_fast.cli.other_models import is_other
+from fga_fast.cli.other_models import load as load_other
 from fga_fast.io.checkpoint import Checkpoint
 from fga_fast.io.images import Preprocess
 from fga_fast.models.timm_import import import_timm
@@ -47,10 +49,10 @@ def target_number(given: str, classes: int, names: Sequence[str] | None) -> int:
 
 
 def load_subject(args: argparse.Namespace, make: Callable[[argparse.Namespace], Subject] | None = None) -> Subject:
-    """The subject that the arguments name: a timm model, or without --model the shipped fashion demo.
+    """The subject that the arguments name: a model of timm, transformers or the user's, or the shipped fashion demo.
 
     Args:
-        make: makes the subject with --model, if that is not a model of timm; it gives no autoencoders.
+        make: makes the subject with --model, if that is none of these; it gives no autoencoders.
     """
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -59,9 +61,9 @@ def load_subject(args: argparse.Namespace, make: Callable[[argparse.Namespace], 
         for name in ("checkpoint", "checkpoint_key", "pretrained", "random_weights"):
             if getattr(args, name):
                 flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{flag}: expected --model TIMM_NAME with it; without --model the demo is explained")
+                raise ValueError(f"{flag}: expected --model MODEL with it; without --model the demo is explained")
     saes = _load_saes(args)
-    subject = _fashion_subject() if args.model is None else (make or _timm_subject)(args)
+    subject = _fashion_subject() if args.model is None else (make or _named_subject)(args)
     saes = saes or subject.saes
     model = subject.model.to(device).eval().requires_grad_(False)
     return replace(subject, model=model, saes={block: sae.to(device) for block, sae in saes.items()})
@@ -96,6 +98,13 @@ def _fashion_subject() -> Subject:
     config, model = fashion_config(), fashion_model()
     preprocess = Preprocess((config.model_args["img_size"],) * 2, config.mean, config.std)
     return Subject("the fashion demo model", model, preprocess, fashion_saes(), config.class_names, True)
+
+
+def _named_subject(args: argparse.Namespace) -> Subject:
+    if not is_other(args.model):
+        return _timm_subject(args)
+    model, preprocess, names, several = load_other(args)
+    return Subject(args.model, model, preprocess, {}, names, multi_label=several)
 
 
 def _timm_subject(args: argparse.Namespace) -> Subject:

@@ -41,7 +41,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     add_items(parser)
     parser.add_argument("--harvest", type=Path, metavar="DIR", help="what `fga-fast harvest` wrote, instead of images")
-    parser.add_argument("--model", metavar="TIMM_NAME", help="a timm model that runs on the images in every step")
+    parser.add_argument("--model", metavar="MODEL", help=f"{arguments.MODEL}; it runs on the images in every step")
     arguments.add_weights(parser)
     arguments.add_window(parser)
     parser.add_argument(

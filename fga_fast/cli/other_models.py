@@ -71,8 +71,7 @@ def _own(text: str) -> Loaded:
     if len(parts) not in (2, 3) or not isinstance(parts[0], nn.Module) or not isinstance(parts[1], Preprocess):
         kinds = ", ".join(type(part).__name__ for part in parts)
         raise ValueError(
-            f"--model: expected {name}() to return a model and its Preprocess, and if you like names, got "
-            f"({kinds})"
+            f"--model: expected {name}() to return a model and its Preprocess, and if you like names, got ({kinds})"
         )
     names = None if len(parts) == 2 or parts[2] is None else [str(one) for one in parts[2]]
     return parts[0], parts[1], names, False
@@ -100,6 +99,8 @@ def _hugging_face(name: str, download: bool) -> Loaded:
 
 def preprocess_of(settings: dict[str, Any]) -> Preprocess:
     """The `Preprocess` of a transformers' image processor.
+
+    Where a crop cannot be in the middle, it is half a pixel to the other side.
 
     Raises:
         ValueError: it does what `Preprocess` cannot.

@@ -51,7 +51,8 @@ def by_model(args: argparse.Namespace) -> Way:
 
     @torch.no_grad()
     def forward(images: Tensor) -> Tensor:  # [B, channels, H, W] -> [B, classes]
-        logits: Tensor = subject.model(images)
+        output = subject.model(images)
+        logits: Tensor = getattr(output, "logits", output)  # Hugging Face models return an object
         return logits
 
     blank = torch.zeros(1, explainer.layout.in_chans, *subject.preprocess.image_size, device=args.device)

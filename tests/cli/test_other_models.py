@@ -100,7 +100,6 @@ def test_refusals(refused: Refused, tmp_path: Path) -> None:
         ("hf:nowhere", ["--checkpoint", "a.pt"], "--checkpoint: expected none with --model hf:nowhere"),
     ):  # fmt: skip
         assert message in refused(*given, name, *more)
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_classifier_of_transformers(tmp_path: Path) -> None:
@@ -128,7 +127,7 @@ def test_a_classifier_of_transformers(tmp_path: Path) -> None:
     [
         {"size": {"height": 24, "width": 32}},
         {"size": {"height": 30, "width": 30}, "resample": 3, "do_normalize": False},
-        {"size": {"shortest_edge": 37}, "crop_size": {"height": 32, "width": 32}, "resample": 3},
+        {"size": {"shortest_edge": 38}, "crop_size": {"height": 32, "width": 32}, "resample": 3},
     ],
     ids=["squashed", "as it is", "cropped"],
 )

@@ -30,6 +30,7 @@ export class Camera {
     this.last = -1;
     this.trip = 0; // ms, the last round trip
     this.stopped = false;
+    this.encoding = false; // a picture is on its way out
   }
 
   /** Opens camera and connection; throws a Problem if there is no camera. */
@@ -92,18 +93,19 @@ export class Camera {
    * few are sent in vain.
    */
   async _frame() {
+    this._wait(); // at once, since the camera does not wait until this picture is encoded
     const now = performance.now();
     const pause = Math.min(this.trip / 3, LONGEST_PAUSE);
-    if (now - (this.before ?? -Infinity) >= pause && this.socket.bufferedAmount === 0 && this.video.videoWidth) {
-      this.before = now;
-      const canvas = this._picture();
-      const blob = await new Promise((resolve) => canvas.toBlob(resolve, "image/jpeg", QUALITY));
-      if (blob && this.socket.readyState === WebSocket.OPEN) {
-        this.frames.set(this.sent++, { canvas, sent: now });
-        this.socket.send(blob);
-      }
-    }
-    this._wait();
+    const early = now - (this.before ?? -Infinity) < pause;
+    if (early || this.encoding || this.socket.bufferedAmount > 0 || !this.video.videoWidth) return;
+    this.before = now;
+    this.encoding = true;
+    const canvas = this._picture();
+    const blob = await new Promise((resolve) => canvas.toBlob(resolve, "image/jpeg", QUALITY));
+    this.encoding = false;
+    if (!blob || this.stopped || this.socket.readyState !== WebSocket.OPEN) return;
+    this.frames.set(this.sent++, { canvas, sent: now });
+    this.socket.send(blob);
   }
 
   _picture() {

@@ -6,7 +6,7 @@
 # PYTHON is the interpreter of an environment that has torch. Works from a copy, out of reach of the repository, so that
 # what is imported is what was installed.
 set -euo pipefail
-python=$1 wheel=$(realpath "$2")
+python=$(realpath -s "$(command -v "$1")") wheel=$(realpath "$2") # -s: an environment knows itself by its link
 cd "$(dirname "$0")/.."
 work=$(mktemp -d "${TMPDIR:-/tmp}/fga_fast_wheel.XXXXXX")
 trap 'rm -rf "$work"' EXIT

@@ -85,14 +85,21 @@ def _hugging_face(name: str, download: bool) -> Loaded:
     transformers = need("transformers")
     settings = {"local_files_only": not download, "trust_remote_code": False}
     try:
-        model = transformers.AutoModelForImageClassification.from_pretrained(name, use_safetensors=True, **settings)
+        described, _ = transformers.PretrainedConfig.get_config_dict(name, **settings)
+        # These would load what transformers itself does not check: any model of timm, or other weights beside these.
+        if described.get("model_type") == "timm_wrapper" or (Path(name) / "adapter_config.json").exists():
+            raise ValueError("a model of timm or an adapter; name the model of timm itself, or write a function")
+        model = transformers.AutoModelForImageClassification.from_pretrained(
+            name, use_safetensors=True, attn_implementation="sdpa", **settings
+        )  # which also keeps the folder from naming a kernel of the Hub
         processor = transformers.AutoImageProcessor.from_pretrained(name, **settings)
     except Exception as error:  # the library raises many kinds
         hint = "" if download else "; --pretrained lets transformers download it"
         raise ValueError(f"--model: transformers cannot load an image classifier {name!r} ({error}){hint}") from error
     config = model.config
-    labels: dict[int, str] = config.id2label
-    names = None if labels[0] == "LABEL_0" else [labels[number] for number in range(len(labels))]
+    labels = {int(number): str(label) for number, label in (config.id2label or {}).items()}
+    known = labels.get(0) != "LABEL_0" and [*sorted(labels)] == [*range(config.num_labels)]
+    names = [labels[number] for number in range(config.num_labels)] if known else None
     several = config.problem_type == "multi_label_classification"
     return model, preprocess_of(processor.to_dict()), names, several
 
@@ -107,10 +114,14 @@ def preprocess_of(settings: dict[str, Any]) -> Preprocess:
     """
     size, crop = dict(settings.get("size") or {}), dict(settings.get("crop_size") or {})
     scale, filtered = float(settings.get("rescale_factor") or 0), _FILTERS.get(settings.get("resample", 2))
-    mean, std = (tuple(settings[name]) for name in ("image_mean", "image_std"))
+    mean, std = (tuple(settings.get(name) or ()) for name in ("image_mean", "image_std"))
     if not settings.get("do_normalize", True):
         mean, std = (0.0,) * len(mean), (1.0,) * len(std)
+    # What other processors do besides; LeViT's resizes to another size than it says.
+    more = any(settings.get(name) for name in ("do_pad", "do_flip_channel_order", "rescale_offset"))
+    more = more or "Levit" in str(settings.get("image_processor_type"))
     usual = settings.get("do_resize", True) and settings.get("do_rescale", True) and abs(255 * scale - 1) < 1e-3
+    usual = usual and bool(mean) and bool(std) and not more
     if usual and filtered and not settings.get("do_center_crop") and size.keys() >= {"height", "width"}:
         return Preprocess((size["height"], size["width"]), mean, std, interpolation=filtered, squash=True)
     if usual and filtered and settings.get("do_center_crop") and size.get("shortest_edge"):

@@ -204,15 +204,18 @@ def _add_about(app: FastAPI, service: Service) -> None:
 
 
 def _add_page(app: FastAPI) -> None:
+    def file(name: str) -> FileResponse:
+        if not (PAGE / name).is_file():
+            raise Refused("not_found", "this installation has no page; /openapi.json lists the addresses")
+        return FileResponse(PAGE / name, headers={"Cache-Control": "no-cache"})
+
     @app.get("/", response_class=FileResponse, include_in_schema=False)
     async def page() -> FileResponse:
-        if not (PAGE / "index.html").is_file():
-            raise Refused("not_found", "this installation has no page; /openapi.json lists the addresses")
-        return FileResponse(PAGE / "index.html", headers={"Cache-Control": "no-cache"})
+        return file("index.html")
 
     @app.get("/docs", response_class=FileResponse, include_in_schema=False)
     async def docs() -> FileResponse:
-        return FileResponse(PAGE / "docs.html")
+        return file("docs.html")
 
     if PAGE.is_dir():
         app.mount("/static", StaticFiles(directory=PAGE), name="static")

@@ -122,6 +122,17 @@ def test_a_classifier_of_transformers(tmp_path: Path) -> None:
     assert about["explained"][0]["name"] == "eel" and about["explained"][0]["probability"] is not None
 
 
+def test_folders_that_hide_another_model(tmp_path: Path, refused: Refused) -> None:
+    pytest.importorskip("transformers")
+    config = {"model_type": "timm_wrapper", "architecture": "hf-hub:some/where", "num_labels": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    asked = ["explain", SCENE, "--model", f"hf:{tmp_path}", "--out", tmp_path / "out"]
+    assert "a model of timm or an adapter; name the model of timm itself" in refused(*asked)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}), encoding="utf-8")
+    (tmp_path / "adapter_config.json").write_text("{}", encoding="utf-8")
+    assert "a model of timm or an adapter" in refused(*asked)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -150,7 +161,8 @@ def test_preprocessing_that_is_not_known() -> None:
     assert preprocess_of(known).squash
     for change in (
         {"rescale_factor": 1 / 127.5}, {"do_resize": False}, {"resample": 1}, {"size": {"longest_edge": 24}},
-        {"do_center_crop": True},
+        {"do_center_crop": True}, {"do_pad": True}, {"image_mean": None},
+        {"image_processor_type": "LevitImageProcessor"},
     ):  # fmt: skip
         with pytest.raises(ValueError, match="--model: the image processor's settings are not known here"):
             preprocess_of({**known, **change})

@@ -70,6 +70,22 @@ def test_the_other_metrics() -> None:
     assert against["block_x_gradient_gated", "transmm", "sensitivity"].verdict == "worse"
 
 
+def test_the_other_metrics_on_few_cells() -> None:
+    analysis = analysed("solar", "others")
+    found = compared(analysis)
+    means = {(one.method, one.metric): one.mean for one in analysis.summaries}
+    assert found["fga", "transmm", "insertion"].verdict == "better"
+    shown = [f"{means[method, 'sensitivity']:.3f}" for method in ("block_x_gradient", "fga", "transmm")]
+    assert shown == ["0.053", "0.011", "0.002"]
+    for baseline in PUBLISHED:
+        gains = {metric: one.gain for (method, base, metric), one in found.items() if (method, base) == (
+            "block_x_gradient", baseline)}  # fmt: skip
+        assert found["block_x_gradient", baseline, "sensitivity"].verdict == "worse"
+        assert min(gains["insertion"], gains["deletion"], gains["road_most_first"]) > 0 > gains["road_least_first"]
+        for metric in ("insertion", "deletion", "road_most_first", "road_least_first", "randomisation_whole"):
+            assert found["block_x_gradient", baseline, metric].verdict == "open"
+
+
 def test_the_new_cells() -> None:
     """They were in no run before; the default is better than TransMM, and under two of three metrics than FGA."""
     new = {*store.read(STUDIES / "solar" / "confirm").column("image").to_pylist()}

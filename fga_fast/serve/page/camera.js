@@ -5,6 +5,7 @@ import { Problem, inWords, streamAddress, streamSettings } from "./server.js";
 const SHORT_SIDE = 256; // pixels of what is sent and shown, or more if the model sees more
 const MARGIN = 1.15; // of the picture to what the model sees of it: most models see the middle
 const QUALITY = 0.85;
+const MOST = 8; // frames without an answer, while the first is on its way
 const LONGEST_PAUSE = 500; // ms between frames, however slow the server
 const WINDOW = 2000; // ms over which frames a second are counted
 
@@ -96,7 +97,7 @@ export class Camera {
     this._wait(); // at once, since the camera does not wait until this picture is encoded
     const now = performance.now();
     const pause = Math.min(this.trip / 3, LONGEST_PAUSE);
-    const early = now - (this.before ?? -Infinity) < pause;
+    const early = now - (this.before ?? -Infinity) < pause || this.frames.size >= MOST;
     if (early || this.encoding || this.socket.bufferedAmount > 0 || !this.video.videoWidth) return;
     this.before = now;
     this.encoding = true;

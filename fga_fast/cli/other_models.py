@@ -33,7 +33,9 @@ def load(args: argparse.Namespace) -> Loaded:
         ValueError, ImportError: it cannot be loaded, or other options do not go with it.
     """
     name: str = args.model
-    for option in ("checkpoint", "random_weights", *([] if name.startswith(_HUGGING_FACE) else ["pretrained"])):
+    options = ["checkpoint", "checkpoint_key", "random_weights"]
+    options += [] if name.startswith(_HUGGING_FACE) else ["pretrained"]
+    for option in options:
         if getattr(args, option):
             flag = "--" + option.replace("_", "-")
             raise ValueError(f"{flag}: expected none with --model {name}, which brings its weights; leave it out")
@@ -126,9 +128,10 @@ def preprocess_of(settings: dict[str, Any]) -> Preprocess:
         return Preprocess((size["height"], size["width"]), mean, std, interpolation=filtered, squash=True)
     if usual and filtered and settings.get("do_center_crop") and size.get("shortest_edge"):
         # A trifle less, so that rounding does not cost a pixel of the resized picture.
-        share = crop["height"] / (size["shortest_edge"] + 1e-6)
-        if crop["height"] == crop["width"] and share <= 1:
-            return Preprocess((crop["height"], crop["width"]), mean, std, crop_pct=share, interpolation=filtered)
+        side = crop.get("height", 0)
+        share = side / (size["shortest_edge"] + 1e-6)
+        if side == crop.get("width") and 0 < share <= 1:
+            return Preprocess((side, side), mean, std, crop_pct=share, interpolation=filtered)
     raise ValueError(
         f"--model: the image processor's settings are not known here: {settings}; write a function that returns the "
         "model and a Preprocess, and give --model MODULE:FUNCTION"

@@ -51,9 +51,7 @@ def by_model(args: argparse.Namespace) -> Way:
 
     @torch.no_grad()
     def forward(images: Tensor) -> Tensor:  # [B, channels, H, W] -> [B, classes]
-        output = subject.model(images)
-        logits: Tensor = getattr(output, "logits", output)  # Hugging Face models return an object
-        return logits
+        return explainer.plan.readout.run(images)
 
     blank = torch.zeros(1, explainer.layout.in_chans, *subject.preprocess.image_size, device=args.device)
     classes = forward(blank).shape[1]

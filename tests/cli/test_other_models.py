@@ -97,6 +97,7 @@ def test_refusals(refused: Refused, tmp_path: Path) -> None:
         ("users_models:named", ["--pretrained"], "--pretrained: expected none with --model users_models:named"),
         ("users_models:named", ["--random-weights"], "--random-weights: expected none with --model"),
         ("hf:nowhere", [], "--model: transformers cannot load an image classifier 'nowhere'"),
+        ("users_models:named", ["--checkpoint-key", "model"], "--checkpoint-key: expected none with --model"),
         ("hf:nowhere", ["--checkpoint", "a.pt"], "--checkpoint: expected none with --model hf:nowhere"),
     ):  # fmt: skip
         assert message in refused(*given, name, *more)
@@ -161,7 +162,8 @@ def test_preprocessing_that_is_not_known() -> None:
     assert preprocess_of(known).squash
     for change in (
         {"rescale_factor": 1 / 127.5}, {"do_resize": False}, {"resample": 1}, {"size": {"longest_edge": 24}},
-        {"do_center_crop": True}, {"do_pad": True}, {"image_mean": None},
+        {"do_center_crop": True}, {"do_center_crop": True, "size": {"shortest_edge": 24}, "crop_size": {"width": 8}},
+        {"do_pad": True}, {"image_mean": None},
         {"image_processor_type": "LevitImageProcessor"},
     ):  # fmt: skip
         with pytest.raises(ValueError, match="--model: the image processor's settings are not known here"):

@@ -78,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         from fga_fast.serve.server import serve
         from fga_fast.serve.service import Service
+        from fga_fast.serve.threads import apart
     except ImportError as error:
         raise ImportError(f"serve needs {error.name}: pip install 'fga_fast[serve]'") from error
     limits, token = _limits(args), _token(args)
@@ -86,7 +87,8 @@ def run(args: argparse.Namespace) -> int:
         from fga_fast.assets import fashion_scenes
 
         samples = {path.name: path for path in fashion_scenes()}
-    engine = _package_engine(args, limits) if args.package is not None else _model_engine(args, limits)
+    load = _model_engine if args.package is None else _package_engine
+    engine = apart(lambda: load(args, limits))
     service = Service(engine, limits, token=token, hosts=args.allow_host, samples=samples, cards=args.cards)
     print(f"fga-fast: {engine.facts.model} is warming up", flush=True)
     serve(service, args.host, args.port, lambda url: print(f"fga-fast: serving at {url}", flush=True))

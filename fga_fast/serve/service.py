@@ -7,7 +7,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +17,7 @@ from fga_fast.serve.counters import Counters
 from fga_fast.serve.engine import Answered, Engine, Picture
 from fga_fast.serve.limits import Limits, Refused
 from fga_fast.serve.questions import Question
+from fga_fast.serve.threads import loners
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Service:
             self.engine.explain, max_batch=limits.max_batch, max_wait=limits.max_wait, limit=limits.queue,
             watch=self.counters.batch.observe,
         )  # fmt: skip
-        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="fga-fast decode")
+        self._pool = loners(_THREADS, "fga-fast decode")
         self.ready = asyncio.Event()
         self._warming = asyncio.create_task(self._warm_up())
 

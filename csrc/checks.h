@@ -42,6 +42,7 @@ inline const char* name_of(ScalarType t) {
     case ScalarType::Half: return "float16";
     case ScalarType::BFloat16: return "bfloat16";
     case ScalarType::Long: return "int64";
+    case ScalarType::Short: return "int16";
     default: return torch::headeronly::toString(t);
   }
 }

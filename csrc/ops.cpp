@@ -15,7 +15,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> score_cpu(const Tensor&, cons
                                                              const Tensor&, const Tensor&, const Tensor&,
                                                              const std::optional<Tensor>&, const std::optional<Tensor>&,
                                                              const std::optional<Tensor>&, const std::optional<Tensor>&,
+                                                             const std::optional<Tensor>&, const std::optional<Tensor>&,
                                                              int64_t, int64_t, bool, int64_t, int64_t);
+std::tuple<Tensor, Tensor> round_encoder_cpu(const Tensor&);
 Tensor gate_cpu(const Tensor&, double, double);
 
 // Carrier and gate port hold zeros in the forward pass: they exist for what travels along them in the backward pass.
@@ -52,10 +54,11 @@ STABLE_TORCH_LIBRARY(fga_fast, m) {
       " Tensor lse, Tensor? image, float scale, bool is_signed) -> Tensor row_out");
   m.def(
       "score(Tensor x, Tensor g, Tensor? image, Tensor W_enc_t, Tensor bias, Tensor W_dec, Tensor? theta,"
-      " Tensor? gate_scale, Tensor? mag_bias, Tensor? permutation, int activation, int normalize, bool weigh, int k,"
-      " int top_features)"
+      " Tensor? gate_scale, Tensor? mag_bias, Tensor? permutation, Tensor? encoder, Tensor? limits, int activation,"
+      " int normalize, bool weigh, int k, int top_features)"
       " -> (Tensor scores, Tensor patch_index, Tensor patch_contribution, Tensor image_index, Tensor "
       "image_contribution)");
+  m.def("round_encoder(Tensor W_enc_t) -> (Tensor encoder, Tensor limits)");
   m.def("gate(Tensor scores, float base, float slope) -> Tensor");
 }
 
@@ -63,5 +66,6 @@ STABLE_TORCH_LIBRARY_IMPL(fga_fast, CPU, m) {
   m.impl("attention", TORCH_BOX(&fga::tapped_attention_cpu));
   m.impl("attention_backward", TORCH_BOX(&fga::attention_backward_cpu));
   m.impl("score", TORCH_BOX(&fga::score_cpu));
+  m.impl("round_encoder", TORCH_BOX(&fga::round_encoder_cpu));
   m.impl("gate", TORCH_BOX(&fga::gate_cpu));
 }

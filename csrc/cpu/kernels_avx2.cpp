@@ -1,5 +1,6 @@
-// attention_kernel.h and score_kernel.h compiled for avx2; isa.h says when it is used.
+// attention_kernel.h, score_kernel.h and bound_kernel.h compiled for avx2; isa.h says when it is used.
 #include "attention.h"
+#include "bound.h"
 #include "isa.h"
 #include "score.h"
 
@@ -20,5 +21,6 @@ namespace fga::avx2 {
 #include "vector.h"
 #include "attention_kernel.h"
 #include "score_kernel.h"
+#include "bound_kernel.h"
 }  // namespace fga::avx2
 #endif

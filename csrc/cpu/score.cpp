@@ -2,6 +2,7 @@
 // what follows is score_kernel.h. Nothing of size P x F is kept: the tile of pre-activations is the only buffer.
 #include "isa.h"
 #include "score_arguments.h"
+#include "score_bounded.h"
 
 #include <algorithm>
 #include <cmath>
@@ -27,12 +28,16 @@ namespace fga {
 
 namespace {
 
-constexpr int64_t kRangePatches = 128;               // patches of one work item; accumulate() has room for 256
-constexpr int64_t kTileBytes = int64_t{8} << 20;     // pre-activations of one tile; smaller ones pack x more often
-constexpr int64_t kDecoderBytes = int64_t{1} << 19;  // decoder rows of one block of features
+constexpr int64_t kRangePatches = 128;                   // patches of one work item; accumulate() has room for 256
+constexpr int64_t kTileBytes = int64_t{8} << 20;         // pre-activations of one tile; smaller ones pack x more often
+constexpr int64_t kBoundedTileBytes = int64_t{1} << 20;  // ... which the bounded product does not do
+constexpr int64_t kDecoderBytes = int64_t{1} << 19;      // decoder rows of one block of features
 // Share of active features above which a second dense product beats gathering decoder rows: 0.30 with one thread and
 // 0.29 with two, measured by benchmarks/bench_score.py on a 2-core Xeon with AVX-512 at commit 975aadd.
 constexpr double kDenseShare = 0.3;
+// Share of features that may be on above which the dense product of the encoder beats the bounded one.
+constexpr double kBoundedShare = 0.15;
+constexpr int64_t kTilesUntilRetry = 8;
 
 Tensor call(const char* name, const char* overload, std::vector<StableIValue> stack) {
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
@@ -92,10 +97,13 @@ class Scorer {
         ranges_(patch_ranges(a.images, a.patches)),
         tokens_(a.images * a.patches),
         ld_(a.width) {
-    tile_ = std::clamp<int64_t>(kTileBytes / static_cast<int64_t>(sizeof(A)) / std::max<int64_t>(1, tokens_) / 64 * 64,
-                                64, 2048);
-    tile_ = std::min(tile_, a.features);
     x_ = dense(a.x, a.images, a.normalize);
+    if constexpr (std::is_same_v<W, float> && std::is_same_v<A, float>)
+      if (a.encoder && bounds_here()) bounded_.emplace(a, ranges_, data(x_));
+    const int64_t bytes = bounded_ ? kBoundedTileBytes : kTileBytes;
+    tile_ = std::clamp<int64_t>(bytes / static_cast<int64_t>(sizeof(A)) / std::max<int64_t>(1, tokens_) / 64 * 64, 64,
+                                2048);
+    tile_ = std::min(tile_, a.features);
     g_ = dense(a.g, a.rows, Normalisation::none);
     gt_ = torch::stable::transpose(g_, 0, 1);
     problem_ = {a.rows * a.patches,
@@ -120,11 +128,14 @@ class Scorer {
     if (a_.top) sums_.resize(ranges_.size() * of_.most * tile_);
     for (int64_t first = 0; first < a_.features; first += tile_) {
       const int64_t count = std::min(tile_, a_.features - first);
-      const Tensor tile = narrow_rows(codes, 0, count);
-      multiply_into(cast(narrow_rows(a_.w_enc_t, first, count), type_), xt, tile);
       FeatureTile<W, A> t{
-          first,           count,   data(tile), tokens_, data(bias_) + first, at(theta_, first), at(scale_, first),
-          at(mag_, first), nullptr, nullptr};
+          first,           count,   data(codes), tokens_, data(bias_) + first, at(theta_, first), at(scale_, first),
+          at(mag_, first), nullptr, nullptr,     nullptr};
+      if (takes_bounds(first)) {
+        consume_bounded(t);
+        continue;
+      }
+      multiply_into(cast(narrow_rows(a_.w_enc_t, first, count), type_), xt, narrow_rows(codes, 0, count));
       if (chooses_k(a_.activation))
         each_range([&](PatchRange r, int64_t) { FGA_ON_ISA(select<W, A>(t, a_.patches, r, selection_)); });
       else
@@ -156,6 +167,36 @@ class Scorer {
                                         kind, to + b * a_.patches * ld_));
     });
     return out;
+  }
+
+  // Whether a tile gets the bounded product. After one where much was possible the next ones are dense.
+  bool takes_bounds(int64_t first) {
+    const bool first_of_k = chooses_k(a_.activation) && first == 0;  // nothing is known yet of what must be exceeded
+    return bounded_ && !first_of_k && dense_tiles_-- <= 0;
+  }
+
+  // Encodes a tile and adds its contributions: a range at a time, since its codes are still in the cache.
+  void consume_bounded(FeatureTile<W, A> t) {
+    if constexpr (std::is_same_v<W, float> && std::is_same_v<A, float>) {
+      Tensor rows;
+      if (a_.weigh && !chooses_k(a_.activation)) {
+        rows = decoder_rows(t.first, t.count);
+        t.decoder = static_cast<const W*>(rows.const_data_ptr());
+      }
+      std::vector<int64_t> possible(ranges_.size());
+      each_range([&](PatchRange r, int64_t i) {
+        FeatureTile<W, A> mine = t;
+        possible[i] = bounded_->product(mine, r, i, chooses_k(a_.activation) ? &selection_ : nullptr);
+        if (chooses_k(a_.activation)) return FGA_ON_ISA(select<W, A>(mine, a_.patches, r, selection_));
+        FGA_ON_ISA(activate<W, A>(mine, a_.activation, a_.patches, r));
+        A* sums = a_.top ? sums_.data() + i * of_.most * tile_ : nullptr;
+        FGA_ON_ISA(accumulate<W, A>(mine, 0, t.count, problem_, r, sums));
+      });
+      if (a_.top && !chooses_k(a_.activation)) strongest_of_tile(t);
+      const int64_t all = std::accumulate(possible.begin(), possible.end(), int64_t{0});
+      const double share = static_cast<double>(all) / static_cast<double>(t.count * tokens_);
+      dense_tiles_ = share > kBoundedShare ? kTilesUntilRetry : 0;
+    }
   }
 
   // Codes of a tile to scores, by gathering decoder rows or, where many features fire, by a second product.
@@ -289,6 +330,8 @@ class Scorer {
   std::vector<A> sums_, values_;
   std::vector<int64_t> indices_, sizes_;
   Selection<A> selection_{};
+  std::optional<BoundedEncoder> bounded_;
+  int64_t dense_tiles_ = 0;  // that come before the bounded product is tried again
 };
 
 template <class S>
@@ -306,8 +349,9 @@ void run(const Arguments& a, Outputs& o) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> score_cpu(
     const Tensor& x, const Tensor& g, const std::optional<Tensor>& image, const Tensor& w_enc_t, const Tensor& bias,
     const Tensor& w_dec, const std::optional<Tensor>& theta, const std::optional<Tensor>& gate_scale,
-    const std::optional<Tensor>& mag_bias, const std::optional<Tensor>& permutation, int64_t activation,
-    int64_t normalize, bool weigh, int64_t k, int64_t top_features) {
+    const std::optional<Tensor>& mag_bias, const std::optional<Tensor>& permutation,
+    const std::optional<Tensor>& encoder, const std::optional<Tensor>& limits, int64_t activation, int64_t normalize,
+    bool weigh, int64_t k, int64_t top_features) {
   check_rank(kScore, "x", x, 3, "[B, P, C]");
   check_rank(kScore, "g", g, 3, "[M, P, C]");
   check_rank(kScore, "W_enc_t", w_enc_t, 2, "[F, C]");
@@ -325,6 +369,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> score_cpu(
                     dense_optional(gate_scale),
                     dense_optional(mag_bias),
                     dense_optional(permutation),
+                    dense_optional(encoder),
+                    dense_optional(limits),
                     numbered("activation", activation, Activation::gated),
                     numbered("normalize", normalize, Normalisation::constant_norm),
                     weigh,

@@ -29,6 +29,8 @@ struct FeatureTile {
   const A *bias, *theta, *scale, *mag_bias;  // [count] each; null where the activation has none
   const W* decoder;                          // [count, C]
   const A* feature_gradients;                // [count, M * P] dense h = g D^T, or null: gather
+  const int32_t* possible;  // [count] in how many patches of the range each may be on; its codes are set only where
+                            // that is not 0. Null: any
 };
 
 // The strongest contributions seen so far, in falling order of magnitude, one list of k a patch or an image.

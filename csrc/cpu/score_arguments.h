@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../checks.h"
+#include "bound.h"
 #include "score.h"
 
 #include <optional>
@@ -16,6 +17,7 @@ constexpr const char* kScore = "score";
 struct Arguments {
   Tensor x, g, w_enc_t, bias, w_dec;
   std::optional<Tensor> image, theta, gate_scale, mag_bias, permutation;
+  std::optional<Tensor> encoder, limits;  // rounded; see bound.h
   Activation activation;
   Normalisation normalize;
   bool weigh;  // combined; else activation_only
@@ -54,6 +56,18 @@ inline void check_permutation(const Tensor& permutation, int64_t features) {
                     features - 1);
 }
 
+inline void check_rounded(const Arguments& a) {
+  STD_TORCH_CHECK(a.encoder.has_value() == a.limits.has_value(), kScore, ": encoder and limits belong together");
+  if (!a.encoder) return;
+  const int64_t panels = (a.features + kGroupFeatures - 1) / kGroupFeatures * (kGroupFeatures / kPanelFeatures);
+  check_shape(kScore, "encoder", *a.encoder, {panels, (a.width + 1) / 2, kPanelFeatures, 2});
+  check_shape(kScore, "limits", *a.limits, {3, panels * kPanelFeatures});
+  check_type(kScore, "encoder", *a.encoder, ScalarType::Short);
+  check_type(kScore, "limits", *a.limits, ScalarType::Float);
+  check_type(kScore, "W_enc_t", a.w_enc_t, ScalarType::Float);  // which the encoder was rounded from
+  for (auto [name, t] : {std::pair{"encoder", &*a.encoder}, {"limits", &*a.limits}}) check_cpu(kScore, name, *t);
+}
+
 inline void check_score(const Arguments& a) {
   const ScalarType type = a.x.scalar_type(), weights = a.w_enc_t.scalar_type();
   check_shape(kScore, "W_enc_t", a.w_enc_t, {a.features, a.width});
@@ -72,6 +86,7 @@ inline void check_score(const Arguments& a) {
   check_vector("gate_scale", a.gate_scale, a.activation == Activation::gated, a.features, weights);
   check_vector("mag_bias", a.mag_bias, a.activation == Activation::gated, a.features, weights);
   if (a.permutation) check_permutation(*a.permutation, a.features);
+  check_rounded(a);
   STD_TORCH_CHECK(!chooses_k(a.activation) || a.k >= 1, kScore, ": k must be at least 1 for topk, got ", a.k);
   STD_TORCH_CHECK(a.top >= 0 && a.top <= a.features, kScore, ": top_features must lie in 0 to ", a.features, ", got ",
                   a.top);

@@ -23,12 +23,18 @@ void normalise_rows(const S* x, int64_t row_stride, int64_t column_stride, int64
   }
 }
 
+template <class W, class A>
+inline bool is_off(const FeatureTile<W, A>& tile, int64_t f) {
+  return tile.possible && tile.possible[f] == 0;
+}
+
 // Pre-activations of the range's patches to codes, in place. Returns how many are above zero.
 template <class W, class A>
 int64_t activate(const FeatureTile<W, A>& tile, Activation activation, int64_t patches, PatchRange range) {
   int64_t active = 0;
   const int64_t n = range.end - range.begin;
   for (int64_t f = 0; f < tile.count; ++f) {
+    if (is_off(tile, f)) continue;
     A* z = tile.codes + f * tile.ld_codes + range.image * patches + range.begin;
     const A bias = tile.bias[f];
     if (has_threshold(activation)) {
@@ -58,10 +64,10 @@ inline A dot(const W* d, const A* g, int64_t width) {
 }
 
 // The usual case, decoder in the arithmetic type: explicit vectors, because a strict compiler keeps a sum in order.
-// One decoder row with kCount gradients, so that it is loaded once for all of them.
-template <int kCount, class A>
+// One decoder row with kCount gradients, so that it is loaded once for all of them; kChains sums at a time for each, to
+// hide an addition's latency.
+template <int kCount, int kChains, class A>
 inline void dots(const A* d, const A* const* g, int64_t width, A* sums) {
-  constexpr int kChains = kCount >= 4 ? 2 : 4;  // enough sums at a time to hide an addition's latency
   constexpr int64_t kStep = kChains * kLanes<A>;
   Vector<A> sum[kCount][kChains] = {};
   int64_t c = 0;
@@ -88,7 +94,7 @@ inline void dots(const A* d, const A* const* g, int64_t width, A* sums) {
 template <class A>
 inline A dot(const A* d, const A* g, int64_t width) {
   A sum;
-  dots<1>(d, &g, width, &sum);
+  dots<1, 4>(d, &g, width, &sum);
   return sum;
 }
 
@@ -100,7 +106,7 @@ inline void dot_each(const W* d, const A* g, int64_t ld, const int32_t* patches,
     for (; i + 4 <= n; i += 4) {
       const A* four[] = {g + patches[i] * ld, g + patches[i + 1] * ld, g + patches[i + 2] * ld,
                          g + patches[i + 3] * ld};
-      dots<4>(d, four, width, sums + i);
+      dots<4, 2>(d, four, width, sums + i);
     }
   for (; i < n; ++i) sums[i] = dot(d, g + patches[i] * ld, width);
 }
@@ -147,7 +153,7 @@ void accumulate(const FeatureTile<W, A>& tile, int64_t begin, int64_t end, const
   A values[256];
   for (int64_t f = begin; f < end; ++f) {
     const A* code = tile.codes + f * tile.ld_codes + range.image * patches;
-    const int32_t n = active_patches(code, range, active);
+    const int32_t n = is_off(tile, f) ? 0 : active_patches(code, range, active);
     for (const int64_t* m = first; m < last; ++m) {
       const int64_t row = *m * patches;
       if (!tile.feature_gradients && problem.gradient)
@@ -236,6 +242,7 @@ void select(const FeatureTile<W, A>& tile, int64_t patches, PatchRange range, co
   for (int64_t t = 0; t < n; ++t)
     floor[t] = kept.size[first + t] < kept.k ? kept.least : kept.value[(first + t) * kept.k];
   for (int64_t f = 0; f < tile.count; ++f) {
+    if (is_off(tile, f)) continue;
     const A* z = tile.codes + f * tile.ld_codes + first;
     const A bias = tile.bias[f];
     for (int64_t t0 = 0; t0 < n; t0 += kChunk) {

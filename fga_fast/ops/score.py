@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fga_fast.ops import library
+from fga_fast.ops.round_encoder import round_encoder
 from fga_fast.precision import relevance_dtype
 from fga_fast.settings import Activation, Mode, Normalisation
 
@@ -75,9 +76,19 @@ def score(
     return Score(
         *torch.ops.fga_fast.score(
             x, g, image, sae.W_enc.t(), sae.bias, sae.W_dec, sae.theta, sae.gate_scale, sae.mag_bias, permutation,
-            *codes_of(sae.activation, sae.normalize, mode), sae.k or 0, top_features,
+            *_rounded(sae), *codes_of(sae.activation, sae.normalize, mode), sae.k or 0, top_features,
         )
     )  # fmt: skip
+
+
+def _rounded(sae: SparseAutoencoder) -> tuple[Tensor | None, Tensor | None]:
+    """The encoder in 16-bit integers, by which the kernel skips features that are off for certain; made once an SAE."""
+    if sae.dtype != torch.float32 or sae.device.type != "cpu":
+        return None, None
+    if sae.encoder is None:
+        with torch.inference_mode(False):
+            sae.encoder, sae.limits = round_encoder(sae.W_enc.t())
+    return sae.encoder, sae.limits
 
 
 def check_mode(mode: str, permutation: Tensor | None, top_features: int) -> None:

@@ -29,6 +29,7 @@ from fga_fast.sae.normalise import denormalise, normalise
 from fga_fast.sae.self_check import SelfCheck, self_check
 
 _RAW = ("_W_enc_t", "W_dec", "b_enc", "b_dec", "threshold", *GATED_NAMES)
+_ROUNDED = ("encoder", "limits")  # of the native kernel on CPUs, which makes them when it first needs them
 _DERIVED = ("bias", "gate_scale", "mag_bias", "theta", "dec_sum")
 
 
@@ -63,6 +64,8 @@ class SparseAutoencoder(nn.Module):
         gate_scale, mag_bias: [F] = exp(r_mag), b_mag - exp(r_mag) * (b_dec W_enc); None unless gated.
         theta: [F], the threshold of each feature; None unless jumprelu or batch_topk.
         dec_sum: [C], the sum of the decoder rows.
+        encoder, limits: W_enc in 16-bit integers and how far it is from them, or None; the native kernel on CPUs makes
+            them for float32 SAEs, half as large as W_enc again.
         activation, k, normalize, d_model (C), d_sae (F), metadata, expected_l0, dtype, device.
 
     The derived tensors are computed in float64 and rounded once, and are computed anew from the parameters when the
@@ -88,6 +91,8 @@ class SparseAutoencoder(nn.Module):
     mag_bias: Tensor | None  # [F]
     theta: Tensor | None  # [F]
     dec_sum: Tensor  # [C]
+    encoder: Tensor | None  # [F / 16, C / 2, 16, 2] int16
+    limits: Tensor | None  # [3, F]
 
     def __init__(
         self,
@@ -126,7 +131,7 @@ class SparseAutoencoder(nn.Module):
                 value = raw[name]
                 copy = None if value is None else value.detach().clone(memory_format=torch.contiguous_format)
                 self.register_buffer(name, copy)
-            for name in _DERIVED:
+            for name in (*_DERIVED, *_ROUNDED):
                 self.register_buffer(name, None, persistent=False)
             self._derive()
         self.register_load_state_dict_post_hook(_after_load_state_dict)  # type: ignore[no-untyped-call]
@@ -151,6 +156,7 @@ class SparseAutoencoder(nn.Module):
     @torch.no_grad()
     def _derive(self) -> None:
         """Check the parameters for NaN and Inf and compute the derived tensors from them."""
+        self.encoder = self.limits = None
         if self.dtype not in DTYPES:
             raise TypeError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, got {self.dtype}")
         for name in _RAW:
@@ -169,6 +175,7 @@ class SparseAutoencoder(nn.Module):
         # Module.to(), .double(), .cuda() ... all end here. Casting up the rounded derived tensors would keep their
         # rounding, so they are derived anew; a cast that overflows leaves the SAE as it was.
         before, dtype = dict(self._buffers), self.dtype
+        self.encoder = self.limits = None  # other devices do not need them
         with torch.inference_mode(False):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             if self.dtype != dtype:

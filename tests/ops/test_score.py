@@ -218,7 +218,7 @@ def test_opcheck(activation: str) -> None:
     sae = make_sae(activation, dtype=torch.float32)
     arguments = (
         x, g, torch.tensor([0, 1]), sae.W_enc.t(), sae.bias, sae.W_dec, sae.theta, sae.gate_scale, sae.mag_bias, None,
-        *codes_of(activation, None, "combined"), sae.k or 0, 2,
+        None, None, *codes_of(activation, None, "combined"), sae.k or 0, 2,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fga_fast.score, arguments)
 

@@ -100,7 +100,7 @@ def test_opcheck() -> None:
     sae = signed_sae(dtype=torch.float32)
     arguments = (
         x, x, None, sae.W_enc.t(), sae.bias, sae.W_dec, None, None, None, None,
-        *codes_of("topk_signed", None, "combined"), 3, 2,
+        None, None, *codes_of("topk_signed", None, "combined"), 3, 2,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fga_fast.score, arguments)
 
@@ -110,5 +110,5 @@ def test_k_is_needed() -> None:
     with pytest.raises(RuntimeError, match="k must be at least 1"):
         torch.ops.fga_fast.score(
             x, x, None, *(signed_sae().W_enc.t(), signed_sae().bias, signed_sae().W_dec), None, None, None, None,
-            *codes_of("topk_signed", None, "combined"), 0, 0,
+            None, None, *codes_of("topk_signed", None, "combined"), 0, 0,
         )  # fmt: skip

@@ -75,7 +75,8 @@ def test_explanation(
         native[f"FGA {name}"] = partial(
             explain, Explainer(subject.model, saes, backend="native", preset="published"), images
         )
-        levels[f"FGA {name}"] = active
+        native[f"FGA {name}, dense encoder"] = subjects.dense_encoder(native[f"FGA {name}"])
+        levels |= {f"FGA {name}": active, f"FGA {name}, dense encoder": active}
     dense, _ = subject.saes[f"relu {LEVELS[-1]}"]
     sparse, active = subject.saes[f"topk {TOPK}"]
     native["default"] = partial(explain, Explainer(subject.model, backend="native"), images)

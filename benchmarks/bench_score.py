@@ -10,12 +10,14 @@ import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from conftest import Scale
 from peak import peak_bytes
 from rows import Row
+from subjects import dense_encoder, possible
 from timing import Race, Timing
 from torch import Tensor
 
@@ -48,13 +50,14 @@ def test_score(images: int, level: str, scale: Scale, race: Callable[..., Race],
     sae = dictionary(scale.features, int(active) / 49_152, activation, int(active) if activation == "topk" else None)
     torch.manual_seed(0)
     x, g = torch.randn(2, images, PATCHES, WIDTH)
-    ways: dict[str, Callable[[], Tensor]] = {
+    ways: dict[str, Callable[[], Any]] = {
         "native": lambda: ops.score(x, g, sae).scores,
+        "native, dense encoder": dense_encoder(lambda: ops.score(x, g, sae).scores),
         "reference": lambda: reference.score(x, g, sae, "combined"),
         "plain": partial(two_products, x, g, sae),
     }
     torch.testing.assert_close(ways["native"](), ways["reference"](), rtol=1e-3, atol=1e-3)
-    others = {name: ways[name] for name in ("reference", "plain")}
+    others = {name: way for name, way in ways.items() if name != "native"}
     found = race(ways["native"], others, seconds=2.5 * images**0.5, least=2)
     L0 = float((sae.encode(x[:1]) > 0).sum(dim=-1).float().mean())
     blank = Row("score", "", images, PATCHES, threads=torch.get_num_threads(), L0=L0)
@@ -62,8 +65,10 @@ def test_score(images: int, level: str, scale: Scale, race: Callable[..., Race],
     for name, timing in timings.items():
         row = timed(blank, f"{name} {level}", timing)
         to_plain, to_reference = (timing.ratio / timings[other].ratio for other in ("plain", "reference"))
-        peak = peak_bytes(ways[name])
-        record(replace(row, ratio_to_plain=to_plain, ratio_to_reference=to_reference, peak_bytes=peak))
+        row = replace(row, ratio_to_plain=to_plain, ratio_to_reference=to_reference, peak_bytes=peak_bytes(ways[name]))
+        if name == "native" and activation == "relu":
+            row = replace(row, note=f"{possible(x[0], sae):.2f} features possible for each active one")
+        record(row)
 
 
 @pytest.mark.parametrize("threads", (1, 2))

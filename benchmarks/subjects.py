@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from fga_fast import SparseAutoencoder
 from fga_fast.models.timm_import import import_timm
+from fga_fast.ops.round_encoder import round_encoder
 
 WIDTH = 768
 
@@ -45,6 +48,33 @@ def streams(model: nn.Module, blocks: Sequence[int], inputs: Tensor) -> dict[int
     for handle in handles:
         handle.remove()
     return found
+
+
+def dense_encoder(work: Callable[[], object]) -> Callable[[], object]:
+    """The same work without the bounded product of the native score."""
+
+    def call() -> object:
+        with mock.patch.dict(os.environ, FGA_FAST_BOUND="0"):
+            return work()
+
+    return call
+
+
+def possible(x: Tensor, sae: SparseAutoencoder) -> float:  # x [tokens, C], of a relu
+    """How many features the bounds leave, for each one that is active; the formula of csrc/cpu/bound.h in PyTorch."""
+    w_rounded, w_length, w_error = _rounded_rows(sae.W_enc.t())
+    x_rounded, x_length, x_error = _rounded_rows(x)
+    z = x_rounded @ w_rounded.t()  # [tokens, F]
+    upper = z + x_error[:, None] * w_length + x_length[:, None] * w_error + sae.bias
+    return float((upper > 0).sum() / (x @ sae.W_enc + sae.bias > 0).sum())
+
+
+def _rounded_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [n, C] -> [n, C], [n], [n]
+    """What rows are rounded to, and the lengths of row and error."""
+    integers, limits = round_encoder(rows)
+    scale, length, error = limits[:, : len(rows)]
+    whole = integers.transpose(1, 2).flatten(2).flatten(0, 1)[: len(rows), : rows.shape[1]]
+    return whole * scale[:, None], length, error
 
 
 class Dictionary:

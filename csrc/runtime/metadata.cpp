@@ -169,8 +169,8 @@ std::string content_of(const std::string& path) {
 
 void read_entries(const Reader& in, Metadata& m) {
   in.one_of("format", {"fga_fast package"});
-  if (in.size("format_version") != 4)
-    in.fail("format_version", "4, got " + std::to_string(in.size("format_version")) +
+  if (in.size("format_version") != 5)
+    in.fail("format_version", "5, got " + std::to_string(in.size("format_version")) +
                                   "; export it again, or use the runtime of that version");
   m.device = in.one_of("device", {"cpu", "cuda"});
   m.dtype = in.one_of("dtype", {"float32", "float64", "bfloat16"});

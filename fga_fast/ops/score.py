@@ -82,12 +82,18 @@ def score(
 
 
 def _rounded(sae: SparseAutoencoder) -> tuple[Tensor | None, Tensor | None]:
-    """The encoder in 16-bit integers, by which the kernel skips features that are off for certain; made once an SAE."""
+    """The encoder in 16-bit integers, by which the kernel skips features that are off for certain; made once an SAE.
+
+    And once more when somebody has written into the encoder: bounds of another encoder would lose features.
+    """
     if sae.dtype != torch.float32 or sae.device.type != "cpu":
         return None, None
-    if sae.encoder is None:
+    weights = sae.W_enc.t()
+    version = 0 if weights.is_inference() else weights._version
+    if sae.encoder is None or sae.encoder_version != version:
         with torch.inference_mode(False):
-            sae.encoder, sae.limits = round_encoder(sae.W_enc.t())
+            sae.encoder, sae.limits = round_encoder(weights)
+        sae.encoder_version = version
     return sae.encoder, sae.limits
 
 

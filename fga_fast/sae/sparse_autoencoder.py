@@ -93,6 +93,7 @@ class SparseAutoencoder(nn.Module):
     dec_sum: Tensor  # [C]
     encoder: Tensor | None  # [F / 16, C / 2, 16, 2] int16
     limits: Tensor | None  # [3, F]
+    encoder_version: int  # of the memory of W_enc that encoder and limits were made from
 
     def __init__(
         self,
@@ -116,6 +117,7 @@ class SparseAutoencoder(nn.Module):
         self.d_model, self.d_sae = check_weights(W_enc, W_dec)
         self.activation, self.k, self.normalize = activation, k, normalize
         self.metadata = check_metadata(metadata)
+        self.encoder_version = -1
         self.expected_l0 = check_expected_l0(expected_l0, self.d_sae)
         if k is not None and not 1 <= k <= self.d_sae:
             raise ValueError(f"k: expected 1 <= k <= {self.d_sae} (the SAE's features), got {k}")

@@ -223,7 +223,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"format": "zip"}, "format: expected 'fga_fast package', got 'zip'"),
-    ({"format_version": 2}, "format_version: expected 4; export it again"),
+    ({"format_version": 2}, "format_version: expected 5; export it again"),
     ({"device": "tpu"}, "device: expected 'cpu' or 'cuda', got 'tpu'"),
     ({"dtype": "float16"}, "dtype: expected 'float32'"),
     ({"batch": 0}, "batch: expected a whole number of at least 1, got 0"),

@@ -202,6 +202,16 @@ def test_the_sae_keeps_its_rounded_encoder_while_it_fits() -> None:
     torch.testing.assert_close(again.limits[0, :64], 2 * round_encoder(again.W_enc.t() / 2)[1][0, :64])
 
 
+def test_writing_into_the_encoder_makes_new_bounds() -> None:
+    x, g = sample(1, 50, width=WIDTH, dtype=torch.float32)
+    sae = dictionary(torch.randn(64, WIDTH))
+    ops.score(x, g, sae)
+    sae.W_enc[:, ::2] *= -1
+    found = ops.score(x, g, sae, top_features=6)
+    torch.testing.assert_close(found.scores, scored(x, g, sae, None).scores, rtol=1e-4, atol=1e-3)
+    assert same_bits(found, scored(x, g, sae, ruling_nothing_out))
+
+
 def test_bad_arguments_are_named() -> None:
     x, g = sample(1, 5, width=WIDTH, dtype=torch.float32)
     sae = dictionary(torch.randn(64, WIDTH))

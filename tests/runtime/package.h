@@ -6,7 +6,7 @@
 #include "scratch.h"
 
 inline const std::string kMetadata = R"({
-  "format": "fga_fast package", "format_version": 4, "device": "cpu", "dtype": "float32", "batch": 2,
+  "format": "fga_fast package", "format_version": 5, "device": "cpu", "dtype": "float32", "batch": 2,
   "channels": 3, "height": 32, "width": 48, "grid": [2, 3], "classes": 5, "class_names": null,
   "preprocessing": {"mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2], "interpolation": "bilinear", "crop_pct": 0.9},
   "target_mode": "predicted", "gated_blocks": [6],

@@ -97,8 +97,8 @@ TEST_CASE("packages that use instructions this processor lacks are refused") {
 
 TEST_CASE("metadata that does not fit together is refused") {
   check_refused("\"fga_fast package\"", "\"else\"", "format: expected fga_fast package, got 'else'");
-  check_refused("\"format_version\": 4", "\"format_version\": 2",
-                "format_version: expected 4, got 2; export it again, or use the runtime of that");
+  check_refused("\"format_version\": 5", "\"format_version\": 2",
+                "format_version: expected 5, got 2; export it again, or use the runtime of that");
   check_refused("\"batch\": 2", "\"batch\": 0", "batch: expected a whole number of at least 1");
   check_refused("\"batch\": 2", "\"batch\": 1e300", "batch: expected a whole number");
   check_refused("\"batch\": 2", "\"batch\": 2.5", "batch: expected a whole number");

@@ -191,7 +191,7 @@ def test_other_arguments_are_checked(module: Any, session: Any, predicted_packag
 def test_packages_are_checked(module: Any, altered: Callable[..., Path], tmp_path: Path) -> None:
     for changes, message in (
         ({"sha256": "0" * 64}, r"is not the file that its metadata was written for \(sha256\)"),
-        ({"format_version": 2}, "format_version: expected 4, got 2; export it again, or use the runtime"),
+        ({"format_version": 2}, "format_version: expected 5, got 2; export it again, or use the runtime"),
         ({"grid": [3, 3]}, r"outputs: expected relevance of shape \[2, 9\], got \[2, 6\]"),
         ({"backend": "triton"}, 'calls Triton kernels, which need Python; export it with backend="composite"'),
         ({"device": "cuda"}, "calls Triton kernels"),

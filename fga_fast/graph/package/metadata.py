@@ -20,7 +20,7 @@ from fga_fast.io.images import Preprocess
 from fga_fast.io.json_file import read_json
 from fga_fast.settings import Backward, Method, TargetMode, has_signs
 
-FORMAT, VERSION = "fga_fast package", 4
+FORMAT, VERSION = "fga_fast package", 5
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "int64": torch.int64}
 _MAX_BYTES = 64 * 2**20
 _MAX_VALUES = 2**31  # of one batch of images

@@ -27,7 +27,7 @@ CPP_FILES := $(wildcard csrc/*.cpp csrc/*.c csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h
 	csrc/runtime/*.cpp csrc/runtime/*.h csrc/runtime/fga_fast/*.h examples/cpp/*.cpp examples/cpp/*.h \
 	tests/runtime/*.cpp tests/runtime/*.h tests/runtime/consumer/*.cpp tests/runtime/consumer/*.h)
 
-.PHONY: help demo test check lint format bench sanitize wheel clean op-tests
+.PHONY: help demo test check lint format bench sanitize wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -70,11 +70,7 @@ sanitize: $(INSTALLED)
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	FGA_FAST_LIBRARY=$(abspath $(SANITIZED)) OMP_NUM_THREADS=2 \
-	$(PY) -m pytest -p no:cacheprovider --capture=sys --numprocesses $(JOBS) $(OP_TESTS)
-
-# The operators' tests, which need torch, pytest and hypothesis only
-op-tests:
-	@printf '%s\n' $(OP_TESTS)
+	$(PY) -m pytest -p no:cacheprovider --capture=sys -k "not hundred_million" --durations 10 --numprocesses $(JOBS) $(OP_TESTS)
 
 # What was built before for other settings must not get into it.
 wheel: $(INSTALLED)

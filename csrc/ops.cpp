@@ -17,7 +17,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> score_cpu(const Tensor&, cons
                                                              const std::optional<Tensor>&, const std::optional<Tensor>&,
                                                              const std::optional<Tensor>&, const std::optional<Tensor>&,
                                                              int64_t, int64_t, bool, int64_t, int64_t);
-std::tuple<Tensor, Tensor> round_encoder_cpu(const Tensor&);
+std::tuple<Tensor, Tensor> round_encoder_cpu(const Tensor&, bool);
 Tensor gate_cpu(const Tensor&, double, double);
 
 // Carrier and gate port hold zeros in the forward pass: they exist for what travels along them in the backward pass.
@@ -58,7 +58,7 @@ STABLE_TORCH_LIBRARY(fga_fast, m) {
       " int normalize, bool weigh, int k, int top_features)"
       " -> (Tensor scores, Tensor patch_index, Tensor patch_contribution, Tensor image_index, Tensor "
       "image_contribution)");
-  m.def("round_encoder(Tensor W_enc_t) -> (Tensor encoder, Tensor limits)");
+  m.def("round_encoder(Tensor W_enc_t, bool only_if_used) -> (Tensor encoder, Tensor limits)");
   m.def("gate(Tensor scores, float base, float slope) -> Tensor");
 }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs a wheel beside the torch of an environment, and runs the operators' tests against what was installed:
+# Installs a wheel beside the torch of an environment, and runs each operator's main tests against what was installed:
 #
 #   scripts/test_wheel.sh PYTHON WHEEL
 #
@@ -12,9 +12,9 @@ work=$(mktemp -d "${TMPDIR:-/tmp}/fga_fast_wheel.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 
 "$python" -m pip install --quiet "numpy<2.4" pytest pytest-xdist hypothesis "$wheel"
-mapfile -t tests < <(make -s op-tests)
+tests=(tests/ops/test_{attention,gate,score,score_bounded}.py)
 cp tests/conftest.py tests/conformance.py tests/explicit_*.py "${tests[@]}" "$work/"
 cd "$work"
 "$python" -c "import torch, fga_fast; print('torch', torch.__version__, fga_fast.__file__)"
 # Not as in CI, where no test may be skipped for a missing library: timm is missing.
-env -u CI OMP_NUM_THREADS=2 "$python" -m pytest -q --numprocesses auto --rootdir "$work" "$work"
+env -u CI OMP_NUM_THREADS=2 "$python" -m pytest -q -k "not hundred_million" --numprocesses auto --rootdir "$work" "$work"

@@ -18,6 +18,9 @@ constexpr int64_t kPanelFeatures = 16;  // of the packed encoder: [F / 16, C / 2
 constexpr int64_t kGroupFeatures = 32;  // ... with F padded to groups of two panels
 constexpr int64_t kMostRows = 12;       // patches that a kernel takes at once; quantised patches come in such groups
 
+// Whether the score uses bounds for an encoder of this width: see score_bounded.h.
+bool bounds_here(int64_t width);
+
 // What is known of a row that was rounded: x = scale * q + d.
 struct RoundedRow {
   float scale;
@@ -32,7 +35,7 @@ RoundedRow round_row(const float* x, int64_t width, int16_t* q);
 struct BoundedTile {
   int64_t count, width, pairs;                   // pairs = padded C / 2
   const int16_t* panels;                         // [padded count / 16, pairs, 16, 2]
-  const float *scale, *length, *error, *offset;  // [count padded to 32]; offset: see offsets()
+  const float *scale, *length, *error, *offset;  // [count padded to 32]; offset: what is added before comparing with 0
   const float* rows;                             // [count, C] the encoder in float32
   float* codes;                                  // [count, ld_codes]
   int64_t ld_codes;
@@ -48,8 +51,8 @@ struct RoundedPatches {
   const float* x;                       // [count, ld] in float32
 };
 
-// Counts which features may be on in how many patches, and computes the pre-activations of these without bias; other
-// patches of such a feature get -inf. Returns the sum of the counts.
+// Counts, for each feature, the patches in which it may be on, and computes its pre-activations there, without bias;
+// its other patches get -inf. Returns the sum of the counts.
 #define FGA_DECLARE_BOUND(isa)                                        \
   namespace isa {                                                     \
   int64_t bounded_product(const BoundedTile&, const RoundedPatches&); \

@@ -1,4 +1,4 @@
-// The product of bound.h, compiled once per instruction set. No guard: each inclusion makes its own copy (see
+// The product of bound.h, compiled for AVX2 and AVX-512. No guard: each inclusion makes its own copy (see
 // vector.h). It needs score_kernel.h for the float32 products.
 
 typedef typename VectorOf<float>::integers Integers;

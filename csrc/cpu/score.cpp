@@ -1,5 +1,5 @@
-// Feature score on the CPU: walks the dictionary in tiles. The encoder product of a tile is torch's own matrix product;
-// what follows is score_kernel.h. Nothing of size P x F is kept: the tile of pre-activations is the only buffer.
+// Feature score on the CPU: walks the dictionary in tiles. The encoder product of a tile is the bounded one of
+// score_bounded.h or torch's own matrix product; what follows is score_kernel.h. Nothing of size P x F is kept.
 #include "isa.h"
 #include "score_arguments.h"
 #include "score_bounded.h"
@@ -99,11 +99,8 @@ class Scorer {
         ld_(a.width) {
     x_ = dense(a.x, a.images, a.normalize);
     if constexpr (std::is_same_v<W, float> && std::is_same_v<A, float>)
-      if (a.encoder && bounds_here()) bounded_.emplace(a, ranges_, data(x_));
-    const int64_t bytes = bounded_ ? kBoundedTileBytes : kTileBytes;
-    tile_ = std::clamp<int64_t>(bytes / static_cast<int64_t>(sizeof(A)) / std::max<int64_t>(1, tokens_) / 64 * 64, 64,
-                                2048);
-    tile_ = std::min(tile_, a.features);
+      if (a.encoder && bounds_here(a.width)) bounded_.emplace(a, ranges_, data(x_));
+    tile_ = std::min(tile_of(kTileBytes), a.features);
     g_ = dense(a.g, a.rows, Normalisation::none);
     gt_ = torch::stable::transpose(g_, 0, 1);
     problem_ = {a.rows * a.patches,
@@ -126,12 +123,13 @@ class Scorer {
     Tensor codes = torch::stable::new_empty(x_, {tile_, tokens_});
     if (chooses_k(a_.activation)) reserve_selection();
     if (a_.top) sums_.resize(ranges_.size() * of_.most * tile_);
-    for (int64_t first = 0; first < a_.features; first += tile_) {
-      const int64_t count = std::min(tile_, a_.features - first);
+    for (int64_t first = 0, count; first < a_.features; first += count) {
+      const bool bounds = takes_bounds(first);
+      count = std::min(bounds ? tile_of(kBoundedTileBytes) : tile_, a_.features - first);
       FeatureTile<W, A> t{
           first,           count,   data(codes), tokens_, data(bias_) + first, at(theta_, first), at(scale_, first),
           at(mag_, first), nullptr, nullptr,     nullptr};
-      if (takes_bounds(first)) {
+      if (bounds) {
         consume_bounded(t);
         continue;
       }
@@ -146,6 +144,12 @@ class Scorer {
   }
 
  private:
+  // Features whose pre-activations of all tokens take about so many bytes
+  int64_t tile_of(int64_t bytes) const {
+    const int64_t tokens = std::max<int64_t>(1, tokens_);
+    return std::clamp<int64_t>(bytes / static_cast<int64_t>(sizeof(A)) / tokens / 64 * 64, 64, 2048);
+  }
+
   static A* data(const Tensor& t) { return static_cast<A*>(t.mutable_data_ptr()); }
   static const A* at(const std::optional<Tensor>& t, int64_t first) { return t ? data(*t) + first : nullptr; }
 
@@ -175,26 +179,20 @@ class Scorer {
     return bounded_ && !first_of_k && dense_tiles_-- <= 0;
   }
 
-  // Encodes a tile and adds its contributions: a range at a time, since its codes are still in the cache.
-  void consume_bounded(FeatureTile<W, A> t) {
+  void consume_bounded(const FeatureTile<W, A>& t) {
     if constexpr (std::is_same_v<W, float> && std::is_same_v<A, float>) {
+      const bool selects = chooses_k(a_.activation);
       Tensor rows;
-      if (a_.weigh && !chooses_k(a_.activation)) {
-        rows = decoder_rows(t.first, t.count);
-        t.decoder = static_cast<const W*>(rows.const_data_ptr());
-      }
-      std::vector<int64_t> possible(ranges_.size());
-      each_range([&](PatchRange r, int64_t i) {
-        FeatureTile<W, A> mine = t;
-        possible[i] = bounded_->product(mine, r, i, chooses_k(a_.activation) ? &selection_ : nullptr);
-        if (chooses_k(a_.activation)) return FGA_ON_ISA(select<W, A>(mine, a_.patches, r, selection_));
-        FGA_ON_ISA(activate<W, A>(mine, a_.activation, a_.patches, r));
-        A* sums = a_.top ? sums_.data() + i * of_.most * tile_ : nullptr;
-        FGA_ON_ISA(accumulate<W, A>(mine, 0, t.count, problem_, r, sums));
-      });
-      if (a_.top && !chooses_k(a_.activation)) strongest_of_tile(t);
-      const int64_t all = std::accumulate(possible.begin(), possible.end(), int64_t{0});
-      const double share = static_cast<double>(all) / static_cast<double>(t.count * tokens_);
+      if (a_.weigh && !selects) rows = decoder_rows(t.first, t.count);
+      const double share =
+          bounded_->encode(t, selects ? &selection_ : nullptr, [&](FeatureTile<W, A>& mine, PatchRange r, int64_t i) {
+            if (selects) return FGA_ON_ISA(select<W, A>(mine, a_.patches, r, selection_));
+            if (a_.weigh) mine.decoder = static_cast<const W*>(rows.const_data_ptr());
+            FGA_ON_ISA(activate<W, A>(mine, a_.activation, a_.patches, r));
+            A* sums = a_.top ? sums_.data() + i * of_.most * tile_ : nullptr;
+            FGA_ON_ISA(accumulate<W, A>(mine, 0, t.count, problem_, r, sums));
+          });
+      if (a_.top && !selects) strongest_of_tile(t);
       dense_tiles_ = share > kBoundedShare ? kTilesUntilRetry : 0;
     }
   }

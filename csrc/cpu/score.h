@@ -1,6 +1,5 @@
-// Feature score on raw pointers. score.cpp walks the dictionary tile by tile (the encoder product of a tile is one call
-// of torch's own matrix product); score_kernel.h turns a tile's pre-activations into codes and adds their
-// contributions.
+// Feature score on raw pointers. score.cpp walks the dictionary tile by tile; score_kernel.h turns a tile's
+// pre-activations into codes and adds their contributions.
 #pragma once
 
 #include <cstdint>

@@ -64,6 +64,7 @@ inline void check_rounded(const Arguments& a) {
   check_shape(kScore, "limits", *a.limits, {3, panels * kPanelFeatures});
   check_type(kScore, "encoder", *a.encoder, ScalarType::Short);
   check_type(kScore, "limits", *a.limits, ScalarType::Float);
+  STD_TORCH_CHECK(a.width <= kMostWidth, kScore, ": encoder may be up to ", kMostWidth, " wide, got ", a.width);
   check_type(kScore, "W_enc_t", a.w_enc_t, ScalarType::Float);  // which the encoder was rounded from
   for (auto [name, t] : {std::pair{"encoder", &*a.encoder}, {"limits", &*a.limits}}) check_cpu(kScore, name, *t);
 }

@@ -16,18 +16,6 @@ namespace {  // score.cpp alone includes this
 
 constexpr double kUnit = 1.0 / (1 << 24);  // of float32's rounding
 
-// Whether the bounded product is faster here: measured with AVX2 on an AMD EPYC. FGA_FAST_BOUND=0 or 1, read at each
-// call so that both can be timed in turn, says otherwise.
-inline bool bounds_here() {
-#if FGA_X86_DISPATCH
-  const char* wanted = std::getenv("FGA_FAST_BOUND");
-  if (detect_isa() == Isa::baseline || (wanted && std::strcmp(wanted, "0") == 0)) return false;
-  return detect_isa() == Isa::avx2 || (wanted && std::strcmp(wanted, "1") == 0);
-#else
-  return false;
-#endif
-}
-
 inline float above(double value) {
   return std::nextafter(static_cast<float>(value), std::numeric_limits<float>::infinity());
 }
@@ -37,6 +25,7 @@ class BoundedEncoder {
   // x: [B * P, C] in float32, normalised
   BoundedEncoder(const Arguments& a, const std::vector<PatchRange>& ranges, const float* x)
       : a_(a),
+        ranges_(ranges),
         x_(x),
         pairs_(a.encoder->size(1)),
         padded_(a.encoder->size(0) * kPanelFeatures),
@@ -57,29 +46,72 @@ class BoundedEncoder {
     });
   }
 
-  // The pre-activations of a tile for the patches of range number i, and t.possible. Returns how many are possible.
-  int64_t product(FeatureTile<float, float>& t, PatchRange range, int64_t i, const Selection<float>* selection) {
-    Patches& p = patches_[i];
-    p.possible.resize(t.count);
-    t.possible = p.possible.data();
-    const int64_t first = range.image * a_.patches + range.begin, n = range.end - range.begin;
-    for (int64_t j = 0; selection && j < n; ++j) {
+  // The pre-activations of a tile, then finish(its tile, range, i) for each range of patches. Returns the share of
+  // features that may be on.
+  template <class F>
+  double encode(const FeatureTile<float, float>& t, const Selection<float>* selection, const F& finish) {
+    const int64_t ranges = static_cast<int64_t>(ranges_.size());
+    const auto finish_range = [&](int64_t i) {
+      FeatureTile<float, float> mine = t;
+      mine.possible = patches_[i].possible.data();
+      finish(mine, ranges_[i], i);
+    };
+    // One image has few ranges. With more threads than that they share the features of a range; sums come after.
+    const int64_t groups = (t.count + kGroupFeatures - 1) / kGroupFeatures;
+    const int64_t parts = std::clamp<int64_t>(torch::stable::get_num_threads() / ranges, 1, groups);
+    std::vector<int64_t> possible(ranges * parts);
+    for (int64_t i = 0; i < ranges; ++i) begin(ranges_[i], patches_[i], t.count, selection);
+    torch::stable::parallel_for(0, ranges * parts, 1, [&](int64_t first, int64_t last) {
+      for (int64_t item = first; item < last; ++item) {
+        const int64_t i = item / parts, part = item % parts;
+        const int64_t from = groups * part / parts * kGroupFeatures,
+                      to = std::min(groups * (part + 1) / parts * kGroupFeatures, t.count);
+        possible[item] = product(t, from, to, ranges_[i], patches_[i]);
+        if (parts == 1) finish_range(i);  // while the codes are in the cache
+      }
+    });
+    if (parts > 1)
+      torch::stable::parallel_for(0, ranges, 1, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) finish_range(i);
+      });
+    const int64_t all = std::accumulate(possible.begin(), possible.end(), int64_t{0});
+    return static_cast<double>(all) / static_cast<double>(t.count * a_.images * a_.patches);
+  }
+
+ private:
+  struct Patches {
+    std::vector<int16_t> q;
+    std::vector<float> scale, length, error, floor;
+    std::vector<int32_t> possible;
+  };
+
+  // What a range's patches must exceed is known for topk only.
+  void begin(PatchRange range, Patches& p, int64_t count, const Selection<float>* selection) const {
+    p.possible.resize(count);
+    const int64_t first = range.image * a_.patches + range.begin;
+    for (int64_t j = 0; selection && j < range.end - range.begin; ++j) {
       const bool full = selection->size[first + j] >= selection->k;
       const float floor = full ? selection->value[(first + j) * selection->k] : selection->least;
       p.floor[j] = floor - static_cast<float>(8 * kUnit) * std::abs(floor);
     }
-    const BoundedTile tile{t.count,
+  }
+
+  // The pre-activations of the tile's features [begin, end), multiples of 32 but for the tile's end, for the patches of
+  // one range; and which are possible. Returns how many are.
+  int64_t product(const FeatureTile<float, float>& t, int64_t begin, int64_t end, PatchRange range, Patches& p) const {
+    const int64_t first = range.image * a_.patches + range.begin, n = range.end - range.begin, f = t.first + begin;
+    const BoundedTile tile{end - begin,
                            a_.width,
                            pairs_,
-                           static_cast<const int16_t*>(a_.encoder->const_data_ptr()) + t.first * 2 * pairs_,
-                           limits_ + t.first,
-                           limits_ + padded_ + t.first,
-                           error_.data() + t.first,
-                           offset_.data() + t.first,
-                           static_cast<const float*>(a_.w_enc_t.const_data_ptr()) + t.first * a_.width,
-                           t.codes + first,
+                           static_cast<const int16_t*>(a_.encoder->const_data_ptr()) + f * 2 * pairs_,
+                           limits_ + f,
+                           limits_ + padded_ + f,
+                           error_.data() + f,
+                           offset_.data() + f,
+                           static_cast<const float*>(a_.w_enc_t.const_data_ptr()) + f * a_.width,
+                           t.codes + begin * t.ld_codes + first,
                            t.ld_codes,
-                           p.possible.data()};
+                           p.possible.data() + begin};
     const RoundedPatches patches{n,
                                  a_.width,
                                  p.q.data(),
@@ -91,16 +123,9 @@ class BoundedEncoder {
 #if FGA_X86_DISPATCH
     return detect_isa() == Isa::avx512 ? avx512::bounded_product(tile, patches) : avx2::bounded_product(tile, patches);
 #else
-    return 0;  // bounds_here() is false
+    return 0;  // bounds_here() says no
 #endif
   }
-
- private:
-  struct Patches {
-    std::vector<int16_t> q;
-    std::vector<float> scale, length, error, floor;
-    std::vector<int32_t> possible;
-  };
 
   void round_patches(PatchRange range, Patches& p) const {
     const int64_t n = range.end - range.begin, rows = (n + kMostRows - 1) / kMostRows * kMostRows;
@@ -116,6 +141,7 @@ class BoundedEncoder {
   }
 
   const Arguments& a_;
+  const std::vector<PatchRange>& ranges_;
   const float* x_;
   int64_t pairs_, padded_;
   const float* limits_;  // [3, padded_]: scale, length, error

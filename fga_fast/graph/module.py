@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fga_fast.engine.plan import Plan
+from fga_fast.graph.passes.bounds import without_bounds
 from fga_fast.graph.trace import flatten
 from fga_fast.settings import TargetMode
 
@@ -19,10 +20,11 @@ class ExplanationModule(nn.Module):
     def __init__(self, plan: Plan, example: Tensor, target_mode: TargetMode) -> None:
         super().__init__()
         flat = flatten(plan, example, target_mode)
+        module = without_bounds(flat.module)
         # New parameters in the same memory, because the graph needs no gradients.
-        for name, parameter in list(flat.module.named_parameters()):
-            setattr(flat.module, name, nn.Parameter(parameter.detach(), requires_grad=False))
-        self.graph_module = flat.module
+        for name, parameter in list(module.named_parameters()):
+            setattr(module, name, nn.Parameter(parameter.detach(), requires_grad=False))
+        self.graph_module = module
         self.names = flat.outputs
 
     def forward(self, images: Tensor, *targets: Tensor) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """An SAE's encoder in 16-bit integers, by which the native score skips features that are off for certain.
 
-csrc/cpu/bound.h has the inequality behind it. It is made once for an SAE, and half as large as the encoder in float32.
+csrc/cpu/bound.h has the inequality behind it. It is made once for each SAE, and is half as large as the encoder.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ class RoundedEncoder(NamedTuple):
 
 def round_encoder(
     W_enc_t: Tensor,  # [F, C]
+    only_if_used: bool = False,
 ) -> RoundedEncoder:
     """Rounds each row with a scale of its own.
 
     Args:
         W_enc_t: float32, on the CPU, at most 65,536 wide.
+        only_if_used: give empty tensors where the score would not use them: on this processor, or for this width.
 
     Raises:
         RuntimeError: another shape, dtype or device.
     """
     library.load()
-    return RoundedEncoder(*torch.ops.fga_fast.round_encoder(W_enc_t))
+    return RoundedEncoder(*torch.ops.fga_fast.round_encoder(W_enc_t, only_if_used))

@@ -9,6 +9,7 @@ kept.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
@@ -22,6 +23,8 @@ from fga_fast.settings import Activation, Mode, Normalisation
 
 if TYPE_CHECKING:
     from fga_fast.sae import SparseAutoencoder
+
+_rounding = threading.Lock()  # so that threads that share an SAE round it once
 
 MODES = get_args(Mode)
 WITHOUT_CODES = ("gradient_only", "no_sae")
@@ -82,19 +85,21 @@ def score(
 
 
 def _rounded(sae: SparseAutoencoder) -> tuple[Tensor | None, Tensor | None]:
-    """The encoder in 16-bit integers, by which the kernel skips features that are off for certain; made once an SAE.
+    """The encoder in 16-bit integers, by which the kernel skips features that are off for certain; kept with the SAE.
 
-    And once more when somebody has written into the encoder: bounds of another encoder would lose features.
+    It is made again when somebody has written into the encoder, since bounds of another one would lose features. Torch
+    counts what is written, except through `.data`, NumPy or DLPack.
     """
-    if sae.dtype != torch.float32 or sae.device.type != "cpu":
-        return None, None
     weights = sae.W_enc.t()
-    version = 0 if weights.is_inference() else weights._version
-    if sae.encoder is None or sae.encoder_version != version:
-        with torch.inference_mode(False):
-            sae.encoder, sae.limits = round_encoder(weights)
-        sae.encoder_version = version
-    return sae.encoder, sae.limits
+    if sae.dtype != torch.float32 or sae.device.type != "cpu" or weights.is_inference():
+        return None, None
+    with _rounding:
+        if sae.encoder_version != weights._version:
+            with torch.inference_mode(False):
+                found = round_encoder(weights, only_if_used=True)
+            sae.encoder, sae.limits = found if found.encoder.numel() else (None, None)
+            sae.encoder_version = weights._version
+        return sae.encoder, sae.limits
 
 
 def check_mode(mode: str, permutation: Tensor | None, top_features: int) -> None:

@@ -117,7 +117,6 @@ class SparseAutoencoder(nn.Module):
         self.d_model, self.d_sae = check_weights(W_enc, W_dec)
         self.activation, self.k, self.normalize = activation, k, normalize
         self.metadata = check_metadata(metadata)
-        self.encoder_version = -1
         self.expected_l0 = check_expected_l0(expected_l0, self.d_sae)
         if k is not None and not 1 <= k <= self.d_sae:
             raise ValueError(f"k: expected 1 <= k <= {self.d_sae} (the SAE's features), got {k}")
@@ -158,7 +157,7 @@ class SparseAutoencoder(nn.Module):
     @torch.no_grad()
     def _derive(self) -> None:
         """Check the parameters for NaN and Inf and compute the derived tensors from them."""
-        self.encoder = self.limits = None
+        self._forget_rounded()
         if self.dtype not in DTYPES:
             raise TypeError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, got {self.dtype}")
         for name in _RAW:
@@ -173,11 +172,20 @@ class SparseAutoencoder(nn.Module):
             check_finite(f"{name} (derived from the parameters)", rounded)
             self._buffers[name] = rounded
 
+    def _forget_rounded(self) -> None:
+        self.encoder = self.limits = None
+        self.encoder_version = -1
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, whose count of writes begins anew."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._forget_rounded()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseAutoencoder:
         # Module.to(), .double(), .cuda() ... all end here. Casting up the rounded derived tensors would keep their
         # rounding, so they are derived anew; a cast that overflows leaves the SAE as it was.
         before, dtype = dict(self._buffers), self.dtype
-        self.encoder = self.limits = None  # other devices do not need them
+        self._forget_rounded()  # other devices do not need it
         with torch.inference_mode(False):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             if self.dtype != dtype:

@@ -35,7 +35,10 @@ def apart(work: Callable[[], Result]) -> Result:
 
 
 def loners(count: int, name: str) -> ThreadPoolExecutor:
-    """Threads without teams: what torch does in them, it does on one processor."""
+    """Threads without teams: what torch does in them, it does on one processor; but MKL's products may take more.
+
+    While such a thread starts, torch's default for new threads is 1 for a moment. So start the others before.
+    """
     default = torch.get_num_threads()
 
     def alone() -> None:

@@ -47,6 +47,19 @@ def test_a_module_gives_the_explainers_numbers(subject: Subject) -> None:
     assert not any(tensor.requires_grad for tensor in got.values())
 
 
+def test_it_follows_what_is_written_into_an_encoder(subject: Subject) -> None:
+    """Bounds of the encoder as it was would lose features."""
+    weights = subject.explainer.saes[0].W_enc
+    try:
+        weights.neg_()
+        assert (
+            families.error(subject.module(subject.images)["relevance"], subject.explainer(subject.images).relevance)
+            < 1e-4
+        )
+    finally:
+        weights.neg_()
+
+
 def test_given_classes(subject: Subject) -> None:
     module = subject.explainer.module(subject.images, target_mode="given")
     subject.assert_same(module(subject.images, torch.tensor([3, 0])), [3, 0])

@@ -10,10 +10,18 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-FILES = ("test_attention", "test_attention_bias", "test_attention_flags", "test_score", "test_score_signed")
+FILES = (
+    "test_attention",
+    "test_attention_bias",
+    "test_attention_flags",
+    "test_score",
+    "test_score_signed",
+    "test_score_bounded",
+)
 CHOSEN = (
     "test_head_widths or test_lengths or test_sixteen_bits or test_activations or test_dense_and_gathered or ties "
-    "or test_bias_shapes or test_padding or test_signed or test_what_is_not_needed or test_scores"
+    "or test_bias_shapes or test_padding or test_signed or test_what_is_not_needed or test_scores or test_rows "
+    "or test_widths or test_thresholds"
 )
 
 

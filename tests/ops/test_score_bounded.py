@@ -6,7 +6,9 @@ its float32 product. All results must be the same bits.
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from collections.abc import Callable
 from statistics import NormalDist
 
@@ -22,6 +24,10 @@ from fga_fast.ops.score import codes_of
 WIDTH = 48
 FEATURES = 2048  # one tile for up to 128 patches: after a tile of which much may be on, the kernel takes dense ones
 LENGTH, ERROR = 1, 2  # rows of the limits
+
+
+# FGA_FAST_BOUND is 1 in tests; see conftest.py.
+USED = round_encoder(torch.zeros(1, 1), only_if_used=True).encoder.numel() > 0
 
 
 def scored(
@@ -63,13 +69,13 @@ def dictionary(
     weights: Tensor, activation: str = "relu", share: float = 0.05, k: int | None = None  # [F, C]
 ) -> SparseAutoencoder:  # fmt: skip
     """Thresholds such that on standard normal x the share of active features is as given."""
-    features = len(weights)
+    features, width = weights.shape
     at = (weights.double().norm(dim=1) * NormalDist().inv_cdf(1 - share)).float()
     has_threshold = activation in ("jumprelu", "batch_topk")
     gated = {"b_gate": -at, "r_mag": torch.randn(features), "b_mag": torch.randn(features)}
     return SparseAutoencoder(
-        weights.t(), None if activation == "gated" or has_threshold or k else -at, torch.randn(features, WIDTH),
-        torch.zeros(WIDTH), activation, k, at if has_threshold else None, **(gated if activation == "gated" else {}),
+        weights.t(), None if activation == "gated" or has_threshold or k else -at, torch.randn(features, width),
+        torch.zeros(width), activation, k, at if has_threshold else None, **(gated if activation == "gated" else {}),
     )  # fmt: skip
 
 
@@ -99,6 +105,34 @@ def test_rows_of_all_kinds(of_x: int, of_w: int) -> None:
     sae = dictionary(ROWS[of_w](torch.randn(FEATURES, WIDTH)))
     x = ROWS[of_x](x)
     assert same_bits(scored(x, g, sae, as_they_are), scored(x, g, sae, ruling_nothing_out))
+
+
+@pytest.mark.parametrize("width", (1, 2, 7, 45, 200))
+@pytest.mark.parametrize("kind", (0, 1, 2))
+def test_widths(kind: int, width: int) -> None:
+    x, g = sample(2, 61, width=width, dtype=torch.float32)
+    sae = dictionary(ROWS[kind](torch.randn(FEATURES, width)))
+    found = scored(x, g, sae, as_they_are)
+    assert same_bits(found, scored(x, g, sae, ruling_nothing_out))
+    if kind < 2:  # else scores reach 1e15
+        torch.testing.assert_close(found.scores, scored(x, g, sae, None).scores, rtol=1e-3, atol=1e-2 * width)
+
+
+@pytest.mark.parametrize("activation", ("relu", "topk"))
+def test_more_threads_than_ranges_of_patches(activation: str) -> None:
+    """They share the features of a range; no number depends on that. (The first tile of topk is torch's product.)"""
+    x, g = sample(1, 40, width=WIDTH, dtype=torch.float32)
+    sae = dictionary(torch.randn(3 * FEATURES - 77, WIDTH), activation, k=9 if activation == "topk" else None)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            found.append(scored(x, g, sae, as_they_are))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert activation == "topk" or same_bits(found[0], other)
+        torch.testing.assert_close(found[0].scores, other.scores, rtol=1e-4, atol=1e-3)
 
 
 def test_a_hundred_million_pre_activations() -> None:
@@ -159,6 +193,7 @@ def test_all_off_half_and_all_on(share: float) -> None:
     torch.testing.assert_close(found.scores, want.scores, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.skipif(not USED, reason="this processor's kernels take no bounds")
 def test_narrower_bounds_would_be_noticed() -> None:
     x, g = sample(2, 61, width=WIDTH, dtype=torch.float32)
     sae = dictionary(torch.randn(FEATURES, WIDTH))
@@ -187,11 +222,14 @@ def test_the_sae_keeps_its_rounded_encoder_while_it_fits() -> None:
     x, g = sample(1, 5, width=WIDTH, dtype=torch.float32)
     sae = dictionary(torch.randn(64, WIDTH))
     assert sae.encoder is None
+    if not USED:
+        pytest.skip("this processor's kernels take no bounds")
     ops.score(x, g, sae)
     kept = sae.encoder
     ops.score(x, g, sae)
     assert kept is not None and sae.encoder is kept
     assert "encoder" not in sae.state_dict()
+    assert copy.deepcopy(sae).encoder is None and pickle.loads(pickle.dumps(sae)).encoder is None
     assert sae.double().encoder is None
     ops.score(x.double(), g.double(), sae)
     assert sae.encoder is None  # float64 takes the dense product
@@ -210,6 +248,25 @@ def test_writing_into_the_encoder_makes_new_bounds() -> None:
     found = ops.score(x, g, sae, top_features=6)
     torch.testing.assert_close(found.scores, scored(x, g, sae, None).scores, rtol=1e-4, atol=1e-3)
     assert same_bits(found, scored(x, g, sae, ruling_nothing_out))
+
+
+def test_a_copy_makes_its_own_bounds() -> None:
+    x, g = sample(1, 50, width=WIDTH, dtype=torch.float32)
+    sae = dictionary(torch.randn(64, WIDTH))
+    sae.W_enc.mul_(1.0)
+    ops.score(x, g, sae)
+    sae.W_enc.neg_()
+    for other in (copy.deepcopy(sae), pickle.loads(pickle.dumps(sae)), copy.copy(sae)):
+        found = ops.score(x, g, other, top_features=6)
+        torch.testing.assert_close(found.scores, scored(x, g, sae, None).scores, rtol=1e-4, atol=1e-3)
+
+
+def test_an_encoder_too_wide_for_bounds_is_dense() -> None:
+    width = 65_537
+    weights = torch.randn(3, width) / width**0.5
+    sae = SparseAutoencoder(weights.t(), None, torch.ones(3, width), torch.zeros(width))
+    x = torch.randn(1, 2, width)
+    torch.testing.assert_close(ops.score(x, torch.ones_like(x), sae).scores, sae.encode(x).sum(-1) * width)
 
 
 def test_bad_arguments_are_named() -> None:

@@ -53,11 +53,10 @@ SERVED: dict[str, tuple[list[str], Callable[[], Explainer], int]] = {
 
 @contextmanager
 def serving(arguments: list[str]) -> Iterator[tuple[str, int]]:
-    """The address and process of a server, with as many threads as this process."""
+    """The address and process of a server."""
     command = [sys.executable, "-m", "fga_fast.cli", "serve", *arguments, "--port", "0", "--queue", "256"]
     command += ["--deadline-ms", str(1000 * DEADLINE)]
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **threads})
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
         lines = iter(process.stdout.readline, "")
@@ -135,7 +134,7 @@ def test_load(name: str, scale: Scale, record: Callable[[Row], None]) -> None:
     took: dict[int, list[float]] = {1: [], BATCH: []}
     for batch in images:
         alone(explainer, images[batch], 0)
-    with serving(arguments) as (url, _):
+    with serving([*arguments, "--threads", str(blank.threads)]) as (url, _):
         for clients in CLIENTS[: 2 if scale.quick else None]:
             batch = 1 if clients == 1 else BATCH
             load(url, clients, seconds / 4)
@@ -170,7 +169,7 @@ def test_memory(scale: Scale, record: Callable[[Row], None]) -> None:
         before = resident_bytes(process)
         took, _, _, total = load(url, BATCH, math.inf, all_of_them - first)
         after = resident_bytes(process)
-    blank = Row("serve", "", BATCH, 65, threads=torch.get_num_threads())
+    blank = Row("serve", "", BATCH, 65, threads=1)
     note = f"resident {before / 2**20:.0f} MiB after {first} requests, {after / 2**20:.0f} MiB after {all_of_them}"
     record(row(blank, f"demo, {all_of_them} requests of {BATCH} clients", BATCH, took, len(took) / total, note))
 
@@ -189,9 +188,7 @@ def test_webcam(more: list[str], scale: Scale, record: Callable[[Row], None]) ->
             page.wait_for_timeout(2500)
             said.append(page.locator("#pace").inner_text())
     rates = [float(text.split()[0]) for text in said[1:]]
-    blank = Row(
-        "serve", " ".join(["demo, webcam page", *more]), 1, 65, threads=torch.get_num_threads(), rounds=len(rates)
-    )
+    blank = Row("serve", " ".join(["demo, webcam page", *more]), 1, 65, threads=1, rounds=len(rates))
     record(replace(blank, images_per_s=statistics.median(rates), note=f"frames shown; in the end: {said[-1]}"))
 
 

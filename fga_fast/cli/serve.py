@@ -43,6 +43,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--compile", action="store_true", help="compile the explanation of one class; takes minutes to start"
     )
+    parser.add_argument(
+        "--threads", type=int, metavar="N",
+        help="processors that an explanation takes on a CPU (default: all of them; demo: 1, since more do not make so "
+        "small a model faster, and a browser needs them)",
+    )  # fmt: skip
     parser.add_argument("--cards", metavar="PAGE", help="address of the page of `fga-fast features`")
     _add_service(parser)
     parser.set_defaults(run=run)
@@ -81,12 +86,16 @@ def run(args: argparse.Namespace) -> int:
         from fga_fast.serve.threads import apart
     except ImportError as error:
         raise ImportError(f"serve needs {error.name}: pip install 'fga_fast[serve]'") from error
+    if args.threads is not None and args.threads < 1:
+        raise ValueError(f"threads: expected at least 1, got {args.threads}")
     limits, token = _limits(args), _token(args)
     samples = {}
     if args.demo:
         from fga_fast.assets import fashion_scenes
 
         samples = {path.name: path for path in fashion_scenes()}
+    if args.threads or args.demo:
+        torch.set_num_threads(args.threads or 1)
     load = _model_engine if args.package is None else _package_engine
     engine = apart(lambda: load(args, limits))
     service = Service(engine, limits, token=token, hosts=args.allow_host, samples=samples, cards=args.cards)

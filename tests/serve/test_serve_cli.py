@@ -20,6 +20,7 @@ from fga_fast import Explainer, load_image
 from fga_fast.assets import fashion_config, fashion_model, fashion_saes, fashion_scenes
 from fga_fast.cli.main import main
 from fga_fast.io.images import Preprocess
+from fga_fast.serve.threads import apart
 
 TOKEN = "a-long-token"
 
@@ -105,6 +106,19 @@ def test_the_demo_under_load_until_it_is_ended(demo: subprocess.Popen[str]) -> N
     assert demo.stderr is not None and "Traceback" not in demo.stderr.read()
 
 
+@pytest.mark.parametrize(("given", "wanted"), [([], 1), (["--threads", "3"], 3)])
+def test_threads_of_an_explanation(given: list[str], wanted: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New threads take so many; the demo's one leaves the other processors to a browser."""
+    pytest.importorskip("timm")
+    before, seen = torch.get_num_threads(), list[int]()
+    monkeypatch.setattr("fga_fast.serve.server.serve", lambda *_: seen.append(apart(torch.get_num_threads)))
+    try:
+        assert main(["serve", "demo", *given]) == 0
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [wanted]
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [
@@ -116,6 +130,7 @@ def test_the_demo_under_load_until_it_is_ended(demo: subprocess.Popen[str]) -> N
         (["--package", "nowhere.pt2"], "package: no file nowhere.pt2"),
         (["demo", "--host", "192.0.2.1"], "192.0.2.1"),
         (["demo", "--top-features", "-1"], "top_features: expected"),
+        (["demo", "--threads", "0"], "threads: expected at least 1, got 0"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

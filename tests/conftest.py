@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-os.environ.setdefault("FGA_FAST_BOUND", "1")  # also where it is not the kernel's choice; see csrc/cpu/score_bounded.h
+os.environ.setdefault("FGA_FAST_BOUND", "1")  # also where it is not the kernel's choice; see csrc/cpu/bound.cpp
 
 CONFORMANCE = ("test_conformance.py", "test_metrics_conformance.py")
 

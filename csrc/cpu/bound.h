@@ -18,7 +18,7 @@ constexpr int64_t kPanelFeatures = 16;  // of the packed encoder: [F / 16, C / 2
 constexpr int64_t kGroupFeatures = 32;  // ... with F padded to groups of two panels
 constexpr int64_t kMostRows = 12;       // patches that a kernel takes at once; quantised patches come in such groups
 
-// Whether the score uses bounds for an encoder of this width: see score_bounded.h.
+// Whether the score uses bounds for an encoder of this width, on this processor.
 bool bounds_here(int64_t width);
 
 // What is known of a row that was rounded: x = scale * q + d.

@@ -36,8 +36,9 @@ class _Key(codecache.FxGraphCachePickler):
         return super()._reduce_tensor(t)
 
     def dumps(self, obj: Any) -> bytes:
-        # Another version's operators may return other strides, for which the machine code was not made.
-        return super().dumps((importlib.metadata.version("fga_fast"), obj))
+        # Another version's operators may return other strides, for which the machine code was not made. The number of
+        # threads is written into it too.
+        return super().dumps((importlib.metadata.version("fga_fast"), torch.get_num_threads(), obj))
 
 
 @contextmanager

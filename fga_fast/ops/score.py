@@ -9,6 +9,7 @@ kept.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
@@ -93,13 +94,15 @@ def _rounded(sae: SparseAutoencoder) -> tuple[Tensor | None, Tensor | None]:
     weights = sae.W_enc.t()
     if sae.dtype != torch.float32 or sae.device.type != "cpu" or weights.is_inference():
         return None, None
+    version = weights._version, os.environ.get("FGA_FAST_BOUND")
     with _rounding:
-        if sae.encoder_version != weights._version:
+        if sae.encoder_version != version:
             with torch.inference_mode(False):
                 found = round_encoder(weights, only_if_used=True)
             sae.encoder, sae.limits = found if found.encoder.numel() else (None, None)
-            sae.encoder_version = weights._version
-        return sae.encoder, sae.limits
+            sae.encoder_version = version
+        encoder, limits = sae.encoder, sae.limits
+    return (None, None) if limits is None else (encoder, limits)
 
 
 def check_mode(mode: str, permutation: Tensor | None, top_features: int) -> None:

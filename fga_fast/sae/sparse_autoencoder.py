@@ -93,7 +93,7 @@ class SparseAutoencoder(nn.Module):
     dec_sum: Tensor  # [C]
     encoder: Tensor | None  # [F / 16, C / 2, 16, 2] int16
     limits: Tensor | None  # [3, F]
-    encoder_version: int  # of the memory of W_enc that encoder and limits were made from
+    encoder_version: object  # of W_enc and of the setting that encoder and limits were made for; None: not yet
 
     def __init__(
         self,
@@ -174,18 +174,19 @@ class SparseAutoencoder(nn.Module):
 
     def _forget_rounded(self) -> None:
         self.encoder = self.limits = None
-        self.encoder_version = -1
+        self.encoder_version = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy, whose count of writes begins anew."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._buffers = dict(self._buffers)  # a shallow copy's are the original's
         self._forget_rounded()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseAutoencoder:
         # Module.to(), .double(), .cuda() ... all end here. Casting up the rounded derived tensors would keep their
         # rounding, so they are derived anew; a cast that overflows leaves the SAE as it was.
-        before, dtype = dict(self._buffers), self.dtype
         self._forget_rounded()  # other devices do not need it
+        before, dtype = dict(self._buffers), self.dtype
         with torch.inference_mode(False):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             if self.dtype != dtype:

@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 from fastapi import WebSocket
+from starlette.types import Message
 from starlette.websockets import WebSocketDisconnect
 
 from fga_fast.serve.answers import JSON, Form, json_bytes
@@ -60,7 +61,9 @@ class _Stream:
     async def _read(self) -> None:
         number = 0
         while True:
-            message = await self._socket.receive()
+            message = await self._message()
+            if message is None:
+                return
             if message["type"] == "websocket.disconnect":
                 return
             if (text := message.get("text")) is not None:
@@ -75,6 +78,16 @@ class _Stream:
                 self._newest = number, message["bytes"], time.perf_counter()
                 self._news.set()
                 number += 1
+
+    async def _message(self) -> Message | None:
+        """The next message; None if the client has held its place for too long without the token."""
+        if self._authorised:
+            return await self._socket.receive()
+        try:
+            return await asyncio.wait_for(self._socket.receive(), self._service.limits.body_seconds)
+        except asyncio.TimeoutError:
+            await self._socket.close(POLICY, "token: expected one in time")
+            return None
 
     async def _set(self, text: str) -> bool:
         """Takes settings; returns whether the connection goes on. Wrong settings leave the old ones."""

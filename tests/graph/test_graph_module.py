@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +61,26 @@ def test_it_follows_what_is_written_into_an_encoder(subject: Subject) -> None:
         )
     finally:
         weights.neg_()
+
+
+WITHOUT_LIBRARY = """
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from fga_fast import Explainer
+
+model = VisionTransformer(img_size=32, patch_size=16, embed_dim=16, depth=2, num_heads=2, num_classes=5).eval()
+explainer, images = Explainer(model, backend="composite"), torch.randn(1, 3, 32, 32)
+torch.testing.assert_close(explainer.module(images)(images)["relevance"], explainer(images).relevance)
+"""
+
+
+def test_composite_operators_need_no_native_library() -> None:
+    pytest.importorskip("timm")
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_LIBRARY], env={**os.environ, "FGA_FAST_LIBRARY": "none.so"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def test_given_classes(subject: Subject) -> None:

@@ -240,6 +240,18 @@ def test_the_sae_keeps_its_rounded_encoder_while_it_fits() -> None:
     torch.testing.assert_close(again.limits[0, :64], 2 * round_encoder(again.W_enc.t() / 2)[1][0, :64])
 
 
+def test_the_setting_is_read_at_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, g = sample(1, 50, width=WIDTH, dtype=torch.float32)
+    sae = dictionary(torch.randn(64, WIDTH))
+    monkeypatch.setenv("FGA_FAST_BOUND", "0")
+    dense = ops.score(x, g, sae)
+    assert sae.encoder is None
+    assert same_bits(dense, scored(x, g, sae, None, top=0))
+    monkeypatch.setenv("FGA_FAST_BOUND", "1")
+    ops.score(x, g, sae)
+    assert (sae.encoder is not None) == USED
+
+
 def test_writing_into_the_encoder_makes_new_bounds() -> None:
     x, g = sample(1, 50, width=WIDTH, dtype=torch.float32)
     sae = dictionary(torch.randn(64, WIDTH))
@@ -259,6 +271,7 @@ def test_a_copy_makes_its_own_bounds() -> None:
     for other in (copy.deepcopy(sae), pickle.loads(pickle.dumps(sae)), copy.copy(sae)):
         found = ops.score(x, g, other, top_features=6)
         torch.testing.assert_close(found.scores, scored(x, g, sae, None).scores, rtol=1e-4, atol=1e-3)
+    assert not USED or sae.encoder is not None  # the original keeps its own
 
 
 def test_an_encoder_too_wide_for_bounds_is_dense() -> None:

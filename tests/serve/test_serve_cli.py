@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,13 @@ from fga_fast.io.images import Preprocess
 from fga_fast.serve.threads import apart
 
 TOKEN = "a-long-token"
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -110,12 +118,9 @@ def test_the_demo_under_load_until_it_is_ended(demo: subprocess.Popen[str]) -> N
 def test_threads_of_an_explanation(given: list[str], wanted: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """New threads take so many; the demo's one leaves the other processors to a browser."""
     pytest.importorskip("timm")
-    before, seen = torch.get_num_threads(), list[int]()
+    seen = list[int]()
     monkeypatch.setattr("fga_fast.serve.server.serve", lambda *_: seen.append(apart(torch.get_num_threads)))
-    try:
-        assert main(["serve", "demo", *given]) == 0
-    finally:
-        torch.set_num_threads(before)
+    assert main(["serve", "demo", *given]) == 0
     assert seen == [wanted]
 
 

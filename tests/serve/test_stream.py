@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -149,6 +150,18 @@ def test_pages_of_other_sites(server: Server) -> None:
     with stream(server, origin=server.url) as socket:
         socket.send(serving.png())
         assert told(socket)["frame"] == 0
+
+
+def test_who_sends_no_token_loses_the_place() -> None:
+    limits = Limits(queue=1, body_seconds=0.5)
+    with serving.running(serving.engine(), limits, token=TOKEN) as server:
+        with stream(server) as idle, pytest.raises(ConnectionClosed, match="token: expected one in time"):
+            idle.recv(timeout=10)
+        with stream(server) as socket:
+            socket.send(json.dumps({"token": TOKEN}))
+            time.sleep(1.0)  # who has shown it may be silent
+            socket.send(serving.png())
+            assert told(socket)["frame"] == 0
 
 
 def test_token() -> None:

@@ -16,12 +16,12 @@ namespace {
 
 constexpr double kLargest = 1e18, kSmallest = 1e-12;  // lengths whose products float32 holds without loss
 
+}  // namespace
+
 float up(double value) {
   const float nearest = static_cast<float>(value);
   return nearest < value ? std::nextafter(nearest, std::numeric_limits<float>::infinity()) : nearest;
 }
-
-}  // namespace
 
 // Where the bounded product was measured to be faster: with AVX2, on an AMD EPYC. FGA_FAST_BOUND=0 or 1, read at each
 // call so that both can be timed in turn, says otherwise.

@@ -21,6 +21,9 @@ constexpr int64_t kMostRows = 12;       // patches that a kernel takes at once; 
 // Whether the score uses bounds for an encoder of this width, on this processor.
 bool bounds_here(int64_t width);
 
+// The smallest float32 that is not below the value.
+float up(double value);
+
 // What is known of a row that was rounded: x = scale * q + d.
 struct RoundedRow {
   float scale;

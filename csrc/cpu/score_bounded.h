@@ -16,10 +16,6 @@ namespace {  // score.cpp alone includes this
 
 constexpr double kUnit = 1.0 / (1 << 24);  // of float32's rounding
 
-inline float above(double value) {
-  return std::nextafter(static_cast<float>(value), std::numeric_limits<float>::infinity());
-}
-
 class BoundedEncoder {
  public:
   // x: [B * P, C] in float32, normalised
@@ -37,8 +33,8 @@ class BoundedEncoder {
     const double product = 1.01 * kUnit * static_cast<double>(a.width + 32);  // what float32 may lose, of |x| |w|
     for (int64_t f = 0; f < a.features; ++f) {
       const double bias = values(a.bias)[f], least = theta ? std::max(theta[f], 0.0f) : 0.0;
-      offset_[f] = above(bias - least + 8 * kUnit * (std::abs(bias) + least));
-      error_[f] = above(limits_[2 * padded_ + f] + product * limits_[padded_ + f]);
+      offset_[f] = up(bias - least + 8 * kUnit * (std::abs(bias) + least));
+      error_[f] = up(limits_[2 * padded_ + f] + product * limits_[padded_ + f]);
     }
     patches_.resize(ranges.size());
     torch::stable::parallel_for(0, static_cast<int64_t>(ranges.size()), 1, [&](int64_t begin, int64_t end) {
